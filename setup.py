@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packaging of mmeformer.
+
+The base requirements name the maintained forks of OpenMMLab's packages (distributions ``onedl-*``,
+import names ``mmengine``, ``mmcv``, ``mmdet``, ...), because that is the tested combination.
+Whoever runs OpenMMLab's own distributions, which have the same import names, installs with
+``pip install --no-deps``: otherwise pip lays the forks' files over theirs.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+# OpenMMLab's convention for what an installed package carries beside its modules.
+SHIPPED = "mmeformer/.mim"
+SHIPPED_FOLDERS = ("configs", "tools")
+# It installs a source checkout; there is none beside an installed wheel.
+CHECKOUT_ONLY = ("bootstrap.py",)
+
+BASE = [
+    # 2.14 needs C++20, while the mmcv operators are written and built for C++17.
+    "torch>=2.4,<2.14",
+    "torchvision",
+    "timm>=1.0",
+    "onedl-mmengine>=0.10.8,<0.11",
+    "onedl-mmcv>=2.3,<2.4",
+    # The last opencv-python that imaug (which mmdet imports) accepts needs numpy < 2.3.
+    "opencv-python<4.13",
+    "numpy<2.3",
+    "packaging",
+    "rich",
+    "safetensors",
+    # OpenMMLab's mmengine 0.10 imports pkg_resources, which later setuptools no longer has.
+    "setuptools<81",
+]
+DETECTION = ["onedl-mmdetection>=3.5,<3.6"]
+EXTRAS = {
+    "detection": DETECTION,
+    "segmentation": ["onedl-mmsegmentation>=1.4,<1.5"],
+    "rotated": [*DETECTION, "onedl-mmrotate>=1.2,<1.3", "shapely"],
+    "deploy": [
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "coremltools>=9; sys_platform == 'linux' or sys_platform == 'darwin'",
+    ],
+    "dev": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shapely", "wheel"],
+}
+
+
+def read_version() -> str:
+    """Version as text, so that packaging needs none of the runtime requirements."""
+    text = (ROOT / "mmeformer" / "version.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE).group(1)
+
+
+class build_py_with_configs(build_py):  # noqa: N801 (setuptools' naming of commands)
+    """Copy configs and tools into the built package, never into the source tree."""
+
+    def shipped_files(self) -> dict[str, str]:
+        """Map of built path to source path, both relative to the project's root or the build."""
+        sources = [
+            path.relative_to(ROOT)
+            for folder in SHIPPED_FOLDERS
+            for path in sorted((ROOT / folder).rglob("*"))
+            if path.is_file() and "__pycache__" not in path.parts and path.name not in CHECKOUT_ONLY
+        ]
+        if (ROOT / "model-index.yml").is_file():
+            sources.append(Path("model-index.yml"))
+        return {f"{self.build_lib}/{SHIPPED}/{path.as_posix()}": str(path) for path in sources}
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for built, source in self.shipped_files().items():
+            Path(built).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / source, built)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        shipped = [] if self.editable_mode else list(self.shipped_files())
+        return super().get_outputs(include_bytecode) + shipped
+
+
+setup(
+    name="mmeformer",
+    version=read_version(),
+    description="EfficientFormer V1 and V2 backbones for OpenMMLab detection, segmentation "
+    "and rotated detection",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The mmeformer authors",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    keywords="computer vision, object detection, segmentation, EfficientFormer, OpenMMLab",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["mmeformer", "mmeformer.*"]),
+    cmdclass={"build_py": build_py_with_configs},
+    install_requires=BASE,
+    extras_require=EXTRAS,
+    zip_safe=False,
+)
