@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory of ATSS for rotated boxes: candidates only, against mmrotate's all pairs.
+
+    python benchmarks/rotated_assigner.py
+    python benchmarks/rotated_assigner.py --boxes 100 5000 --reference-up-to 5000
+
+Random boxes of 10 to 100 px in one 1024 px image, anchors of the head (strides 8 to 128). Each run
+has a process of its own, so that its peak memory is its own.
+"""
+
+import argparse
+import math
+import multiprocessing
+import resource
+import time
+
+import torch
+from mmengine.structures import InstanceData
+
+
+def run(name: str, num_boxes: int, size: int, threads: int) -> tuple[float, float, int]:
+    """Assign once.
+
+    Args:
+        name (str): Registered assigner, with scope.
+        num_boxes (int): Boxes in the image.
+        size (int): Side of the image in pixels.
+        threads (int): Threads of PyTorch.
+
+    Returns:
+        tuple: Seconds, MiB of peak memory above the level before, hash of the assignment.
+    """
+    from mmrotate.structures.bbox import RotatedBoxes
+
+    import mmeformer.rotated  # noqa: F401
+    from mmeformer.registry import TASK_UTILS
+
+    torch.set_num_threads(threads)
+    strides = [8, 16, 32, 64, 128]
+    generator = TASK_UTILS.build(
+        dict(type="mmrotate.FakeRotatedAnchorGenerator", scales=[4], ratios=[1.0], strides=strides)
+    )
+    levels = generator.grid_priors([(size // s, size // s) for s in strides], device="cpu")
+    priors = RotatedBoxes(torch.cat([level.tensor for level in levels]))
+    unit = torch.rand(num_boxes, 5, generator=torch.Generator().manual_seed(0))
+    boxes = torch.cat([unit[:, :2] * size, 10 * 10 ** unit[:, 2:4], unit[:, 4:] * math.pi], 1)
+    gts = InstanceData(bboxes=RotatedBoxes(boxes), labels=torch.zeros(num_boxes, dtype=torch.long))
+    assigner = TASK_UTILS.build(
+        dict(type=name, topk=9, iou_calculator=dict(type="mmrotate.RBboxOverlaps2D"))
+    )
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    result = assigner.assign(InstanceData(priors=priors), [len(level) for level in levels], gts)
+    seconds = time.perf_counter() - start
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return seconds, memory, hash(tuple(result.gt_inds.tolist()))
+
+
+def main() -> None:
+    """Print one line per number of boxes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--boxes", type=int, nargs="+", default=[20, 120, 500, 5000])
+    parser.add_argument("--size", type=int, default=1024, help="side of the image in pixels")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--reference-up-to",
+        type=int,
+        default=500,
+        help="most boxes to give to mmrotate, which takes minutes and gigabytes for thousands",
+    )
+    args = parser.parse_args()
+
+    print(f"{'boxes':>6} {'seconds':>18} {'MiB':>16}   time ratio, memory ratio, same assignment")
+    for count in args.boxes:
+        names = ["mmeformer.RotatedATSSAssigner"]
+        if count <= args.reference_up_to:
+            names.append("mmrotate.RotatedATSSAssigner")
+        runs = []
+        for name in names:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                runs.append(pool.apply(run, (name, count, args.size, args.threads)))
+        (seconds, memory, assignment), *rest = runs
+        if not rest:
+            print(f"{count:>6} {seconds:>8.2f} {'-':>9} {memory:>7.0f} {'-':>8}")
+            continue
+        ((other_seconds, other_memory, other_assignment),) = rest
+        print(
+            f"{count:>6} {seconds:>8.2f} {other_seconds:>9.2f} {memory:>7.0f} {other_memory:>8.0f}"
+            f"   x{other_seconds / seconds:.1f}, x{other_memory / max(memory, 1):.1f}, "
+            f"{'yes' if assignment == other_assignment else 'NO'}"
+        )
+
+
+if __name__ == "__main__":
+    main()
