@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EfficientFormer V1 and V2 backbones for OpenMMLab detection, segmentation and rotated detection.
+
+Importing the package costs nothing: the backbones (and with them torch, timm and mmengine) are
+imported at their first use, so that ``python -m mmeformer.doctor`` can name a broken installation.
+"""
+
+from importlib import import_module
+
+from mmeformer.version import __version__
+
+_LAZY = {
+    "EfficientFormer": "mmeformer.backbones",
+    "EfficientFormerV2": "mmeformer.backbones",
+    "VARIANTS": "mmeformer.variants",
+}
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both versions share: stages, pyramid outputs, freezing, norm evaluation, checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch.utils.checkpoint
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmeformer.layers.blocks import Stem
+from mmeformer.variants import Architecture, find_variant
+
+NUM_STAGES = 4
+
+
+def to_grid(value: int | Sequence[int]) -> tuple[int, int]:
+    """``7`` -> ``(7, 7)``, ``(25, 42)`` -> ``(25, 42)``; rows first.
+
+    Raises:
+        ValueError: not one or two positive whole numbers.
+    """
+    grid = (value, value) if isinstance(value, int) else tuple(value)
+    if len(grid) != 2 or any(not isinstance(side, int) or side < 1 for side in grid):
+        raise ValueError(f"bias_grid must be one or two positive integers, but is {value!r}")
+    return grid
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Stochastic depth rate of every block: ``rate * index / (total - 1)``, one list per stage."""
+    total = sum(depths)
+    rates = iter([rate * index / max(total - 1, 1) for index in range(total)])
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+class Stage(nn.Module):
+    """A downsample (absent in the first stage) and blocks.
+
+    (B, C_in, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)), or (B, C, H, W) without a downsample.
+    """
+
+    def __init__(self, downsample: nn.Module | None, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = nn.Identity() if downsample is None else downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, with_cp: bool = False) -> Tensor:
+        x = self.downsample(x)
+        return self.run_blocks(x, with_cp)
+
+    def run_blocks(self, x: Tensor, with_cp: bool) -> Tensor:
+        for block in self.blocks:
+            x = run_block(block, with_cp, x)
+        return x
+
+
+def run_block(block: nn.Module, with_cp: bool, x: Tensor, *args) -> Tensor:
+    """Call a block, keeping only its input for the backward pass if ``with_cp``."""
+    if with_cp and x.requires_grad:
+        return torch.utils.checkpoint.checkpoint(block, x, *args, use_reentrant=False)
+    return block(x, *args)
+
+
+class PyramidBackbone(BaseModule):
+    """Base of both backbones; see :class:`EfficientFormer` and :class:`EfficientFormerV2`.
+
+    A subclass sets ``family`` and ``stem_act`` and builds its stages in ``build_stage``.
+    """
+
+    family: str
+    stem_act: type[nn.Module]
+
+    def __init__(
+        self,
+        arch: str | Mapping,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float | None = None,
+        layer_scale_init_value: float | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        bias_grid: int | Sequence[int] = 7,
+        bias_resize: str = "displacement",
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        self.arch = arch
+        self.architecture = (
+            Architecture.from_mapping(arch)
+            if isinstance(arch, Mapping)
+            else find_variant(self.family, arch).architecture
+        )
+        self.out_indices = tuple(out_indices)
+        if (
+            not self.out_indices
+            or list(self.out_indices) != sorted(set(self.out_indices))
+            or not set(self.out_indices) <= set(range(NUM_STAGES))
+        ):
+            raise ValueError(
+                f"out_indices must be increasing numbers from 0 to {NUM_STAGES - 1}, "
+                f"but are {self.out_indices}"
+            )
+        if not -1 <= frozen_stages <= NUM_STAGES:
+            raise ValueError(
+                f"frozen_stages must be -1 (none), 0 (stem) or 1 to {NUM_STAGES} (stem and that "
+                f"many stages), but is {frozen_stages}"
+            )
+        rate = self.architecture.drop_path_rate if drop_path_rate is None else drop_path_rate
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), but is {rate}")
+        if layer_scale_init_value is None:
+            layer_scale_init_value = self.architecture.layer_scale_init_value
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+        self.bias_grid = to_grid(bias_grid)
+        self.bias_resize = bias_resize
+
+        widths = self.architecture.widths
+        self.stem = Stem(widths[0], self.stem_act)
+        rates = drop_path_rates(rate, self.architecture.depths)
+        # Stages beyond the last output would be dead weight, and unused parameters under DDP.
+        self.stages = nn.ModuleList(
+            self.build_stage(index, in_width, rates[index], layer_scale_init_value)
+            for index, in_width in zip(
+                range(max(self.out_indices) + 1), (None, *widths), strict=False
+            )
+        )
+        self.norms = nn.ModuleDict()
+        self._freeze()
+
+    def build_stage(
+        self, index: int, in_width: int | None, drop_path: list[float], layer_scale: float
+    ) -> Stage:
+        """The stage ``index`` (0 to 3); ``in_width`` is None where there is no downsample."""
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Published initialisation (linear layers: normal, std 0.02), then ``init_cfg``."""
+        if not self.is_init:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                    nn.init.zeros_(module.bias)
+        super().init_weights()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (B, 3, H, W) -> tuple of (B, C_i, ceil(H / s_i), ceil(W / s_i)), i in ``out_indices``.
+
+        s = 4, 8, 16, 32. Any H and W work; nothing is padded outside the layers' own padding.
+        """
+        x = self.stem(x)
+        outputs = []
+        for index, stage in enumerate(self.stages):
+            x = stage(x, self.with_cp and self.training)
+            if index in self.out_indices:
+                name = str(index)
+                outputs.append(self.norms[name](x) if name in self.norms else x)
+        return tuple(outputs)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        return [self.stem, *list(self.stages)[: self.frozen_stages]]
+
+    def _freeze(self) -> None:
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> PyramidBackbone:
+        """Training mode, except that frozen stages and (``norm_eval``) batch norms stay in eval."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self

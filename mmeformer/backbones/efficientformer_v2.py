@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EfficientFormer V2 (arXiv 2212.08059; reference: snap-research/EfficientFormer, ``models/``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from mmeformer.backbones.base import PyramidBackbone, Stage
+from mmeformer.layers.attention_bias import AttentionBias
+from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale
+from mmeformer.registry import MODELS
+
+NUM_HEADS = 8
+VALUE_RATIO = 4
+KEY_WIDTH = 32
+DOWNSAMPLE_KEY_WIDTH = 16
+
+
+def to_heads(x: Tensor) -> Tensor:
+    """(B, heads * D, H, W) -> (B, heads, H * W, D)."""
+    return x.flatten(2).unflatten(1, (NUM_HEADS, -1)).transpose(2, 3)
+
+
+def from_heads(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, heads, H * W, D) -> (B, heads * D, H, W)."""
+    return x.transpose(2, 3).flatten(1, 2).unflatten(2, size)
+
+
+class MapAttention(nn.Module):
+    """Attention with talking heads on a map: (B, C, H, W) -> (B, C, H, W).
+
+    With ``halve`` the map is first halved, attended, and brought back by a bilinear factor of two.
+    An odd side is halved upwards and the result cropped, so even sides equal the reference.
+    """
+
+    def __init__(
+        self, width: int, halve: bool, bias_grid: tuple[int, int], bias_resize: str
+    ) -> None:
+        super().__init__()
+        keys, values = NUM_HEADS * KEY_WIDTH, NUM_HEADS * KEY_WIDTH * VALUE_RATIO
+        self.halve = halve
+        self.stride_conv = (
+            ConvNorm(width, width, 3, stride=2, groups=width) if halve else nn.Identity()
+        )
+        self.q = ConvNorm(width, keys)
+        self.k = ConvNorm(width, keys)
+        self.v = ConvNorm(width, values)
+        self.v_local = ConvNorm(values, values, 3, groups=values)
+        self.talking_head1 = nn.Conv2d(NUM_HEADS, NUM_HEADS, 1)
+        self.talking_head2 = nn.Conv2d(NUM_HEADS, NUM_HEADS, 1)
+        self.proj = ConvNorm(values, width)
+        self.attention_bias = AttentionBias(NUM_HEADS, bias_grid, resize=bias_resize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        full_size = x.shape[-2:]
+        x = self.stride_conv(x)
+        size = x.shape[-2:]
+        query, key, value = self.q(x), self.k(x), self.v(x)
+        local = self.v_local(value)
+        logits = (to_heads(query) @ to_heads(key).transpose(2, 3)) * KEY_WIDTH**-0.5
+        logits = self.talking_head1(logits + self.attention_bias(size))
+        attention = self.talking_head2(logits.softmax(dim=-1))
+        out = from_heads(attention @ to_heads(value), size) + local
+        if self.halve:
+            out = F.interpolate(out, scale_factor=2, mode="bilinear", align_corners=False)
+            out = out[..., : full_size[0], : full_size[1]]
+        return self.proj(F.gelu(out))
+
+
+class LocalGlobalQuery(nn.Module):
+    """Queries at half the grid: a depthwise convolution plus the map subsampled by two.
+
+    (B, C, H, W) -> (B, out_width, ceil(H / 2), ceil(W / 2)).
+    """
+
+    def __init__(self, width: int, out_width: int) -> None:
+        super().__init__()
+        self.local = nn.Conv2d(width, width, 3, stride=2, padding=1, groups=width)
+        self.proj = ConvNorm(width, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.local(x) + x[..., ::2, ::2])
+
+
+class AttentionDownsample(nn.Module):
+    """Attention from every second place to all: (B, C, H, W) -> (B, out, ceil(H/2), ceil(W/2))."""
+
+    def __init__(
+        self, width: int, out_width: int, bias_grid: tuple[int, int], bias_resize: str
+    ) -> None:
+        super().__init__()
+        keys = NUM_HEADS * DOWNSAMPLE_KEY_WIDTH
+        values = keys * VALUE_RATIO
+        self.q = LocalGlobalQuery(width, keys)
+        self.k = ConvNorm(width, keys)
+        self.v = ConvNorm(width, values)
+        self.v_local = ConvNorm(values, values, 3, stride=2, groups=values)
+        self.proj = ConvNorm(values, out_width)
+        self.attention_bias = AttentionBias(NUM_HEADS, bias_grid, 2, bias_resize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.q(x), self.k(x), self.v(x)
+        local = self.v_local(value)
+        logits = (to_heads(query) @ to_heads(key).transpose(2, 3)) * DOWNSAMPLE_KEY_WIDTH**-0.5
+        attention = (logits + self.attention_bias(x.shape[-2:])).softmax(dim=-1).to(value.dtype)
+        out = from_heads(attention @ to_heads(value), local.shape[-2:]) + local
+        return self.proj(F.gelu(out))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2, summed with an :class:`AttentionDownsample` if given."""
+
+    def __init__(self, width: int, out_width: int, attn: AttentionDownsample | None) -> None:
+        super().__init__()
+        self.conv = ConvNorm(width, out_width, 3, stride=2)
+        self.attn = attn
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x)
+        return out if self.attn is None else self.attn(x) + out
+
+
+class Block(nn.Module):
+    """MLP with a depthwise convolution, before it attention if given: (B, C, H, W) -> same."""
+
+    def __init__(
+        self,
+        width: int,
+        mlp_ratio: float,
+        drop_path: float,
+        layer_scale: float,
+        token_mixer: MapAttention | None,
+    ) -> None:
+        super().__init__()
+        self.token_mixer = token_mixer
+        self.ls1 = None if token_mixer is None else LayerScale(width, layer_scale)
+        self.mlp = ConvMlp(width, mlp_ratio, depthwise=True)
+        self.ls2 = LayerScale(width, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.token_mixer is not None:
+            x = x + self.drop_path(self.ls1(self.token_mixer(x)))
+        return x + self.drop_path(self.ls2(self.mlp(x)))
+
+
+@MODELS.register_module()
+class EfficientFormerV2(PyramidBackbone):
+    """EfficientFormer V2 with pyramid outputs: the raw outputs of the stages.
+
+    Source: arXiv 2212.08059; repository snap-research/EfficientFormer,
+    ``models/efficientformer_v2.py``.
+
+    Args:
+        arch: ``"s0"``, ``"s1"``, ``"s2"`` or ``"l"``, or a dict with the fields of
+            :class:`mmeformer.variants.Architecture`.
+        out_indices: the pyramid levels to return, of 0 to 3 (strides 4, 8, 16, 32). Stages beyond
+            the last one are not built.
+        drop_path_rate: stochastic depth rate of the last block; None takes the published one.
+        layer_scale_init_value: None takes the published one (1e-5).
+        frozen_stages: -1 trains all; 0 freezes the stem; n freezes the stem and n stages, which
+            then also stay in eval mode.
+        norm_eval: keep the batch norms' running statistics as they are while training, as the
+            published recipes do from ImageNet weights.
+        with_cp: recompute blocks in the backward pass to save memory.
+        bias_grid: grid (rows, columns), or one number for both, of the trained attention bias
+            tables at stride 32; 7 as pretrained at 224 px. The downsample's table has twice as
+            many rows and columns. 25 suits 800 px inputs.
+        bias_resize: ``"displacement"``, or ``"matrix"`` for checkpoints trained downstream by the
+            reference; see :class:`mmeformer.layers.attention_bias.AttentionBias`.
+        init_cfg: mmengine's initialisation config.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    family = "v2"
+    stem_act = nn.GELU
+
+    def __init__(
+        self,
+        arch: str | Mapping = "s0",
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float | None = None,
+        layer_scale_init_value: float | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        bias_grid: int | Sequence[int] = 7,
+        bias_resize: str = "displacement",
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(
+            arch,
+            out_indices,
+            drop_path_rate,
+            layer_scale_init_value,
+            frozen_stages,
+            norm_eval,
+            with_cp,
+            bias_grid,
+            bias_resize,
+            init_cfg,
+        )
+
+    def build_stage(
+        self, index: int, in_width: int | None, drop_path: list[float], layer_scale: float
+    ) -> Stage:
+        """See :meth:`PyramidBackbone.build_stage`."""
+        architecture = self.architecture
+        width, depth = architecture.widths[index], architecture.depths[index]
+        first_attention = depth - architecture.attention_blocks[index]
+        # Attention works at stride 32 or, in the last but one stage, on the halved map: one grid.
+        halve = index == 2
+        grid = tuple(side * (1 if index >= 2 else 2 ** (3 - index)) for side in self.bias_grid)
+        blocks = []
+        for position, (ratio, rate) in enumerate(
+            zip(architecture.mlp_ratios[index], drop_path, strict=True)
+        ):
+            mixer = (
+                MapAttention(width, halve, grid, self.bias_resize)
+                if position >= first_attention
+                else None
+            )
+            blocks.append(Block(width, ratio, rate, layer_scale, mixer))
+        downsample = None
+        if in_width is not None:
+            attn = None
+            if index == 3:
+                grid = tuple(2 * side for side in self.bias_grid)
+                attn = AttentionDownsample(in_width, width, grid, self.bias_resize)
+            downsample = Downsample(in_width, width, attn)
+        return Stage(downsample, blocks)

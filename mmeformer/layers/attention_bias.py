@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learned attention bias of both versions: one table of offsets and its only resize."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RESIZE_MODES = ("displacement", "matrix")
+
+
+def _resample_offsets(table: Tensor, dim: int, target: int) -> Tensor:
+    """Read the line of offsets along ``dim`` at ``target`` offsets instead of its own number."""
+    source = table.shape[dim]
+    if source == target:
+        return table
+    # Python numbers, so that a traced or exported graph holds plain constants. Gather and lerp
+    # rather than a product with a weight matrix: autocast would run a product in half precision.
+    positions = [min(offset * source / target, source - 1) for offset in range(target)]
+    lower = [min(int(position), max(source - 2, 0)) for position in positions]
+    upper = [min(index + 1, source - 1) for index in lower]
+    share = torch.tensor(
+        [position - index for position, index in zip(positions, lower, strict=True)],
+        device=table.device,
+        dtype=table.dtype,
+    )
+    share = share.view([-1 if axis == dim % table.dim() else 1 for axis in range(table.dim())])
+    below, above = (
+        table.index_select(dim, torch.tensor(index, device=table.device))
+        for index in (lower, upper)
+    )
+    return torch.lerp(below, above, share.expand_as(below))
+
+
+def resize_offset_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resize a table of offsets by displacement: (heads, Rh, Rw) -> (heads, *grid).
+
+    Offset ``d`` of the new grid is offset ``d * R / grid`` of the old one: the same share of the
+    image, so an entry keeps meaning the same displacement. Between two entries the value is linear;
+    beyond the last entry (the largest displacement ever trained) it stays at the last one. Offset 0
+    stays offset 0, and a grid ``k`` times as large keeps every old entry exactly, at ``k * d``.
+
+    Differentiable; returns ``table`` itself when the grid is already right. This is the only
+    resize of trained offsets in the project: the forward pass and the checkpoint loader share it.
+    """
+    return _resample_offsets(_resample_offsets(table, -2, grid[0]), -1, grid[1])
+
+
+def expand_offset_table(table: Tensor, query_stride: int = 1) -> Tensor:
+    """Spell out a table (heads, H, W) as the bias matrix (heads, Nq, H * W) of that grid.
+
+    Keys are all places of the grid, queries every ``query_stride``-th place in each direction
+    (Nq = ceil(H / s) * ceil(W / s)). Entry (query, key) is ``table[:, |s*qy - ky|, |s*qx - kx|]``.
+    """
+    heads, height, width = table.shape
+    ys = torch.arange(height, device=table.device)
+    xs = torch.arange(width, device=table.device)
+    dy = (ys[::query_stride, None] - ys).abs()
+    dx = (xs[::query_stride, None] - xs).abs()
+    # Columns first, rows second: both gathers then copy whole lines, in the forward pass and (as
+    # an accumulation) in the backward pass, instead of single numbers.
+    by_column = table[:, :, dx]
+    by_row = by_column[:, dy]
+    return by_row.permute(0, 1, 3, 2, 4).reshape(heads, dy.shape[0] * dx.shape[0], height * width)
+
+
+class AttentionBias(nn.Module):
+    """Learned bias per head and displacement (|dy|, |dx|) between a query and a key.
+
+    Args:
+        num_heads: attention heads.
+        grid: rows and columns of the table: offsets 0 .. grid - 1 in either direction.
+        query_stride: 2 where queries sit on every second place of the key grid, else 1.
+        resize: how a feature map of another size gets its bias. ``"displacement"`` resizes the
+            table of offsets (:func:`resize_offset_table`). ``"matrix"`` spells the table out on its
+            own grid and resizes that matrix by bicubic interpolation, exactly as the reference
+            implementation does downstream (snap-research/EfficientFormer, ``detection/`` and
+            ``segmentation/``): on maps that are not square it mixes rows and columns, so it serves
+            only published downstream checkpoints.
+
+    In eval mode and without gradients the bias of the latest sizes is kept. It is used only while
+    the table still holds, value for value, what it was computed from, so neither training, loading
+    nor moving can leave it stale.
+    """
+
+    MAX_CACHED_SIZES = 2
+    """Landscape and portrait; one bias at 800 x 1344 px takes 35 MB (141 MB in a downsample)."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        grid: tuple[int, int],
+        query_stride: int = 1,
+        resize: str = "displacement",
+    ) -> None:
+        super().__init__()
+        if resize not in RESIZE_MODES:
+            raise ValueError(f"bias_resize must be one of {RESIZE_MODES}, but is {resize!r}")
+        self.query_stride = query_stride
+        self.resize = resize
+        self.table = nn.Parameter(torch.zeros(num_heads, *grid))
+        self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._cached_table: Tensor | None = None
+
+    def compute(self, size: tuple[int, int]) -> Tensor:
+        """The bias (heads, Nq, H * W) of a key map of ``size`` (H, W), straight from the table."""
+        if self.resize == "displacement":
+            return expand_offset_table(resize_offset_table(self.table, size), self.query_stride)
+        height, width = size
+        stride = self.query_stride
+        queries = -(-height // stride) * -(-width // stride)
+        matrix = expand_offset_table(self.table, stride)
+        return F.interpolate(
+            matrix[None], size=(queries, height * width), mode="bicubic", align_corners=False
+        )[0]
+
+    def forward(self, size: tuple[int, int]) -> Tensor:
+        """``size`` (H, W) of the key map -> bias (heads, Nq, H * W)."""
+        differentiable = torch.is_grad_enabled() and self.table.requires_grad
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if self.training or differentiable or traced:
+            return self.compute(size)
+        return self._cached(tuple(size))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _cached(self, size: tuple[int, int]) -> Tensor:
+        table, known = self.table, self._cached_table
+        if (
+            known is None
+            or known.device != table.device
+            or known.dtype != table.dtype
+            or not torch.equal(known, table)
+        ):
+            self._cache.clear()
+            self._cached_table = table.detach().clone()
+        if size in self._cache:
+            self._cache.move_to_end(size)
+        else:
+            self._cache[size] = self.compute(size)
+            if len(self._cache) > self.MAX_CACHED_SIZES:
+                self._cache.popitem(last=False)
+        return self._cache[size]
+
+    def __getstate__(self):
+        # A copied or pickled module starts with an empty cache: it may be moved before it is used.
+        return {**self.__dict__, "_cache": OrderedDict(), "_cached_table": None}
+
+    def extra_repr(self) -> str:
+        heads, rows, columns = self.table.shape
+        return (
+            f"num_heads={heads}, grid=({rows}, {columns}), query_stride={self.query_stride}, "
+            f"resize={self.resize!r}"
+        )

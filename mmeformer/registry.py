@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Child registries of mmengine's roots, scope ``mmeformer``.
+
+mmengine imports this very file by itself when it meets a scoped name such as
+``type="mmeformer.EfficientFormerV2"``, and then the modules in ``locations``
+(``mmengine.registry.Registry.import_from_location``). So configs need no ``custom_imports``.
+"""
+
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import TASK_UTILS as MMENGINE_TASK_UTILS
+from mmengine.registry import Registry
+
+MODELS = Registry(
+    "model", parent=MMENGINE_MODELS, scope="mmeformer", locations=["mmeformer.backbones"]
+)
+TASK_UTILS = Registry(
+    "task util", parent=MMENGINE_TASK_UTILS, scope="mmeformer", locations=["mmeformer.rotated"]
+)
+HOOKS = Registry("hook", parent=MMENGINE_HOOKS, scope="mmeformer", locations=["mmeformer.hooks"])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    "optimizer wrapper constructor",
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope="mmeformer",
+    locations=["mmeformer.optim"],
+)
