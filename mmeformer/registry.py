@@ -6,6 +6,7 @@ mmengine imports this very file by itself when it meets a scoped name such as
 (``mmengine.registry.Registry.import_from_location``). So configs need no ``custom_imports``.
 """
 
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
@@ -14,6 +15,9 @@ from mmengine.registry import Registry
 
 MODELS = Registry(
     "model", parent=MMENGINE_MODELS, scope="mmeformer", locations=["mmeformer.backbones"]
+)
+DATASETS = Registry(
+    "dataset", parent=MMENGINE_DATASETS, scope="mmeformer", locations=["mmeformer.detection"]
 )
 TASK_UTILS = Registry(
     "task util", parent=MMENGINE_TASK_UTILS, scope="mmeformer", locations=["mmeformer.rotated"]

@@ -1,0 +1,12 @@
+_base_ = "default_runtime.py"
+default_scope = "mmdet"
+# The COCO data set with its checks and test-time augmentation with masks.
+custom_imports = dict(imports=["mmeformer.detection"], allow_failed_imports=False)
+default_hooks = dict(
+    checkpoint=dict(save_best="coco/bbox_mAP", rule="greater"),
+    visualization=dict(type="DetVisualizationHook"),
+)
+custom_hooks = [dict(type="NumClassCheckHook")]
+visualizer = dict(
+    type="DetLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer"
+)

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Train with several processes: one per GPU or, on a machine without GPUs, over gloo on the CPU.
+#   tools/dist_train.sh CONFIG PROCESSES [arguments of tools/train.py]
+# Several nodes: run it on each with NNODES, NODE_RANK and MASTER_ADDR (and MASTER_PORT) set.
+set -euo pipefail
+[ $# -ge 2 ] || { echo "usage: $0 CONFIG PROCESSES [ARGUMENTS]" >&2; exit 2; }
+config=$1 processes=$2
+shift 2
+exec "${PYTHON:-python}" -m torch.distributed.run \
+    --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$processes" \
+    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${MASTER_PORT:-29500}" \
+    "$(dirname "$0")/train.py" "$config" --launcher pytorch "$@"

@@ -1,0 +1,40 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate a checkpoint of any config of the three tasks."""
+
+import argparse
+
+from mmeformer import engine
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="config file, or its path below mmeformer's configs/")
+    parser.add_argument("checkpoint", help="checkpoint file")
+    parser.add_argument("--out", metavar="FILE.pkl", help="file for all predictions")
+    parser.add_argument("--show-dir", metavar="FOLDER", help="folder for pictures of predictions")
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation")
+    engine.add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Evaluate."""
+    args = parse_args()
+    engine.set_local_rank(args.local_rank)
+    config = engine.load_config(args.config, args.cfg_options)
+    engine.choose_work_dir(config, args.config, args.work_dir)
+    runner = engine.build_test_runner(
+        config,
+        args.checkpoint,
+        out=args.out,
+        show_dir=args.show_dir,
+        tta=args.tta,
+        launcher=args.launcher,
+    )
+    runner.test()
+
+
+if __name__ == "__main__":
+    main()
