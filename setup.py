@@ -77,6 +77,8 @@ class build_py_with_configs(build_py):  # noqa: N801 (setuptools' naming of comm
         super().run()
         if self.editable_mode:
             return
+        # An older build's leftovers would be packed too.
+        shutil.rmtree(Path(self.build_lib, SHIPPED), ignore_errors=True)
         for built, source in self.shipped_files().items():
             Path(built).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / source, built)

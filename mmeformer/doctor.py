@@ -45,7 +45,7 @@ NEEDS = {
     "mmengine": ("cv2", "torch"),
     "mmcv": ("mmengine",),
     "operators": ("mmcv",),
-    "mmdet": ("operators",),
+    "mmdet": ("torchvision", "operators"),
     "mmseg": ("operators",),
     "mmrotate": ("mmdet",),
     "mmeformer": ("mmengine", "timm"),

@@ -558,7 +558,12 @@ def build_wheel(python, venv, requirement, folder, cuda, log):
             raise Failure(f"The wheel of the mmcv operators {fault}. Full log: {log}")
         # mkdtemp makes the folder private; the cache may be shared by a group.
         os.chmod(part, 0o755)
-        os.rename(part, folder)
+        try:
+            os.rename(part, folder)
+        except OSError:
+            # Where locks do not work, another run may have come first; its wheel is as good.
+            if cached_wheel(folder) is None:
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return os.path.join(folder, os.path.basename(built[0]))
@@ -771,8 +776,11 @@ def install(interpreter, root, venv, archs, nvcc):
     install_operators(python, venv, mmcv, archs, nvcc)
     say("[5/6] mmeformer and everything else")
     # Isolated builds would fetch the newest setuptools for each fork, pinned or not.
-    rest = ["--no-build-isolation", "--editable", f".[{EXTRAS}]"]
-    pip_install(python, venv, "mmeformer's requirements", rest)
+    editable = ["--quiet", "--no-build-isolation", "--no-deps", "--editable", "."]
+    pip_install(python, venv, "mmeformer", editable)
+    # mmeformer itself is there by now, so this brings in what it requires.
+    rest = ["--no-build-isolation", f"mmeformer[{EXTRAS}]"]
+    pip_install(python, venv, "what mmeformer requires", rest)
     # imaug brings this second build of OpenCV anyway. It must lie on top: the other one needs
     # libGL, which servers and containers lack.
     opencv = ["--quiet", "--no-deps", "--force-reinstall", "opencv-python-headless"]

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a wheel carries, what the constraints cover, and the commands of the Makefile."""
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from mmeformer import paths
+from mmeformer.version import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONS = ("3.10", "3.11", "3.12")
+
+
+def shipped(folder: str) -> set[str]:
+    """Files below a folder of the checkout that a wheel must carry."""
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.name != "bootstrap.py"
+    }
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of what packaging needs, so that building leaves no trace in the checkout."""
+    root = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns("__pycache__", ".mim")
+    for folder in ("mmeformer", "configs", "tools"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=ignore)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, root)
+    return root
+
+
+def pip(*arguments, **options):
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return email.message_from_bytes(archive.read(name))
+
+
+def test_wheel_carries_package_configs_and_tools(wheel, source):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        assert archive.testzip() is None
+        # Command lines stay executable where pip lets them be.
+        modes = {info.filename: info.external_attr >> 16 for info in archive.infolist()}
+    for folder in ("configs", "tools"):
+        assert {f"mmeformer/.mim/{path}" for path in shipped(folder)} == {
+            name for name in names if name.startswith(f"mmeformer/.mim/{folder}/")
+        }
+    for path in shipped("tools"):
+        assert modes[f"mmeformer/.mim/{path}"] & 0o777 == (ROOT / path).stat().st_mode & 0o777
+    modules = {path for path in shipped("mmeformer") if path.endswith(".py")}
+    assert modules == {name for name in names if name.endswith(".py") and "/.mim/" not in name}, (
+        "a package without __init__.py is left out"
+    )
+    if (ROOT / "model-index.yml").is_file():
+        assert "mmeformer/.mim/model-index.yml" in names
+    assert not any(re.search(r"bootstrap|__pycache__|^tests/", name) for name in names)
+    licences = [name for name in names if re.search(r"dist-info/.*(LICENSE|NOTICE)$", name)]
+    assert len(licences) == 2
+    assert not (source / "mmeformer" / ".mim").exists(), "building wrote into the source tree"
+
+
+def test_wheel_metadata(metadata):
+    assert (metadata["Name"], metadata["Version"]) == ("mmeformer", __version__)
+    assert set(metadata["Requires-Python"].split(",")) == {">=3.10", "<3.13"}
+    assert metadata.get_all("Provides-Extra") == [
+        "detection",
+        "segmentation",
+        "rotated",
+        "deploy",
+        "dev",
+    ]
+
+
+def test_installed_wheel_finds_its_configs(wheel, tmp_path):
+    pip("install", "--no-deps", "--no-index", "--target", tmp_path, wheel)
+    # A stranger's folder beside the package must not be taken for the configs.
+    (tmp_path / "configs").mkdir()
+    code = "from mmeformer.paths import config_dir, tools_dir; print(config_dir(), tools_dir())"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert found == [str(tmp_path / "mmeformer" / ".mim" / name) for name in ("configs", "tools")]
+
+
+def test_wheel_from_a_source_archive_is_the_same(wheel, source, tmp_path):
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, archive)
+    (again,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        assert sorted(first.namelist()) == sorted(second.namelist())
+
+
+def test_checkout_finds_its_configs():
+    assert paths.config_dir() == ROOT / "configs"
+    assert paths.tools_dir() == ROOT / "tools"
+
+
+def test_missing_configs_are_an_error_with_the_place(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"\.mim/configs does not exist.*reinstall"):
+        paths._find("configs", tmp_path / "mmeformer")
+
+
+# --- constraints ----------------------------------------------------------------------------------
+
+
+def pins(python: str) -> dict[str, Requirement]:
+    """Constraints that hold for one Python version, by canonical name."""
+    found = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        requirement = Requirement(line)
+        environment = {"python_version": python}
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            name = canonicalize_name(requirement.name)
+            assert name not in found, f"{name} is pinned twice for Python {python}"
+            found[name] = requirement
+    return found
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_constraints_are_exact_versions(python):
+    for requirement in pins(python).values():
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==" and "*" not in specifier.version, requirement
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_constraints_lie_in_the_ranges_of_the_package(python, metadata):
+    pinned = pins(python)
+    for line in metadata.get_all("Requires-Dist"):
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f"{name} has no tested version for Python {python}"
+        (specifier,) = pinned[name].specifier
+        assert requirement.specifier.contains(specifier.version), f"{pinned[name]} against {line}"
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def make(*arguments, cwd=ROOT):
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments],
+        cwd=cwd,
+        env={key: value for key, value in os.environ.items() if not key.startswith("MAKE")},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_make_alone_lists_every_target():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    listed = set(re.findall(r"^  make ([a-z-]+) +\S", make(), re.MULTILINE))
+    assert listed == targets
+    assert {"help", "quickstart", "test", "test-all", "check", "format", "doctor"} <= listed
+    assert {"install", "clean"} <= listed
+
+
+@pytest.mark.parametrize("target", ["quickstart", "test", "test-all", "check", "format", "install"])
+def test_commands_bring_the_environment_up_to_date_first(target):
+    assert make("-n", target).splitlines()[0] == "python3 tools/bootstrap.py"
+
+
+def test_tests_run_in_order_unless_asked_otherwise():
+    assert make("-n", "test").splitlines()[-1] == '.venv/bin/python -m pytest -m "not slow"'
+    parallel = make("-n", "test-all", "JOBS=3").splitlines()[-1]
+    assert parallel == "OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3"
+
+
+def test_clean_keeps_data_and_results(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    kept = ["data/coco/a.jpg", "work_dirs/run/epoch_12.pth", ".venv/bin/python", "tests/test_a.py"]
+    removed = ["build/lib/a.py", "mmeformer.egg-info/PKG-INFO", "mmeformer/__pycache__/a.pyc"]
+    removed += ["dist/a.whl", ".pytest_cache/a", ".ruff_cache/a", "tests/__pycache__/a.pyc"]
+    for name in kept + removed + ["configs/a.py", "tools/a.py"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    make("clean", cwd=tmp_path)
+    assert all((tmp_path / name).exists() for name in kept)
+    assert not any((tmp_path / name).exists() for name in removed)
+
+
+def test_ci_stops_at_the_first_failure(tmp_path):
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    for failing in (None, "check", "test"):
+        makefile = "".join(
+            f"{name}:\n\t@echo ran {name}\n" + ("\t@false\n" if name == failing else "")
+            for name in ("check", "test")
+        )
+        (tmp_path / "Makefile").write_text(makefile)
+        done = subprocess.run([tmp_path / ".ci" / "run"], cwd="/", capture_output=True, text=True)
+        assert (done.returncode == 0) == (failing is None)
+        assert ("ran test" in done.stdout) == (failing != "check")
