@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GFL head for rotated boxes."""
+
+import torch
+from mmcv.cnn import ConvModule
+from mmdet.models.dense_heads import AnchorHead
+from mmdet.models.losses import QualityFocalLoss
+from mmdet.models.task_modules.prior_generators import anchor_inside_flags
+from mmdet.models.utils import multi_apply
+from mmdet.structures.bbox import cat_boxes, get_box_tensor
+from mmdet.utils import reduce_mean
+from mmengine.structures import InstanceData
+from mmrotate.structures.bbox import RotatedBoxes
+from torch import Tensor, nn
+
+from mmeformer.registry import MODELS
+
+from .integral import RotatedIntegral
+from .iou import rotated_iou
+
+__all__ = ["RotatedGFLHead"]
+
+_NORM = dict(type="GN", num_groups=32, requires_grad=True)
+_ANCHORS = dict(
+    type="mmrotate.FakeRotatedAnchorGenerator",
+    scales=[4],
+    ratios=[1.0],
+    strides=[8, 16, 32, 64, 128],
+)
+_CODER = dict(type="mmrotate.DeltaXYWHTRBBoxCoder", angle_version="le135", proj_xy=True)
+_FOCAL = dict(type="mmdet.FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0)
+_IOU = dict(type="mmeformer.RotatedIoULoss", mode="log", loss_weight=1.0)
+_INIT = dict(
+    type="Normal",
+    layer="Conv2d",
+    std=0.01,
+    override=dict(type="Normal", name="gfl_cls", std=0.01, bias_prob=0.01),
+)
+
+
+@MODELS.register_module()
+class RotatedGFLHead(AnchorHead):
+    """Dense head whose rotated boxes are expectations of distributions.
+
+    Two towers of convolutions, shared by all levels, end in class scores and in the logits of five
+    distributions per location: dx, dy, dw, dh and the angle relative to one square upright anchor.
+
+    The losses decide between two settings:
+
+    - Published setting of EfficientFormer's DOTA models (default): ``loss_cls`` is a focal loss,
+      ``loss_bbox`` the rotated IoU loss, both averaged over the positives; no ``loss_dfl``.
+    - Generalized focal loss: ``loss_cls=dict(type="mmdet.QualityFocalLoss", ...)`` learns the IoU
+      of the predicted box as the score, and the box losses are weighted by the predicted score;
+      ``loss_dfl=dict(type="mmdet.DistributionFocalLoss", loss_weight=0.25)`` shapes the
+      distributions.
+
+    Names and arguments follow mmdet's ``GFLHead`` and mmrotate's ``RotatedRetinaHead``. Losses and
+    boxes are computed in float32, also under autocast. Without positives the box losses are 0 and
+    all parameters still receive a gradient.
+
+    Source: Li et al., "Generalized Focal Loss", NeurIPS 2020.
+
+    Args:
+        num_classes (int): Number of classes, without background.
+        in_channels (int): Channels of each level of the neck.
+        feat_channels (int): Channels of the towers. Defaults to 256.
+        stacked_convs (int): Convolutions per tower. Defaults to 4.
+        conv_cfg (dict, optional): Config of the towers' convolutions. Defaults to None.
+        norm_cfg (dict): Config of the towers' norms. Defaults to group norm with 32 groups.
+        anchor_generator (dict): Rotated anchors, one per location. Defaults to angle 0, side 4
+            times the stride, strides 8 to 128.
+        bbox_coder (dict): Coder of five deltas against an anchor. Defaults to mmrotate's: centre
+            offsets in the anchor's own axes, logarithms of size ratios, angle in le135.
+        reg_max (int): Number of intervals of each distribution. Defaults to 8.
+        delta_range (tuple[float, float]): Range of dx, dy, dw, dh. Defaults to (-2, 2).
+        angle_range (tuple[float, float]): Range of the angle in radians. Defaults to (-5, 2).
+        loss_cls (dict): Sigmoid classification loss.
+        loss_bbox (dict): Loss of decoded boxes ``(N, 5)`` in pixels and radians.
+        loss_dfl (dict, optional): Loss of the distributions. Defaults to None.
+        train_cfg (dict, optional): ``assigner``; ``allowed_border`` in pixels by which an anchor's
+            centre may leave the image, -1 for any (default); ``pos_weight``, weight of the
+            positives in ``loss_cls``, -1 for 1 (default).
+        test_cfg (dict, optional): ``nms_pre``, ``min_bbox_size``, ``score_thr``, ``nms``,
+            ``max_per_img``.
+        init_cfg (dict): Initialization. Defaults to a normal distribution of std 0.01, and a class
+            bias for a prior probability of 0.01.
+
+    Raises:
+        ValueError: If the loss is not a sigmoid one, or a location has more than one anchor.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        feat_channels: int = 256,
+        stacked_convs: int = 4,
+        conv_cfg: dict | None = None,
+        norm_cfg: dict | None = _NORM,
+        anchor_generator: dict = _ANCHORS,
+        bbox_coder: dict = _CODER,
+        reg_max: int = 8,
+        delta_range: tuple[float, float] = (-2, 2),
+        angle_range: tuple[float, float] = (-5, 2),
+        loss_cls: dict = _FOCAL,
+        loss_bbox: dict = _IOU,
+        loss_dfl: dict | None = None,
+        train_cfg: dict | None = None,
+        test_cfg: dict | None = None,
+        init_cfg: dict | list | None = _INIT,
+    ) -> None:
+        self.stacked_convs = stacked_convs
+        self.conv_cfg = conv_cfg
+        self.norm_cfg = norm_cfg
+        self.reg_max = reg_max
+        super().__init__(
+            num_classes=num_classes,
+            in_channels=in_channels,
+            feat_channels=feat_channels,
+            anchor_generator=anchor_generator,
+            bbox_coder=bbox_coder,
+            reg_decoded_bbox=True,
+            loss_cls=loss_cls,
+            loss_bbox=loss_bbox,
+            train_cfg=train_cfg,
+            test_cfg=test_cfg,
+            init_cfg=init_cfg,
+        )
+        if not self.use_sigmoid_cls:
+            raise ValueError("loss_cls must have use_sigmoid=True: the scores are sigmoids")
+        self.integral = RotatedIntegral(reg_max, delta_range, angle_range)
+        self.loss_dfl = None if loss_dfl is None else MODELS.build(loss_dfl)
+
+    def _init_layers(self) -> None:
+        """Build the towers and the two predictors."""
+        if self.num_base_priors != 1:
+            raise ValueError(
+                f"anchor_generator must give one anchor per location, not {self.num_base_priors}"
+            )
+        self.cls_convs = self._tower()
+        self.reg_convs = self._tower()
+        self.gfl_cls = nn.Conv2d(self.feat_channels, self.cls_out_channels, 3, padding=1)
+        self.gfl_reg = nn.Conv2d(self.feat_channels, 5 * (self.reg_max + 1), 3, padding=1)
+
+    def _tower(self) -> nn.Sequential:
+        channels = [self.in_channels] + [self.feat_channels] * self.stacked_convs
+        return nn.Sequential(
+            *(
+                ConvModule(
+                    before, after, 3, padding=1, conv_cfg=self.conv_cfg, norm_cfg=self.norm_cfg
+                )
+                for before, after in zip(channels[:-1], channels[1:], strict=True)
+            )
+        )
+
+    def forward(self, x: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        """Scores and box distributions of all levels.
+
+        Args:
+            x (tuple[Tensor]): Levels ``(B, in_channels, H_i, W_i)``.
+
+        Returns:
+            tuple: ``cls_scores``, list of logits ``(B, num_classes, H_i, W_i)``; ``bbox_preds``,
+            list of logits ``(B, 5 * (reg_max + 1), H_i, W_i)``.
+        """
+        return multi_apply(self.forward_single, x)
+
+    def forward_single(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and box distributions of one level; shapes as in :meth:`forward`."""
+        return self.gfl_cls(self.cls_convs(x)), self.gfl_reg(self.reg_convs(x))
+
+    def loss_by_feat(
+        self,
+        cls_scores: list[Tensor],
+        bbox_preds: list[Tensor],
+        batch_gt_instances: list[InstanceData],
+        batch_img_metas: list[dict],
+        batch_gt_instances_ignore: list[InstanceData] | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            cls_scores, bbox_preds (list[Tensor]): Outputs of :meth:`forward`.
+            batch_gt_instances (list[InstanceData]): Per image ``bboxes``, RotatedBoxes ``(G, 5)``
+                in pixels and radians, and ``labels`` ``(G,)``. G may be 0.
+            batch_img_metas (list[dict]): Per image ``img_shape`` and ``pad_shape``.
+            batch_gt_instances_ignore (list[InstanceData], optional): Per image ``bboxes`` to
+                ignore.
+
+        Returns:
+            dict: ``loss_cls``, ``loss_bbox`` and, if set, ``loss_dfl``; scalars.
+        """
+        sizes = [scores.shape[-2:] for scores in cls_scores]
+        device = cls_scores[0].device
+        anchor_list, valid_flag_list = self.get_anchors(sizes, batch_img_metas, device=device)
+        anchors = cat_boxes(anchor_list[0])
+        labels, label_weights, bbox_targets = self.get_targets(
+            anchors,
+            [len(level) for level in anchor_list[0]],
+            [torch.cat(flags) for flags in valid_flag_list],
+            batch_gt_instances,
+            batch_img_metas,
+            batch_gt_instances_ignore,
+        )
+        with torch.autocast(device.type, enabled=False):
+            scores = _flatten(cls_scores)
+            positive = ((labels >= 0) & (labels < self.num_classes)).nonzero().squeeze(1)
+            num_positive = reduce_mean(scores.new_tensor(float(len(positive)))).clamp(min=1)
+            # Without positives these have no rows: the losses are then 0 and their gradient too.
+            logits = _flatten(bbox_preds)[positive]
+            pos_anchors = anchors[positive % len(anchors)]
+            pos_targets = bbox_targets[positive]
+            boxes = get_box_tensor(self.bbox_coder.decode(pos_anchors, self.integral(logits)))
+
+            losses = {}
+            if isinstance(self.loss_cls, QualityFocalLoss):
+                quality = scores.new_zeros(len(scores))
+                quality[positive] = rotated_iou(boxes.detach(), pos_targets)
+                cls_targets = (labels, quality)
+                weights = scores[positive].detach().sigmoid().amax(1)
+            else:
+                cls_targets = labels
+                weights = scores.new_ones(len(positive))
+            losses["loss_cls"] = self.loss_cls(
+                scores, cls_targets, weight=label_weights, avg_factor=num_positive
+            )
+            total_weight = reduce_mean(weights.sum()).clamp(min=1)
+            losses["loss_bbox"] = self.loss_bbox(
+                boxes, pos_targets, weight=weights, avg_factor=total_weight
+            )
+            if self.loss_dfl is not None:
+                deltas = self.bbox_coder.encode(pos_anchors, RotatedBoxes(pos_targets))
+                losses["loss_dfl"] = self.loss_dfl(
+                    logits.reshape(-1, self.reg_max + 1),
+                    self.integral.to_bins(deltas).flatten(),
+                    weight=weights.repeat_interleave(5),
+                    avg_factor=5 * total_weight,
+                )
+        return losses
+
+    def get_targets(
+        self,
+        anchors: RotatedBoxes,
+        num_level_anchors: list[int],
+        valid_flag_list: list[Tensor],
+        batch_gt_instances: list[InstanceData],
+        batch_img_metas: list[dict],
+        batch_gt_instances_ignore: list[InstanceData] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Targets of all anchors of a batch.
+
+        Args:
+            anchors (RotatedBoxes): ``(A, 5)``, level after level, the same for every image.
+            num_level_anchors (list[int]): Anchors of each level.
+            valid_flag_list (list[Tensor]): Per image ``(A,)``, whether an anchor's location lies
+                within the padded image.
+            batch_gt_instances, batch_img_metas, batch_gt_instances_ignore: As in
+                :meth:`loss_by_feat`.
+
+        Returns:
+            tuple: ``labels`` ``(B * A,)``, class or ``num_classes`` for background;
+            ``label_weights`` ``(B * A,)``, 0 for anchors that count neither as object nor as
+            background; ``bbox_targets`` ``(B * A, 5)`` in pixels and radians, 0 for all but the
+            positives.
+        """
+        if batch_gt_instances_ignore is None:
+            batch_gt_instances_ignore = [None] * len(batch_img_metas)
+        targets = multi_apply(
+            self._get_targets_single,
+            valid_flag_list,
+            batch_gt_instances,
+            batch_img_metas,
+            batch_gt_instances_ignore,
+            anchors=anchors,
+            num_level_anchors=num_level_anchors,
+        )
+        return tuple(map(torch.cat, targets))
+
+    def _get_targets_single(
+        self,
+        valid_flags: Tensor,
+        gt_instances: InstanceData,
+        img_meta: dict,
+        gt_instances_ignore: InstanceData | None,
+        anchors: RotatedBoxes,
+        num_level_anchors: list[int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Targets of one image; see :meth:`get_targets`."""
+        inside = anchor_inside_flags(
+            anchors, valid_flags, img_meta["img_shape"], self.train_cfg.get("allowed_border", -1)
+        )
+        assigned = self.assigner.assign(
+            InstanceData(priors=anchors[inside]),
+            [int(flags.sum()) for flags in inside.split(num_level_anchors)],
+            gt_instances,
+            gt_instances_ignore,
+        )
+        gt_inds = valid_flags.new_full((len(anchors),), -1, dtype=torch.long)
+        gt_inds[inside] = assigned.gt_inds
+        positive = gt_inds > 0
+        pos_gt_inds = gt_inds[positive] - 1
+        labels = torch.full_like(gt_inds, self.num_classes)
+        labels[positive] = gt_instances.labels[pos_gt_inds]
+        label_weights = (gt_inds >= 0).float()
+        pos_weight = self.train_cfg.get("pos_weight", -1)
+        if pos_weight > 0:
+            label_weights[positive] = pos_weight
+        bbox_targets = torch.zeros_like(anchors.tensor)
+        bbox_targets[positive] = get_box_tensor(gt_instances.bboxes)[pos_gt_inds]
+        return labels, label_weights, bbox_targets
+
+    def predict_by_feat(
+        self, cls_scores: list[Tensor], bbox_preds: list[Tensor], *args, **kwargs
+    ) -> list[InstanceData]:
+        """Boxes of a batch after NMS.
+
+        Args:
+            cls_scores, bbox_preds (list[Tensor]): Outputs of :meth:`forward`.
+            *args, **kwargs: As in mmdet's ``BaseDenseHead.predict_by_feat``.
+
+        Returns:
+            list[InstanceData]: Per image ``bboxes``, RotatedBoxes ``(N, 5)`` in pixels and radians
+            (le135), ``scores`` ``(N,)`` and ``labels`` ``(N,)``, the best first.
+        """
+        with torch.autocast(cls_scores[0].device.type, enabled=False):
+            deltas = []
+            for logits in bbox_preds:
+                batch, _, height, width = logits.shape
+                level = self.integral(_flatten([logits]))
+                deltas.append(level.reshape(batch, height, width, 5).permute(0, 3, 1, 2))
+            cls_scores = [scores.float() for scores in cls_scores]
+            return super().predict_by_feat(cls_scores, deltas, *args, **kwargs)
+
+
+def _flatten(maps: list[Tensor]) -> Tensor:
+    """Levels ``(B, C, H_i, W_i)`` as float32 rows ``(B * A, C)``: by image, level, row, column."""
+    rows = [level.permute(0, 2, 3, 1).flatten(1, 2) for level in maps]
+    return torch.cat(rows, 1).flatten(0, 1).float()
