@@ -182,7 +182,7 @@ def build_test_runner(
         config: with ``work_dir`` set.
         checkpoint: file of a trained model of this config.
         out: ``.pkl`` file for all predictions.
-        show_dir: folder, below the work directory's run folder, for pictures of predictions.
+        show_dir: folder for pictures of predictions.
         tta: test-time augmentation as the config's ``tta_model`` and ``tta_pipeline`` say.
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
 
@@ -243,7 +243,8 @@ def _draw_predictions(config: Config, show_dir: str) -> None:
     hook.draw = True
     hook.interval = 1
     if hook.type == "DetVisualizationHook":
-        hook.test_out_dir = show_dir
+        # mmdet joins this to the run's folder again at every batch; an absolute path stays itself.
+        hook.test_out_dir = str(Path(show_dir).resolve())
     else:
         config.visualizer.save_dir = show_dir
 

@@ -1,0 +1,81 @@
+# The 1x config cut down to what two CPU cores learn from scratch in minutes, on generated shapes
+# of 128 px (`make quickstart`). Not a recipe for real data: see the custom template beside it.
+_base_ = "mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py"
+
+data_root = "data/quickstart-shapes/"
+classes = ("circle", "rectangle", "triangle", "star")
+size = (128, 128)
+max_iters = 420
+
+# From scratch: train the batch norms, add some to the neck, let the blocks speak from the start.
+# For two cores: half the channels in neck and heads, fewer proposals.
+width = 128
+roi_extractor = dict(out_channels=width)
+model = dict(
+    backbone=dict(norm_eval=False, layer_scale_init_value=0.5, bias_grid=4, init_cfg=None),
+    neck=dict(out_channels=width, norm_cfg=dict(type="BN")),
+    rpn_head=dict(in_channels=width, feat_channels=width),
+    roi_head=dict(
+        bbox_roi_extractor=roi_extractor,
+        bbox_head=dict(in_channels=width, fc_out_channels=256, num_classes=len(classes)),
+        mask_roi_extractor=roi_extractor,
+        mask_head=dict(
+            in_channels=width, conv_out_channels=width, num_convs=2, num_classes=len(classes)
+        ),
+    ),
+    train_cfg=dict(
+        rpn_proposal=dict(nms_pre=400, max_per_img=200),
+        rcnn=dict(sampler=dict(num=64)),
+    ),
+    test_cfg=dict(rpn=dict(nms_pre=400, max_per_img=200), rcnn=dict(max_per_img=20)),
+)
+metainfo = dict(classes=classes)
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="RandomFlip", prob=0.75, direction=["horizontal", "vertical", "diagonal"]),
+    dict(type="PackDetInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=size, keep_ratio=True),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(
+        type="PackDetInputs",
+        meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
+    ),
+]
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    sampler=dict(type="InfiniteSampler"),
+    dataset=dict(
+        data_root=data_root,
+        metainfo=metainfo,
+        filter_cfg=dict(filter_empty_gt=True, min_size=0),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
+test_evaluator = val_evaluator
+
+train_cfg = dict(
+    _delete_=True, type="IterBasedTrainLoop", max_iters=max_iters, val_interval=max_iters
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=50, end=max_iters, eta_min=1e-5),
+]
+optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=10, norm_type=2))
+log_processor = dict(by_epoch=False)
+default_hooks = dict(
+    logger=dict(interval=10),
+    checkpoint=dict(by_epoch=False, interval=max_iters, save_best=None),
+)
+randomness = dict(seed=0)

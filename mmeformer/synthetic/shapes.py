@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scenes of overlapping shapes, and a COCO-format data set of them.
+
+The scene is drawn back to front: a shape hides what is behind it, and a mask is what stays visible.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+CLASSES = ("circle", "rectangle", "triangle", "star")
+MIN_VISIBLE_SHARE = 0.3
+"""An instance of which less than this share is visible is not annotated (and is drawn over)."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A visible shape.
+
+    Args:
+        label: index into :data:`CLASSES`.
+        mask: (H, W) bool, the visible pixels.
+    """
+
+    label: int
+    mask: np.ndarray
+
+
+def outline(label: int, centre: tuple[float, float], radius: float, angle: float) -> np.ndarray:
+    """Corner points (N, 2), x and y in pixels, of a shape inscribed in a circle of ``radius``.
+
+    ``angle`` in radians turns it.
+    """
+    name = CLASSES[label]
+    if name == "circle":
+        directions = np.linspace(0, 2 * math.pi, 48, endpoint=False)
+        radii = np.full(48, radius)
+    elif name == "rectangle":
+        half = math.radians(32)  # of a rectangle about 1.6 times as wide as high
+        directions = np.array([half, math.pi - half, math.pi + half, -half])
+        radii = np.full(4, radius)
+    elif name == "triangle":
+        directions = np.arange(3) * 2 * math.pi / 3
+        radii = np.full(3, radius)
+    else:
+        directions = np.arange(10) * math.pi / 5
+        radii = np.where(np.arange(10) % 2 == 0, radius, 0.45 * radius)
+    directions = directions + angle
+    points = np.stack([np.cos(directions), np.sin(directions)], axis=1) * radii[:, None]
+    return points + np.asarray(centre)
+
+
+def draw_scene(
+    rng: np.random.Generator, size: int, max_shapes: int = 6
+) -> tuple[np.ndarray, list[Instance]]:
+    """A random image (size, size, 3) uint8 BGR and its visible instances, at least one.
+
+    Background: a colour gradient with noise. Shapes: 2 to ``max_shapes``, of any colour that stands
+    out a little, radius between 8% and 22% of the side.
+    """
+    ramp = np.linspace(0, 1, size)[:, None, None]
+    first, last = rng.uniform(30, 225, (2, 1, 1, 3))
+    image = np.broadcast_to(first * (1 - ramp) + last * ramp, (size, size, 3)).copy()
+    if rng.random() < 0.5:
+        image = image.transpose(1, 0, 2).copy()
+    owner = np.full((size, size), -1, dtype=np.int32)
+    labels, areas = [], []
+    for index in range(int(rng.integers(2, max_shapes + 1))):
+        label = int(rng.integers(len(CLASSES)))
+        radius = rng.uniform(0.08, 0.22) * size
+        centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
+        points = outline(label, tuple(centre), radius, rng.uniform(0, 2 * math.pi))
+        drawn = np.zeros((size, size), dtype=np.uint8)
+        cv2.fillPoly(drawn, [np.round(points).astype(np.int32)], 1)
+        inside = drawn.astype(bool)
+        behind = image[inside].mean(axis=0)
+        colour = rng.uniform(0, 255, 3)
+        while np.abs(colour - behind).max() < 60:
+            colour = rng.uniform(0, 255, 3)
+        image[inside] = colour
+        owner[inside] = index
+        labels.append(label)
+        areas.append(int(inside.sum()))
+    image += rng.normal(0, 8, image.shape)
+    instances = [
+        Instance(label, owner == index)
+        for index, (label, area) in enumerate(zip(labels, areas, strict=True))
+        if (owner == index).sum() >= MIN_VISIBLE_SHARE * area
+    ]
+    return image.clip(0, 255).astype(np.uint8), instances
+
+
+def write_coco_dataset(
+    root: str | Path,
+    train: int = 256,
+    val: int = 64,
+    size: int = 128,
+    seed: int = 0,
+) -> Path:
+    """Write scenes in COCO 2017 layout: ``train2017/``, ``val2017/``, ``annotations/``.
+
+    Image ``i`` of a split depends on ``seed``, the split and ``i`` alone. An existing, complete
+    data set with the same arguments is left as it is; the folder appears only when it is complete.
+
+    Args:
+        root: folder of the data set.
+        train, val: number of images.
+        size: side of the square images in pixels.
+        seed: of the random numbers.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: the folder exists but holds something else.
+    """
+    root = Path(root)
+    recipe = dict(generator="shapes-1", train=train, val=val, size=size, seed=seed)
+    marker = root / "recipe.json"
+    if root.exists():
+        if marker.is_file() and json.loads(marker.read_text()) == recipe:
+            return root
+        raise FileExistsError(
+            f"{root} exists and is not the data set asked for; move it away or remove it"
+        )
+    building = root.with_name(f"{root.name}.{os.getpid()}.partial")
+    shutil.rmtree(building, ignore_errors=True)
+    for number, (split, count) in enumerate((("train2017", train), ("val2017", val))):
+        _write_split(building, split, count, size, (seed, number))
+    (building / marker.name).write_text(json.dumps(recipe))
+    building.rename(root)
+    return root
+
+
+def _write_split(root: Path, split: str, count: int, size: int, seed: tuple[int, int]) -> None:
+    (root / split).mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    images, annotations = [], []
+    for index in range(count):
+        rng = np.random.default_rng([*seed, index])
+        image, instances = draw_scene(rng, size)
+        name = f"{index:06d}.png"
+        cv2.imwrite(str(root / split / name), image)
+        images.append(dict(id=index, file_name=name, width=size, height=size))
+        for instance in instances:
+            encoded = coco_mask.encode(np.asfortranarray(instance.mask.astype(np.uint8)))
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=index,
+                    category_id=instance.label + 1,
+                    bbox=[float(value) for value in coco_mask.toBbox(encoded)],
+                    area=int(coco_mask.area(encoded)),
+                    segmentation=dict(size=encoded["size"], counts=encoded["counts"].decode()),
+                    iscrowd=0,
+                )
+            )
+    categories = [dict(id=number, name=name) for number, name in enumerate(CLASSES, 1)]
+    content = dict(images=images, annotations=annotations, categories=categories)
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
