@@ -10,6 +10,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmeformer.checkpoints.load import with_strict_pretrained
 from mmeformer.layers.blocks import Stem
 from mmeformer.variants import Architecture, find_variant
 
@@ -138,13 +139,27 @@ class PyramidBackbone(BaseModule):
         raise NotImplementedError
 
     def init_weights(self) -> None:
-        """Published initialisation (linear layers: normal, std 0.02), then ``init_cfg``."""
+        """Published initialisation (linear layers: normal, std 0.02), then ``init_cfg``.
+
+        ``dict(type="Pretrained", checkpoint=...)`` takes a local path, an address or
+        ``timm://<model>.<tag>``, in any published format, and loads all of it or raises
+        (:func:`mmeformer.checkpoints.load.load_pretrained`). Its keys ``prefix`` and
+        ``map_location`` are mmengine's; ``allow_partial=True`` loads what fits.
+
+        Raises:
+            mmeformer.checkpoints.safe_load.CheckpointError: the checkpoint cannot be used.
+        """
         if not self.is_init:
             for module in self.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.trunc_normal_(module.weight, std=0.02)
                     nn.init.zeros_(module.bias)
-        super().init_weights()
+        configured = self.init_cfg
+        self.init_cfg = with_strict_pretrained(configured)
+        try:
+            super().init_weights()
+        finally:
+            self.init_cfg = configured
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (B, 3, H, W) -> tuple of (B, C_i, ceil(H / s_i), ceil(W / s_i)), i in ``out_indices``.

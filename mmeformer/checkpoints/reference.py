@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 
+from torch import Tensor
+
 from mmeformer.variants import Architecture
 
 _STEM = {
@@ -57,6 +59,18 @@ def reference_name(name: str, family: str, architecture: Architecture, downstrea
         rest = _block_name(match[3], downstream)
         return f"network.{2 * stage}.{position}.{rest}"
     raise KeyError(name)
+
+
+def reference_layout(name: str, tensor: Tensor, family: str) -> Tensor:
+    """Our tensor ``name`` in the reference's shape.
+
+    Bias tables are flat there, (heads, rows * columns), and V2's layer scales are (C, 1, 1).
+    """
+    if name.endswith(".attention_bias.table"):
+        return tensor.flatten(1)
+    if family == "v2" and name.endswith(".gamma"):
+        return tensor[:, None, None]
+    return tensor
 
 
 def _downsample_name(rest: str, attentive: bool, downstream: bool) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.torch
+import timm
 import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging.history_buffer import HistoryBuffer
@@ -30,8 +31,9 @@ from mmengine.runner.checkpoint import (
     get_mmcls_models,
     get_torchvision_models,
 )
+from timm.models import get_pretrained_cfg, load_state_dict_from_hf
 
-HTTP = ("http://", "https://")
+TIMM = "timm://"
 
 
 class CheckpointError(RuntimeError):
@@ -178,7 +180,7 @@ def _refusal(path: Path, error: pickle.UnpicklingError) -> str:
     message = str(error)
     names = re.findall(r"GLOBAL ([^\n]+?) (?:was not|is not|whose module)", message)
     # Some refusals name no global, such as a call of something that a file made up itself.
-    reason = re.search(r"WeightsUnpickler error: ([^\n]+)", message)
+    reason = re.search(r"WeightsUnpickler error:\s*([^\n]+)", message)
     what = ", ".join(names) or (reason[1] if reason else message.strip().splitlines()[0])
     return (
         f"{path} is refused: it holds more than tensors and plain values ({what}), and reading "
@@ -232,6 +234,32 @@ def load_from_http(filename: str, map_location=None) -> dict:
     return read(download(filename), map_location)
 
 
+def load_from_timm(filename: str, map_location=None) -> dict:
+    """Loader of ``timm://<model>.<tag>``: timm's own download and cache, safetensors if it can.
+
+    Without a network it takes the file from the cache of the Hugging Face hub. Tensors arrive on
+    the CPU.
+
+    Raises:
+        CheckpointError: timm knows no such weights, or they can be neither found nor downloaded.
+    """
+    name = filename.removeprefix(TIMM)
+    published = get_pretrained_cfg(name)
+    if published is None or not published.hf_hub_id:
+        raise CheckpointError(
+            f"{filename} is unknown to timm {timm.__version__}: names look like "
+            f"{TIMM}efficientformerv2_s0.snap_dist_in1k"
+        )
+    try:
+        return load_state_dict_from_hf(published.hf_hub_id, weights_only=True)
+    except (OSError, ValueError, RuntimeError) as error:  # the hub raises subclasses of these
+        raise CheckpointError(
+            f"{filename} could not be read from the cache of the Hugging Face hub nor downloaded "
+            f"from its repository {published.hf_hub_id} ({str(error).splitlines()[0]}): check the "
+            "connection, or download model.safetensors elsewhere and give its local path"
+        ) from error
+
+
 def _look_up(filename: str, table: dict[str, str], map_location) -> dict:
     name = filename.split("://", 1)[1]
     if name not in table:
@@ -271,6 +299,35 @@ def load_from_unsupported(filename: str, map_location=None) -> dict:
     )
 
 
+# mmengine matches these from the start of the name, as regular expressions, longest first.
+_LOADERS = {
+    r"(\S+\:)?s3://": load_from_unsupported,
+    r"(\S+\:)?petrel://": load_from_unsupported,
+    "pavi://": load_from_unsupported,
+    "modelzoo://": load_from_torchvision,
+    "torchvision://": load_from_torchvision,
+    "open-mmlab://": load_from_openmmlab,
+    "openmmlab://": load_from_openmmlab,
+    "mmcls://": load_from_mmcls,
+    TIMM: load_from_timm,
+    "http://": load_from_http,
+    "https://": load_from_http,
+    "": load_from_local,
+}
+
+
+def load(source: str | Path, map_location="cpu") -> dict:
+    """Read a checkpoint from a local path, an address or a named collection (``timm://...``).
+
+    Raises:
+        FileNotFoundError: no such local file.
+        CheckpointError: see :func:`read`.
+    """
+    source = str(source)
+    loader = next(found for prefix, found in _LOADERS.items() if re.match(prefix, source))
+    return loader(source, map_location)
+
+
 def install() -> None:
     """Make mmengine read every checkpoint through this file, with no fallback.
 
@@ -278,12 +335,5 @@ def install() -> None:
     the Runner, ``init_detector``, ``init_model``, the inferencers, and ``Pretrained``
     initialisation of any module. Uses mmengine's public registration; may be called again.
     """
-    for prefixes, loader in (
-        ("", load_from_local),
-        (HTTP, load_from_http),
-        (("modelzoo://", "torchvision://"), load_from_torchvision),
-        (("open-mmlab://", "openmmlab://"), load_from_openmmlab),
-        ("mmcls://", load_from_mmcls),
-        (("pavi://", r"(\S+\:)?s3://", r"(\S+\:)?petrel://"), load_from_unsupported),
-    ):
-        CheckpointLoader.register_scheme(prefixes, loader=loader, force=True)
+    for prefix, loader in _LOADERS.items():
+        CheckpointLoader.register_scheme(prefix, loader=loader, force=True)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published checkpoint formats, and how to tell which one a state dict has.
+
+A format is one function from our tensor names to its own, one from our shapes to its own, and the
+named rules by which tensors that a backbone has no place for are dropped. Everything else in this
+package works on any format; adding one touches this list and one new file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from mmeformer.checkpoints.huggingface import huggingface_layout, huggingface_name
+from mmeformer.checkpoints.reference import reference_layout, reference_name
+from mmeformer.checkpoints.timm import timm_layout, timm_name
+from mmeformer.variants import Architecture
+
+HEADS = "classifier heads"
+FINAL_NORM = "final norm of the classifier"
+INDICES = "computed indices, not weights"
+UNREAD_TABLES = "ImageNet bias tables that the reference never reads downstream"
+NO_PLACE = "pyramid norms, which this format has no place for"
+
+_NORM_LEAVES = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to name and shape the tensors of a backbone.
+
+    Args:
+        title: for reports.
+        name: (our name, family, architecture) -> its name; injective.
+        layout: (our name, our tensor, family) -> its tensor, a reshape.
+        families: the families it exists for.
+        pyramid_norms: whether V1's norms of the pyramid levels have a place in it.
+        drops: (pattern of its names, rule), for tensors that are no part of a backbone.
+    """
+
+    title: str
+    name: Callable[[str, str, Architecture], str]
+    layout: Callable[[str, Tensor, str], Tensor]
+    families: tuple[str, ...] = ("v1", "v2")
+    pyramid_norms: bool = False
+    drops: tuple[tuple[str, str], ...] = ()
+
+    def holds(self, name: str) -> bool:
+        """Whether our tensor ``name`` has a place in this format."""
+        return self.pyramid_norms or not name.startswith("norms.")
+
+    def rule(self, foreign: str) -> str | None:
+        """The rule that drops the tensor ``foreign``, or None."""
+        for pattern, rule in self.drops:
+            if re.fullmatch(pattern, foreign):
+                return rule
+        return None
+
+
+def _same_name(name: str, family: str, architecture: Architecture) -> str:
+    return name
+
+
+def _same_layout(name: str, tensor: Tensor, family: str) -> Tensor:
+    return tensor
+
+
+NATIVE = Format("mmeformer", _same_name, _same_layout, pyramid_norms=True)
+REFERENCE = Format(
+    "reference implementation, classification",
+    partial(reference_name, downstream=False),
+    reference_layout,
+    drops=(
+        (r"(dist_)?head\.(weight|bias)", HEADS),
+        (rf"norm\.{_NORM_LEAVES}", FINAL_NORM),
+        (r".+\.attention_bias_idxs", INDICES),
+    ),
+)
+REFERENCE_DOWNSTREAM = Format(
+    "reference implementation, detection or segmentation",
+    partial(reference_name, downstream=True),
+    reference_layout,
+    pyramid_norms=True,
+    drops=(
+        (r".+\.attention_bias_idxs(_seg)?", INDICES),
+        (r".+\.attention_biases", UNREAD_TABLES),
+    ),
+)
+TIMM = Format(
+    "timm",
+    timm_name,
+    timm_layout,
+    drops=(
+        (r"head(_dist)?\.(weight|bias)", HEADS),
+        (rf"norm\.{_NORM_LEAVES}", FINAL_NORM),
+        (r".+\.attention_bias_idxs", INDICES),
+    ),
+)
+HUGGINGFACE = Format(
+    "Hugging Face transformers",
+    huggingface_name,
+    huggingface_layout,
+    families=("v1",),
+    drops=(
+        (r"(distillation_)?classifier\.(weight|bias)", HEADS),
+        (rf"efficientformer\.layernorm\.{_NORM_LEAVES}", FINAL_NORM),
+        (r".+\.attention_bias_idxs", INDICES),
+    ),
+)
+
+# Patterns of names that tell a format, the telling ones first. Where none of the first marks is
+# there (a piece of a V2 file without attention), timm's names and ours are the same anyway.
+_MARKS = (
+    (r"efficientformer\.(patch_embed|encoder)\..+", HUGGINGFACE),
+    (r"network\.\d+\..+\.attention_biases_seg", REFERENCE_DOWNSTREAM),
+    (r"(network|patch_embed)\.\d+\..+", REFERENCE),
+    (r"stages\.\d\..+\.attention_bias\.table|norms\.\d\..+", NATIVE),
+    (r"stages\.\d\..+\.attention_biases|stem\.norm\d\..+|head(_dist)?\.weight", TIMM),
+    (r"(stem|stages)\..+", NATIVE),
+)
+
+
+def detect(names: Iterable[str]) -> Format | None:
+    """The format of a backbone's state dict with these tensor names (no prefix), or None."""
+    names = list(names)
+    for pattern, form in _MARKS:
+        mark = re.compile(pattern)
+        if any(mark.fullmatch(name) for name in names):
+            return form
+    return None

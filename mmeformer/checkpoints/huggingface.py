@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor names of Hugging Face transformers (V1 only; ``models/efficientformer``, up to 4.x).
+
+Stages and the downsamples between them are numbered through, as in the reference, but the last
+stage stands apart with its blocks on maps and those on tokens in lists of their own.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+from mmeformer.variants import Architecture
+
+_STEM = {
+    "conv1.conv": "convolution1",
+    "conv1.bn": "batchnorm_before",
+    "conv2.conv": "convolution2",
+    "conv2.bn": "batchnorm_after",
+}
+_DOWNSAMPLE = {"conv": "projection", "bn": "norm"}
+_BLOCK = {
+    "mlp.fc1.conv": "mlp.convolution1",
+    "mlp.fc1.bn": "mlp.batchnorm_before",
+    "mlp.fc2.conv": "mlp.convolution2",
+    "mlp.fc2.bn": "mlp.batchnorm_after",
+    "ls1.gamma": "layer_scale_1",
+    "ls2.gamma": "layer_scale_2",
+    "norm1": "layernorm1",
+    "norm2": "layernorm2",
+    "token_mixer.qkv": "token_mixer.qkv",
+    "token_mixer.proj": "token_mixer.projection",
+    "token_mixer.attention_bias.table": "token_mixer.attention_biases",
+    "mlp.fc1": "mlp.linear_in",
+    "mlp.fc2": "mlp.linear_out",
+}
+_LAST_STAGE = 3
+
+
+def huggingface_name(name: str, family: str, architecture: Architecture) -> str:
+    """Name that transformers gives to our tensor ``name`` (as in ``backbone.state_dict()``).
+
+    Raises:
+        KeyError: not a tensor of transformers' model (the pyramid norms are ours alone; V2 and
+            attention before the last stage do not exist there).
+    """
+    if family != "v1" or any(architecture.attention_blocks[:_LAST_STAGE]):
+        raise KeyError(name)
+    if match := re.fullmatch(r"stem\.(\w+\.\w+)\.(\w+)", name):
+        return f"efficientformer.patch_embed.{_STEM[match[1]]}.{match[2]}"
+    if match := re.fullmatch(r"stages\.(\d)\.downsample\.(\w+)\.(\w+)", name):
+        place = 2 * int(match[1]) - 1
+        rest = f"{_DOWNSAMPLE[match[2]]}.{match[3]}"
+        return f"efficientformer.encoder.intermediate_stages.{place}.{rest}"
+    if match := re.fullmatch(r"stages\.(\d)\.blocks\.(\d+)\.(.+)", name):
+        stage, position = int(match[1]), int(match[2])
+        first_on_tokens = architecture.depths[stage] - architecture.attention_blocks[stage]
+        kind = "meta4D_layers"
+        if position >= first_on_tokens:
+            kind, position = "meta3D_layers", position - first_on_tokens
+        place = "last_stage" if stage == _LAST_STAGE else f"intermediate_stages.{2 * stage}"
+        return f"efficientformer.encoder.{place}.{kind}.blocks.{position}.{_block_name(match[3])}"
+    raise KeyError(name)
+
+
+def _block_name(rest: str) -> str:
+    if rest in _BLOCK:
+        return _BLOCK[rest]
+    part, leaf = rest.rsplit(".", 1)
+    return f"{_BLOCK[part]}.{leaf}"
+
+
+def huggingface_layout(name: str, tensor: Tensor, family: str) -> Tensor:
+    """Our tensor ``name`` in transformers' shape: bias tables are flat, (heads, rows * columns)."""
+    return tensor.flatten(1) if name.endswith(".attention_bias.table") else tensor

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happened to every tensor of a checkpoint, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+NEW_NORMS = "pyramid norms, which ImageNet checkpoints do not have: they keep their initial values"
+NEW_COUNTERS = "counters of batch norms, which the file leaves out: they keep their values"
+SHOWN = 8
+
+
+def shorten(items: Sequence[str], shown: int = SHOWN) -> str:
+    """The first few items and how many more there are."""
+    more = len(items) - shown
+    return ", ".join(items[:shown]) + (f" and {more} more" if more > 0 else "")
+
+
+@dataclass
+class Report:
+    """Account of a checkpoint: every tensor is in exactly one of these places.
+
+    Args:
+        title: what was done, such as ``"loaded into efficientformerv2_s0"``.
+        source: the file or address.
+        format: title of the format found.
+        variant: name of the published variant found, or None.
+        loaded: our names of the tensors that were taken over.
+        dropped: rule -> names in the file.
+        new: reason -> our names of tensors that the file does not hold.
+        resized: (our name, grid of the file, grid of the model) of every bias table resized.
+        cast: number types of the file that were converted to those of the model.
+        unused: problems that were let pass on request: reason -> names with shapes.
+        notes: what else is worth knowing.
+        warnings: what probably needs attention.
+    """
+
+    title: str
+    source: str
+    format: str = ""
+    variant: str | None = None
+    loaded: list[str] = field(default_factory=list)
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    new: dict[str, list[str]] = field(default_factory=dict)
+    resized: list[tuple[str, tuple[int, int], tuple[int, int]]] = field(default_factory=list)
+    cast: set[str] = field(default_factory=set)
+    unused: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def drop(self, rule: str, names: Iterable[str]) -> None:
+        """Add names to a rule; none leaves the rule out."""
+        if names := list(names):
+            self.dropped.setdefault(rule, []).extend(names)
+
+    def rows(self) -> list[tuple[str, int | None, str]]:
+        """(heading, number of tensors or None, details) in the order to be read."""
+        rows: list[tuple[str, int | None, str]] = [
+            ("source", None, self.source),
+            ("format", None, self.format),
+        ]
+        if self.variant:
+            rows.append(("variant", None, self.variant))
+        rows.append(("taken over", len(self.loaded), "tensors of the backbone"))
+        for rule, names in self.dropped.items():
+            rows.append(("dropped", len(names), f"{rule}: {shorten(names)}"))
+        for reason, names in self.new.items():
+            rows.append(("new", len(names), f"{reason}: {shorten(names)}"))
+        for old, new in dict.fromkeys((old, new) for _, old, new in self.resized):
+            names = [name for name, *change in self.resized if change == [old, new]]
+            rows.append(
+                (
+                    "resized",
+                    len(names),
+                    f"bias tables {_grid(old)} -> {_grid(new)}: {names[0]}, ...",
+                )
+            )
+        if self.cast:
+            rows.append(("converted", None, f"from {', '.join(sorted(self.cast))}"))
+        for reason, names in self.unused.items():
+            rows.append(("PROBLEM", len(names), f"{reason}: {shorten(names)}"))
+        rows += [("note", None, note) for note in self.notes]
+        rows += [("WARNING", None, warning) for warning in self.warnings]
+        return rows
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether anything was let pass or warned of."""
+        return bool(self.unused or self.warnings)
+
+    def __str__(self) -> str:
+        lines = [f"Checkpoint {self.title}"]
+        for heading, count, details in self.rows():
+            number = "" if count is None else f"{count} "
+            lines.append(f"  {heading:<10} {number}{details}")
+        return "\n".join(lines)
+
+
+def _grid(grid: tuple[int, int]) -> str:
+    return f"{grid[0]} x {grid[1]}"

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor names of timm (``timm/models/efficientformer.py`` and ``efficientformer_v2.py``)."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+from mmeformer.variants import Architecture
+
+_TABLE = ".attention_bias.table"
+
+
+def timm_name(name: str, family: str, architecture: Architecture) -> str:
+    """Name that timm gives to our tensor ``name`` (as in ``backbone.state_dict()``).
+
+    Our names follow timm's V2. Its V1 is older: convolutions and norms lie side by side, and the
+    layer that turns the map into tokens takes a place of its own among the blocks.
+
+    Raises:
+        KeyError: not a tensor of timm's model (the pyramid norms are ours alone).
+    """
+    if not name.startswith(("stem.", "stages.")):
+        raise KeyError(name)
+    name = name.replace(_TABLE, ".attention_biases")
+    if family == "v2":
+        return name
+    name = re.sub(r"^stem\.conv(\d)\.conv\.", r"stem.conv\1.", name)
+    name = re.sub(r"^stem\.conv(\d)\.bn\.", r"stem.norm\1.", name)
+    name = re.sub(r"\.downsample\.bn\.", ".downsample.norm.", name)
+    name = re.sub(r"\.mlp\.fc(\d)\.conv\.", r".mlp.fc\1.", name)
+    name = re.sub(r"\.mlp\.fc(\d)\.bn\.", r".mlp.norm\1.", name)
+    if match := re.match(r"stages\.(\d)\.blocks\.(\d+)\.", name):
+        stage, position = int(match[1]), int(match[2])
+        if position >= architecture.depths[stage] - architecture.attention_blocks[stage]:
+            name = f"stages.{stage}.blocks.{position + 1}.{name[match.end() :]}"
+    return name
+
+
+def timm_layout(name: str, tensor: Tensor, family: str) -> Tensor:
+    """Our tensor ``name`` in timm's shape: bias tables are flat, (heads, rows * columns)."""
+    return tensor.flatten(1) if name.endswith(_TABLE) else tensor

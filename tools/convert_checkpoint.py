@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Convert a checkpoint between the published formats and ours.
+
+Reads files of the reference implementation (classification, detection, segmentation), timm, Hugging
+Face transformers and mmeformer, told apart by their content.
+
+Examples:
+    convert_checkpoint.py eformer_s0_450.pth efficientformerv2_s0.pth
+    convert_checkpoint.py timm://efficientformer_l1.snap_dist_in1k l1.safetensors
+    convert_checkpoint.py work_dirs/my_detector/epoch_12.pth backbone_for_timm.pth --to timm
+"""
+
+import argparse
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from mmeformer.checkpoints.convert import TARGETS, convert
+from mmeformer.checkpoints.report import Report
+from mmeformer.checkpoints.safe_load import CheckpointError
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SRC", help="file, address or timm://<model>.<tag>")
+    parser.add_argument("target", metavar="DST", help="file: .pth, .pt, .bin or .safetensors")
+    parser.add_argument("--to", choices=TARGETS, default="native", help="default: %(default)s")
+    parser.add_argument("--force", action="store_true", help="overwrite DST if it exists")
+    return parser.parse_args(argv)
+
+
+def as_table(report: Report) -> Table:
+    """The report as a table to print."""
+    table = Table("", "tensors", "details", title=f"Checkpoint {report.title}")
+    for heading, count, details in report.rows():
+        table.add_row(heading, "" if count is None else str(count), details)
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = parse_args(argv)
+    try:
+        report = convert(args.source, args.target, args.to, args.force)
+    except FileExistsError as error:
+        print(f"error: {error} (--force)", file=sys.stderr)
+        return 1
+    except (CheckpointError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    Console().print(as_table(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
