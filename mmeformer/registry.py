@@ -3,7 +3,9 @@
 
 mmengine imports this very file by itself when it meets a scoped name such as
 ``type="mmeformer.EfficientFormerV2"``, and then the modules in ``locations``
-(``mmengine.registry.Registry.import_from_location``). So configs need no ``custom_imports``.
+(``mmengine.registry.Registry.import_from_location``). So configs need no ``custom_imports``, save
+for what works with one of mmdet and mmseg only: the runtime base of each task imports that, so that
+nobody needs both.
 """
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
@@ -16,13 +18,11 @@ from mmengine.registry import Registry
 MODELS = Registry(
     "model", parent=MMENGINE_MODELS, scope="mmeformer", locations=["mmeformer.backbones"]
 )
-DATASETS = Registry(
-    "dataset", parent=MMENGINE_DATASETS, scope="mmeformer", locations=["mmeformer.detection"]
-)
+DATASETS = Registry("dataset", parent=MMENGINE_DATASETS, scope="mmeformer")
 TASK_UTILS = Registry(
     "task util", parent=MMENGINE_TASK_UTILS, scope="mmeformer", locations=["mmeformer.rotated"]
 )
-HOOKS = Registry("hook", parent=MMENGINE_HOOKS, scope="mmeformer", locations=["mmeformer.hooks"])
+HOOKS = Registry("hook", parent=MMENGINE_HOOKS, scope="mmeformer")
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor",
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,

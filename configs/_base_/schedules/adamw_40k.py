@@ -1,0 +1,12 @@
+# 40,000 iterations of AdamW, lr 2e-4 for 32 images, the published recipe: poly, no warm-up.
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=40000, val_interval=4000)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+# Down to 0 is published for V1; V2 configs stop at 1e-6.
+param_scheduler = [dict(type="PolyLR", power=0.9, eta_min=0.0, begin=0, end=40000, by_epoch=False)]
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=2e-4, betas=(0.9, 0.999), weight_decay=1e-4),
+)
+# `tools/train.py --auto-scale-lr` scales the rate to the real batch size.
+auto_scale_lr = dict(enable=False, base_batch_size=32)

@@ -1,0 +1,14 @@
+_base_ = "default_runtime.py"
+default_scope = "mmseg"
+# The data sets with their checks before training.
+custom_imports = dict(imports=["mmeformer.segmentation"], allow_failed_imports=False)
+default_hooks = dict(
+    logger=dict(log_metric_by_epoch=False),
+    checkpoint=dict(by_epoch=False, interval=4000, save_best="mIoU", rule="greater"),
+    visualization=dict(type="SegVisualizationHook"),
+)
+custom_hooks = [dict(type="mmeformer.SegNumClassCheckHook")]
+visualizer = dict(
+    type="SegLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer"
+)
+log_processor = dict(by_epoch=False)

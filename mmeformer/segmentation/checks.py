@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes in images and label masks that would end in a crash or, worse, in a silent low score.
+
+Pure functions from file names to findings: the data sets of this package run them on the first
+files before every training, and whoever wants to know everything runs them without a limit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ERROR = "error"
+WARNING = "warning"
+# EXIF: the picture is stored lying on its side. OpenCV turns it when it is read.
+ORIENTATION_TAG = 274
+SIDEWAYS = (5, 6, 7, 8)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with a data set.
+
+    Args:
+        severity: ``"error"`` (training would crash or learn nonsense) or ``"warning"``.
+        kind: short name of the mistake, the same for every file that has it.
+        path: the file, or the folder where no single file is to blame.
+        message: what is wrong and how to mend it.
+    """
+
+    severity: str
+    kind: str
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.path}: {self.message}"
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What one pair of files holds: label value -> pixels, or why it could not be read."""
+
+    image: str
+    mask: str
+    counts: dict[int, int]
+    finding: Finding | None = None
+
+
+def check_pairs(
+    pairs: Sequence[tuple[str, str]],
+    classes: Sequence[str],
+    *,
+    reduce_zero_label: bool,
+    ignore_index: int = 255,
+    training: bool = True,
+    limit: int | None = None,
+) -> list[Finding]:
+    """Check images and their label masks.
+
+    That every mask exists is checked for all pairs; for the first ``limit`` pairs the mask is read
+    in full and of the image the header (its size). Masks are read as mmseg reads them.
+
+    Args:
+        pairs: paths of images and masks.
+        classes: names of the classes, in the order of their labels.
+        reduce_zero_label: value 0 means "other" and the classes have the values 1, 2, ...; without
+            it they have 0, 1, ...
+        ignore_index: value of pixels that are not labelled.
+        training: the files are a training set, so that every class ought to occur.
+        limit: number of pairs to read; None reads all.
+
+    Returns:
+        Findings, errors first; kinds: ``missing mask``, ``unreadable image``, ``unreadable mask``,
+        ``colour mask``, ``size mismatch``, ``label out of range``, ``0/255 masks``,
+        ``reduce_zero_label``, ``nothing labelled``, ``unused class``.
+    """
+    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool:
+        exists = list(pool.map(os.path.isfile, [mask for _, mask in pairs]))
+        readable = [pair for pair, found in zip(pairs, exists, strict=True) if found][:limit]
+        read = list(pool.map(_read_pair, readable))
+    findings = [
+        Finding(
+            ERROR,
+            "missing mask",
+            image,
+            f"has no mask: {mask} does not exist; add it, take the image out, or correct "
+            "seg_map_suffix",
+        )
+        for (image, mask), found in zip(pairs, exists, strict=True)
+        if not found
+    ]
+    findings += [labels.finding for labels in read if labels.finding is not None]
+    findings += _check_labels(
+        [labels for labels in read if labels.counts],
+        classes,
+        reduce_zero_label,
+        ignore_index,
+        # Only who has seen every mask of a training set may miss a class in it.
+        complete=training and len(read) == len(pairs),
+    )
+    return sorted(findings, key=lambda finding: finding.severity != ERROR)
+
+
+def find_masks_without_image(
+    pairs: Iterable[tuple[str, str]], mask_dir: str, suffix: str
+) -> list[Finding]:
+    """Name the masks below ``mask_dir`` (files ending in ``suffix``) that belong to no pair."""
+    known = {os.path.normpath(mask) for _, mask in pairs}
+    return [
+        Finding(
+            WARNING,
+            "mask without image",
+            str(mask),
+            "belongs to no image and is not used; add the image, or correct img_suffix",
+        )
+        for mask in sorted(Path(mask_dir).rglob(f"*{suffix}"))
+        if os.path.normpath(mask) not in known
+    ]
+
+
+def describe(findings: Sequence[Finding], per_kind: int = 5) -> str:
+    """Findings as text, one a line; of each kind the first ``per_kind`` and how many more."""
+    total = Counter(finding.kind for finding in findings)
+    shown: Counter[str] = Counter()
+    lines = []
+    for finding in findings:
+        shown[finding.kind] += 1
+        if shown[finding.kind] <= per_kind:
+            lines.append(str(finding))
+        elif shown[finding.kind] == total[finding.kind]:
+            lines.append(f"... and {total[finding.kind] - per_kind} more of: {finding.kind}")
+    return "\n".join(lines)
+
+
+def _read_pair(pair: tuple[str, str]) -> _Labels:
+    """Label values of a mask, or what is wrong with the pair of files."""
+    image, mask = pair
+
+    def wrong(kind: str, path: str, message: str) -> _Labels:
+        return _Labels(image, mask, {}, Finding(ERROR, kind, path, message))
+
+    try:
+        image_size = _image_size(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        return wrong("unreadable image", image, f"cannot be read ({error}); copy it again")
+    try:
+        with Image.open(mask) as opened:
+            labels = np.asarray(opened).squeeze()
+    except (OSError, ValueError, SyntaxError) as error:
+        return wrong("unreadable mask", mask, f"cannot be read ({error}); export it again")
+    if labels.ndim != 2:
+        return wrong(
+            "colour mask",
+            mask,
+            f"has shape {labels.shape}: a picture of the labels in colours; "
+            "save one channel that holds the label of each pixel",
+        )
+    if not (np.issubdtype(labels.dtype, np.integer) or labels.dtype == bool):
+        return wrong(
+            "unreadable mask", mask, f"holds {labels.dtype} numbers; save labels as 8-bit integers"
+        )
+    if labels.shape != image_size:
+        return wrong(
+            "size mismatch",
+            mask,
+            f"is {labels.shape[1]} x {labels.shape[0]} px, but its image {image} is "
+            f"{image_size[1]} x {image_size[0]} px; make them the same pixel for pixel",
+        )
+    if labels.dtype in (np.uint8, bool):
+        counts = np.bincount(labels.reshape(-1).view(np.uint8), minlength=256)
+        values = np.flatnonzero(counts)
+        counts = counts[values]
+    else:
+        values, counts = np.unique(labels, return_counts=True)
+    return _Labels(image, mask, dict(zip(values.tolist(), counts.tolist(), strict=True)))
+
+
+def _image_size(path: str) -> tuple[int, int]:
+    """(height, width) of an image as OpenCV reads it, from its header."""
+    with Image.open(path) as image:
+        width, height = image.size
+        if image.getexif().get(ORIENTATION_TAG) in SIDEWAYS:
+            width, height = height, width
+    return height, width
+
+
+def _check_labels(
+    read: Sequence[_Labels],
+    classes: Sequence[str],
+    reduce_zero_label: bool,
+    ignore_index: int,
+    complete: bool,
+) -> list[Finding]:
+    """Findings about the values in masks that could be read."""
+    if not read:
+        return []
+    first = 1 if reduce_zero_label else 0
+    labels = range(first, first + len(classes))
+    allowed = {*labels, ignore_index, *range(first)}
+    seen = {value for item in read for value in item.counts}
+    beyond = seen - allowed
+
+    if len(classes) > 1 and ignore_index in seen and seen <= {0, ignore_index}:
+        example = next(item for item in read if ignore_index in item.counts)
+        return [
+            Finding(
+                ERROR,
+                "0/255 masks",
+                example.mask,
+                f"holds, like all {len(read)} masks read, no values but 0 and {ignore_index}, and "
+                f"{ignore_index} means 'not labelled': nothing but value 0 would be learned. Save "
+                f"{ignore_index} as 1 (or as the label of {classes[-1]!r})",
+            )
+        ]
+    findings = []
+    if not reduce_zero_label and beyond == {len(classes)}:
+        example = next(item for item in read if len(classes) in item.counts)
+        findings.append(
+            Finding(
+                ERROR,
+                "reduce_zero_label",
+                example.mask,
+                f"holds the value {len(classes)}, but {len(classes)} classes have the values 0 to "
+                f"{len(classes) - 1}. If value 0 means 'other' and {len(classes)} is "
+                f"{classes[-1]!r}, set reduce_zero_label=True; else a class is missing in "
+                "`classes`",
+            )
+        )
+    elif beyond:
+        findings += [
+            _out_of_range(item, beyond, labels, ignore_index)
+            for item in read
+            if beyond & item.counts.keys()
+        ]
+    findings += [
+        Finding(
+            WARNING,
+            "nothing labelled",
+            item.mask,
+            f"holds only {' and '.join(map(str, sorted(item.counts)))}: no pixel of any class; "
+            "correct the mask or take it out",
+        )
+        for item in read
+        if not item.counts.keys() & set(labels) and not item.counts.keys() & beyond
+    ]
+    unused = [name for value, name in zip(labels, classes, strict=True) if value not in seen]
+    # All classes but the last, and value 0: the very picture of masks that count from 0.
+    if reduce_zero_label and len(classes) > 1 and 0 in seen and unused == [classes[-1]]:
+        findings.append(
+            Finding(
+                ERROR if complete else WARNING,
+                "reduce_zero_label",
+                str(Path(read[0].mask).parent),
+                f"none of the {len(read)} masks read holds {labels[-1]} ({classes[-1]!r} with "
+                "reduce_zero_label=True), but value 0, which would be ignored, occurs. If 0 is "
+                f"{classes[0]!r}, set reduce_zero_label=False; if 0 means 'other', "
+                f"{classes[-1]!r} has no pixels here",
+            )
+        )
+    elif complete and unused:
+        findings.append(
+            Finding(
+                WARNING,
+                "unused class",
+                str(Path(read[0].mask).parent),
+                f"no mask has a pixel of {unused}: they cannot be learned; correct `classes`, "
+                "their order or the masks",
+            )
+        )
+    return findings
+
+
+def _out_of_range(item: _Labels, beyond: set[int], labels: range, ignore_index: int) -> Finding:
+    wrong = sorted(beyond & item.counts.keys())
+    values = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
+    pixels = sum(item.counts[value] for value in wrong)
+    hint = "correct the mask, or `classes` in the config"
+    if item.mask.lower().endswith((".jpg", ".jpeg")):
+        hint = "JPEG changes values when it compresses; save masks as PNG"
+    return Finding(
+        ERROR,
+        "label out of range",
+        item.mask,
+        f"holds {values} ({pixels} pixels), but labels go from {labels[0]} to {labels[-1]}, and "
+        f"{ignore_index} means 'not labelled'; {hint}",
+    )

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks at the start of training that need both the model and the data set."""
+
+from __future__ import annotations
+
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from mmeformer.registry import HOOKS
+
+
+@HOOKS.register_module()
+class SegNumClassCheckHook(Hook):
+    """Compare the heads' ``num_classes`` with the classes of the data set, as mmdet's hook does.
+
+    Without it a head with too few classes ends in an assertion of the loss on the GPU, and one with
+    too many trains outputs that no pixel ever asks for.
+
+    Raises:
+        ValueError: they differ; the message names the head and both numbers.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Compare with the training set."""
+        self._check(runner, runner.train_dataloader.dataset)
+
+    def before_val(self, runner: Runner) -> None:
+        """Compare with the validation set."""
+        self._check(runner, runner.val_dataloader.dataset)
+
+    def before_test(self, runner: Runner) -> None:
+        """Compare with the test set."""
+        self._check(runner, runner.test_dataloader.dataset)
+
+    @staticmethod
+    def _check(runner: Runner, dataset) -> None:
+        classes = dataset.metainfo["classes"]
+        model = runner.model
+        # DDP and test-time augmentation both hold the model in `module`.
+        while hasattr(model, "module"):
+            model = model.module
+        for name, module in model.named_modules():
+            count = getattr(module, "num_classes", None)
+            if name and count is not None and count != len(classes):
+                raise ValueError(
+                    f"model.{name} has num_classes={count}, but the data set has "
+                    f"{len(classes)} classes: {list(classes)}; make both agree in the config"
+                )
