@@ -347,10 +347,11 @@ def test_gpu_that_cannot_be_served_is_said(nvcc, torch_cuda, message):
 
 def test_build_environment(monkeypatch):
     monkeypatch.setenv("FORCE_CUDA", "1")
-    monkeypatch.setenv("CFLAGS", "-march=native")
+    monkeypatch.setenv("CPPFLAGS", "-I/opt/include")
+    monkeypatch.delenv("CFLAGS", raising=False)
     cpu = bootstrap.build_environment("/v", None)
     assert (cpu["FORCE_CUDA"], cpu["CUDA_VISIBLE_DEVICES"]) == ("0", "")
-    assert cpu["CFLAGS"] == "-march=native -g0"
+    assert cpu["CPPFLAGS"] == "-I/opt/include -g0" and "CFLAGS" not in cpu
     gpu = bootstrap.build_environment("/v", bootstrap.Cuda("/cuda", "13.0", ("8.6", "9.0")))
     assert (gpu["FORCE_CUDA"], gpu["CUDA_HOME"]) == ("1", "/cuda")
     assert gpu["TORCH_CUDA_ARCH_LIST"] == "8.6;9.0"
@@ -454,17 +455,18 @@ def source_package(folder: Path, body: str) -> str:
     (folder / "mmcv").mkdir(parents=True)
     (folder / "mmcv" / "__init__.py").write_text("")
     (folder / "setup.py").write_text(
-        "import os, sys, time\nfrom pathlib import Path\nfrom setuptools import setup\n"
+        "import os, sys, time\nfrom pathlib import Path\n"
+        "from setuptools import Extension, setup\nextensions = []\n"
         "if 'bdist_wheel' in sys.argv:\n"
         + textwrap.indent(textwrap.dedent(body), "    ")
         + "\nsetup(name='onedl-mmcv', version='2.3.6', packages=['mmcv'],\n"
-        "      package_data={'mmcv': ['*.so']})\n"
+        "      package_data={'mmcv': ['*.so']}, ext_modules=extensions)\n"
     )
     return str(folder)
 
 
 COMPILES = f"""
-print('built for', os.environ['FORCE_CUDA'], os.environ['CFLAGS'], flush=True)
+print('built for cuda:', os.environ['FORCE_CUDA'], flush=True)
 for number in range(1, 4):
     print(f'[{{number}}/3] c++ -c file{{number}}.cpp', flush=True)
 Path('{OPERATORS}').write_bytes(b'operators')
@@ -495,8 +497,23 @@ def test_build_fills_the_cache_and_shows_progress(build, capsys):
     assert os.listdir(folder.parent) == ["key"], "temporary folders must go, older ones too"
     text = log.read_text()
     assert "[3/3] c++ -c file3.cpp" in text
-    assert "built for 0" in text and "-g0" in text
+    assert "built for cuda: 0" in text
     assert "preparing" in capsys.readouterr().out
+
+
+def test_compiled_code_is_optimised_and_without_debug_symbols(build, monkeypatch):
+    monkeypatch.delenv("CFLAGS", raising=False)
+    _, log, run = build
+    code = "#include <Python.h>\\nPyMODINIT_FUNC PyInit__ext(void) { return NULL; }\\n"
+    wheel = run(
+        f"Path('ext.c').write_text('{code}')\nextensions = [Extension('mmcv._ext', ['ext.c'])]"
+    )
+    (compiled,) = re.findall(r"^.* -c ext\.c .*$", log.read_text(), re.MULTILINE)
+    assert re.findall(r" -O(\w)", compiled)[-1] in "23"
+    assert re.findall(r" -g\d?(?= )", compiled)[-1] == " -g0"
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.startswith("mmcv/_ext")]
+        assert b".debug_info" not in archive.read(name)
 
 
 @pytest.mark.parametrize(

@@ -392,7 +392,8 @@ def build_environment(venv, cuda):
     The symbols double the time and make the library forty times as large.
     """
     environment = clean_environment(venv)
-    environment["CFLAGS"] = (environment.get("CFLAGS", "") + " -g0").strip()
+    # Not CFLAGS: it would replace Python's own flags, and the optimisation with them.
+    environment["CPPFLAGS"] = (environment.get("CPPFLAGS", "") + " -g0").strip()
     environment["LDFLAGS"] = (environment.get("LDFLAGS", "") + " -Wl,-S").strip()
     environment["MAX_JOBS"] = str(job_count(cuda))
     if cuda:
