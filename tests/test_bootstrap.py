@@ -345,14 +345,20 @@ def test_gpu_that_cannot_be_served_is_said(nvcc, torch_cuda, message):
     assert re.search(message, warning)
 
 
-def test_build_environment(monkeypatch):
+def test_build_environment(monkeypatch, tmp_path):
+    headers = tmp_path / "lib/python3.11/site-packages/nvidia/cu13/include"
+    headers.mkdir(parents=True)
+    monkeypatch.setenv("CPATH", "/opt/include")
     monkeypatch.setenv("FORCE_CUDA", "1")
     monkeypatch.setenv("CPPFLAGS", "-I/opt/include")
     monkeypatch.delenv("CFLAGS", raising=False)
-    cpu = bootstrap.build_environment("/v", None)
+    cpu = bootstrap.build_environment(str(tmp_path), None)
     assert (cpu["FORCE_CUDA"], cpu["CUDA_VISIBLE_DEVICES"]) == ("0", "")
     assert cpu["CPPFLAGS"] == "-I/opt/include -g0" and "CFLAGS" not in cpu
-    gpu = bootstrap.build_environment("/v", bootstrap.Cuda("/cuda", "13.0", ("8.6", "9.0")))
+    assert cpu["CPATH"] == "/opt/include"
+    cuda = bootstrap.Cuda("/cuda", "13.0", ("8.6", "9.0"))
+    gpu = bootstrap.build_environment(str(tmp_path), cuda)
+    assert gpu["CPATH"] == f"/opt/include:{headers}"
     assert (gpu["FORCE_CUDA"], gpu["CUDA_HOME"]) == ("1", "/cuda")
     assert gpu["TORCH_CUDA_ARCH_LIST"] == "8.6;9.0"
 

@@ -11,6 +11,7 @@ its newer interpreter found) instead of a SyntaxError.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -400,6 +401,11 @@ def build_environment(venv, cuda):
         environment["FORCE_CUDA"] = "1"
         environment["CUDA_HOME"] = cuda.home
         environment["TORCH_CUDA_ARCH_LIST"] = ";".join(cuda.archs)
+        # A toolkit may consist of little more than nvcc; torch's own requirements carry the headers
+        # of the CUDA libraries that it includes. CPATH comes after the toolkit's folders.
+        headers = glob.glob(os.path.join(venv, "lib/python3*/site-packages/nvidia/*/include"))
+        paths = [environment.get("CPATH", "")] + sorted(headers)
+        environment["CPATH"] = os.pathsep.join(path for path in paths if path)
     else:
         environment["FORCE_CUDA"] = "0"
         # mmcv's setup also looks whether torch sees a GPU, and would then call a missing nvcc.
