@@ -1,9 +1,4 @@
-_base_ = [
-    "../_base_/datasets/coco_instance_ms.py",
-    "../_base_/schedules/adamw_3x.py",
-    "../_base_/detection_runtime.py",
-    "../_base_/models/mask-rcnn_efficientformerv2.py",
-]
+_base_ = "mask-rcnn_efficientformerv2-s0_fpn_ms-3x_coco.py"
 model = dict(
     backbone=dict(
         arch="s2", init_cfg=dict(checkpoint="timm://efficientformerv2_s2.snap_dist_in1k")

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.testing import demo_mm_inputs
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from mmeformer import engine
+from mmeformer.layers.attention_bias import AttentionBias
+from mmeformer.layers.blocks import LayerScale
+from mmeformer.paths import config_dir
+from mmeformer.variants import VARIANTS
+
+CONFIGS = sorted(path.name for path in (config_dir() / "detection").glob("*.py"))
+FULL = {
+    "mask-rcnn_efficientformerv2-s0_fpn_quickstart.py",
+    "mask-rcnn_efficientformerv2-s0_fpn_custom.py",
+}
+
+
+def load(name):
+    config = engine.load_config(f"detection/{name}")
+    engine.drop_pretrained(config.model)
+    engine.prepare_device(config, "none")
+    init_default_scope(config.default_scope)
+    return config
+
+
+def variant_of(config):
+    family = "efficientformerv2" if config.model.backbone.type.endswith("V2") else "efficientformer"
+    return VARIANTS[f"{family}_{config.model.backbone.arch}"]
+
+
+def test_every_variant_has_its_configs():
+    for variant in VARIANTS.values():
+        stem = f"mask-rcnn_{variant.name.replace('_', '-')}_fpn"
+        assert f"{stem}_1x_coco.py" in CONFIGS
+        if variant.arch in ("l1", "s2"):
+            assert {f"{stem}_amp-1x_coco.py", f"{stem}_ms-3x_coco.py"} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - FULL))
+def test_children_state_only_what_differs(name):
+    text = (config_dir() / "detection" / name).read_text()
+    assert len(text.splitlines()) <= 10
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_agrees_with_the_table(name):
+    config = engine.load_config(f"detection/{name}")
+    variant = variant_of(config)
+    assert variant.name.replace("_", "-") in name
+    assert tuple(config.model.neck.in_channels) == variant.architecture.widths
+    published = f"timm://{variant.name}.snap_dist_in1k"
+    init_cfg = config.model.backbone.get("init_cfg")
+    assert init_cfg is None or init_cfg.checkpoint == published
+    assert config.auto_scale_lr.base_batch_size == 16
+    if "_coco" in name:
+        assert init_cfg is not None
+        assert config.optim_wrapper.optimizer.lr == 2e-4
+        decay = 1e-4 if variant.family == "v1" else 0.05
+        assert config.optim_wrapper.optimizer.weight_decay == decay
+        assert config.model.backbone.get("norm_eval", False) == (variant.family == "v2")
+        assert config.train_cfg.max_epochs == (36 if "3x" in name else 12)
+        assert ("AmpOptimWrapper" == config.optim_wrapper.type) == ("amp" in name)
+        resize = config.train_dataloader.dataset.pipeline[2].type
+        assert resize == ("RandomResize" if "ms-" in name else "Resize")
+
+
+def small_batch(num_classes):
+    torch.manual_seed(0)
+    return demo_mm_inputs(
+        2, [[3, 64, 96], [3, 75, 64]], num_items=[3, 2], num_classes=num_classes, with_mask=True
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_trains_a_step_and_predicts(name):
+    config = load(name)
+    model = MODELS.build(config.model)
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    num_classes = config.model.roi_head.bbox_head.num_classes
+    model.train()
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    logs = model.train_step(small_batch(num_classes), wrapper)
+    assert torch.isfinite(logs["loss"])
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), key
+    moved = [k for k, v in model.named_parameters() if not torch.equal(v, before[k])]
+    assert any(k.startswith("backbone.stem") for k in moved)
+    assert any(k.startswith("roi_head.mask_head") for k in moved)
+
+    model.eval()
+    with torch.no_grad():
+        results = model.test_step(small_batch(num_classes))
+    assert len(results) == 2
+    for result in results:
+        instances = result.pred_instances
+        assert len(instances.bboxes) == len(instances.labels) == len(instances.masks)
+        assert instances.bboxes.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mask-rcnn_efficientformer-l1_fpn_1x_coco.py",
+        "mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py",
+    ],
+)
+def test_weight_decay_is_for_weights_only(name):
+    config = load(name)
+    model = MODELS.build(config.model)
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    undecayed = {
+        id(p)
+        for group in wrapper.param_groups
+        if group["weight_decay"] == 0
+        for p in group["params"]
+    }
+    norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+    for module_name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            free = leaf == "bias" or isinstance(module, (*norms, LayerScale, AttentionBias))
+            assert (id(parameter) in undecayed) == free, f"{module_name}.{leaf}"
+
+
+def test_bases_need_nothing_from_other_packages():
+    for path in Path(config_dir()).rglob("*.py"):
+        assert "::" not in path.read_text(), path
