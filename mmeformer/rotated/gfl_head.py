@@ -194,15 +194,16 @@ class RotatedGFLHead(AnchorHead):
         device = cls_scores[0].device
         anchor_list, valid_flag_list = self.get_anchors(sizes, batch_img_metas, device=device)
         anchors = cat_boxes(anchor_list[0])
-        labels, label_weights, bbox_targets = self.get_targets(
-            anchors,
-            [len(level) for level in anchor_list[0]],
-            [torch.cat(flags) for flags in valid_flag_list],
-            batch_gt_instances,
-            batch_img_metas,
-            batch_gt_instances_ignore,
-        )
+        # The assigner as well: mmrotate turns points by matrix products, which autocast rounds.
         with torch.autocast(device.type, enabled=False):
+            labels, label_weights, bbox_targets = self.get_targets(
+                anchors,
+                [len(level) for level in anchor_list[0]],
+                [torch.cat(flags) for flags in valid_flag_list],
+                batch_gt_instances,
+                batch_img_metas,
+                batch_gt_instances_ignore,
+            )
             scores = _flatten(cls_scores)
             positive = ((labels >= 0) & (labels < self.num_classes)).nonzero().squeeze(1)
             num_positive = reduce_mean(scores.new_tensor(float(len(positive)))).clamp(min=1)

@@ -105,11 +105,12 @@ def _area_inside(corners: Tensor, left: Tensor, right: Tensor, low: Tensor, high
     x_start, y_start = corners[..., 0], corners[..., 1] - nearest
     x_end, y_end = x_start.roll(-1, -1), y_start.roll(-1, -1)
 
-    # The part of each edge between left and right. Outside the rectangle it has no length.
+    # The part of each edge between left and right. An edge beside them keeps x_from = x_to, so its
+    # heights, far out on its line, do not count.
     x_from, x_to = _clamp(x_start, left, right), _clamp(x_end, left, right)
     span = _nonzero(x_end - x_start)
-    y_from = y_start + ((x_from - x_start) / span).clamp(0, 1) * (y_end - y_start)
-    y_to = y_end + ((x_to - x_end) / span).clamp(-1, 0) * (y_end - y_start)
+    y_from = y_start + (x_from - x_start) / span * (y_end - y_start)
+    y_to = y_end + (x_to - x_end) / span * (y_end - y_start)
 
     height = _mean_of_clamp(y_from, y_to, low, high)
     return -((x_to - x_from) * height).sum(-1)

@@ -13,6 +13,15 @@ from hypothesis import strategies as st
 from mmeformer.rotated.iou import rotated_iou
 
 HALF_PI = math.pi / 2
+# Found by a search over millions of pairs: without bounds the IoU comes out as -1e-8 and 1 + 2e-7.
+ROUNDS_BELOW_ZERO = (
+    [3.514103412628174, 9.62044620513916, 11.381837844848633, 0.15655279159545898, 2.60772347],
+    [6.86918306350708, 9.62044620513916, 3.891862630844116, 0.15655279159545898, 0.2652028799],
+)
+ROUNDS_ABOVE_ONE = (
+    [6.940234184265137, 2.975320339202881, 10.99225902557373, 3.581289052963257, 1.55830836],
+    [6.940234184265137, 2.975320339202881, 3.581289052963257, 10.99225902557373, 3.12910461],
+)
 
 
 def shapely_iou(boxes1, boxes2):
@@ -71,6 +80,15 @@ def special_pairs():
         ("apart on the diagonal", base, [57.0, 36.0, 6.0, 0.5, -math.pi / 4], 0.0),
         ("far apart", base, [1e6, -1e6, 8.0, 4.0, 1.0], 0.0),
         ("very far apart", base, [1e30, 1e30, 8.0, 4.0, 1.0], 0.0),
+        (
+            "so far apart that the distance overflows",
+            [-3e38, 3e38, 8, 4, 1],
+            [3e38, 0, 8, 4, 1],
+            0.0,
+        ),
+        ("turned by nearly nothing", base, [54.0, 30.0, 8.0, 4.0, 1e-38], 1 / 3),
+        ("nearly a line, on itself", [1, 1, 8, 1e-38, 0], [1, 1, 8, 1e-38, 0], 0.0),
+        ("nearly a point, on itself", [1, 1, 1e-40, 1e-40, 0], [1, 1, 1e-40, 1e-40, 0], 0.0),
         ("no width", base, [50.0, 30.0, 0.0, 4.0, 0.0], 0.0),
         ("no area on an edge", base, [54.0, 30.0, 0.0, 4.0, 0.0], 0.0),
         ("point", base, [50.0, 30.0, 0.0, 0.0, 0.7], 0.0),
@@ -84,6 +102,8 @@ def special_pairs():
         ("thinnest, identical", [9, 9, 1e4, 1e-3, 1], [9, 9, 1e4, 1e-3, 1], 1.0),
         ("thinnest, crossing", [0, 0, 1e4, 1e-3, 0], [0, 0, 1e4, 1e-3, HALF_PI], 5e-8),
         ("far from the origin", [1e5, 1e5, 8, 4, 0], [1e5 + 4, 1e5, 8, 4, 0], 1 / 3),
+        ("rounds below 0 in float32", *ROUNDS_BELOW_ZERO, 0.0),
+        ("rounds above 1 in float32", *ROUNDS_ABOVE_ONE, 0.99999986963),
         ("many turns", base, [50.0, 30.0, 8.0, 4.0, 200 * math.pi], 1.0),
     ]
     return cases
