@@ -239,6 +239,7 @@ def write(content: Mapping, target: Path) -> None:
     try:
         if target.suffix == ".safetensors":
             state = content.get("state_dict", content.get("model"))
+            state = {name: tensor.contiguous() for name, tensor in state.items()}
             metadata = {"format": "pt", "meta": json.dumps(content["meta"])}
             safetensors.torch.save_file(state, temporary, metadata)
         else:

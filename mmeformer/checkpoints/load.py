@@ -111,7 +111,7 @@ def load_content(
         title=f"loaded into {model}",
         source=source,
         format=contents.form.title,
-        variant=str(likeness) if likeness else None,
+        variant=likeness.variant.name if likeness and likeness.complete else None,
     )
     wanted = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
     found = _translate(backbone, contents, wanted)

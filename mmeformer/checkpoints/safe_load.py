@@ -85,10 +85,11 @@ HistoryBuffer()
 
 def _container(head: bytes) -> str | None:
     """``"torch"`` or ``"safetensors"`` by the first bytes of a file, or None for neither."""
-    if head.startswith(b"PK\x03\x04") or head.startswith(b"\x80"):
-        return "torch"
+    # The length of a safetensors header may begin with any byte, so it is looked at first.
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 100_000_000:
         return "safetensors"
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return "torch"
     return None
 
 

@@ -93,7 +93,7 @@ def from_native(
     for name, tensor in tensors.items():
         if form.holds(name):
             foreign = form.name(name, family, architecture)
-            state[foreign] = form.layout(name, tensor, family).contiguous()
+            state[foreign] = form.layout(name, tensor, family)
         else:
             dropped.setdefault(NO_PLACE, []).append(name)
     return state, dropped
