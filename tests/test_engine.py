@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+
+from mmeformer import engine
+from mmeformer.paths import config_dir, tools_dir
+from mmeformer.synthetic.shapes import write_coco_dataset
+
+V2_S0 = "detection/mask-rcnn_efficientformerv2-s0_fpn"
+TINY = dict(widths=(8, 16, 24, 32), depths=(1, 1, 2, 2), attention_blocks=(0, 0, 1, 1))
+
+
+class TestConfigs:
+    def test_shipped_config_by_its_short_name(self):
+        name = f"{V2_S0}_1x_coco.py"
+        short, long = engine.load_config(name), engine.load_config(config_dir() / name)
+        assert short.model == long.model
+        assert engine.load_config(f"configs/{name}").model == long.model
+
+    def test_options_are_laid_over(self):
+        config = engine.load_config(f"{V2_S0}_1x_coco.py", {"train_dataloader.batch_size": 7})
+        assert config.train_dataloader.batch_size == 7
+
+    def test_missing_config_names_near_ones(self):
+        with pytest.raises(FileNotFoundError, match="mean .*v2-s0_fpn_1x_coco.py"):
+            engine.load_config("configs/detection/mask-rcnn_efficientformerv2-s0_1x_coco.py")
+
+    def test_work_dir(self):
+        config = Config(dict(work_dir="mine"))
+        engine.choose_work_dir(config, "a/b.py", None)
+        assert config.work_dir == "mine"
+        engine.choose_work_dir(config, "a/b.py", "yours")
+        assert config.work_dir == "yours"
+        config = Config(dict())
+        engine.choose_work_dir(config, "a/b.py", None)
+        assert config.work_dir == str(Path("work_dirs/b"))
+
+    def test_drop_pretrained(self):
+        model = ConfigDict(
+            backbone=dict(init_cfg=dict(type="Pretrained", checkpoint="x")),
+            heads=[dict(init_cfg=dict(type="Normal")), dict(layers=1)],
+        )
+        engine.drop_pretrained(model)
+        assert model == dict(backbone=dict(), heads=[dict(), dict(layers=1)])
+
+    def test_auto_scale_lr_needs_a_base(self, tmp_path):
+        config = Config(dict(work_dir=str(tmp_path)))
+        with pytest.raises(ValueError, match="base_batch_size"):
+            engine.build_train_runner(config, auto_scale_lr=True)
+
+    @pytest.mark.parametrize("build", [engine.build_train_runner, engine.build_test_runner])
+    def test_missing_checkpoint(self, tmp_path, build):
+        config = Config(dict(work_dir=str(tmp_path)))
+        with pytest.raises(FileNotFoundError, match="gone.pth does not exist"):
+            if build is engine.build_train_runner:
+                build(config, resume="gone.pth")
+            else:
+                build(config, "gone.pth")
+
+    def test_bad_test_arguments(self, tmp_path):
+        checkpoint = tmp_path / "x.pth"
+        checkpoint.touch()
+        config = Config(dict(work_dir=str(tmp_path), default_hooks=dict(), model=dict()))
+        for kwargs, message in (
+            (dict(out="results.txt"), "results.txt"),
+            (dict(show_dir="pictures"), "--show-dir needs"),
+            (dict(tta=True), "--tta needs"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                engine.build_test_runner(config.copy(), str(checkpoint), **kwargs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is tested is the way without a GPU")
+class TestWithoutGpu:
+    def test_amp_becomes_full_precision(self):
+        config = engine.load_config(f"{V2_S0.replace('s0', 's2')}_amp-1x_coco.py")
+        engine.prepare_device(config, "none")
+        assert config.optim_wrapper.type == "OptimWrapper"
+        assert "loss_scale" not in config.optim_wrapper
+
+    def test_slurm_ranks(self, monkeypatch):
+        given = dict(SLURM_PROCID="0", SLURM_NTASKS="1", SLURM_LOCALID="0", MASTER_ADDR="127.0.0.1")
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.distributed, "init_process_group", started := [].append)
+        norm = dict(type="SyncBN")
+        config = Config(
+            dict(env_cfg=dict(dist_cfg=dict(backend="nccl")), model=dict(neck=[dict(norm=norm)]))
+        )
+        before = dict(os.environ)
+        try:
+            engine.prepare_device(config, "slurm")
+            assert started.__self__ == ["gloo"]
+            assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        assert config.env_cfg.dist_cfg.backend == "gloo"
+        assert config.model_wrapper_cfg.device_ids is None
+        assert config.model.neck[0].norm.type == "BN"
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return write_coco_dataset(tmp_path_factory.mktemp("data") / "shapes", train=8, val=4, size=64)
+
+
+@pytest.fixture(scope="module")
+def small_config(shapes, tmp_path_factory):
+    """The quickstart's detector, smaller, for two iterations of two images."""
+    config = engine.load_config(f"{V2_S0}_quickstart.py")
+    config.model.backbone.arch = TINY
+    config.model.neck.in_channels = list(TINY["widths"])
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.dataset.data_root = str(shapes)
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+    for evaluator in (config.val_evaluator, config.test_evaluator):
+        evaluator.ann_file = str(shapes / "annotations/instances_val2017.json")
+    config.train_cfg.update(max_iters=2, val_interval=2)
+    config.default_hooks.logger.interval = 1
+    config.default_hooks.checkpoint.interval = 2
+    path = tmp_path_factory.mktemp("config") / "small.py"
+    config.dump(str(path))
+    return path
+
+
+def run(*command, **environment):
+    result = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **environment},
+    )
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output[-4000:]
+    return output
+
+
+def scalars(work_dir):
+    (file,) = Path(work_dir).glob("*/vis_data/scalars.json")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_train_test_resume_by_command_line(small_config, tmp_path):
+    train = [sys.executable, tools_dir() / "train.py", small_config]
+    run(*train, "--work-dir", tmp_path / "run", "--auto-scale-lr")
+    rows = scalars(tmp_path / "run")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 2 and all(loss > 0 for loss in losses)
+    # --auto-scale-lr: 2 images instead of 16; the last step stands at the end of the schedule.
+    assert rows[0]["base_lr"] < 1e-3 * 2 / 16
+    assert any("coco/segm_mAP_50" in row for row in rows)
+    checkpoint = tmp_path / "run/iter_2.pth"
+
+    longer = ["--cfg-options", "train_cfg.max_iters=3", "--resume"]
+    output = run(*train, "--work-dir", tmp_path / "run", *longer)
+    assert "resumed epoch: 0, iter: 2" in output and "Iter(train) [3/3]" in output.replace(
+        " [ ", " ["
+    )
+
+    output = run(
+        *(sys.executable, tools_dir() / "test.py", small_config, checkpoint),
+        *("--work-dir", tmp_path / "test", "--out", tmp_path / "out/results.pkl"),
+        *("--show-dir", tmp_path / "pictures", "--tta"),
+        *("--cfg-options", "test_evaluator.metric=bbox"),
+    )
+    assert "coco/bbox_mAP_50" in output and "coco/segm_mAP_50" not in output
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 4
+    results = pickle.loads((tmp_path / "out/results.pkl").read_bytes())
+    assert len(results) == 4 and "masks" in results[0]["pred_instances"]
+
+
+def test_two_processes_over_gloo(small_config, tmp_path):
+    port = 20000 + os.getpid() % 20000
+    run(
+        *(tools_dir() / "dist_train.sh", small_config, 2, "--work-dir", tmp_path),
+        MASTER_PORT=str(port),
+    )
+    rows = scalars(tmp_path)
+    assert sum("loss" in row for row in rows) == 2
+    assert (tmp_path / "iter_2.pth").is_file()
+    run(
+        *(tools_dir() / "dist_test.sh", small_config, tmp_path / "iter_2.pth", 2),
+        *("--work-dir", tmp_path / "test"),
+        MASTER_PORT=str(port + 1),
+    )
+
+
+@pytest.mark.parametrize("script", ["slurm_train.sh", "slurm_test.sh"])
+def test_slurm_scripts_hand_all_on(script, tmp_path):
+    fake = tmp_path / "srun"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    arguments = ["part", "job", "config.py", *(["model.pth"] if "test" in script else [])]
+    output = run(
+        *(tools_dir() / script, *arguments, "--work-dir", "somewhere"),
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        GPUS="2",
+    ).splitlines()
+    assert {"--partition=part", "--job-name=job", "--ntasks=2", "--gres=gpu:2"} <= set(output)
+    assert output[-4:] == ["--launcher", "slurm", "--work-dir", "somewhere"]
+    assert "config.py" in output
+
+
+def test_wrong_class_list_stops_the_command(small_config, tmp_path):
+    result = subprocess.run(
+        [
+            *(sys.executable, str(tools_dir() / "train.py"), str(small_config)),
+            *("--work-dir", str(tmp_path), "--cfg-options"),
+            "train_dataloader.dataset.metainfo.classes=('circle','rectangle','triangle','stra')",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode != 0
+    assert "classes ['stra'] of the config are not among the categories" in result.stderr
+
+
+def test_inference_apis_need_only_config_and_checkpoint(small_config, shapes, tmp_path):
+    from mmdet.apis import DetInferencer, inference_detector, init_detector
+
+    run(sys.executable, tools_dir() / "train.py", small_config, "--work-dir", tmp_path)
+    checkpoint = str(tmp_path / "iter_2.pth")
+    model = init_detector(str(small_config), checkpoint, device="cpu")
+    assert model.dataset_meta["classes"] == ("circle", "rectangle", "triangle", "star")
+    picture = str(shapes / "val2017/000000.png")
+    found = inference_detector(model, picture).pred_instances
+    assert found.masks.shape[1:] == (64, 64)
+    inferencer = DetInferencer(str(small_config), checkpoint, device="cpu", show_progress=False)
+    result = inferencer(picture, out_dir=str(tmp_path / "out"))["predictions"][0]
+    assert len(result["labels"]) == len(result["bboxes"])
+    assert (tmp_path / "out/vis/000000.png").is_file()
