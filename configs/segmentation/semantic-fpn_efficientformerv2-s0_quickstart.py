@@ -8,14 +8,16 @@ metainfo = dict(
     palette=[[60, 60, 60], [220, 60, 60], [60, 160, 60], [70, 90, 220], [230, 190, 50]],
 )
 size = (128, 128)
-max_iters = 500
+max_iters = 400
 
 # From scratch: train the batch norms, add some to the neck, let the blocks speak from the start.
 model = dict(
     data_preprocessor=dict(size=size),
     backbone=dict(norm_eval=False, layer_scale_init_value=0.5, bias_grid=4, init_cfg=None),
-    neck=dict(norm_cfg=dict(type="SyncBN")),
-    decode_head=dict(num_classes=len(metainfo["classes"])),
+    neck=dict(out_channels=128, norm_cfg=dict(type="SyncBN")),
+    decode_head=dict(
+        in_channels=[128, 128, 128, 128], channels=64, num_classes=len(metainfo["classes"])
+    ),
     test_cfg=dict(crop_size=size, stride=(85, 85)),
 )
 train_pipeline = [

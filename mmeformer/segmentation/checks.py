@@ -175,7 +175,7 @@ def _read_pair(pair: tuple[str, str]) -> _Labels:
             f"{image_size[1]} x {image_size[0]} px; make them the same pixel for pixel",
         )
     if labels.dtype in (np.uint8, bool):
-        counts = np.bincount(labels.reshape(-1).view(np.uint8), minlength=256)
+        counts = np.bincount(labels.astype(np.uint8).reshape(-1), minlength=256)
         values = np.flatnonzero(counts)
         counts = counts[values]
     else:

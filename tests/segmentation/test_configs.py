@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every segmentation config builds, fits its backbone, trains a step and predicts."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from mmengine.structures import PixelData
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmeformer import engine
+from mmeformer.paths import config_dir
+from mmeformer.variants import VARIANTS, find_variant
+
+FOLDER = config_dir() / "segmentation"
+CONFIGS = sorted(path.name for path in FOLDER.glob("*.py"))
+ADE20K = [name for name in CONFIGS if "ade20k" in name]
+FAMILIES = {"mmeformer.EfficientFormer": "v1", "mmeformer.EfficientFormerV2": "v2"}
+
+
+def load(name: str) -> Config:
+    """A config without its pretrained weights, which tests do not download."""
+    config = Config.fromfile(FOLDER / name)
+    engine.drop_pretrained(config.model)
+    init_default_scope(config.default_scope)
+    return config
+
+
+def build(config: Config, size=(64, 64)):
+    """A config's model for training crops of ``size``, as one process on a CPU runs it."""
+    config.model.data_preprocessor.size = size
+    config.model.test_cfg.crop_size = size
+    config.model.test_cfg.stride = tuple(side * 2 // 3 for side in size)
+    return revert_sync_batchnorm(MODELS.build(config.model))
+
+
+def sample(size, classes: int, pad: bool = False) -> dict:
+    """A picture of random pixels and labels, as a data set hands it out."""
+    data = SegDataSample(
+        gt_sem_seg=PixelData(data=torch.randint(0, classes, (1, *size))),
+        metainfo=dict(ori_shape=size, img_shape=size),
+    )
+    return dict(inputs=torch.randint(0, 256, (3, *size), dtype=torch.uint8), data_samples=data)
+
+
+def collate(samples: list[dict]) -> dict:
+    """Samples as mmengine's ``pseudo_collate`` joins them."""
+    return {key: [item[key] for item in samples] for key in ("inputs", "data_samples")}
+
+
+def test_every_variant_has_a_config():
+    expected = {name.replace("_", "-", 1) for name in VARIANTS}
+    found = {name.split("_")[1] for name in ADE20K if "_40k_" in name}
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ADE20K)
+def test_children_stay_short(name):
+    assert len((FOLDER / name).read_text().splitlines()) <= 10
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_neck_fits_backbone(name):
+    config = load(name)
+    backbone = config.model.backbone
+    variant = find_variant(FAMILIES[backbone.type], backbone.arch)
+    assert name.split("_")[1] == variant.name.replace("_", "-", 1)
+    assert list(config.model.neck.in_channels) == list(variant.architecture.widths)
+
+
+@pytest.mark.parametrize("name", ADE20K)
+def test_pretrained_weights_are_those_of_the_variant(name):
+    config = Config.fromfile(FOLDER / name)
+    variant = name.split("_")[1].replace("-", "_", 1)
+    checkpoint = config.model.backbone.init_cfg.checkpoint
+    assert checkpoint == f"timm://{variant}.snap_dist_in1k"
+
+
+@pytest.mark.parametrize("name", ADE20K)
+def test_published_recipe(name):
+    config = load(name)
+    v2 = "efficientformerv2" in name
+    iterations = 80000 if "80k" in name else 40000
+    assert config.train_cfg.max_iters == iterations
+    (schedule,) = config.param_scheduler
+    assert (schedule.type, schedule.power, schedule.end) == ("PolyLR", 0.9, iterations)
+    assert schedule.by_epoch is False
+    assert schedule.eta_min == (1e-6 if v2 else 0)
+    optimizer = config.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 2e-4, 1e-4)
+    amp = config.optim_wrapper.type == "AmpOptimWrapper"
+    assert amp == ("amp" in name)
+    assert config.train_dataloader.batch_size * 8 == config.auto_scale_lr.base_batch_size == 32
+    assert config.model.data_preprocessor.size == (512, 512)
+    assert config.model.backbone.bias_grid == 16
+    assert config.model.backbone.get("norm_eval", False) == v2
+    assert config.model.decode_head.num_classes == 150
+    resize, multiple = config.test_pipeline[1:3]
+    assert (resize.type, resize.scale, resize.keep_ratio) == ("Resize", (2048, 512), True)
+    assert (multiple.type, multiple.size_divisor) == ("ResizeToMultiple", 32)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_trains_a_step_and_predicts(name):
+    config = load(name)
+    engine.prepare_device(config, "none")
+    model = build(config)
+    classes = config.model.decode_head.num_classes
+    optimizer = build_optim_wrapper(model, config.optim_wrapper)
+
+    model.train()
+    weight = model.backbone.stem.conv1.conv.weight
+    before = weight.detach().clone()
+    data = collate([sample((64, 64), classes) for _ in range(2)])
+    losses = model(**model.data_preprocessor(data, training=True), mode="loss")
+    loss, _ = model.parse_losses(losses)
+    assert torch.isfinite(loss)
+    optimizer.backward(loss)
+    # A parameter without a part in the loss would stop training on several GPUs.
+    assert not [key for key, value in model.named_parameters() if value.grad is None]
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+    model.eval()
+    size = (61, 47)
+    with torch.no_grad():
+        (result,) = model.test_step(collate([sample(size, classes)]))
+    assert result.pred_sem_seg.data.shape == (1, *size)
+    assert result.seg_logits.data.shape == (classes, *size)
+    assert torch.isfinite(result.seg_logits.data).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_only_v2_keeps_the_pretrained_statistics(name):
+    config = load(name)
+    model = build(config)
+    model.train()
+    norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
+    assert norms
+    frozen = config.model.backbone.get("norm_eval", False)
+    assert {norm.training for norm in norms} == {not frozen}
+    assert any(
+        norm.training for norm in model.decode_head.modules() if isinstance(norm, _BatchNorm)
+    )
+
+
+def test_custom_template_from_scratch(tmp_path):
+    """With ``checkpoint = None`` norms learn, and blocks count from the start."""
+    source = (FOLDER / "semantic-fpn_efficientformerv2-s0_custom.py").read_text()
+    lines = [
+        "checkpoint = None\n" if line.startswith("checkpoint =") else line
+        for line in source.splitlines(keepends=True)
+    ]
+    text = "".join(lines).replace('_base_ = "', f'_base_ = "{FOLDER}/')
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    backbone = Config.fromfile(path).model.backbone
+    assert backbone.init_cfg is None and backbone.norm_eval is False
+    assert backbone.layer_scale_init_value == 0.5
+    pretrained = Config.fromfile(FOLDER / "semantic-fpn_efficientformerv2-s0_custom.py").model
+    assert pretrained.backbone.norm_eval is True
+    assert pretrained.backbone.layer_scale_init_value is None
+
+
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+@pytest.mark.parametrize("size", [(33, 95), (129, 70), (20, 20)])
+@pytest.mark.parametrize("arch", ["efficientformer-l1", "efficientformerv2-s0"])
+def test_prediction_has_the_size_of_the_image(arch, size, mode):
+    config = load(f"semantic-fpn_{arch}_40k_ade20k-512x512.py")
+    config.model.test_cfg.mode = mode
+    model = build(config).eval()
+    picture = sample(size, 150)
+    # The picture was resized to `size` from another one.
+    original = (size[0] * 2 - 1, size[1] * 2 + 3)
+    picture["data_samples"].set_metainfo(dict(ori_shape=original))
+    with torch.no_grad():
+        (result,) = model.test_step(collate([picture]))
+    assert result.pred_sem_seg.data.shape == (1, *original)
+
+
+def test_sliding_window_averages_its_windows():
+    """Against a plain loop over the windows."""
+    config = load("semantic-fpn_efficientformerv2-s0_40k_ade20k-512x512.py")
+    config.model.test_cfg.mode = "slide"
+    model = build(config).eval()
+    size = (64, 95)
+    picture = sample(size, 150)
+    with torch.no_grad():
+        (result,) = model.test_step(collate([copy.deepcopy(picture)]))
+        inputs = model.data_preprocessor(collate([picture]))["inputs"]
+        total, count = torch.zeros(1, 150, *size), torch.zeros(size)
+        # Crop 64, stride 42: windows begin at 0 and, moved back to the border, at 95 - 64.
+        for left in (0, 31):
+            logits = model.decode_head(model.extract_feat(inputs[..., left : left + 64]))
+            total[..., left : left + 64] += torch.nn.functional.interpolate(
+                logits, (64, 64), mode="bilinear"
+            )
+            count[:, left : left + 64] += 1
+    torch.testing.assert_close(result.seg_logits.data, (total / count)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_configs_do_not_name_files_of_one_machine():
+    for path in [*FOLDER.glob("*.py"), *(config_dir() / "_base_").rglob("*.py")]:
+        for key in ("data_root", "checkpoint"):
+            value = Config.fromfile(path).get(key) if path.parent == FOLDER else None
+            assert value is None or not Path(value).is_absolute()
