@@ -16,6 +16,7 @@ import re
 import struct
 import urllib.parse
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def read(path: str | Path, map_location="cpu") -> dict:
 
     Args:
         path: a local file.
-        map_location: as in ``torch.load``.
+        map_location: a device or its name; None keeps tensors where they were saved.
 
     Returns:
         The file's dict, as it is.
@@ -143,11 +144,13 @@ def read(path: str | Path, map_location="cpu") -> dict:
 
 
 def _read_safetensors(path: Path, map_location) -> dict:
-    named = isinstance(map_location, (str, torch.device))
     try:
-        return safetensors.torch.load_file(path, str(map_location) if named else "cpu")
+        content = safetensors.torch.load_file(path)
     except Exception as error:  # safetensors raises several kinds, all about a damaged file
         raise CheckpointError(_damage(path, error)) from error
+    if map_location is None:
+        return content
+    return {name: tensor.to(map_location) for name, tensor in content.items()}
 
 
 def _read_torch(path: Path, map_location):
@@ -155,6 +158,7 @@ def _read_torch(path: Path, map_location):
         with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
             # What torch warns of here (foreign protocols, programs) is an error below.
             warnings.simplefilter("ignore", UserWarning)
+            _check_sums(path)
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, error)) from error
@@ -170,6 +174,14 @@ def _read_torch(path: Path, map_location):
                 'map_location="cpu"'
             ) from error
         raise CheckpointError(_damage(path, error)) from error
+
+
+def _check_sums(path: Path) -> None:
+    # torch does not look at the check sums of its archives, so damaged weights would go unnoticed.
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():
+                raise zipfile.BadZipFile(f"the check sum of its part {bad} is wrong")
 
 
 def _damage(path: Path, error: Exception) -> str:

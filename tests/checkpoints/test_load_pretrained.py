@@ -128,8 +128,6 @@ def test_hugging_face_weights_give_its_logits(tmp_path):
         (tokens.shape[-1],),
         state["efficientformer.layernorm.weight"],
         state["efficientformer.layernorm.bias"],
-        # transformers' own default; its final norm is built with it.
-        eps=1e-5,
     ).mean(1)
     logits = sum(
         normed @ state[f"{head}.weight"].T + state[f"{head}.bias"]
