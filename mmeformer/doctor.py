@@ -295,12 +295,14 @@ def check_opencv(facts: Facts) -> Iterator[Finding]:
 def check_requirements(facts: Facts) -> Iterator[Finding]:
     """Versions out of the range that mmeformer or a package beneath it declares."""
     from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
 
     watched = ["mmeformer", "torch", "torchvision", "timm", *OPENCV]
     watched += [name for names in RIVALS.values() for name in names]
     # The name alone decides for OpenMMLab's family, which is installed without the forks.
     rival_of = {name: names for names in (*RIVALS.values(), OPENCV) for name in names}
-    complaints: dict[str, list[str]] = {}
+    # What is wrong -> for whom, and what would be right for all of them.
+    complaints: dict[str, dict[str, Requirement]] = {}
     for owner in watched:
         for line in facts.requirements.get(owner, ()):
             requirement = Requirement(line)
@@ -308,20 +310,26 @@ def check_requirements(facts: Facts) -> Iterator[Finding]:
                 continue
             name = canonical(requirement.name)
             installed = facts.distributions.get(name)
-            wanted = f"{name}{requirement.specifier}"
             if installed is None:
                 if not any(rival in facts.distributions for rival in rival_of.get(name, ())):
-                    complaints.setdefault(f"{name} is missing", []).append(f"{owner}: {wanted}")
+                    complaints.setdefault(f"{name} is missing", {})[owner] = requirement
             elif not requirement.specifier.contains(installed, prereleases=True):
-                complaints.setdefault(f"{name} {installed} is out of range", []).append(
-                    f"{owner}: {wanted}"
-                )
-    for what, owners in complaints.items():
-        if what.startswith("torch ") and any(o.startswith("torchvision:") for o in owners):
+                what = f"{name} {installed} is out of range"
+                complaints.setdefault(what, {})[owner] = requirement
+    for what, wanted in complaints.items():
+        if what.startswith("torch ") and "torchvision" in wanted:
             # check_torchvision tells it better.
             continue
-        wanted = " ".join(f'"{owner.split(": ")[1]}"' for owner in owners)
-        yield Finding(f"{what} ({'; '.join(owners)}).", f"make repair (or: pip install {wanted})")
+        reasons = "; ".join(
+            f"{owner}: {canonical(r.name)}{r.specifier}" for owner, r in wanted.items()
+        )
+        specifiers = SpecifierSet()
+        for requirement in wanted.values():
+            specifiers &= requirement.specifier
+        yield Finding(
+            f"{what} ({reasons}).",
+            f'make repair (or: pip install "{what.split()[0]}{specifiers}")',
+        )
 
 
 def check_torchvision(facts: Facts) -> Iterator[Finding]:

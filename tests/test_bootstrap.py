@@ -236,7 +236,6 @@ STEPS = ["make_venv", "pip_install", "install_operators", "check"]
 def test_incomplete_installation_leaves_no_stamp(checkout, cache, monkeypatch, broken):
     root, venv = checkout
     bootstrap.write_stamp(root, venv, "")
-    Path(root, "setup.py").write_text("changed = True\n")
     done = []
 
     def step(name, result=None):
@@ -505,6 +504,18 @@ def test_build_fills_the_cache_and_shows_progress(build, capsys):
     assert "[3/3] c++ -c file3.cpp" in text
     assert "built for cuda: 0" in text
     assert "preparing" in capsys.readouterr().out
+
+
+def test_no_wheel_is_taken_from_the_cache_of_pip(tmp_path, monkeypatch):
+    # pip would hand out a wheel that was compiled for another torch.
+    commands = []
+    monkeypatch.setattr(
+        bootstrap, "run_with_progress", lambda command, *rest: commands.append(command) or 1
+    )
+    arguments = ("onedl-mmcv==2.3.6", str(tmp_path / "wheels" / "key"), None, str(tmp_path / "log"))
+    with pytest.raises(bootstrap.Failure, match="Compiling the mmcv operators failed"):
+        bootstrap.build_wheel(sys.executable, sys.prefix, *arguments)
+    assert {"--no-cache-dir", "--no-build-isolation", "--no-deps"} <= set(commands[0])
 
 
 def test_compiled_code_is_optimised_and_without_debug_symbols(build, monkeypatch):

@@ -771,9 +771,9 @@ def install(interpreter, root, venv, archs, nvcc):
         say(f"Warning: {free:.1f} GB are free here; the environment may need {NEEDED_GB} GB.")
 
     say(f"[1/6] Virtual environment {venv}")
-    python = make_venv(interpreter, venv)
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(venv, STAMP))
+    python = make_venv(interpreter, venv)
     say("[2/6] Build tools")
     tools = ["pip", "setuptools", "wheel", "ninja"]
     pip_install(python, venv, "the build tools", ["--quiet", "--upgrade"] + tools)
