@@ -69,8 +69,7 @@ class build_py_with_configs(build_py):  # noqa: N801 (setuptools' naming of comm
             for path in sorted((ROOT / folder).rglob("*"))
             if path.is_file() and "__pycache__" not in path.parts and path.name not in CHECKOUT_ONLY
         ]
-        if (ROOT / "model-index.yml").is_file():
-            sources.append(Path("model-index.yml"))
+        sources.append(Path("model-index.yml"))
         return {f"{self.build_lib}/{SHIPPED}/{path.as_posix()}": str(path) for path in sources}
 
     def run(self) -> None:
