@@ -1,22 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers that several test modules share."""
-
-import sys
-from pathlib import Path
+"""Fixtures that several test modules share."""
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.variants import VARIANTS, Variant
-
-
-def build_backbone(variant: Variant, **kwargs):
-    """A backbone of a row of ``variants.py``."""
-    cls = EfficientFormer if variant.family == "v1" else EfficientFormerV2
-    return cls(variant.arch, **kwargs)
 
 
 @pytest.fixture(params=list(VARIANTS))

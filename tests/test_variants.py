@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import build_backbone
+from helpers import build_backbone
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import build_backbone
+from helpers import build_backbone
 from golden_weights import golden, image, published_state_dict, relative_error
 from mmengine.registry import MODELS
 from torch import nn

@@ -10,7 +10,7 @@ import pytest
 import safetensors
 import timm
 import torch
-from conftest import build_backbone
+from helpers import build_backbone
 from golden_weights import golden, image, manifest, published_state_dict, relative_error, weight
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope

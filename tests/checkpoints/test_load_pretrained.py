@@ -3,6 +3,7 @@
 
 import copy
 import logging
+import os
 
 import huggingface_hub.constants
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import build_backbone
+from helpers import build_backbone
 from golden_weights import (
     golden,
     image,
@@ -255,6 +256,35 @@ def test_timm_name_without_network_or_cache_says_what_to_do(offline_hub):
         initialised(S0, f"timm://{S0.name}.snap_dist_in1k")
     with pytest.raises(CheckpointError, match="unknown to timm"):
         initialised(S0, "timm://efficientformerv3_s0.best")
+
+
+def test_a_bad_file_in_the_cache_runs_nothing(offline_hub, tmp_path):
+    marker = tmp_path / "the-code-ran"
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    fill_cache(
+        offline_hub,
+        f"timm/{S0.name}.snap_dist_in1k",
+        "pytorch_model.bin",
+        lambda path: torch.save({"a": Payload()}, path),
+    )
+    with pytest.raises(CheckpointError, match="weights_only=True blocked loading"):
+        initialised(S0, f"timm://{S0.name}.snap_dist_in1k")
+    assert not marker.exists()
+
+
+def test_a_damaged_file_in_the_cache_is_named(offline_hub):
+    fill_cache(
+        offline_hub,
+        f"timm/{S0.name}.snap_dist_in1k",
+        "model.safetensors",
+        lambda path: path.write_bytes(b"\x80"),
+    )
+    with pytest.raises(CheckpointError, match="timm://efficientformerv2_s0.*could neither be read"):
+        initialised(S0, f"timm://{S0.name}.snap_dist_in1k")
 
 
 def test_address_is_downloaded_once_into_torchs_cache(tmp_path, monkeypatch):
