@@ -246,7 +246,11 @@ def _draw_predictions(config: Config, show_dir: str) -> None:
         # mmdet joins this to the run's folder again at every batch; an absolute path stays itself.
         hook.test_out_dir = str(Path(show_dir).resolve())
     else:
-        config.visualizer.save_dir = show_dir
+        # An absolute folder of pictures stays itself; everything else goes to the run's folder.
+        pictures = str(Path(show_dir).resolve())
+        config.visualizer.vis_backends = [dict(type="LocalVisBackend", img_save_dir=pictures)]
+        # mmengine would hand out the visualizer that training left behind under its name.
+        config.visualizer.name = f"visualizer of {pictures}"
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

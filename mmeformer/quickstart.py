@@ -12,6 +12,7 @@ from pathlib import Path
 from mmengine.logging import print_log
 
 from mmeformer import engine
+from mmeformer.synthetic.masks import write_mask_dataset
 from mmeformer.synthetic.shapes import write_coco_dataset
 
 
@@ -35,6 +36,11 @@ TASKS = {
         config="detection/mask-rcnn_efficientformerv2-s0_fpn_quickstart.py",
         generate=write_coco_dataset,
         goals={"coco/bbox_mAP_50": 0.6, "coco/segm_mAP_50": 0.6},
+    ),
+    "segmentation": Quickstart(
+        config="segmentation/semantic-fpn_efficientformerv2-s0_quickstart.py",
+        generate=write_mask_dataset,
+        goals={"mIoU": 60.0},  # mmseg counts in percent
     ),
 }
 

@@ -10,16 +10,16 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
 
 CLASSES = ("circle", "rectangle", "triangle", "star")
 MIN_VISIBLE_SHARE = 0.3
-"""An instance of which less than this share is visible is not annotated (and is drawn over)."""
+"""An instance of which less than this share is visible is too hidden to be annotated."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,12 @@ class Instance:
     Args:
         label: index into :data:`CLASSES`.
         mask: (H, W) bool, the visible pixels.
+        visible_share: how much of the shape they are, 0 to 1.
     """
 
     label: int
     mask: np.ndarray
+    visible_share: float
 
 
 def outline(label: int, centre: tuple[float, float], radius: float, angle: float) -> np.ndarray:
@@ -62,7 +64,7 @@ def outline(label: int, centre: tuple[float, float], radius: float, angle: float
 def draw_scene(
     rng: np.random.Generator, size: int, max_shapes: int = 6
 ) -> tuple[np.ndarray, list[Instance]]:
-    """A random image (size, size, 3) uint8 BGR and its visible instances, at least one.
+    """A random image (size, size, 3) uint8 BGR and its instances, at least one of them whole.
 
     Background: a colour gradient with noise. Shapes: 2 to ``max_shapes``, of any colour that stands
     out a little, radius between 8% and 22% of the side.
@@ -92,9 +94,8 @@ def draw_scene(
         areas.append(int(inside.sum()))
     image += rng.normal(0, 8, image.shape)
     instances = [
-        Instance(label, owner == index)
+        Instance(label, owner == index, float((owner == index).sum() / area))
         for index, (label, area) in enumerate(zip(labels, areas, strict=True))
-        if (owner == index).sum() >= MIN_VISIBLE_SHARE * area
     ]
     return image.clip(0, 255).astype(np.uint8), instances
 
@@ -123,8 +124,23 @@ def write_coco_dataset(
     Raises:
         FileExistsError: the folder exists but holds something else.
     """
-    root = Path(root)
     recipe = dict(generator="shapes-1", train=train, val=val, size=size, seed=seed)
+
+    def write(folder: Path) -> None:
+        for number, (split, count) in enumerate((("train2017", train), ("val2017", val))):
+            _write_split(folder, split, count, size, (seed, number))
+
+    return generate_once(Path(root), recipe, write)
+
+
+def generate_once(root: Path, recipe: dict, write: Callable[[Path], None]) -> Path:
+    """Have ``write`` fill the folder ``root``, unless it did so before with the same ``recipe``.
+
+    The folder appears only when it is complete.
+
+    Raises:
+        FileExistsError: the folder exists but holds something else.
+    """
     marker = root / "recipe.json"
     if root.exists():
         if marker.is_file() and json.loads(marker.read_text()) == recipe:
@@ -134,14 +150,17 @@ def write_coco_dataset(
         )
     building = root.with_name(f"{root.name}.{os.getpid()}.partial")
     shutil.rmtree(building, ignore_errors=True)
-    for number, (split, count) in enumerate((("train2017", train), ("val2017", val))):
-        _write_split(building, split, count, size, (seed, number))
+    building.mkdir(parents=True)
+    write(building)
     (building / marker.name).write_text(json.dumps(recipe))
     building.rename(root)
     return root
 
 
 def _write_split(root: Path, split: str, count: int, size: int, seed: tuple[int, int]) -> None:
+    # Comes with mmdet; the scenes themselves serve people without it.
+    from pycocotools import mask as coco_mask
+
     (root / split).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
     images, annotations = [], []
@@ -152,6 +171,8 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: tuple[int,
         cv2.imwrite(str(root / split / name), image)
         images.append(dict(id=index, file_name=name, width=size, height=size))
         for instance in instances:
+            if instance.visible_share < MIN_VISIBLE_SHARE:
+                continue
             encoded = coco_mask.encode(np.asfortranarray(instance.mask.astype(np.uint8)))
             annotations.append(
                 dict(
