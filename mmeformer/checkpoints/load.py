@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.contents import Contents, check_values, take_apart
 from mmeformer.checkpoints.formats import REFERENCE_DOWNSTREAM
-from mmeformer.checkpoints.report import NEW_COUNTERS, NEW_NORMS, SHOWN, Report
+from mmeformer.checkpoints.report import NEW_COUNTERS, NEW_NORMS, Report
 from mmeformer.checkpoints.safe_load import CheckpointError
 from mmeformer.checkpoints.translate import TABLE, Translation, fits, identify, skeleton, to_native
 from mmeformer.layers.attention_bias import resize_offset_table
@@ -24,6 +24,8 @@ NOT_BUILT = "stages and pyramid levels that the model leaves out (out_indices)"
 MISSING = "missing in the file"
 UNEXPLAINED = "in the file, but no part of the model"
 MISSHAPEN = "of another shape"
+LISTED = 20
+"""How many tensors of a kind an error lists."""
 
 
 class StrictPretrained:
@@ -166,6 +168,9 @@ def _account_for_drops(
         del found.tensors[name]
     if contents.others:
         report.drop(contents.others_rule(), contents.others)
+    if "ema_state_dict" in contents.entries:
+        # mmengine's EMAHook saves the averages as the model's weights, the others beside them.
+        report.notes.append("the weights are the moving averages (EMA) of the training")
     if contents.entries:
         report.notes.append(f"entries of the file that are not read: {', '.join(contents.entries)}")
 
@@ -218,9 +223,9 @@ def _explain(source: str, model: str, likeness, problems: Mapping[str, list[str]
     lines = [f"{source} was not loaded: {first}"]
     for reason, names in problems.items():
         lines.append(f"{len(names)} tensors {reason}:")
-        lines += [f"  {name}" for name in names[:SHOWN]]
-        if len(names) > SHOWN:
-            lines.append(f"  and {len(names) - SHOWN} more")
+        lines += [f"  {name}" for name in names[:LISTED]]
+        if len(names) > LISTED:
+            lines.append(f"  and {len(names) - LISTED} more")
     lines.append(
         "Build the model that the file was made for, or take the file made for this model. To load "
         "only what fits, say allow_partial=True in init_cfg."

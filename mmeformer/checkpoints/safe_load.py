@@ -265,10 +265,11 @@ def load_from_timm(filename: str, map_location=None) -> dict:
         )
     try:
         return load_state_dict_from_hf(published.hf_hub_id, weights_only=True)
-    except (OSError, ValueError, RuntimeError) as error:  # the hub raises subclasses of these
+    except Exception as error:  # the hub, its transport and both readers each have their own
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{filename} could not be read from the cache of the Hugging Face hub nor downloaded "
-            f"from its repository {published.hf_hub_id} ({str(error).splitlines()[0]}): check the "
+            f"{filename} could neither be read from the cache of the Hugging Face hub nor "
+            f"downloaded from its repository {published.hf_hub_id} ({first}): check the "
             "connection, or download model.safetensors elsewhere and give its local path"
         ) from error
 

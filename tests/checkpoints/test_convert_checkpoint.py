@@ -10,8 +10,8 @@ import pytest
 import safetensors
 import timm
 import torch
-from helpers import build_backbone
 from golden_weights import golden, image, manifest, published_state_dict, relative_error, weight
+from helpers import build_backbone
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from golden_weights import manifest
+from timm.models.efficientformer import checkpoint_filter_fn
 
 from mmeformer.checkpoints import formats
 from mmeformer.checkpoints.translate import from_native, identify, skeleton, to_native
@@ -116,6 +117,22 @@ def test_dropped_rules_are_named_as_published():
         "classification": {formats.INDICES: 5, formats.FINAL_NORM: 5, formats.HEADS: 4},
         "detection": {formats.UNREAD_TABLES: 5, formats.INDICES: 10},
     }
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if VARIANTS[name].family == "v1"])
+def test_names_agree_with_timms_own_converter(name):
+    variant = VARIANTS[name]
+    for key in skeleton("v1", variant.arch):
+        if key.startswith("norms."):
+            continue
+        arguments = key, "v1", variant.architecture
+        # The converter counts the downsamples that went before, so it must see them in order.
+        stage = int(key.split(".")[1]) if key.startswith("stages.") else 0
+        before = {f"network.{2 * i + 1}.proj.weight": None for i in range(stage)}
+        reference = formats.REFERENCE.name(*arguments)
+        before.pop(reference, None)
+        converted = checkpoint_filter_fn({**before, reference: None}, None)
+        assert list(converted)[-1] == formats.TIMM.name(*arguments)
 
 
 def test_a_rule_never_swallows_a_tensor_of_the_backbone(variant):

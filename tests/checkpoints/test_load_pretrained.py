@@ -11,7 +11,6 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import build_backbone
 from golden_weights import (
     golden,
     image,
@@ -20,6 +19,7 @@ from golden_weights import (
     relative_error,
     weight,
 )
+from helpers import build_backbone
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
 

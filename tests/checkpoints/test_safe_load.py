@@ -379,6 +379,7 @@ def test_backbone_from_our_training_checkpoint(tmp_path):
     for name, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, state[f"backbone.{name}"])
     assert len(report.loaded) == len(backbone.state_dict())
+    assert "the weights are the moving averages (EMA) of the training" in report.notes
 
 
 def test_map_location_reaches_both_containers(tmp_path):
