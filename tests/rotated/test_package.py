@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mmrotate is needed for rotated boxes and for nothing else."""
+
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmeformer
+
+
+def test_missing_mmrotate_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "mmeformer.rotated", raising=False)
+    monkeypatch.setitem(sys.modules, "mmrotate.models", None)
+    with pytest.raises(ImportError, match=r"needs mmrotate: pip install 'mmeformer\[rot\]'"):
+        importlib.import_module("mmeformer.rotated")
+
+
+def test_only_the_rotated_part_imports_mmrotate():
+    package = Path(mmeformer.__file__).parent
+    files = [path for path in package.rglob("*.py") if path.parent.name != "rotated"]
+    assert len(files) > 5
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                module = "." * node.level + (node.module or "")
+                names = [module] + [f"{module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for name in names:
+                assert not name.startswith(("mmrotate", "mmeformer.rotated")), f"{path}: {name}"
+                assert not name.lstrip(".").startswith("rotated"), f"{path}: {name}"
