@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer-wise learning-rate decay for fine-tuning: the nearer the input, the smaller the steps."""
+
+from __future__ import annotations
+
+import re
+
+from mmengine.optim import DefaultOptimWrapperConstructor
+from torch import nn
+
+from mmeformer.backbones.base import PyramidBackbone
+from mmeformer.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+
+def layer_index(name: str, depths: list[int]) -> int:
+    """Depth of a backbone tensor: 0 for the stem, then one number per block.
+
+    A downsample counts with the first block behind it; what stands behind the blocks (pyramid
+    norms) gets ``sum(depths) + 1``.
+
+    Args:
+        name: as in ``backbone.named_parameters()``.
+        depths: number of blocks of each stage.
+    """
+    if name.startswith("stem."):
+        return 0
+    if match := re.match(r"stages\.(\d+)\.(?:downsample|blocks\.(\d+))\.", name):
+        stage, block = int(match[1]), int(match[2] or 0)
+        return 1 + sum(depths[:stage]) + block
+    return sum(depths) + 1
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayConstructor(DefaultOptimWrapperConstructor):
+    """mmengine's default constructor plus ``paramwise_cfg["layer_decay_rate"]``.
+
+    A tensor of the backbone at depth ``d`` (:func:`layer_index`) of ``D`` learns with the rate
+    ``lr * layer_decay_rate ** (D - d)``; neck and heads with ``lr``. All other keys of
+    ``paramwise_cfg`` work as in mmengine and multiply with it.
+
+    Use: ``optim_wrapper=dict(constructor="mmeformer.LayerDecayConstructor",
+    paramwise_cfg=dict(layer_decay_rate=0.8))``.
+
+    Source of the method: Clark et al., ELECTRA (arXiv 2003.10555), appendix; Bao et al., BEiT
+    (arXiv 2106.08254), appendix.
+
+    Raises:
+        ValueError: the rate is not in (0, 1], or the model has no backbone of mmeformer.
+    """
+
+    def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs) -> None:
+        """Fill ``params`` with one group per tensor; called by mmengine for the whole model."""
+        super().add_params(params, module, prefix=prefix, **kwargs)
+        if prefix:
+            return
+        rate = self.paramwise_cfg.get("layer_decay_rate")
+        if rate is None or not 0 < rate <= 1:
+            raise ValueError(f"paramwise_cfg needs layer_decay_rate in (0, 1], but has {rate!r}")
+        multipliers = {}
+        for part in module.modules():
+            if isinstance(part, PyramidBackbone):
+                depths = [len(stage.blocks) for stage in part.stages]
+                for name, parameter in part.named_parameters():
+                    missing = sum(depths) + 1 - layer_index(name, depths)
+                    multipliers[id(parameter)] = rate**missing
+        if not multipliers:
+            raise ValueError("layer_decay_rate needs a model with an mmeformer backbone")
+        for group in params:
+            for parameter in group["params"]:
+                if id(parameter) in multipliers:
+                    group["lr"] = group.get("lr", self.base_lr) * multipliers[id(parameter)]

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+from helpers import build_backbone
+from mmengine.optim import build_optim_wrapper
+from torch import nn
+
+from mmeformer.optim import layer_index
+
+
+class Model(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.neck = nn.Conv2d(4, 4, 1)
+
+
+def build(model, **paramwise):
+    return build_optim_wrapper(
+        model,
+        dict(
+            type="OptimWrapper",
+            optimizer=dict(type="AdamW", lr=0.01, weight_decay=0.05),
+            constructor="mmeformer.LayerDecayConstructor",
+            paramwise_cfg=paramwise,
+        ),
+    )
+
+
+def rates(model, wrapper, key="lr"):
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {names[id(p)]: g[key] for g in wrapper.optimizer.param_groups for p in g["params"]}
+
+
+def test_rates_fall_towards_the_input(small_variant):
+    model = Model(build_backbone(small_variant))
+    found = rates(model, build(model, layer_decay_rate=0.9, norm_decay_mult=0.0))
+    assert set(found) == {n for n, _ in model.named_parameters()}
+    depths = small_variant.architecture.depths
+    total = sum(depths) + 1
+    assert found["neck.weight"] == 0.01
+    assert found["backbone.stem.conv1.conv.weight"] == pytest.approx(0.01 * 0.9**total)
+    last = f"backbone.stages.3.blocks.{depths[3] - 1}.mlp.fc1.conv.weight"
+    last = last if last in found else last.replace(".conv.weight", ".weight")
+    assert found[last] == pytest.approx(0.01 * 0.9)
+    second = "backbone.stages.1.blocks.0.mlp.fc1.conv.weight"
+    assert found[second] == pytest.approx(0.01 * 0.9 ** (total - 1 - depths[0]))
+    downsample = [n for n in found if n.startswith("backbone.stages.1.downsample")]
+    assert downsample and all(found[n] == found[second] for n in downsample)
+    # The other rules of mmengine still hold.
+    decays = rates(model, build(model, layer_decay_rate=0.9, norm_decay_mult=0.0), "weight_decay")
+    assert decays["backbone.stem.conv1.bn.weight"] == 0
+    assert decays["backbone.stem.conv1.conv.weight"] == 0.05
+
+
+def test_rate_one_changes_nothing(small_variant):
+    model = Model(build_backbone(small_variant))
+    assert set(rates(model, build(model, layer_decay_rate=1.0)).values()) == {0.01}
+
+
+def test_multiplies_with_other_rules(small_variant):
+    model = Model(build_backbone(small_variant))
+    wrapper = build(model, layer_decay_rate=0.5, custom_keys={"stem": dict(lr_mult=0.1)})
+    total = sum(small_variant.architecture.depths) + 1
+    found = rates(model, wrapper)["backbone.stem.conv2.conv.weight"]
+    assert found == pytest.approx(0.01 * 0.1 * 0.5**total)
+
+
+def test_layer_index():
+    names = {
+        "stem.conv1.bn.bias": 0,
+        "stages.0.blocks.1.ls1.gamma": 2,
+        "stages.1.downsample.conv.weight": 3,
+        "stages.1.blocks.0.ls1.gamma": 3,
+        "norms.3.weight": 6,
+    }
+    for name, index in names.items():
+        assert layer_index(name, [2, 3]) == index
+
+
+@pytest.mark.parametrize("rate", [None, 0.0, 1.5])
+def test_bad_rate(small_variant, rate):
+    with pytest.raises(ValueError, match="layer_decay_rate"):
+        build(Model(build_backbone(small_variant)), layer_decay_rate=rate)
+
+
+def test_foreign_backbone():
+    with pytest.raises(ValueError, match="mmeformer backbone"):
+        build(Model(nn.Conv2d(3, 3, 1)), layer_decay_rate=0.5)
