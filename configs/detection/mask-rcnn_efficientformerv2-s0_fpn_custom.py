@@ -9,7 +9,9 @@ checkpoint = "timm://efficientformerv2_s0.snap_dist_in1k"  # backbone weights; N
 # ---- often changed --------------------------------------------------------------------------
 scale = (1333, 800)  # images are resized to fit into this many pixels, longer side first
 batch_size = 2  # per GPU
-learning_rate = 1e-4  # for 8 images or fewer per step; more images bear more
+learning_rate = 1e-4  # from pretrained weights, small batches; from scratch about 5e-4
+anchor_scale = 8  # anchors start at 4 times as many pixels; 4 for objects of 10 to 30 px
+rois_per_image = 512  # boxes the heads learn from; fewer are faster, 128 is plenty on a CPU
 epochs = 24
 warmup_iters = 100
 num_workers = 2
@@ -24,9 +26,11 @@ model = dict(
         init_cfg=None if scratch else dict(type="Pretrained", checkpoint=checkpoint),
     ),
     neck=dict(norm_cfg=dict(type="BN") if scratch else None),
+    rpn_head=dict(anchor_generator=dict(scales=[anchor_scale])),
     roi_head=dict(
         bbox_head=dict(num_classes=len(classes)), mask_head=dict(num_classes=len(classes))
     ),
+    train_cfg=dict(rcnn=dict(sampler=dict(num=rois_per_image))),
 )
 metainfo = dict(classes=classes)
 train_pipeline = [
