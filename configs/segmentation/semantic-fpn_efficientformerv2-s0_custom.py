@@ -15,6 +15,7 @@ seg_map_suffix = ".png"
 scale = (2048, 512)  # images are resized to fit into this many pixels, longer side first
 crop_size = (512, 512)  # of training, height first; no more than the shorter side of most images
 batch_size = 4  # per GPU
+class_weight = None  # such as [1.0, 3.0]: how much a pixel of each class counts in the loss
 learning_rate = 2e-4
 max_iters = 8000
 warmup_iters = 200
@@ -33,7 +34,11 @@ model = dict(
         init_cfg=None if scratch else dict(type="Pretrained", checkpoint=checkpoint),
     ),
     neck=dict(norm_cfg=dict(type="SyncBN") if scratch else None),
-    decode_head=dict(num_classes=num_classes),
+    decode_head=dict(
+        num_classes=num_classes,
+        # The mean over labelled pixels only, however many of a picture are.
+        loss_decode=dict(avg_non_ignore=True, class_weight=class_weight),
+    ),
     test_cfg=dict(crop_size=crop_size, stride=tuple(side * 2 // 3 for side in crop_size)),
 )
 train_pipeline = [
