@@ -17,7 +17,7 @@ NOT_LABELLED = 255
 
 
 def write_mask_dataset(
-    root: str | Path, train: int = 256, val: int = 64, size: int = 128, seed: int = 0
+    root: str | Path, train: int = 512, val: int = 64, size: int = 128, seed: int = 0
 ) -> Path:
     """Write scenes and masks: ``images/`` and ``annotations/``, ``training/`` and ``validation/``.
 
