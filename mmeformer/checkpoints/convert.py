@@ -102,16 +102,16 @@ def converted(content: Mapping, source: str, to: str) -> tuple[dict, Report]:
         source,
     )
     check_values(_weights(contents.others), source)
+    form = _target_form(to, contents)
     report = Report(
         title=f"converted to {to}",
         source=source,
         format=contents.form.title,
         variant=variant.name,
-        loaded=list(found.tensors),
+        loaded=[name for name in found.tensors if form.holds(name)],
     )
     for rule, names in found.dropped.items():
         report.drop(rule, [contents.prefix + name for name in names])
-    form = _target_form(to, contents)
     state, homeless = from_native(found.tensors, form, variant.family, variant.architecture)
     for rule, names in homeless.items():
         report.drop(rule, names)

@@ -67,15 +67,10 @@ class Report:
             rows.append(("dropped", len(names), f"{rule}: {shorten(names)}"))
         for reason, names in self.new.items():
             rows.append(("new", len(names), f"{reason}: {shorten(names)}"))
-        for old, new in dict.fromkeys((old, new) for _, old, new in self.resized):
-            names = [name for name, *change in self.resized if change == [old, new]]
-            rows.append(
-                (
-                    "resized",
-                    len(names),
-                    f"bias tables {_grid(old)} -> {_grid(new)}: {names[0]}, ...",
-                )
-            )
+        for change in dict.fromkeys((old, new) for _, old, new in self.resized):
+            names = [name for name, old, new in self.resized if (old, new) == change]
+            grids = " -> ".join(f"{height} x {width}" for height, width in change)
+            rows.append(("resized", len(names), f"bias tables {grids}: {shorten(names, 2)}"))
         if self.cast:
             rows.append(("converted", None, f"from {', '.join(sorted(self.cast))}"))
         for reason, names in self.unused.items():
@@ -95,7 +90,3 @@ class Report:
             number = "" if count is None else f"{count} "
             lines.append(f"  {heading:<10} {number}{details}")
         return "\n".join(lines)
-
-
-def _grid(grid: tuple[int, int]) -> str:
-    return f"{grid[0]} x {grid[1]}"

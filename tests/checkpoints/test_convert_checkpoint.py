@@ -152,6 +152,9 @@ def test_published_models_of_every_variant_fit_the_configs_and_return(task, vari
     assert {name: tuple(t.shape) for name, t in ours["state_dict"].items()} == wanted
     assert report.variant == variant.name
 
+    placed = sum(map(len, report.dropped.values())) + len(report.loaded) + len(old_names(task))
+    assert placed == len(published["state_dict"])
+
     back, _ = converted(ours, "ours.pth", "reference")
     dropped = {name for names in report.dropped.values() for name in names}
     assert set(back["state_dict"]) == set(published["state_dict"]) - dropped
@@ -238,7 +241,9 @@ def test_backbones_of_every_variant_there_and_back(to, variant):
         for number, (name, shape) in enumerate(shapes.items())
         if not name.startswith("norms.")
     }
-    there, _ = converted(ours, "ours.pth", to)
+    norms = {name: torch.ones(shape) for name, shape in shapes.items() if name not in ours}
+    there, report = converted({**ours, **norms}, "ours.pth", to)
+    assert report.loaded == list(ours) and sum(map(len, report.dropped.values())) == len(norms)
     state = there["model" if to == "reference" else "state_dict"]
     if to == "reference":
         published = set(manifest()[variant.name]["classification"])

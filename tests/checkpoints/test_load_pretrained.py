@@ -361,6 +361,8 @@ def test_report_is_one_log_block(log, tmp_path):
         "note       entries of the file that are not read: epoch",
     ):
         assert f"  {line}" in text or text.startswith(line), (line, text)
+    resized = next(line for line in text.splitlines() if "resized" in line)
+    assert resized.endswith("attention_bias.table")
 
 
 def test_reference_downstream_warns_where_published_scores_are_lost(log, tmp_path):
