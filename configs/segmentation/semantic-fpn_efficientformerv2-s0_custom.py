@@ -36,8 +36,8 @@ model = dict(
     neck=dict(norm_cfg=dict(type="SyncBN") if scratch else None),
     decode_head=dict(
         num_classes=num_classes,
-        # The mean over labelled pixels only, however many of a picture are.
-        loss_decode=dict(avg_non_ignore=True, class_weight=class_weight),
+        # The mean over labelled pixels only; with class weights mmseg's loss always is.
+        loss_decode=dict(avg_non_ignore=class_weight is None, class_weight=class_weight),
     ),
     test_cfg=dict(crop_size=crop_size, stride=tuple(side * 2 // 3 for side in crop_size)),
 )

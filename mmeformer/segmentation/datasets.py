@@ -33,7 +33,7 @@ class CheckedFiles(BaseSegDataset):
     """
 
     CHECKED_FILES = 500
-    """Files whose content is checked at the start: 1 to 3 s for photographs on two cores."""
+    """Files whose content is checked at the start: about 3 s for 500 pictures of 683 x 512 px."""
 
     def load_data_list(self) -> list[dict]:
         """mmseg's list of files, after the checks."""

@@ -2,6 +2,7 @@
 """Every segmentation config builds, fits its backbone, trains a step and predicts."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -151,22 +152,71 @@ def test_only_v2_keeps_the_pretrained_statistics(name):
     )
 
 
+def edited_template(folder: Path, **lines: str) -> Config:
+    """The custom template with some of its settings changed, as a user changes them."""
+    text = (FOLDER / "semantic-fpn_efficientformerv2-s0_custom.py").read_text()
+    for key, value in lines.items():
+        text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
+        assert count == 1, key
+    path = folder / "mine.py"
+    path.write_text(text.replace('_base_ = "', f'_base_ = "{FOLDER}/'))
+    return Config.fromfile(path)
+
+
 def test_custom_template_from_scratch(tmp_path):
     """With ``checkpoint = None`` norms learn, and blocks count from the start."""
-    source = (FOLDER / "semantic-fpn_efficientformerv2-s0_custom.py").read_text()
-    lines = [
-        "checkpoint = None\n" if line.startswith("checkpoint =") else line
-        for line in source.splitlines(keepends=True)
-    ]
-    text = "".join(lines).replace('_base_ = "', f'_base_ = "{FOLDER}/')
-    path = tmp_path / "mine.py"
-    path.write_text(text)
-    backbone = Config.fromfile(path).model.backbone
-    assert backbone.init_cfg is None and backbone.norm_eval is False
-    assert backbone.layer_scale_init_value == 0.5
-    pretrained = Config.fromfile(FOLDER / "semantic-fpn_efficientformerv2-s0_custom.py").model
-    assert pretrained.backbone.norm_eval is True
-    assert pretrained.backbone.layer_scale_init_value is None
+    model = edited_template(tmp_path, checkpoint="None").model
+    assert model.backbone.init_cfg is None and model.backbone.norm_eval is False
+    assert model.backbone.layer_scale_init_value == 0.5
+    assert model.neck.norm_cfg.type == "SyncBN"
+    model = edited_template(tmp_path).model
+    assert model.backbone.init_cfg.checkpoint.startswith("timm://")
+    assert model.backbone.norm_eval is True
+    assert model.backbone.layer_scale_init_value is None and model.neck.norm_cfg is None
+
+
+def test_custom_template_carries_its_settings_everywhere(tmp_path):
+    config = edited_template(
+        tmp_path,
+        data_root='"data/streets/"',
+        metainfo='dict(classes=("sky", "road", "car"), palette=[])',
+        reduce_zero_label="True",
+        crop_size="(96, 160)",
+        class_weight="[1.0, 2.0, 3.0]",
+    )
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        assert loader.dataset.type == "mmeformer.SegmentationDataset"
+        assert loader.dataset.data_root == "data/streets/"
+        assert loader.dataset.metainfo.classes == ("sky", "road", "car")
+        assert loader.dataset.reduce_zero_label is True
+    assert config.model.decode_head.num_classes == 3
+    assert config.model.data_preprocessor.size == (96, 160)
+    assert config.model.backbone.bias_grid == (3, 5)
+    assert config.val_dataloader.dataset.test_mode and not config.train_dataloader.dataset.get(
+        "test_mode", False
+    )
+
+
+def test_class_weights_count_labelled_pixels_only(tmp_path):
+    """Against the sum over labelled pixels of weight times cross entropy, over that of weights."""
+    config = edited_template(tmp_path, checkpoint="None", class_weight="[1.0, 3.0]")
+    engine.drop_pretrained(config.model)
+    init_default_scope(config.default_scope)
+    model = build(config).eval()
+    data = collate([sample((64, 64), 2) for _ in range(2)])
+    for item in data["data_samples"]:
+        item.gt_sem_seg.data[:, :20] = 255
+    batch = model.data_preprocessor(data, training=True)
+    with torch.no_grad():
+        loss = model(**batch, mode="loss")["decode.loss_ce"]
+        logits = torch.nn.functional.interpolate(
+            model(batch["inputs"], mode="tensor"), (64, 64), mode="bilinear"
+        )
+    labels = torch.cat([item.gt_sem_seg.data for item in batch["data_samples"]])
+    expected = torch.nn.functional.cross_entropy(
+        logits, labels, weight=torch.tensor([1.0, 3.0]), ignore_index=255
+    )
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("mode", ["whole", "slide"])
