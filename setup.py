@@ -22,8 +22,9 @@ SHIPPED_FOLDERS = ("configs", "tools")
 CHECKOUT_ONLY = ("bootstrap.py",)
 
 BASE = [
-    # 2.14 needs C++20, while the mmcv operators are written and built for C++17.
-    "torch>=2.4,<2.14",
+    # Checkpoints are read weights-only with an allow-list of torch 2.6. 2.14 needs C++20, while the
+    # mmcv operators are written and built for C++17.
+    "torch>=2.6,<2.14",
     "torchvision",
     "timm>=1.0",
     "onedl-mmengine>=0.10.8,<0.11",

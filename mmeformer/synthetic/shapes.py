@@ -67,7 +67,7 @@ def draw_scene(
     """A random image (size, size, 3) uint8 BGR and its instances, at least one of them whole.
 
     Background: a colour gradient with noise. Shapes: 2 to ``max_shapes``, of any colour that stands
-    out a little, radius between 8% and 22% of the side.
+    out a little, radius between 12% and 24% of the side.
     """
     ramp = np.linspace(0, 1, size)[:, None, None]
     first, last = rng.uniform(30, 225, (2, 1, 1, 3))
@@ -78,7 +78,7 @@ def draw_scene(
     labels, areas = [], []
     for index in range(int(rng.integers(2, max_shapes + 1))):
         label = int(rng.integers(len(CLASSES)))
-        radius = rng.uniform(0.08, 0.22) * size
+        radius = rng.uniform(0.12, 0.24) * size
         centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
         points = outline(label, tuple(centre), radius, rng.uniform(0, 2 * math.pi))
         drawn = np.zeros((size, size), dtype=np.uint8)
@@ -124,7 +124,7 @@ def write_coco_dataset(
     Raises:
         FileExistsError: the folder exists but holds something else.
     """
-    recipe = dict(generator="shapes-1", train=train, val=val, size=size, seed=seed)
+    recipe = dict(generator="shapes-2", train=train, val=val, size=size, seed=seed)
 
     def write(folder: Path) -> None:
         for number, (split, count) in enumerate((("train2017", train), ("val2017", val))):

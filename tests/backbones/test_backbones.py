@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import build_backbone
 from golden_weights import golden, image, published_state_dict, relative_error
+from helpers import build_backbone
 from mmengine.registry import MODELS
 from torch import nn
 
