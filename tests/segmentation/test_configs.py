@@ -138,6 +138,17 @@ def test_trains_a_step_and_predicts(name):
     assert torch.isfinite(result.seg_logits.data).all()
 
 
+@pytest.mark.parametrize("arch", ["efficientformer-l1", "efficientformerv2-s0"])
+def test_decay_is_for_weights_only(arch):
+    config = load(f"semantic-fpn_{arch}_40k_ade20k-512x512.py")
+    model = build(config)
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+    decay = {id(value): group["weight_decay"] for group in groups for value in group["params"]}
+    for name, value in model.named_parameters():
+        # Kernels have 4 dimensions and matrices 2; a table of attention biases has 3.
+        assert decay[id(value)] == (1e-4 if value.dim() in (2, 4) else 0), name
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_only_v2_keeps_the_pretrained_statistics(name):
     config = load(name)
