@@ -22,6 +22,8 @@ WARNING = "warning"
 # EXIF: the picture is stored lying on its side. OpenCV turns it when it is read.
 ORIENTATION_TAG = 274
 SIDEWAYS = (5, 6, 7, 8)
+# What Pillow raises for files that are cut off, no pictures, or larger than it will read.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,12 @@ def _read_pair(pair: tuple[str, str]) -> _Labels:
 
     try:
         image_size = _image_size(image)
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         return wrong("unreadable image", image, f"cannot be read ({error}); copy it again")
     try:
         with Image.open(mask) as opened:
             labels = np.asarray(opened).squeeze()
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         return wrong("unreadable mask", mask, f"cannot be read ({error}); export it again")
     if labels.ndim != 2:
         return wrong(
