@@ -8,7 +8,7 @@ metainfo = dict(
     palette=[[60, 60, 60], [220, 60, 60], [60, 160, 60], [70, 90, 220], [230, 190, 50]],
 )
 size = (128, 128)
-max_iters = 600
+max_iters = 500
 
 # From scratch: train the batch norms, add some to the neck, let the blocks speak from the start.
 model = dict(
