@@ -5,14 +5,14 @@ _base_ = "mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py"
 data_root = "data/quickstart-shapes/"
 classes = ("circle", "rectangle", "triangle", "star")
 size = (128, 128)
-max_iters = 480
+max_iters = 500
 
 # From scratch: train the batch norms, add some to the neck, let the blocks speak from the start.
 # For two cores: half the channels in neck and heads, fewer proposals.
 width = 128
 roi_extractor = dict(out_channels=width)
 model = dict(
-    backbone=dict(norm_eval=False, layer_scale_init_value=0.5, bias_grid=4, init_cfg=None),
+    backbone=dict(norm_eval=False, layer_scale_init_value=1.0, bias_grid=4, init_cfg=None),
     neck=dict(out_channels=width, norm_cfg=dict(type="BN")),
     rpn_head=dict(in_channels=width, feat_channels=width),
     roi_head=dict(
@@ -72,7 +72,7 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type="CosineAnnealingLR", by_epoch=False, begin=50, end=max_iters, eta_min=1e-5),
 ]
-optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=10, norm_type=2))
+optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=10, norm_type=2))
 log_processor = dict(by_epoch=False)
 default_hooks = dict(
     logger=dict(interval=10),

@@ -37,7 +37,7 @@ def write_mask_dataset(
     Raises:
         FileExistsError: the folder exists but holds something else.
     """
-    recipe = dict(generator="masks-2", train=train, val=val, size=size, seed=seed)
+    recipe = dict(generator="masks-3", train=train, val=val, size=size, seed=seed)
 
     def write(folder: Path) -> None:
         for number, (split, count) in enumerate((("training", train), ("validation", val))):

@@ -62,12 +62,12 @@ def outline(label: int, centre: tuple[float, float], radius: float, angle: float
 
 
 def draw_scene(
-    rng: np.random.Generator, size: int, max_shapes: int = 6
+    rng: np.random.Generator, size: int, max_shapes: int = 5
 ) -> tuple[np.ndarray, list[Instance]]:
     """A random image (size, size, 3) uint8 BGR and its instances, at least one of them whole.
 
     Background: a colour gradient with noise. Shapes: 2 to ``max_shapes``, of any colour that stands
-    out a little, radius between 12% and 24% of the side.
+    out, radius between 12% and 24% of the side.
     """
     ramp = np.linspace(0, 1, size)[:, None, None]
     first, last = rng.uniform(30, 225, (2, 1, 1, 3))
@@ -86,7 +86,7 @@ def draw_scene(
         inside = drawn.astype(bool)
         behind = image[inside].mean(axis=0)
         colour = rng.uniform(0, 255, 3)
-        while np.abs(colour - behind).max() < 60:
+        while np.abs(colour - behind).max() < 100:
             colour = rng.uniform(0, 255, 3)
         image[inside] = colour
         owner[inside] = index
@@ -124,7 +124,7 @@ def write_coco_dataset(
     Raises:
         FileExistsError: the folder exists but holds something else.
     """
-    recipe = dict(generator="shapes-2", train=train, val=val, size=size, seed=seed)
+    recipe = dict(generator="shapes-3", train=train, val=val, size=size, seed=seed)
 
     def write(folder: Path) -> None:
         for number, (split, count) in enumerate((("train2017", train), ("val2017", val))):
