@@ -70,7 +70,7 @@ def checkout(tmp_path, plain_venv):
 
 
 def test_old_interpreters_can_parse_the_script():
-    ast.parse(SCRIPT.read_text(), feature_version=(3, 6))
+    assert ast.parse(SCRIPT.read_text(), feature_version=(3, 6)).body
 
 
 def test_range_of_pythons_is_that_of_the_package():
@@ -347,17 +347,17 @@ def test_gpu_that_cannot_be_served_is_said(nvcc, torch_cuda, message):
 def test_build_environment(monkeypatch, tmp_path):
     headers = tmp_path / "lib/python3.11/site-packages/nvidia/cu13/include"
     headers.mkdir(parents=True)
-    monkeypatch.setenv("CPATH", "/opt/include")
+    monkeypatch.setenv("CPATH", "/some/include")
     monkeypatch.setenv("FORCE_CUDA", "1")
-    monkeypatch.setenv("CPPFLAGS", "-I/opt/include")
+    monkeypatch.setenv("CPPFLAGS", "-I/some/include")
     monkeypatch.delenv("CFLAGS", raising=False)
     cpu = bootstrap.build_environment(str(tmp_path), None)
     assert (cpu["FORCE_CUDA"], cpu["CUDA_VISIBLE_DEVICES"]) == ("0", "")
-    assert cpu["CPPFLAGS"] == "-I/opt/include -g0" and "CFLAGS" not in cpu
-    assert cpu["CPATH"] == "/opt/include"
+    assert cpu["CPPFLAGS"] == "-I/some/include -g0" and "CFLAGS" not in cpu
+    assert cpu["CPATH"] == "/some/include"
     cuda = bootstrap.Cuda("/cuda", "13.0", ("8.6", "9.0"))
     gpu = bootstrap.build_environment(str(tmp_path), cuda)
-    assert gpu["CPATH"] == f"/opt/include:{headers}"
+    assert gpu["CPATH"] == f"/some/include:{headers}"
     assert (gpu["FORCE_CUDA"], gpu["CUDA_HOME"]) == ("1", "/cuda")
     assert gpu["TORCH_CUDA_ARCH_LIST"] == "8.6;9.0"
 
@@ -401,7 +401,7 @@ def test_key_depends_on_everything_that_a_build_depends_on(monkeypatch):
     assert all("/" not in key for key in keys)
     # The toolkit's folder and Python's patch level do not matter.
     monkeypatch.undo()
-    moved = cuda._replace(home="/opt/cuda")
+    moved = cuda._replace(home="/other/cuda")
     assert bootstrap.wheel_key(*base[:2], (3, 11, 2), moved) == keys[0]
 
 

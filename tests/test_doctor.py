@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 HEALTHY = Facts(
     python=(3, 11, 7),
-    executable="/home/me/.venv/bin/python",
+    executable="/my/.venv/bin/python",
     distributions={
         "mmeformer": "0.1.0",
         "packaging": "26.3",

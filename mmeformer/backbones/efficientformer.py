@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -143,31 +143,8 @@ class EfficientFormer(PyramidBackbone):
     family = "v1"
     stem_act = nn.ReLU
 
-    def __init__(
-        self,
-        arch: str | Mapping = "l1",
-        out_indices: Sequence[int] = (0, 1, 2, 3),
-        drop_path_rate: float | None = None,
-        layer_scale_init_value: float | None = None,
-        frozen_stages: int = -1,
-        norm_eval: bool = False,
-        with_cp: bool = False,
-        bias_grid: int | Sequence[int] = 7,
-        bias_resize: str = "displacement",
-        init_cfg: dict | list[dict] | None = None,
-    ) -> None:
-        super().__init__(
-            arch,
-            out_indices,
-            drop_path_rate,
-            layer_scale_init_value,
-            frozen_stages,
-            norm_eval,
-            with_cp,
-            bias_grid,
-            bias_resize,
-            init_cfg,
-        )
+    def __init__(self, arch: str | Mapping = "l1", **kwargs) -> None:
+        super().__init__(arch, **kwargs)
         for index in self.out_indices:
             self.norms[str(index)] = nn.GroupNorm(1, self.architecture.widths[index])
 

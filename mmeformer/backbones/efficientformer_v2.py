@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -181,31 +181,8 @@ class EfficientFormerV2(PyramidBackbone):
     family = "v2"
     stem_act = nn.GELU
 
-    def __init__(
-        self,
-        arch: str | Mapping = "s0",
-        out_indices: Sequence[int] = (0, 1, 2, 3),
-        drop_path_rate: float | None = None,
-        layer_scale_init_value: float | None = None,
-        frozen_stages: int = -1,
-        norm_eval: bool = False,
-        with_cp: bool = False,
-        bias_grid: int | Sequence[int] = 7,
-        bias_resize: str = "displacement",
-        init_cfg: dict | list[dict] | None = None,
-    ) -> None:
-        super().__init__(
-            arch,
-            out_indices,
-            drop_path_rate,
-            layer_scale_init_value,
-            frozen_stages,
-            norm_eval,
-            with_cp,
-            bias_grid,
-            bias_resize,
-            init_cfg,
-        )
+    def __init__(self, arch: str | Mapping = "s0", **kwargs) -> None:
+        super().__init__(arch, **kwargs)
 
     def build_stage(
         self, index: int, in_width: int | None, drop_path: list[float], layer_scale: float

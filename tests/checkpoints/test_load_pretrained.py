@@ -422,7 +422,7 @@ def test_other_precisions_are_cast_and_reported(dtype):
 # --- errors ------------------------------------------------------------------------------------
 
 
-def refused(backbone, content, match, **kwargs):
+def assert_refused(backbone, content, match, **kwargs):
     before = snapshot(backbone)
     with pytest.raises(CheckpointError, match=match) as error:
         load_content(backbone, content, "some/file.pth", **kwargs)
@@ -439,7 +439,7 @@ def test_another_variant_is_named(form):
         state = timm.create_model("efficientformerv2_s1", pretrained=False).state_dict()
     else:
         state = published_state_dict("efficientformerv2_s1", form)
-    message = refused(
+    message = assert_refused(
         build_backbone(S0),
         state,
         r"this file holds efficientformerv2_s1, the model is efficientformerv2_s0\.",
@@ -452,20 +452,20 @@ def test_another_variant_is_named(form):
 def test_another_family_is_named(form):
     state = published_state_dict(L1.name, form)
     match = "this file holds efficientformer_l1, the model is efficientformerv2_s0"
-    refused(build_backbone(S0), state, match)
+    assert_refused(build_backbone(S0), state, match)
 
 
 def test_v2_into_v1():
     state = published_state_dict(S0.name, "classification")
     match = "this file holds efficientformerv2_s0, the model is efficientformer_l1"
-    refused(build_backbone(L1), state, match)
+    assert_refused(build_backbone(L1), state, match)
 
 
 def test_half_a_file_is_called_incomplete(small_variant):
     state = published_state_dict(small_variant.name, "classification")
     half = dict(list(state.items())[: len(state) // 2])
     match = rf"holds only \d+ of the \d+ tensors of {small_variant.name}: it is incomplete"
-    message = refused(build_backbone(small_variant), half, match)
+    message = assert_refused(build_backbone(small_variant), half, match)
     assert "tensors missing in the file" in message and "more" in message
 
 
@@ -474,7 +474,7 @@ def test_one_missing_one_strange_and_one_misshapen_tensor_are_listed():
     del state["stages.0.blocks.0.ls2.gamma"]
     state["stages.0.blocks.0.extra.weight"] = torch.ones(3, 4)
     state["stem.conv1.conv.weight"] = torch.ones(16, 3, 5, 5)
-    message = refused(build_backbone(S0), {"state_dict": state}, "was not loaded")
+    message = assert_refused(build_backbone(S0), {"state_dict": state}, "was not loaded")
     assert "1 tensors missing in the file:\n  stages.0.blocks.0.ls2.gamma (32,)" in message
     assert "no part of the model:\n  stages.0.blocks.0.extra.weight (3, 4)" in message
     assert "stem.conv1.conv.weight (16, 3, 5, 5) where stem.conv1.conv.weight is (16, 3, 3, 3)" in (
@@ -515,14 +515,14 @@ def test_weights_that_are_not_finite(value):
     state["network.0.0.mlp.fc1.weight"][0, 0] = value
     content = {f"backbone.{key}": tensor for key, tensor in state.items()}
     match = r"backbone\.network\.0\.0\.mlp\.fc1\.weight has 1 of 4096 values that are NaN"
-    refused(build_backbone(S0), content, match)
+    assert_refused(build_backbone(S0), content, match)
 
 
 def test_weights_that_are_whole_numbers():
     state = build_backbone(S0).state_dict()
     state["stem.conv1.conv.weight"] = torch.ones(16, 3, 3, 3, dtype=torch.int64)
     match = r"tensor stem\.conv1\.conv\.weight is of type int64.*Convert it to float32"
-    refused(build_backbone(S0), state, match)
+    assert_refused(build_backbone(S0), state, match)
 
 
 @pytest.mark.parametrize(
@@ -536,7 +536,7 @@ def test_weights_that_are_whole_numbers():
     ],
 )
 def test_files_without_a_backbone(content, match):
-    refused(build_backbone(S0), content, match)
+    assert_refused(build_backbone(S0), content, match)
 
 
 def test_missing_file_is_named(tmp_path):
