@@ -60,8 +60,8 @@ def _numeric_dtype(code: str, align: bool = False, copy: bool = False) -> np.dty
 
 
 def _numpy_functions() -> list[tuple[Callable, str]]:
-    # numpy 2 renamed its core, so files name it either way.
-    core = np._core if hasattr(np, "_core") else np.core
+    # numpy 2 renamed its core, so files name it either way; numpy 1.26 has a shell of the new name.
+    core = np._core if hasattr(getattr(np, "_core", None), "multiarray") else np.core
     return [
         (getattr(core.multiarray, name), f"numpy.{module}.multiarray.{name}")
         for name in ("_reconstruct", "scalar")
