@@ -121,6 +121,8 @@ def small_config(shapes, tmp_path_factory):
     config = engine.load_config(f"{V2_S0}_quickstart.py")
     config.model.backbone.arch = TINY
     config.model.neck.in_channels = list(TINY["widths"])
+    # Hardly trained, it must still report something to evaluate.
+    config.model.test_cfg.rcnn.score_thr = 0.0
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         loader.dataset.data_root = str(shapes)
         loader.update(batch_size=2, num_workers=0, persistent_workers=False)
