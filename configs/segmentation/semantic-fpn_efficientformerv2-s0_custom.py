@@ -39,7 +39,11 @@ model = dict(
         # The mean over labelled pixels only; with class weights mmseg's loss always is.
         loss_decode=dict(avg_non_ignore=class_weight is None, class_weight=class_weight),
     ),
-    test_cfg=dict(crop_size=crop_size, stride=tuple(side * 2 // 3 for side in crop_size)),
+    # V2's talking heads add a constant per key, so that whole pictures much larger than the crops of
+    # training come out wrong; windows are as large as those. See docs/segmentation.md.
+    test_cfg=dict(
+        mode="slide", crop_size=crop_size, stride=tuple(side * 2 // 3 for side in crop_size)
+    ),
 )
 train_pipeline = [
     dict(type="LoadImageFromFile"),
