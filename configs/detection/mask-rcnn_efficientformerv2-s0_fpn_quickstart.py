@@ -5,7 +5,7 @@ _base_ = "mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py"
 data_root = "data/quickstart-shapes/"
 classes = ("circle", "rectangle", "triangle", "star")
 size = (128, 128)
-max_iters = 500
+max_iters = 420
 
 # From scratch: train the batch norms, add some to the neck, let the blocks speak from the start.
 # For two cores: half the channels in neck and heads, fewer proposals.
