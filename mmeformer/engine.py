@@ -7,6 +7,7 @@ The command lines in ``tools/`` only parse arguments and call this module.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import subprocess
 from collections.abc import Mapping
@@ -100,6 +101,13 @@ def prepare_device(config: Config, launcher: str) -> None:
         _export_slurm_ranks()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
+        # A thread of gloo that outlives the interpreter aborts the process after its work is done.
+        atexit.register(_leave_process_group)
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _unsynchronise_norms(node) -> None:
