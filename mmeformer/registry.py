@@ -10,6 +10,7 @@ nobody needs both.
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import TASK_UTILS as MMENGINE_TASK_UTILS
@@ -19,10 +20,13 @@ MODELS = Registry(
     "model", parent=MMENGINE_MODELS, scope="mmeformer", locations=["mmeformer.backbones"]
 )
 DATASETS = Registry("dataset", parent=MMENGINE_DATASETS, scope="mmeformer")
+METRICS = Registry("metric", parent=MMENGINE_METRICS, scope="mmeformer")
 TASK_UTILS = Registry(
     "task util", parent=MMENGINE_TASK_UTILS, scope="mmeformer", locations=["mmeformer.rotated"]
 )
-HOOKS = Registry("hook", parent=MMENGINE_HOOKS, scope="mmeformer")
+HOOKS = Registry(
+    "hook", parent=MMENGINE_HOOKS, scope="mmeformer", locations=["mmeformer.training.hooks"]
+)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor",
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotated object detection: GFL head, ATSS assignment, rotated IoU and its loss.
+"""Rotated object detection: head, assignment and losses, and data, evaluation and inference.
 
 The only part of the package that imports mmrotate. Importing it registers the modules, so configs
 of rotated detectors say ``custom_imports = dict(imports=["mmeformer.rotated"])``.
@@ -14,15 +14,33 @@ except ImportError as error:
     ) from error
 
 from .assigner import RotatedATSSAssigner
+from .dataset import DOTADataset
+from .detections import Detections, merge_patches, rotated_nms
+from .dota import read_labels
 from .gfl_head import RotatedGFLHead
+from .inference import detect_large_image
 from .integral import RotatedIntegral
 from .iou import rotated_iou
 from .losses import RotatedIoULoss
+from .metric import DOTAMetric
+from .writers import to_json, write_dota_text, write_json, write_picture, write_task1
 
 __all__ = [
-    "RotatedIntegral",
+    "DOTADataset",
+    "DOTAMetric",
+    "Detections",
     "RotatedATSSAssigner",
     "RotatedGFLHead",
+    "RotatedIntegral",
     "RotatedIoULoss",
+    "detect_large_image",
+    "merge_patches",
+    "read_labels",
     "rotated_iou",
+    "rotated_nms",
+    "to_json",
+    "write_dota_text",
+    "write_json",
+    "write_picture",
+    "write_task1",
 ]

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image files, read and written wholly or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image as ``(H, W, 3)`` uint8, blue, green, red.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be decoded, or not wholly.
+    """
+    data = Path(path).read_bytes()
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    # A JPEG that was cut off is decoded without an error, grey where data is missing.
+    is_whole = not data.startswith(b"\xff\xd8") or b"\xff\xd9" in data[-65536:]
+    if image is None or not is_whole:
+        raise ValueError(
+            f"{path} cannot be read as an image: it is damaged, incomplete or of an unknown format"
+        )
+    return image
+
+
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Write an image in the format of the file's suffix; an existing file is replaced.
+
+    Args:
+        image: ``(H, W, 3)`` uint8, blue, green, red.
+
+    Raises:
+        ValueError: no image format has this suffix.
+    """
+    path = Path(path)
+    if not cv2.haveImageWriter(f"a{path.suffix}"):
+        raise ValueError(f"{path}: no image format has this suffix; use .png or .jpg")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_bytes(cv2.imencode(path.suffix, image)[1].tobytes())
+    unfinished.replace(path)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DOTA's label files and image folders, read strictly; needs no mmrotate.
+
+A label file has one line per object, ``x1 y1 x2 y2 x3 y3 x4 y4 class difficult``, in pixels, and
+may begin with the lines ``imagesource:...`` and ``gsd:...`` (Xia et al., DOTA, arXiv 1711.10398;
+the format is described on the data set's page, captain-whu.github.io/DOTA).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+_HEADERS = ("imagesource:", "gsd:")
+_SHOWN = 5
+
+
+class DotaObject(NamedTuple):
+    """One line of a label file.
+
+    Args:
+        polygon: ``(4, 2)`` float64, corners in pixels.
+        name: class.
+        difficult: 0 means not difficult.
+        line: number of the line in its file, from 1.
+    """
+
+    polygon: np.ndarray
+    name: str
+    difficult: int
+    line: int
+
+
+def read_labels(path: str | Path) -> list[DotaObject]:
+    """Read one label file; header lines and empty lines are passed over.
+
+    The flag ``difficult`` may be missing (0 then), as in some tools' exports.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not UTF-8 text or has bad lines; names the file, the lines and what is
+            wrong with them.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8 ({error})") from error
+    objects, bad = [], []
+    for number, text in enumerate(lines, start=1):
+        fields = text.split()
+        if not fields or fields[0].lower().startswith(_HEADERS):
+            continue
+        try:
+            objects.append(_parse(fields, number))
+        except ValueError as error:
+            bad.append(f"line {number}: {error}: {text.strip()[:100]!r}")
+    if bad:
+        raise ValueError(f"label file {path} has bad lines; correct them:\n  " + _some(bad, "\n  "))
+    return objects
+
+
+def _parse(fields: list[str], line: int) -> DotaObject:
+    if len(fields) not in (9, 10):
+        raise ValueError(
+            f"{len(fields)} fields instead of 'x1 y1 x2 y2 x3 y3 x4 y4 class difficult' (separated "
+            "by spaces, so a class name has none)"
+        )
+    try:
+        corners = [float(field) for field in fields[:8]]
+    except ValueError:
+        raise ValueError("the first 8 fields must be numbers") from None
+    if not all(map(math.isfinite, corners)):
+        raise ValueError("the first 8 fields must be finite")
+    difficult = fields[9] if len(fields) == 10 else "0"
+    if not (difficult.isascii() and difficult.isdigit()):
+        raise ValueError(f"difficult is {difficult!r} and must be a whole number from 0")
+    return DotaObject(np.array(corners).reshape(4, 2), fields[8], int(difficult), line)
+
+
+def _some(items: Collection[str], separator: str = ", ") -> str:
+    """The first few of many, and how many more there are."""
+    shown = separator.join(list(items)[:_SHOWN])
+    return shown + (f"{separator}and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
+
+
+def format_label(polygon: np.ndarray, name: str, difficult: int) -> str:
+    """One line of a label file, without its end; :func:`read_labels` gives the same object back.
+
+    Args:
+        polygon: ``(4, 2)`` in pixels; written to 1e-2 px.
+        name: class, without white space.
+        difficult: from 0.
+    """
+    corners = " ".join(f"{round(float(value), 2):.10g}" for value in np.reshape(polygon, 8))
+    return f"{corners} {name} {difficult}"
+
+
+def read_label_files(
+    paths: Iterable[Path], classes: Collection[str], dropped_classes: Collection[str] = ()
+) -> list[list[DotaObject]]:
+    """Read label files whose class names must be known.
+
+    Args:
+        paths: the files.
+        classes: names to keep.
+        dropped_classes: names whose objects are left out on purpose.
+
+    Returns:
+        The objects of each file, without those of ``dropped_classes``.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: bad lines (see :func:`read_labels`), or names that are in neither list, with the
+            place where each occurs first.
+    """
+    known, dropped = set(classes), set(dropped_classes)
+    files, bad, unknown = [], [], {}
+    for path in paths:
+        try:
+            objects = read_labels(path)
+        except ValueError as error:
+            bad.append(str(error))
+            continue
+        files.append([item for item in objects if item.name not in dropped])
+        for item in objects:
+            if item.name not in known and item.name not in dropped:
+                unknown.setdefault(item.name, []).append(f"{path} line {item.line}")
+    if bad:
+        raise ValueError(_some(bad, "\n"))
+    if unknown:
+        found = "\n  ".join(
+            f"{name!r}: {len(places)} objects, the first in {places[0]}"
+            for name, places in sorted(unknown.items())
+        )
+        raise ValueError(
+            f"the label files have classes that the config does not:\n  {found}\nThe config has "
+            f"{list(classes)}. Correct the labels or metainfo.classes; to leave these objects out "
+            f"on purpose, set metainfo.dropped_classes={tuple(sorted(unknown))}"
+        )
+    return files
+
+
+def list_images(folder: str | Path, suffix: str | None = None) -> dict[str, Path]:
+    """Image files of a folder by name without suffix, in alphabetical order.
+
+    Args:
+        folder: not searched any deeper; hidden files are passed over.
+        suffix: with or without its dot, capitals or not; None takes all of
+            :data:`IMAGE_SUFFIXES`.
+
+    Raises:
+        FileNotFoundError: the folder is missing, or has no such file.
+        ValueError: two files differ in their suffix only, so that labels would fit both.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"image folder {folder} does not exist")
+    wanted = IMAGE_SUFFIXES if suffix is None else ("." + suffix.lower().removeprefix("."),)
+    images, others = {}, set()
+    for name in sorted(os.listdir(folder)):
+        stem, ending = os.path.splitext(name)
+        if name.startswith("."):
+            continue
+        if ending.lower() not in wanted:
+            others.add(ending)
+        elif stem in images:
+            raise ValueError(
+                f"{images[stem]} and {folder / name} differ in their suffix only; rename one"
+            )
+        else:
+            images[stem] = folder / name
+    if not images:
+        there = f"; the files there end in {sorted(others)}" if others else ", which is empty"
+        raise FileNotFoundError(f"no image ({', '.join(wanted)}) in folder {folder}{there}")
+    return images
+
+
+def list_labels(folder: str | Path) -> dict[str, Path]:
+    """Label files (``.txt``) of a folder by name without suffix, in alphabetical order.
+
+    Raises:
+        FileNotFoundError: the folder is missing, or has no such file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"label folder {folder} does not exist")
+    labels = {
+        name[: -len(".txt")]: folder / name
+        for name in sorted(os.listdir(folder))
+        if name.endswith(".txt") and not name.startswith(".")
+    }
+    if not labels:
+        raise FileNotFoundError(f"no label file (.txt) in folder {folder}")
+    return labels

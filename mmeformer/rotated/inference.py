@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotated detection in images of any size, window by window.
+
+The models come from mmdet's ``init_detector``; for an image that fits the model at once mmdet's
+``inference_detector`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmcv.transforms import Compose
+from mmdet.structures import DetDataSample
+from mmdet.utils import get_test_pipeline_cfg
+from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData
+from mmrotate.structures.bbox import RotatedBoxes
+from torch import nn
+
+from mmeformer.images import read_image
+from mmeformer.rotated.detections import MERGE_IOU, Detections
+from mmeformer.windows import predict_windows, windows
+
+
+def detect_large_image(
+    model: nn.Module,
+    image: str | Path | np.ndarray,
+    *,
+    size: int = 1024,
+    overlap: int = 200,
+    batch_size: int = 1,
+    iou_thr: float = MERGE_IOU,
+    progress: Callable[[int, int], None] | None = None,
+) -> DetDataSample:
+    """Detect rotated boxes in an image of any size.
+
+    Windows are cut one batch at a time and only boxes are kept, so that memory beyond the image
+    itself does not depend on the image's size. At the end NMS within each class merges them.
+
+    Args:
+        model: from mmdet's ``init_detector``, so with ``cfg``.
+        image: a file, or ``(H, W, 3)`` uint8, blue, green, red.
+        size: side of the windows, pixels: that of the training patches. A smaller image is filled
+            up to it, as patches are.
+        overlap: pixels; should exceed the largest object. 200 is what DOTA's development kit and
+            mmrotate use.
+        batch_size: windows per call of the model.
+        iou_thr: for merging, see :func:`mmeformer.rotated.detections.rotated_nms`.
+        progress: called with the number of finished windows and of all windows after each.
+
+    Returns:
+        Sample whose ``pred_instances`` have ``bboxes`` (RotatedBoxes ``(N, 5)`` in pixels of the
+        image), ``scores`` and ``labels`` on the CPU, the best first; ``img_path`` and
+        ``ori_shape`` are its meta information.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or damaged; the array is not
+            ``(H, W, 3)`` uint8; ``size``, ``overlap`` or ``batch_size`` out of range.
+    """
+    path = None if isinstance(image, np.ndarray) else str(image)
+    pixels = image if path is None else read_image(path)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(
+            f"an image is (H, W, 3) uint8 in the order blue, green, red, not {pixels.shape} "
+            f"{pixels.dtype}"
+        )
+    height, width = pixels.shape[:2]
+    places = windows(width, height, size, overlap)
+    parts = []
+    for place, found in predict_windows(pixels, places, _predictor(model), batch_size, size):
+        parts.append(found.moved(*place[:2]))
+        if progress is not None:
+            progress(len(parts), len(places))
+    merged = Detections.concatenate(parts).suppressed(iou_thr)
+    instances = InstanceData(
+        bboxes=RotatedBoxes(torch.from_numpy(merged.boxes)),
+        scores=torch.from_numpy(merged.scores),
+        labels=torch.from_numpy(merged.labels),
+    )
+    meta = dict(img_path=path, ori_shape=(height, width), img_shape=(height, width))
+    return DetDataSample(metainfo=meta, pred_instances=instances)
+
+
+def _predictor(model: nn.Module) -> Callable[[list[np.ndarray]], Sequence[Detections]]:
+    """A function from the crops of a batch to their boxes, through the model's test pipeline."""
+    steps = [
+        step for step in get_test_pipeline_cfg(model.cfg.copy()) if "Annotations" not in step.type
+    ]
+    steps[0] = dict(type="mmdet.LoadImageFromNDArray")
+    # Another model may have been built since, with another scope.
+    with DefaultScope.overwrite_default_scope(model.cfg.get("default_scope", "mmdet")):
+        pipeline = Compose(steps)
+
+    def predict(crops: list[np.ndarray]) -> list[Detections]:
+        batch = [pipeline(dict(img=image, img_id=0)) for image in crops]
+        data = {key: [item[key] for item in batch] for key in ("inputs", "data_samples")}
+        with torch.no_grad():
+            samples = model.test_step(data)
+        return [Detections.from_instances(sample.pred_instances) for sample in samples]
+
+    return predict

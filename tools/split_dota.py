@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Cut DOTA images and labels into patches; run it again to go on after an interruption.
+
+SRC is a folder as DOTA unpacks it: images/ and labelTxt/ (original label files, header lines
+included). DST gets images/ and annfiles/.
+
+Examples:
+    split_dota.py data/DOTA/train data/split_ss_dota/train
+    split_dota.py data/DOTA/train data/DOTA/val data/split_ss_dota/trainval --workers 8
+    split_dota.py data/DOTA/test data/split_ss_dota/test --no-labels
+    split_dota.py data/DOTA/train data/split_ms_dota/train --rates 0.5 1 1.5
+"""
+
+import argparse
+import os
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Seconds between lines of progress where the output is no terminal.
+LINE_EVERY = 30
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sources", metavar="SRC", type=Path, nargs="+")
+    parser.add_argument("target", metavar="DST", type=Path)
+    parser.add_argument("--images", default="images", help="folder below SRC (%(default)s)")
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument("--labels", default="labelTxt", help="folder below SRC (%(default)s)")
+    labels.add_argument("--no-labels", action="store_true", help="cut images only (a test set)")
+    parser.add_argument("--size", type=int, default=1024, help="side in pixels (%(default)s)")
+    parser.add_argument("--overlap", type=int, default=512, help="in pixels (%(default)s)")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="RATE",
+        help="cut windows of SIZE / RATE pixels for each one, to be resized when read (1)",
+    )
+    parser.add_argument(
+        "--iof",
+        type=float,
+        default=0.7,
+        help="least share of an object inside its patch (%(default)s)",
+    )
+    parser.add_argument(
+        "--truncated",
+        choices=["drop", "difficult"],
+        default="drop",
+        help="objects with a smaller share: leave out, or keep as difficult 2 (%(default)s)",
+    )
+    parser.add_argument("--drop-empty", action="store_true", help="no patches without objects")
+    parser.add_argument("--no-pad", action="store_true", help="leave small images as they are")
+    parser.add_argument("--suffix", default="png", help="format of the patches (%(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="processes, each of which holds one image (%(default)s)",
+    )
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers} must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = parse_args(argv)
+    # Only now: --help and mistakes in the arguments need not wait for OpenMMLab.
+    from mmeformer.rotated.patches import CutSettings, Split
+
+    console = Console()
+    try:
+        settings = CutSettings(
+            size=args.size,
+            overlap=args.overlap,
+            rates=tuple(args.rates),
+            iof=args.iof,
+            truncated=args.truncated,
+            keep_empty=not args.drop_empty,
+            pad=not args.no_pad,
+            suffix=args.suffix,
+        )
+        sources = [
+            (source / args.images, None if args.no_labels else source / args.labels)
+            for source in args.sources
+        ]
+        split = Split(sources, args.target, settings)
+    except FileNotFoundError as error:
+        print(f"error: {error} (see --images, --labels, --no-labels)", file=sys.stderr)
+        return 1
+    except (FileExistsError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    total = len(split.pending)
+    if split.finished:
+        console.print(f"{split.finished} images were cut before, {total} are left")
+    patches, failed, told = 0, [], time.monotonic()
+    columns = TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    outcomes = split.run(args.workers)
+    try:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("", total=total)
+            for done, outcome in enumerate(outcomes, start=1):
+                progress.advance(task)
+                patches += len(outcome.patches)
+                if outcome.error is not None:
+                    failed.append(outcome)
+                    console.print(f"{outcome.job.name}: {outcome.error}", markup=False)
+                if not console.is_terminal and time.monotonic() > told + LINE_EVERY:
+                    told = time.monotonic()
+                    left = progress.tasks[0].time_remaining
+                    left = "" if left is None else f", {left / 60:.0f} min left"
+                    console.print(f"{done} of {total} images{left}")
+    except KeyboardInterrupt:
+        outcomes.close()
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenProcessPool:
+        print(
+            "error: a process was killed, probably because memory ran out; run the same command "
+            "with fewer --workers to go on",
+            file=sys.stderr,
+        )
+        return 1
+    console.print(f"{patches} patches of {total - len(failed)} images in {args.target}")
+    if failed:
+        names = ", ".join(outcome.job.name for outcome in failed)
+        print(f"error: {len(failed)} images were not cut: {names}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
