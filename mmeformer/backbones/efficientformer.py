@@ -22,6 +22,8 @@ VALUE_WIDTH = 128
 class PoolBlock(nn.Module):
     """4D block: average pooling as token mixer, then an MLP: (B, C, H, W) -> (B, C, H, W)."""
 
+    folds = {"ls2": "mlp.fc2.conv"}
+
     def __init__(self, width: int, mlp_ratio: float, drop_path: float, layer_scale: float) -> None:
         super().__init__()
         self.ls1 = LayerScale(width, layer_scale)
@@ -70,6 +72,8 @@ class TokenBlock(nn.Module):
 
     (B, H * W, C) -> (B, H * W, C).
     """
+
+    folds = {"ls1": "token_mixer.proj", "ls2": "mlp.fc2"}
 
     def __init__(
         self,

@@ -127,6 +127,8 @@ class Downsample(nn.Module):
 class Block(nn.Module):
     """MLP with a depthwise convolution, before it attention if given: (B, C, H, W) -> same."""
 
+    folds = {"ls1": "token_mixer.proj.conv", "ls2": "mlp.fc2.conv"}
+
     def __init__(
         self,
         width: int,

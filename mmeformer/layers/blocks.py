@@ -14,6 +14,9 @@ class ConvNorm(nn.Module):
     half the kernel.
     """
 
+    folds = {"bn": "conv"}
+    """What `mmeformer.deploy.fold` merges: part -> the layer before it. The same in all blocks."""
+
     def __init__(
         self,
         in_channels: int,

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention biases of inference copies: constants of one size, or a graph for every size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmeformer.layers.attention_bias import AttentionBias
+
+
+class FixedBias(nn.Module):
+    """The bias of one size as a constant.
+
+    Args:
+        bias: (heads, Nq, H * W), as :meth:`AttentionBias.compute` gives it.
+        size: (H, W) of the key map.
+    """
+
+    def __init__(self, bias: Tensor, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.register_buffer("bias", bias)
+        self.size = size
+
+    def forward(self, size: tuple[int, int]) -> Tensor:
+        """``size`` (H, W) of the key map -> bias (heads, Nq, H * W).
+
+        Raises:
+            ValueError: another size than the one it was made for.
+        """
+        # A tracer hands out sizes that are no plain numbers.
+        if not torch.jit.is_tracing() and tuple(size) != self.size:
+            raise ValueError(
+                f"this copy was folded for an attention map of {self.size}, but got {tuple(size)}; "
+                "fold without image_size for inputs of any size"
+            )
+        return self.bias
+
+
+class GraphBias(nn.Module):
+    """The bias of any size, computed by tensor operations alone, so that a graph can hold it.
+
+    The same numbers as :class:`AttentionBias`, whose Python arithmetic on sizes a tracer would
+    freeze.
+
+    Args:
+        source: the bias to express; ``"displacement"`` only.
+
+    Raises:
+        ValueError: the bias is resized as a matrix, which has no exact standard operator.
+    """
+
+    def __init__(self, source: AttentionBias) -> None:
+        super().__init__()
+        if source.resize != "displacement":
+            raise ValueError(
+                f"bias_resize={source.resize!r} cannot be exported for any size; "
+                "give a fixed --size instead"
+            )
+        self.query_stride = source.query_stride
+        self.register_buffer("table", source.table.detach().clone())
+
+    def forward(self, size: tuple[int, int]) -> Tensor:
+        """``size`` (H, W) of the key map -> bias (heads, Nq, H * W)."""
+        rows = self._offsets(size[0])
+        columns = self._offsets(size[1])
+        table = self._resample(self.table, -2, size[0])
+        table = self._resample(table, -1, size[1])
+        # (heads, Hq, H, Wq, W) by two gathers, as in `expand_offset_table`.
+        bias = table[:, :, columns][:, rows].permute(0, 1, 3, 2, 4)
+        return bias.flatten(3, 4).flatten(1, 2)
+
+    def _offsets(self, side: int) -> Tensor:
+        places = torch.arange(side, device=self.table.device)
+        return (places[:: self.query_stride, None] - places).abs()
+
+    @staticmethod
+    def _resample(table: Tensor, dim: int, target: int) -> Tensor:
+        source = table.shape[dim]
+        # The quotient last and in float64: its whole numbers must stay whole.
+        positions = torch.arange(target, device=table.device, dtype=torch.float64) * source / target
+        positions = positions.clamp(max=source - 1)
+        lower = positions.floor().clamp(max=max(source - 2, 0))
+        share = (positions - lower).to(table.dtype)
+        lower = lower.long()
+        upper = (lower + 1).clamp(max=source - 1)
+        below, above = table.index_select(dim, lower), table.index_select(dim, upper)
+        if dim == -2:
+            share = share[:, None]
+        return below + (above - below) * share
+
+
+def replace_biases(model: nn.Module, make) -> None:
+    """Put ``make(name, bias)`` in place of every :class:`AttentionBias` of a model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AttentionBias):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, make(name, module))

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An inference copy of a model with everything merged that inference can do without."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from mmcv.cnn import ConvModule
+from timm.layers import DropPath
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from mmeformer.backbones.base import PyramidBackbone
+from mmeformer.deploy.biases import FixedBias, replace_biases
+from mmeformer.layers.attention_bias import AttentionBias
+from mmeformer.layers.blocks import LayerScale
+
+
+def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Module:
+    """An inference copy of a backbone or of a whole detector or segmentor.
+
+    Batch norms are merged into the convolutions before them (our own blocks, mmcv's ``ConvModule``
+    of necks and heads, neighbours in ``nn.Sequential``), layer scales into the convolution or
+    linear layer before them; drop path is gone. What remains has no layer to go to: layer norms and
+    group norms (their statistics depend on the input) and V1's scale of its pooling mixer, which is
+    a difference of two maps. Outputs agree with the model's in eval mode to 1e-5 of their largest
+    value.
+
+    Args:
+        model: left as it is.
+        image_size: (H, W) in pixels of all inputs to come, if they have one size: the attention
+            biases then become constants. None keeps them: they are cached per size in eager mode.
+
+    Returns:
+        A copy in eval mode without gradients, on the same device. It cannot be trained, and its
+        state dict has names of its own.
+
+    Raises:
+        ValueError: ``image_size`` is given, but the model has none of our backbones.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    # Parents come before their parts: in reverse, a part is folded before its parent uses it.
+    for module in reversed(list(model.modules())):
+        for absorbed, layer in _foldable_pairs(module):
+            part = getattr(module, absorbed)
+            parent, _, attribute = layer.rpartition(".")
+            owner = module.get_submodule(parent)
+            setattr(owner, attribute, _merge(getattr(owner, attribute), part))
+            setattr(module, absorbed, nn.Identity())
+        for name, child in list(module.named_children()):
+            if isinstance(child, DropPath):
+                setattr(module, name, nn.Identity())
+    if image_size is not None:
+        _fix_biases(model, image_size)
+    return model
+
+
+def _foldable_pairs(module: nn.Module) -> list[tuple[str, str]]:
+    """(name of a part, path of the layer before it that takes it in) of one module."""
+    if isinstance(module, ConvModule):
+        order = [step for step in module.order if step != "act" or module.with_activation]
+        follows = "norm" in order and order.index("norm") == order.index("conv") + 1
+        pairs = [(module.norm_name, "conv")] if module.with_norm and follows else []
+    elif isinstance(module, nn.Sequential):
+        names = list(module._modules)
+        pairs = list(zip(names[1:], names[:-1], strict=True))
+    else:
+        pairs = list(getattr(module, "folds", {}).items())
+    return [
+        (part, layer)
+        for part, layer in pairs
+        if getattr(module, part) is not None  # a block without attention
+        and _can_merge(module.get_submodule(layer), getattr(module, part))
+    ]
+
+
+def _can_merge(layer: nn.Module, part: nn.Module) -> bool:
+    if isinstance(part, _BatchNorm):
+        # Without running statistics it normalises by those of the input.
+        return isinstance(layer, nn.Conv2d) and part.running_mean is not None
+    return isinstance(part, LayerScale) and isinstance(layer, (nn.Conv2d, nn.Linear))
+
+
+def _merge(layer: nn.Conv2d | nn.Linear, part: _BatchNorm | LayerScale) -> nn.Module:
+    """A new layer that does what ``part(layer(x))`` does: others may share the old one."""
+    if isinstance(part, _BatchNorm):
+        return fuse_conv_bn_eval(layer, part)
+    scaled = copy.deepcopy(layer)
+    with torch.no_grad():
+        scaled.weight.mul_(part.gamma.view(-1, *[1] * (layer.weight.dim() - 1)))
+        if scaled.bias is not None:
+            scaled.bias.mul_(part.gamma)
+    return scaled
+
+
+def _fix_biases(model: nn.Module, image_size: tuple[int, int]) -> None:
+    backbones = [module for module in model.modules() if isinstance(module, PyramidBackbone)]
+    if not backbones:
+        raise ValueError(
+            f"{type(model).__name__} has no EfficientFormer backbone, so image_size has no use"
+        )
+    sizes: dict[AttentionBias, tuple[int, int]] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda bias, args: sizes.__setitem__(bias, tuple(args[0])))
+        for module in model.modules()
+        if isinstance(module, AttentionBias)
+    ]
+    with torch.no_grad():
+        for backbone in backbones:
+            weight = backbone.stem.conv1.conv.weight
+            backbone(weight.new_zeros(1, weight.shape[1], *image_size))
+        for hook in hooks:
+            hook.remove()
+        replace_biases(
+            model, lambda _, bias: FixedBias(bias.compute(sizes[bias]).clone(), sizes[bias])
+        )
