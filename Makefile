@@ -14,12 +14,12 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(JOBS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install repair quickstart quickstart-seg test test-all check format doctor clean
+.PHONY: help install repair quickstart quickstart-seg quickstart-rotated test test-all check format doctor clean
 
 help: ## Show this list
 	@echo "mmeformer: the first of these commands to run also installs what is missing into .venv."
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
-		| awk 'BEGIN {FS = ":.*## "} {printf "  make %-14s %s\n", $$1, $$2}'
+		| awk 'BEGIN {FS = ":.*## "} {printf "  make %-20s %s\n", $$1, $$2}'
 
 install: ## Make .venv or bring it up to date (10 minutes the first time, mostly compiling)
 	@$(PYTHON) tools/bootstrap.py
@@ -33,6 +33,9 @@ quickstart: install ## Train and evaluate a small Mask R-CNN on generated images
 
 quickstart-seg: install ## The same for Semantic FPN
 	@$(VENV) tools/quickstart.py segmentation
+
+quickstart-rotated: install ## The same for rotated boxes
+	@$(VENV) tools/quickstart.py rotated
 
 test: install ## Run the tests, without the slow ones
 	@$(PYTEST) -m "not slow"

@@ -7,6 +7,8 @@
 3. Write box and mask AP50 over the iterations as JSON and as a plot.
 
     python benchmarks/pretraining_transfer.py --out work_dirs/transfer --seeds 0 1 2
+
+A second run in the same folder goes on where the first one stopped.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from mmengine.fileio import dump
+from mmengine.fileio import dump, load
 from torch import nn
 
 from mmeformer import engine
@@ -83,7 +85,10 @@ def pretrain(path: Path, iterations: int, size: int, batch: int, layer_scale: fl
 
 
 def train_detector(work_dir: Path, seed: int, checkpoint: Path | None, iterations: int) -> list:
-    """Train the quickstart detector; return rows of step and AP50."""
+    """Train the quickstart detector, or find it trained; return rows of step and AP50."""
+    curve = work_dir / "curve.json"
+    if curve.is_file():
+        return load(str(curve))
     config = engine.load_config(
         CONFIG,
         {
@@ -95,18 +100,22 @@ def train_detector(work_dir: Path, seed: int, checkpoint: Path | None, iteration
     )
     config.param_scheduler[-1].end = iterations
     config.work_dir = str(work_dir)
+    # mmengine would hand out the visualizer of the run before, and with it that run's log.
+    config.visualizer.name = str(work_dir)
     if checkpoint is not None:
         config.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(checkpoint))
     write_coco_dataset(config.data_root)
     runner = engine.build_train_runner(config)
     runner.train()
     lines = Path(runner.log_dir, "vis_data", "scalars.json").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [
-        {"step": row["step"], **{title: row[key] for title, key in METRICS.items()}}
-        for row in rows
-        if METRICS["box AP50"] in row
+    logged = [row for row in map(json.loads, lines) if METRICS["box AP50"] in row]
+    rows = [
+        {"step": number * config.train_cfg.val_interval}
+        | {title: row[key] for title, key in METRICS.items()}
+        for number, row in enumerate(logged, 1)
     ]
+    dump(rows, str(curve))
+    return rows
 
 
 def draw(results: dict, picture: Path) -> None:
@@ -141,9 +150,10 @@ def main() -> None:
     args = parser.parse_args()
     layer_scale = engine.load_config(CONFIG).model.backbone.layer_scale_init_value
     checkpoint = args.out / "pretrained.pth"
-    accuracy = pretrain(checkpoint, args.pretrain_iterations, 64, 64, layer_scale)
-    print(f"pretrained: accuracy {accuracy:.3f} on new images")
-    results = dict(pretraining_accuracy=accuracy, runs={"from scratch": [], "pretrained": []})
+    if not checkpoint.is_file():
+        accuracy = pretrain(checkpoint, args.pretrain_iterations, 64, 64, layer_scale)
+        print(f"pretrained: accuracy {accuracy:.3f} on new images")
+    results = dict(runs={"from scratch": [], "pretrained": []})
     for seed in args.seeds:
         for start, weights in (("from scratch", None), ("pretrained", checkpoint)):
             folder = args.out / f"{start.replace(' ', '-')}-{seed}"

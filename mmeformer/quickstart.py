@@ -12,6 +12,7 @@ from pathlib import Path
 from mmengine.logging import print_log
 
 from mmeformer import engine
+from mmeformer.synthetic.aerial import write_dota_dataset
 from mmeformer.synthetic.masks import write_mask_dataset
 from mmeformer.synthetic.shapes import write_coco_dataset
 
@@ -41,6 +42,11 @@ TASKS = {
         config="segmentation/semantic-fpn_efficientformerv2-s0_quickstart.py",
         generate=write_mask_dataset,
         goals={"mIoU": 60.0},  # mmseg counts in percent
+    ),
+    "rotated": Quickstart(
+        config="rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_quickstart.py",
+        generate=write_dota_dataset,
+        goals={"dota/AP50": 0.5},
     ),
 }
 

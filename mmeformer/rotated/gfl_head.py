@@ -320,8 +320,8 @@ class RotatedGFLHead(AnchorHead):
             *args, **kwargs: As in mmdet's ``BaseDenseHead.predict_by_feat``.
 
         Returns:
-            list[InstanceData]: Per image ``bboxes``, RotatedBoxes ``(N, 5)`` in pixels and radians
-            (le135), ``scores`` ``(N,)`` and ``labels`` ``(N,)``, the best first.
+            list[InstanceData]: Per image ``bboxes`` ``(N, 5)`` in pixels and radians (le135),
+            ``scores`` ``(N,)`` and ``labels`` ``(N,)``, the best first.
         """
         with torch.autocast(cls_scores[0].device.type, enabled=False):
             deltas = []

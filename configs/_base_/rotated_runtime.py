@@ -1,0 +1,12 @@
+_base_ = "default_runtime.py"
+default_scope = "mmrotate"
+# Head, assigner, losses, data set and metric.
+custom_imports = dict(imports=["mmeformer.rotated"], allow_failed_imports=False)
+default_hooks = dict(
+    checkpoint=dict(save_best="dota/AP50", rule="greater"),
+    visualization=dict(type="mmdet.DetVisualizationHook"),
+)
+custom_hooks = [dict(type="mmdet.NumClassCheckHook")]
+visualizer = dict(
+    type="RotLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer"
+)

@@ -1,0 +1,7 @@
+_base_ = "rotated-gfl-le135_efficientformerv2-s0_fpn_1x_dota.py"
+model = dict(
+    backbone=dict(
+        arch="s1", init_cfg=dict(checkpoint="timm://efficientformerv2_s1.snap_dist_in1k")
+    ),
+    neck=dict(in_channels=[48, 120, 224]),
+)
