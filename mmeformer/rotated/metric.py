@@ -96,12 +96,14 @@ class DOTAMetric(BaseMetric):
             FileNotFoundError: an image has no label file in ``ann_dir``.
         """
         classes = self.dataset_meta["classes"]
-        truths = {name: truth for name, _, truth in results if truth is not None}
+        # On the way mmengine made plain tuples of them.
+        predictions = [(name, Detections(*found)) for name, found, _ in results]
+        truths = {name: Truth(*truth) for name, _, truth in results if truth is not None}
         if self.merge_patches:
-            images = merge_patches(((n, found) for n, found, _ in results), self.merge_iou_thr)
+            images = merge_patches(predictions, self.merge_iou_thr)
         else:
-            images = {name: found for name, found, _ in results}
-            if len(images) != len(results):
+            images = dict(predictions)
+            if len(images) != len(predictions):
                 raise ValueError("two images of the data set have the same name (img_id)")
         logger = MMLogger.get_current_instance()
         if self.submission_dir is not None:
