@@ -23,6 +23,7 @@ model = dict(
         norm_eval=not scratch,
         layer_scale_init_value=0.5 if scratch else None,
         bias_grid=[max(1, side // 32) for side in size],
+        head_bias_keys=max(1, size[0] * size[1] // 1024) if scratch else 49,
         init_cfg=None if scratch else dict(type="Pretrained", checkpoint=checkpoint),
     ),
     neck=dict(norm_cfg=dict(type="BN") if scratch else None),

@@ -14,7 +14,13 @@ max_iters = 400
 # For two cores: half the channels in neck and head, and half the depth of its towers.
 width = 128
 model = dict(
-    backbone=dict(norm_eval=False, layer_scale_init_value=1.0, bias_grid=4, init_cfg=None),
+    backbone=dict(
+        norm_eval=False,
+        layer_scale_init_value=1.0,
+        bias_grid=4,
+        head_bias_keys=16,
+        init_cfg=None,
+    ),
     neck=dict(out_channels=width, norm_cfg=dict(type="BN")),
     bbox_head=dict(
         num_classes=len(metainfo["classes"]),

@@ -35,7 +35,11 @@ class MapAttention(nn.Module):
 
     With ``halve`` the map is first halved, attended, and brought back by a bilinear factor of two.
     An odd side is halved upwards and the result cropped, so even sides equal the reference.
+
+    ``head_bias_keys``: see :class:`EfficientFormerV2`.
     """
+
+    head_bias_keys: int | None = None
 
     def __init__(
         self, width: int, halve: bool, bias_grid: tuple[int, int], bias_resize: str
@@ -63,12 +67,20 @@ class MapAttention(nn.Module):
         local = self.v_local(value)
         logits = (to_heads(query) @ to_heads(key).transpose(2, 3)) * KEY_WIDTH**-0.5
         logits = self.talking_head1(logits + self.attention_bias(size))
-        attention = self.talking_head2(logits.softmax(dim=-1))
+        attention = self.mix_attention(logits.softmax(dim=-1))
         out = from_heads(attention @ to_heads(value), size) + local
         if self.halve:
             out = F.interpolate(out, scale_factor=2, mode="bilinear", align_corners=False)
             out = out[..., : full_size[0], : full_size[1]]
         return self.proj(F.gelu(out))
+
+    def mix_attention(self, attention: Tensor) -> Tensor:
+        """The second talking head: (B, heads, Nq, Nk) -> the same."""
+        head = self.talking_head2
+        if self.head_bias_keys is None:
+            return head(attention)
+        share = self.head_bias_keys / attention.shape[-1]
+        return F.conv2d(attention, head.weight, head.bias * share)
 
 
 class LocalGlobalQuery(nn.Module):
@@ -174,6 +186,12 @@ class EfficientFormerV2(PyramidBackbone):
             many rows and columns. 25 suits 800 px inputs.
         bias_resize: ``"displacement"``, or ``"matrix"`` for checkpoints trained downstream by the
             reference; see :class:`mmeformer.layers.attention_bias.AttentionBias`.
+        head_bias_keys: the number of keys for which the bias of the second talking head was
+            trained; 49 for ImageNet weights (224 px). That bias stands behind the softmax and is
+            added once per key, so its part of the output grows with the area of the map: 21-fold
+            from 224 px to 1024 px. With a number it is scaled by ``head_bias_keys / keys`` and
+            keeps the part it was trained with at any size. None (default) is the reference's way,
+            which its downstream checkpoints need.
         init_cfg: mmengine's initialisation config.
 
     Raises:
@@ -183,8 +201,15 @@ class EfficientFormerV2(PyramidBackbone):
     family = "v2"
     stem_act = nn.GELU
 
-    def __init__(self, arch: str | Mapping = "s0", **kwargs) -> None:
+    def __init__(
+        self, arch: str | Mapping = "s0", head_bias_keys: int | None = None, **kwargs
+    ) -> None:
         super().__init__(arch, **kwargs)
+        if head_bias_keys is not None and head_bias_keys < 1:
+            raise ValueError(f"head_bias_keys must be None or positive, but is {head_bias_keys}")
+        for module in self.modules():
+            if isinstance(module, MapAttention):
+                module.head_bias_keys = head_bias_keys
 
     def build_stage(
         self, index: int, in_width: int | None, drop_path: list[float], layer_scale: float

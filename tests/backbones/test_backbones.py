@@ -256,6 +256,38 @@ def test_bias_grid_and_resize(small_variant):
     assert relative_error(*outputs) > 1e-3
 
 
+def mean_attended_value(backbone, size):
+    """What the last attention adds up, where every value is 1 and the softmax is left out."""
+    mixer = backbone.stages[3].blocks[-1].token_mixer
+    seen = []
+    with torch.no_grad():
+        for parameter in (*mixer.v.parameters(), *mixer.v_local.parameters()):
+            parameter.zero_()
+        mixer.v.bn.bias.fill_(1)
+        mixer.talking_head2.weight.zero_()
+        mixer.talking_head2.bias.fill_(0.01)
+        hook = mixer.proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        backbone(torch.zeros(1, 3, size, size))
+        hook.remove()
+    assert seen[0].std() < 1e-6
+    return seen[0].mean()
+
+
+def test_head_bias_keys():
+    """The bias behind the softmax counts once per key, or always as much as where it was trained."""
+    plain, scaled = (
+        EfficientFormerV2("s0", head_bias_keys=keys).eval().requires_grad_(False)
+        for keys in (None, 49)
+    )
+    gelu = torch.nn.functional.gelu
+    for size, keys in ((224, 49), (320, 100)):
+        expected = gelu(torch.tensor(0.01 * keys))
+        assert mean_attended_value(plain, size).isclose(expected, rtol=1e-4)
+        assert mean_attended_value(scaled, size).isclose(gelu(torch.tensor(0.49)), rtol=1e-4)
+    with pytest.raises(ValueError, match="head_bias_keys"):
+        EfficientFormerV2("s0", head_bias_keys=0)
+
+
 def test_init_weights():
     backbone = EfficientFormer("l1")
     backbone.init_weights()
