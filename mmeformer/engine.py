@@ -18,10 +18,10 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 from mmengine.logging import print_log
-from mmengine.runner import Runner
 
 from mmeformer.checkpoints import safe_load
 from mmeformer.paths import config_dir
+from mmeformer.training.runner import Runner
 
 VISUALIZATION_HOOKS = ("DetVisualizationHook", "SegVisualizationHook")
 
@@ -243,14 +243,14 @@ def existing_checkpoint(path: str) -> str:
 
 def _draw_predictions(config: Config, show_dir: str) -> None:
     hook = config.default_hooks.get("visualization")
-    if hook is None or hook.get("type") not in VISUALIZATION_HOOKS:
+    if hook is None or hook.get("type", "").split(".")[-1] not in VISUALIZATION_HOOKS:
         raise ValueError(
             f"--show-dir needs default_hooks.visualization, one of {VISUALIZATION_HOOKS}, "
             "in the config"
         )
     hook.draw = True
     hook.interval = 1
-    if hook.type == "DetVisualizationHook":
+    if hook.type.split(".")[-1] == "DetVisualizationHook":
         # mmdet joins this to the run's folder again at every batch; an absolute path stays itself.
         hook.test_out_dir = str(Path(show_dir).resolve())
     else:

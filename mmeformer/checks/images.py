@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether image files are whole, and what is in them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import cv2
+from PIL import Image
+
+# EXIF: the picture is stored lying on its side. OpenCV turns it when it is read.
+ORIENTATION_TAG = 274
+SIDEWAYS = (5, 6, 7, 8)
+# What Pillow raises for files that are cut off, no pictures, or larger than it will read.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+EMPTY = "is empty; copy it again"
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """What the header of an image file says.
+
+    Args:
+        height, width: in pixels, as OpenCV reads it (turned as its EXIF orientation says).
+        mode: Pillow's name of the kind of pixels, such as ``RGB``, ``L`` or ``I;16``.
+    """
+
+    height: int
+    width: int
+    mode: str
+
+
+def is_local(path: str) -> bool:
+    """Whether a path lies on this machine's disks, and not behind an address."""
+    return "://" not in str(path)
+
+
+def quick_fault(path: str) -> str | None:
+    """Why a local image cannot be whole, or None; reads a few bytes at both ends.
+
+    OpenCV decodes files that are cut off: the rest of the picture is grey. JPEG and PNG files say
+    where they end, which tells such a file without decoding it. Other formats pass here.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            if not start:
+                return EMPTY
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 16))
+            end = file.read()
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if start == PNG_START:
+        whole = end.endswith(PNG_END)
+    elif start.startswith(JPEG_START):
+        whole = end.endswith(JPEG_END)
+    else:
+        return None
+    # Some cameras and editors write more after the end; only decoding tells those from cut files.
+    return None if whole else _pillow_fault(path)
+
+
+def decode_fault(path: str) -> str | None:
+    """Why a local image cannot be decoded, or None; decodes it as training does."""
+    if fault := quick_fault(path) or _pillow_fault(path):
+        return fault
+    try:
+        if cv2.imread(str(path), cv2.IMREAD_UNCHANGED) is None:
+            return "cannot be decoded by OpenCV; save it again as PNG or JPEG"
+    except cv2.error as error:
+        return f"cannot be decoded by OpenCV ({error.err}); save it again as PNG or JPEG"
+    return None
+
+
+def read_header(path: str) -> ImageFile:
+    """Size and kind of a local image.
+
+    Raises:
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: it is no image, or too
+            large (:data:`UNREADABLE`).
+    """
+    with Image.open(path) as image:
+        width, height = image.size
+        if image.getexif().get(ORIENTATION_TAG) in SIDEWAYS:
+            width, height = height, width
+        return ImageFile(height, width, image.mode)
+
+
+def _pillow_fault(path: str) -> str | None:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except UNREADABLE as error:
+        reason = "is no image" if "identify image" in str(error) else f"is damaged ({error})"
+        return f"{reason}; copy it again"
+    return None

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training checkpoints that are whole or not there, and the search for the one to resume from."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+
+from mmeformer.checkpoints import safe_load
+from mmeformer.checkpoints.safe_load import CheckpointError
+
+PARTIAL = ".partial"
+"""Ending of files that are being written."""
+POINTER = "last_checkpoint"
+"""File of mmengine in the work directory that names the latest checkpoint."""
+RESUMABLE = ("meta", "state_dict", "optimizer", "message_hub")
+"""What a checkpoint must hold to go on from it."""
+
+
+def commit(partial: Path, target: Path) -> None:
+    """Give a written file its name, once its content has reached the disk.
+
+    Afterwards ``target`` is the old file or the whole new one, also after a power failure.
+    """
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file as :func:`commit` does."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(text)
+    commit(partial, path)
+
+
+def read_resumable(path: Path) -> dict:
+    """Read a checkpoint of training.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: it is damaged, or holds a model only.
+    """
+    content = safe_load.read(path)
+    if missing := [key for key in RESUMABLE if key not in content]:
+        raise CheckpointError(
+            f"{path} has no {', '.join(missing)}: it holds a model, not the state of a training. "
+            "Resume from an epoch_*.pth or iter_*.pth, or start from its weights with "
+            "--cfg-options load_from=..."
+        )
+    return content
+
+
+def newest_resumable(work_dir: str | Path) -> tuple[Path, dict] | None:
+    """The checkpoint to go on from, and its content (on the CPU).
+
+    The one that ``last_checkpoint`` names if it is whole, else the newest that is; what is damaged
+    is named in a warning. None if the work directory has no checkpoints.
+
+    Raises:
+        CheckpointError: there are checkpoints, but not one can be used.
+    """
+    damaged = []
+    for path in _candidates(Path(work_dir)):
+        try:
+            content = read_resumable(path)
+        except (CheckpointError, FileNotFoundError) as error:
+            damaged.append(str(error))
+            print_log(f"not resumed from: {error}", "current", logging.WARNING)
+        else:
+            return path, content
+    if damaged:
+        raise CheckpointError(
+            f"none of the {len(damaged)} checkpoints in {work_dir} can be resumed from; the first "
+            f"of them: {damaged[0]}. To start anew, train without --resume"
+        )
+    return None
+
+
+def _candidates(work_dir: Path) -> Iterator[Path]:
+    """Files to resume from, the likeliest first."""
+    named: list[Path] = []
+    pointer = work_dir / POINTER
+    if pointer.is_file() and (text := pointer.read_text().strip()):
+        # The folder may have been moved since.
+        named = [Path(text), work_dir / Path(text).name]
+    folders = dict.fromkeys([*(path.parent for path in named), work_dir])
+    found = [path for folder in folders for path in folder.glob("*.pth")]
+    # The best model is saved without what a training needs.
+    found = [path for path in found if not path.name.startswith("best_")]
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    yield from dict.fromkeys(path for path in [*named, *found] if path.is_file())
+
+
+class CheckpointHook(MMEngineCheckpointHook):
+    """mmengine's hook, which removes an old checkpoint only when the new one is on the disk.
+
+    mmengine makes room first: who is killed then, or runs out of disk, is left without. Arguments
+    are those of mmengine; :class:`mmeformer.training.runner.Runner` puts it in its place.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Remove what a killed run was writing."""
+        super().before_train(runner)
+        if is_main_process() and Path(self.out_dir).is_dir():
+            for path in Path(self.out_dir).glob(f"*{PARTIAL}"):
+                path.unlink()
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        outdated = []
+        if self.max_keep_ckpts > 0:
+            kept = [known for known in self.keep_ckpt_ids if known != step] + [step]
+            outdated, kept = kept[: -self.max_keep_ckpts], kept[-self.max_keep_ckpts :]
+            self.keep_ckpt_ids.clear()
+            self.keep_ckpt_ids.extend(kept)
+            runner.message_hub.update_info("keep_ckpt_ids", kept)
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if is_main_process():
+            write_text(Path(runner.work_dir, POINTER), self.last_ckpt)
+            for known in outdated:
+                self._remove(
+                    self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(known))
+                )
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if not self.save_best:
+            return
+        # What mmengine does not see it does not remove.
+        before = self._best()
+        self._set_best({})
+        super()._save_best_checkpoint(runner, metrics)
+        after = self._best()
+        self._set_best({**before, **after})
+        if is_main_process():
+            for name, path in before.items():
+                if name in after and after[name] != path:
+                    self._remove(path)
+
+    def _best(self) -> dict[str | None, str]:
+        """Paths of the best checkpoints by metric, or under None where there is one metric."""
+        if hasattr(self, "best_ckpt_path_dict"):
+            paths = self.best_ckpt_path_dict
+        else:
+            paths = {None: self.best_ckpt_path}
+        return {name: path for name, path in paths.items() if path}
+
+    def _set_best(self, paths: dict[str | None, str]) -> None:
+        if hasattr(self, "best_ckpt_path_dict"):
+            self.best_ckpt_path_dict = {name: paths.get(name) for name in self.key_indicators}
+        else:
+            self.best_ckpt_path = paths.get(None)
+
+    def _remove(self, path: str) -> None:
+        if self.file_backend.isfile(path):
+            self.file_backend.remove(path)
+
+
+def find_unfinite(state: dict) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
+    return [
+        name
+        for name, tensor in state.items()
+        if torch.is_floating_point(tensor) and not torch.isfinite(tensor).all()
+    ]

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks that watch a training and stop it before it goes wrong unnoticed.
+
+:class:`mmeformer.training.runner.Runner` adds those that a config does not name itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from mmengine.dist import all_gather_object, all_reduce, get_world_size
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from mmeformer.registry import HOOKS
+from mmeformer.training.data import UNREADABLE
+from mmeformer.training.errors import TrainingError
+
+
+@HOOKS.register_module()
+class UnreadableFilesHook(Hook):
+    """Names the files that training had to leave out, and stops when they are too many.
+
+    Each file counts once. Processes put their findings together every :attr:`INTERVAL` iterations
+    and at the end of an epoch.
+
+    Args:
+        max_share: share of the data set, 0 to 1, that may be unreadable; one file always may,
+            unless this is 0.
+
+    Raises:
+        TrainingError: more files are unreadable; names the first ones.
+    """
+
+    INTERVAL = 100
+    NAMED = 10
+
+    def __init__(self, max_share: float = 0.01) -> None:
+        if not 0 <= max_share <= 1:
+            raise ValueError(f"max_share must lie between 0 and 1, but is {max_share}")
+        self.max_share = max_share
+        self.found: dict[str, str] = {}
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        """Take note of the files that this batch should have had."""
+        for sample in _samples(data_batch):
+            self._note(runner, sample.metainfo.get(UNREADABLE, {}))
+        if self.every_n_train_iters(runner, self.INTERVAL):
+            self._gather(runner)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Put the findings of all processes together and report them."""
+        self._gather(runner)
+        if self.found:
+            runner.logger.warning(
+                f"{len(self.found)} of {len(runner.train_dataloader.dataset)} samples could not be "
+                f"read so far; others took their place:\n{self._list()}"
+            )
+
+    def _gather(self, runner: Runner) -> None:
+        if get_world_size() > 1:
+            for found in all_gather_object(self.found):
+                self._note(runner, found)
+
+    def _note(self, runner: Runner, found: dict[str, str]) -> None:
+        new = {path: reason for path, reason in found.items() if path not in self.found}
+        for path, reason in new.items():
+            self.found[path] = reason
+            runner.logger.warning(f"left out of training: {path} {reason}")
+        total = len(runner.train_dataloader.dataset)
+        allowed = max(math.ceil(self.max_share), int(self.max_share * total))
+        if new and len(self.found) > allowed:
+            raise TrainingError(
+                f"{len(self.found)} of {total} samples could not be read, more than the {allowed} "
+                f"that max_share={self.max_share} allows:\n{self._list()}\nMend the files, or "
+                "raise the share with custom_hooks=[dict(type='mmeformer.UnreadableFilesHook', "
+                "max_share=...)]"
+            )
+
+    def _list(self) -> str:
+        lines = [f"  {path} {reason}" for path, reason in list(self.found.items())[: self.NAMED]]
+        if (more := len(self.found) - self.NAMED) > 0:
+            lines.append(f"  and {more} more")
+        return "\n".join(lines)
+
+
+class FiniteLossHook(Hook):
+    """Stops at the first loss that is NaN or infinite, before anything more is saved.
+
+    mmengine's ``CheckInvalidLossHook`` looks every 50 iterations and names nothing.
+
+    Raises:
+        TrainingError: with the iteration, all terms of the loss, the images, and the last
+            checkpoint, which was saved while all was well.
+    """
+
+    # Before anything that keeps the loss or the weights.
+    priority = "VERY_HIGH"
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        """Look at this iteration's losses, in all processes."""
+        terms = {
+            name: torch.as_tensor(value).item()
+            for name, value in (outputs or {}).items()
+            if "loss" in name
+        }
+        bad = not all(map(math.isfinite, terms.values()))
+        if get_world_size() > 1:
+            # The others' weights are spoilt by the common gradient: none may save them.
+            anywhere = torch.tensor(float(bad))
+            all_reduce(anywhere, "max")
+            if anywhere and not bad:
+                raise TrainingError(
+                    f"iteration {runner.iter + 1}: the loss of another process is not finite; see "
+                    "its message"
+                )
+        if bad:
+            listed = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+            images = [sample.metainfo.get("img_path", "?") for sample in _samples(data_batch)]
+            raise TrainingError(
+                f"iteration {runner.iter + 1}: the loss is not finite ({listed}). Images: "
+                f"{', '.join(map(str, images))}. {last_checkpoint(runner)} Lower the learning "
+                "rate, lengthen the warm-up, clip gradients (optim_wrapper.clip_grad), train "
+                "without --amp, or look at the labels of these images"
+            )
+
+
+def last_checkpoint(runner: Runner) -> str:
+    """A sentence that names the checkpoint to go on from."""
+    if "last_ckpt" in runner.message_hub.runtime_info:
+        return f"The last good checkpoint is {runner.message_hub.get_info('last_ckpt')}."
+    return "No checkpoint was saved before."
+
+
+def _samples(batch) -> Iterator:
+    """The data samples of a batch, however it is nested."""
+    if isinstance(batch, dict):
+        yield from _samples(batch.get("data_samples"))
+    elif isinstance(batch, (list, tuple)):
+        for item in batch:
+            yield from _samples(item)
+    elif hasattr(batch, "metainfo"):
+        yield batch

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mmengine's Runner with what a run of days needs."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
+from mmengine.runner import Runner as MMEngineRunner
+from torch.utils.data import DataLoader
+
+from mmeformer.training.checkpoints import (
+    PARTIAL,
+    CheckpointHook,
+    commit,
+    find_unfinite,
+    newest_resumable,
+    read_resumable,
+)
+from mmeformer.training.data import GuardedDataset
+from mmeformer.training.errors import TrainingError
+from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, last_checkpoint
+from mmeformer.training.loops import EpochBasedTrainLoop
+from mmeformer.training.matching import require_match
+from mmeformer.training.randomness import PositionSampler, StepSeedHook
+
+
+class Runner(MMEngineRunner):
+    """mmengine's Runner, for which configs need no word of their own.
+
+    - A resumed run draws the same data and random numbers as one that was never stopped
+      (:mod:`mmeformer.training.randomness`, :mod:`mmeformer.training.loops`).
+    - A checkpoint is whole or not there, and resuming takes the newest whole one
+      (:mod:`mmeformer.training.checkpoints`).
+    - Weights that do not belong to the model are an error (:mod:`mmeformer.training.matching`).
+    - Unreadable files are left out, counted and named; a loss that is not finite stops the run
+      (:mod:`mmeformer.training.hooks`).
+
+    Arguments are those of mmengine.
+    """
+
+    _fine_tuning = False
+
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """mmengine's data loader, of a guarded data set."""
+        if isinstance(dataloader, Mapping):
+            dataloader = {**dataloader}
+            if isinstance(dataloader["dataset"], Mapping):
+                dataloader["dataset"] = dict(
+                    type=GuardedDataset, dataset=dataloader["dataset"], seed=seed
+                )
+            if isinstance(dataloader["sampler"], Mapping):
+                dataloader["sampler"] = dict(type=PositionSampler, sampler=dataloader["sampler"])
+        return MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)
+
+    def build_train_loop(self, loop):
+        """mmengine's loop; one by epochs goes on in the middle of an epoch."""
+        if isinstance(loop, Mapping):
+            loop = {**loop}
+            by_epoch = "type" not in loop and loop.get("by_epoch")
+            if by_epoch or loop.get("type") in ("EpochBasedTrainLoop", MMEngineEpochBasedTrainLoop):
+                loop.pop("by_epoch", None)
+                loop["type"] = EpochBasedTrainLoop
+        return super().build_train_loop(loop)
+
+    def register_default_hooks(self, hooks: dict | None = None) -> None:
+        """mmengine's hooks, with ours in the place of its ``CheckpointHook``."""
+        hooks = dict(hooks or {})
+        checkpoint = hooks.get("checkpoint", dict(type="CheckpointHook", interval=1))
+        if isinstance(checkpoint, Mapping):
+            if checkpoint["type"] in ("CheckpointHook", MMEngineCheckpointHook):
+                checkpoint = {**checkpoint, "type": CheckpointHook}
+            hooks["checkpoint"] = MMENGINE_HOOKS.build(checkpoint)
+        super().register_default_hooks(hooks)
+
+    def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
+        """mmengine's hooks and those of the config, and the guards it does not name."""
+        super().register_hooks(default_hooks, custom_hooks)
+        for guard in (StepSeedHook, FiniteLossHook, UnreadableFilesHook):
+            if not any(isinstance(hook, guard) for hook in self.hooks):
+                self.register_hook(guard())
+
+    def train(self):
+        """Train, from the newest whole checkpoint if the run is to be resumed.
+
+        Raises:
+            CheckpointError: there are checkpoints to resume from, but none is whole.
+            TrainingError: the run was stopped on purpose.
+        """
+        if self._resume:
+            self._find_start()
+        self._fine_tuning = not self._resume
+        return super().train()
+
+    def _find_start(self) -> None:
+        """Decide on the file to resume from and take over its seed, before any data is loaded."""
+        start: list = [None, None]
+        if is_main_process():
+            if self._load_from is None:
+                newest = newest_resumable(self.work_dir)
+            else:
+                newest = self._load_from, read_resumable(Path(self._load_from))
+            if newest is not None:
+                path, content = newest
+                start = [str(path), content["meta"].get("seed")]
+        broadcast_object_list(start)
+        path, seed = start
+        if path is None:
+            self.logger.warning(
+                f"no checkpoint in {self.work_dir} to resume from: starting from the beginning"
+            )
+            self._resume = False
+            return
+        self._load_from = path
+        if seed is not None and seed != self._randomness_cfg.get("seed"):
+            self._randomness_cfg.update(seed=seed)
+            self.set_randomness(**self._randomness_cfg)
+
+    def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
+        """Load weights; an error if they are not this model's.
+
+        Fine-tuning (``load_from``) needs the same backbone only; resuming and testing need all.
+        """
+        self._source = filename
+        return super().load_checkpoint(filename, *args, **kwargs)
+
+    def call_hook(self, fn_name: str, **kwargs) -> None:
+        """mmengine's call; weights are compared with the model before they are loaded."""
+        super().call_hook(fn_name, **kwargs)
+        if fn_name == "after_load_checkpoint":
+            require_match(
+                self.model,
+                kwargs["checkpoint"],
+                str(self._source),
+                part="backbone." if self._fine_tuning else "",
+            )
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
+        """Save under a temporary name, then rename; the main process only.
+
+        Raises:
+            TrainingError: the disk is full or cannot be written to, or the weights are not finite.
+                Older checkpoints are as they were.
+        """
+        if not is_main_process():
+            return
+        spoilt = find_unfinite(dict(self.model.named_parameters()))
+        if spoilt:
+            raise TrainingError(
+                f"{len(spoilt)} weights are NaN or infinite, the first {spoilt[0]}: nothing was "
+                f"saved. {last_checkpoint(self)} Lower the learning rate or clip gradients"
+            )
+        if "://" in str(out_dir):
+            super().save_checkpoint(out_dir, filename, *args, **kwargs)
+            return
+        partial, target = Path(out_dir, filename + PARTIAL), Path(out_dir, filename)
+        try:
+            super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
+            commit(partial, target)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                reason = "the disk is full: make room"
+            else:
+                reason = f"{error.strerror}: make {out_dir} writable"
+            raise TrainingError(
+                f"checkpoint {target} could not be written, {reason}, then go on with --resume; "
+                "the checkpoints before it are as they were"
+            ) from error

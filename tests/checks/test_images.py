@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmeformer.checks.images import decode_fault, quick_fault, read_header
+
+
+@pytest.fixture
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+@pytest.fixture(params=["png", "jpg"])
+def path(request, tmp_path, picture):
+    path = tmp_path / f"picture.{request.param}"
+    cv2.imwrite(str(path), picture)
+    return path
+
+
+def test_whole(path):
+    assert quick_fault(path) is None and decode_fault(path) is None
+    header = read_header(path)
+    assert (header.height, header.width, header.mode) == (40, 60, "RGB")
+
+
+def test_cut_off_files_are_known_without_decoding(path):
+    content = path.read_bytes()
+    for kept in (1, 9, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:kept])
+        assert decode_fault(path), kept
+        if kept > 8:
+            assert "copy it again" in quick_fault(path)
+
+
+def test_opencv_itself_would_decode_half_a_picture(tmp_path, picture):
+    path = tmp_path / "picture.jpg"
+    cv2.imwrite(str(path), picture)
+    path.write_bytes(path.read_bytes()[:2000])
+    assert cv2.imread(str(path)) is not None
+    assert quick_fault(path)
+
+
+def test_more_after_the_end_is_no_fault(path):
+    path.write_bytes(path.read_bytes() + b"camera's own" * 100)
+    assert quick_fault(path) is None and decode_fault(path) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"<html>not found</html>", "is no image"), (None, "does not exist")],
+)
+def test_no_images(tmp_path, content, message):
+    path = tmp_path / "picture.png"
+    if content is not None:
+        path.write_bytes(content)
+    assert message in decode_fault(path)
+
+
+def test_header_speaks_of_the_turned_picture(tmp_path, picture):
+    path = tmp_path / "picture.jpg"
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(picture).save(path, exif=exif)
+    header = read_header(path)
+    assert (header.height, header.width) == cv2.imread(str(path)).shape[:2] == (60, 40)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16", "P", "1"])
+def test_unusual_pictures_are_whole(tmp_path, mode):
+    path = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
+    if mode == "I;16":
+        Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(path)
+    else:
+        Image.new(mode, (30, 20)).save(path)
+    assert decode_fault(path) is None
+    assert read_header(path).mode == mode

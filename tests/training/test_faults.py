@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged files, losses that are not finite and images without objects."""
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+import torch
+from mmengine.structures import BaseDataElement
+
+from mmeformer import engine
+from mmeformer.training.data import UnreadableFileError
+from mmeformer.training.errors import TrainingError
+from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, _samples
+
+IMAGES = {"detection": "coco/train2017", "segmentation": "masks/images/training"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    for make in tiny.TASKS.values():
+        make(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(source, tmp_path):
+    return Path(shutil.copytree(source, tmp_path / "data"))
+
+
+def vanish(path):
+    path.unlink()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def replace(path):
+    path.write_text("<html>404</html>")
+
+
+def run_with_late_damage(config, work_dir, damage):
+    """Damage files after the data set was listed and checked; (losses, hook)."""
+    config.work_dir = str(work_dir)
+    runner = engine.build_train_runner(config)
+    recorder = tiny.Recorder()
+    runner.register_hook(recorder)
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    damage()
+    (hook,) = (hook for hook in runner.hooks if isinstance(hook, UnreadableFilesHook))
+    runner.train()
+    return recorder.losses, hook
+
+
+@pytest.mark.parametrize(
+    ("task", "workers", "damage", "reason"),
+    [
+        ("detection", 2, cut, "is damaged"),
+        ("segmentation", 0, vanish, "does not exist"),
+        pytest.param("segmentation", 2, replace, "is no image", marks=pytest.mark.slow),
+        pytest.param("detection", 0, replace, "is no image", marks=pytest.mark.slow),
+    ],
+)
+def test_one_damaged_file_is_left_out(folder, tmp_path, task, workers, damage, reason):
+    config = tiny.TASKS[task](folder, iterations=4)
+    config.train_dataloader.num_workers = workers
+    bad = folder / IMAGES[task] / "000003.png"
+    losses, hook = run_with_late_damage(config, tmp_path, lambda: damage(bad))
+    # All 8 images were drawn once; each step had its two.
+    assert len(losses) == 4
+    assert list(hook.found) == [str(bad)] and reason in hook.found[str(bad)]
+    log = next(tmp_path.glob("*/*.log")).read_text()
+    assert f"left out of training: {bad}" in log
+    assert "1 of 8 samples could not be read so far" in log
+
+
+def test_too_many_stop_the_run(folder, tmp_path):
+    config = tiny.segmentation(folder)
+    bad = [folder / IMAGES["segmentation"] / f"00000{index}.png" for index in (1, 4, 6)]
+    with pytest.raises(TrainingError, match="of 8 samples could not .* the 1 that max_share=0.01"):
+        run_with_late_damage(config, tmp_path, lambda: [vanish(path) for path in bad])
+
+
+@pytest.mark.slow
+def test_share_is_the_users(folder, tmp_path):
+    config = tiny.segmentation(folder, iterations=4)
+    config.custom_hooks.append(dict(type="mmeformer.UnreadableFilesHook", max_share=0.5))
+    bad = [folder / IMAGES["segmentation"] / f"00000{index}.png" for index in (1, 4, 6)]
+    _, hook = run_with_late_damage(config, tmp_path, lambda: [vanish(path) for path in bad])
+    assert sorted(hook.found) == [str(path) for path in bad]
+
+
+def test_vanished_folder_is_told_from_single_files(folder, tmp_path):
+    config = tiny.segmentation(folder)
+    config.custom_hooks.append(dict(type="mmeformer.UnreadableFilesHook", max_share=1))
+    with pytest.raises(TrainingError, match="8 samples in a row .* the disk with the data"):
+        run_with_late_damage(
+            config, tmp_path, lambda: shutil.rmtree(folder / IMAGES["segmentation"])
+        )
+
+
+def test_validation_needs_all_its_files(folder, tmp_path):
+    config = tiny.segmentation(folder, iterations=2)
+    config.train_cfg.val_interval = 2
+    config.work_dir = str(tmp_path)
+    runner = engine.build_train_runner(config)
+    runner._val_loop = runner.build_val_loop(runner._val_loop)
+    mask = folder / "masks/annotations/validation/000001.png"
+    vanish(mask)
+    with pytest.raises(UnreadableFileError, match=f"{mask} does not exist"):
+        runner.train()
+    assert (tmp_path / "iter_2.pth").is_file()
+
+
+def test_error_of_the_pipeline_is_not_blamed_on_the_file(folder, tmp_path):
+    config = tiny.segmentation(folder)
+    config.train_dataloader.dataset.pipeline[2] = dict(type="RandomCrop", crop_size=(-1, 4))
+    with pytest.raises(AssertionError):
+        run_with_late_damage(config, tmp_path, lambda: None)
+
+
+@pytest.mark.slow
+def test_processes_put_their_findings_together(folder, tmp_path):
+    config = tiny.segmentation(folder, iterations=8)
+    config.custom_hooks.append(dict(type="mmeformer.UnreadableFilesHook", max_share=0.5))
+    bad = [folder / IMAGES["segmentation"] / f"00000{index}.png" for index in range(4)]
+
+    def one(rank):
+        engine.prepare_device(config, "pytorch")
+        config.launcher = "pytorch"
+        _, hook = run_with_late_damage(config, tmp_path / "work", lambda: None)
+        (tmp_path / f"found-{rank}.json").write_text(json.dumps(sorted(hook.found)))
+
+    for path in bad:
+        path.write_bytes(b"")
+    # The check at the start would stop this run.
+    config.train_dataloader.dataset.type = "BaseSegDataset"
+    config.train_dataloader.dataset.data_prefix = dict(
+        img_path="images/training", seg_map_path="annotations/training"
+    )
+    assert tiny.fork(one, world_size=2) == [0, 0]
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"found-{rank}.json").read_text())
+        assert found == [str(path) for path in bad]
+
+
+def spoil(runner_of):
+    """Make the first weight of the head infinite."""
+    parameter = next(runner_of().model.parameters())
+    with torch.no_grad():
+        parameter.view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize("task", tiny.TASKS)
+def test_loss_that_is_not_finite(folder, tmp_path, task):
+    config = tiny.TASKS[task](folder)
+    config.work_dir = str(tmp_path)
+    runner = engine.build_train_runner(config)
+    runner.register_hook(tiny.Recorder(at={3: lambda: spoil(lambda: runner)}))
+    with pytest.raises(TrainingError) as error:
+        runner.train()
+    text = str(error.value)
+    assert text.startswith("iteration 4: the loss is not finite (loss nan, ")
+    assert "loss_cls nan" in text or "loss_ce nan" in text
+    assert text.count(".png") == 2 and str(folder / IMAGES[task]) in text
+    assert f"The last good checkpoint is {tmp_path / 'iter_2.pth'}." in text
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_2.pth"]
+
+
+@pytest.mark.slow
+def test_loss_of_another_process_is_not_finite(folder, tmp_path):
+    config = tiny.segmentation(folder)
+
+    def one(rank):
+        engine.prepare_device(config, "pytorch")
+        config.work_dir = str(tmp_path / "work")
+        runner = engine.build_train_runner(config, launcher="pytorch")
+        at = {3: lambda: spoil(lambda: runner)} if rank == 1 else {}
+        runner.register_hook(tiny.Recorder(at))
+        with pytest.raises(TrainingError) as error:
+            runner.train()
+        (tmp_path / f"error-{rank}.txt").write_text(str(error.value))
+
+    assert tiny.fork(one, world_size=2) == [0, 0]
+    assert "loss of another process" in (tmp_path / "error-0.txt").read_text()
+    assert "loss_ce nan" in (tmp_path / "error-1.txt").read_text()
+    assert [path.name for path in tmp_path.glob("work/*.pth")] == ["iter_2.pth"]
+
+
+def test_spoilt_weights_are_not_saved(folder, tmp_path, monkeypatch):
+    """A gradient may be infinite though the loss is not."""
+    monkeypatch.setattr(FiniteLossHook, "after_train_iter", lambda *args, **kwargs: None)
+    config = tiny.segmentation(folder)
+    config.work_dir = str(tmp_path)
+    runner = engine.build_train_runner(config)
+    runner.register_hook(tiny.Recorder(at={3: lambda: spoil(lambda: runner)}))
+    with pytest.raises(TrainingError, match="weights are NaN .*last good checkpoint is .*iter_2"):
+        runner.train()
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_2.pth"]
+
+
+def test_detection_without_objects(folder, tmp_path):
+    path = folder / "coco/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    # All objects are in the first image: most batches have none at all.
+    content["annotations"] = [item for item in content["annotations"] if item["image_id"] == 0]
+    path.write_text(json.dumps(content))
+    config = tiny.detection(folder, iterations=4)
+    config.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=False)
+    losses = tiny.train(config, tmp_path)
+    assert len(losses) == 4 and np.isfinite(list(losses.values())).all()
+
+
+def test_segmentation_without_labels(folder, tmp_path):
+    for path in (folder / "masks/annotations/training").glob("*.png"):
+        if path.stem != "000000":
+            cv2.imwrite(str(path), np.full((64, 64), 255, np.uint8))
+    config = tiny.segmentation(folder, iterations=4)
+    config.model.decode_head.loss_decode.avg_non_ignore = True
+    losses = tiny.train(config, tmp_path)
+    assert len(losses) == 4 and np.isfinite(list(losses.values())).all()
+
+
+def test_samples_of_a_batch_however_nested():
+    one, two = BaseDataElement(metainfo=dict(a=1)), BaseDataElement(metainfo=dict(a=2))
+    batch = dict(inputs=[1], data_samples=[one, [two]])
+    assert [sample.a for sample in _samples(batch)] == [1, 2]
+    assert list(_samples(None)) == []
+
+
+def test_share_must_be_a_share():
+    with pytest.raises(ValueError, match="between 0 and 1, but is 5"):
+        UnreadableFilesHook(max_share=5)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that was killed at any moment goes on as if nothing had happened."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from mmengine.fileio import LocalBackend
+
+from mmeformer.checkpoints.safe_load import CheckpointError
+from mmeformer.training import checkpoints, runner
+from mmeformer.training.checkpoints import PARTIAL, newest_resumable
+from mmeformer.training.errors import TrainingError
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(number: int, action):
+    """A function that performs ``action`` at its ``number``-th call and else what it replaces."""
+    calls = [0]
+
+    def wrap(original):
+        def replacement(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == number:
+                return action(*args, **kwargs)
+            return original(*args, **kwargs)
+
+        return replacement
+
+    return wrap
+
+
+def write_half_and_kill(self, content, path):
+    Path(path).write_bytes(content[: len(content) // 2])
+    kill()
+
+
+def rename_and_kill(partial, target):
+    os.replace(partial, target)
+    kill()
+
+
+# What is replaced, at its how-manieth call, by what; the iterations that were then done for good.
+MOMENTS = {
+    "half of the second checkpoint written": (LocalBackend, "put", 2, write_half_and_kill, 2),
+    "written, but not yet renamed": (runner, "commit", 2, lambda *_: kill(), 2),
+    "renamed, but not yet named as the last": (runner, "commit", 2, rename_and_kill, 2),
+    "named as the last, old one still there": (
+        checkpoints.CheckpointHook,
+        "_remove",
+        1,
+        lambda *_: kill(),
+        4,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("restart")
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder):
+    """Task -> losses of a run that nobody disturbed."""
+    return {
+        task: tiny.train(make(folder), folder / f"unbroken-{task}")
+        for task, make in tiny.TASKS.items()
+    }
+
+
+def test_random_numbers_matter(folder, unbroken):
+    """The comparisons below mean something: another seed gives other losses from the start."""
+    config = tiny.segmentation(folder, iterations=1)
+    config.randomness.seed = 2
+    other = tiny.train(config, folder / "other-seed")
+    assert not tiny.equal(unbroken["segmentation"], other)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if index % 2 else [])
+        for index, name in enumerate(MOMENTS)
+    ],
+)
+def test_killed_while_saving(folder, unbroken, tmp_path, monkeypatch, moment):
+    owner, name, number, action, done = MOMENTS[moment]
+    config = tiny.segmentation(folder)
+
+    def run(rank):
+        setattr(owner, name, at_call(number, action)(getattr(owner, name)))
+        tiny.train(config, tmp_path)
+
+    assert tiny.fork(run) == [-signal.SIGKILL]
+    losses = tiny.train(config, tmp_path, resume="auto")
+    assert sorted(losses) == list(range(done, tiny.ITERATIONS))
+    assert tiny.equal(unbroken["segmentation"], losses)
+    assert not list(tmp_path.glob(f"*{PARTIAL}"))
+
+
+@pytest.mark.parametrize("task", tiny.TASKS)
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_between_steps(folder, unbroken, tmp_path, task, workers):
+    config = tiny.TASKS[task](folder)
+    assert tiny.fork(lambda rank: tiny.train(config, tmp_path, at={5: kill})) == [-signal.SIGKILL]
+    # Neither the number of workers nor a validation in between changes what is drawn.
+    config.train_dataloader.num_workers = workers
+    config.train_cfg.val_interval = 6
+    losses = tiny.train(config, tmp_path, resume="auto")
+    assert sorted(losses) == [4, 5, 6, 7]
+    assert tiny.equal(unbroken[task], losses)
+
+
+@pytest.mark.parametrize(
+    ("by_epoch", "killed_at", "done"),
+    [
+        (False, 3, 2),
+        pytest.param(True, 7, 4, marks=pytest.mark.slow),
+        pytest.param(False, 4, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_epochs_with_batches_by_aspect_ratio(folder, tmp_path, by_epoch, killed_at, done):
+    """COCO's recipe: epochs of 4 iterations, killed within them and right after one."""
+    config = tiny.detection(folder)
+    config.train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=2, val_interval=10)
+    config.train_dataloader.sampler = dict(type="DefaultSampler", shuffle=True)
+    config.train_dataloader.batch_sampler = dict(type="AspectRatioBatchSampler")
+    config.default_hooks.checkpoint.update(by_epoch=by_epoch, interval=1 if by_epoch else 2)
+    expected = tiny.train(config, tmp_path / "unbroken")
+    assert sorted(expected) == list(range(8))
+    tiny.fork(lambda rank: tiny.train(config, tmp_path / "killed", at={killed_at: kill}))
+    losses = tiny.train(config, tmp_path / "killed", resume="auto")
+    assert sorted(losses) == list(range(done, 8))
+    assert tiny.equal(expected, losses)
+
+
+@pytest.mark.parametrize(
+    "task", ["segmentation", pytest.param("detection", marks=pytest.mark.slow)]
+)
+def test_two_processes(folder, tmp_path, task):
+    config = tiny.TASKS[task](folder, iterations=6)
+
+    def run(work_dir, **kwargs):
+        def one(rank):
+            losses = tiny.train(config, work_dir, launcher="pytorch", **kwargs)
+            Path(work_dir, f"losses-{rank}.json").write_text(json.dumps(losses))
+
+        return tiny.fork(one, world_size=2)
+
+    def losses(work_dir, rank):
+        content = json.loads(Path(work_dir, f"losses-{rank}.json").read_text())
+        return {int(iteration): loss for iteration, loss in content.items()}
+
+    assert run(tmp_path / "unbroken") == [0, 0]
+    assert run(tmp_path / "killed", at={4: kill}) == [-signal.SIGKILL] * 2
+    assert run(tmp_path / "killed", resume="auto") == [0, 0]
+    for rank in (0, 1):
+        resumed = losses(tmp_path / "killed", rank)
+        assert sorted(resumed) == [4, 5]
+        assert tiny.equal(losses(tmp_path / "unbroken", rank), resumed)
+
+
+@pytest.mark.slow
+def test_random_seed_is_taken_over(folder, tmp_path):
+    """Without a seed in the config mmengine draws one, which a resumed run must not draw anew."""
+    config = tiny.segmentation(folder, iterations=4)
+    config.randomness = dict(seed=None)
+    expected = tiny.train(config, tmp_path)
+    shutil.copy(tmp_path / "iter_4.pth", tmp_path / "elsewhere.pth")
+    config.train_cfg.max_iters = 6
+    config.param_scheduler[0].end = 4
+    first = tiny.train(config, tmp_path / "a", resume=str(tmp_path / "elsewhere.pth"))
+    second = tiny.train(config, tmp_path / "b", resume=str(tmp_path / "elsewhere.pth"))
+    assert sorted(first) == [4, 5] and tiny.equal(first, second)
+    assert len(expected) == 4
+
+
+class TestDiskFull:
+    @staticmethod
+    def write_half(self, content, path):
+        Path(path).write_bytes(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def test_checkpoints_before_stay(self, folder, unbroken, tmp_path, monkeypatch):
+        config = tiny.segmentation(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalBackend, "put", at_call(2, self.write_half)(LocalBackend.put))
+            with pytest.raises(TrainingError, match="iter_4.pth could not be .*the disk is full"):
+                tiny.train(config, tmp_path)
+        assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_2.pth"]
+        assert Path((tmp_path / "last_checkpoint").read_text()).name == "iter_2.pth"
+        losses = tiny.train(config, tmp_path, resume="auto")
+        assert tiny.equal(unbroken["segmentation"], losses) and len(losses) == 6
+
+
+class TestSearch:
+    @pytest.fixture
+    def work_dir(self, tmp_path):
+        """Three checkpoints, the last of them named."""
+        for number in (1, 2, 3):
+            content = dict(meta=dict(iter=number), state_dict={"a": torch.ones(50)})
+            torch.save(
+                {**content, "optimizer": {}, "message_hub": {}}, tmp_path / f"iter_{number}.pth"
+            )
+            os.utime(tmp_path / f"iter_{number}.pth", (number, number))
+        torch.save(content, tmp_path / "best_mIoU_iter_3.pth")
+        (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_3.pth"))
+        return tmp_path
+
+    def test_the_named_one(self, work_dir):
+        (work_dir / "last_checkpoint").write_text(str(work_dir / "iter_2.pth"))
+        path, content = newest_resumable(work_dir)
+        assert path.name == "iter_2.pth" and content["meta"]["iter"] == 2
+
+    def test_moved_folder(self, work_dir, tmp_path):
+        moved = shutil.move(work_dir, tmp_path.with_name("moved"))
+        assert newest_resumable(moved)[0] == Path(moved, "iter_3.pth")
+
+    @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "gone"])
+    def test_falls_back(self, work_dir, damage, caplog):
+        path = work_dir / "iter_3.pth"
+        content = bytearray(path.read_bytes())
+        if damage == "gone":
+            path.unlink()
+        elif damage == "flipped":
+            # Within the weights: 50 ones.
+            content[content.index(b"\x00\x00\x80\x3f" * 50) + 2] ^= 1
+            path.write_bytes(content)
+        else:
+            path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+        assert newest_resumable(work_dir)[0].name == "iter_2.pth"
+
+    @pytest.mark.parametrize("text", ["", "nonsense\x00", "/no/such/file.pth"])
+    def test_damaged_name(self, work_dir, text):
+        (work_dir / "last_checkpoint").write_text(text)
+        assert newest_resumable(work_dir)[0].name == "iter_3.pth"
+
+    def test_nothing_there(self, tmp_path):
+        assert newest_resumable(tmp_path) is None
+
+    def test_nothing_whole(self, work_dir):
+        for path in work_dir.glob("iter_*"):
+            path.write_bytes(b"PK\x03\x04")
+        with pytest.raises(CheckpointError, match="none of the 3 checkpoints .*iter_3.pth"):
+            newest_resumable(work_dir)
+
+    def test_weights_alone_are_not_enough(self, work_dir):
+        best = work_dir / "best_mIoU_iter_3.pth"
+        with pytest.raises(CheckpointError, match="has no optimizer, message_hub"):
+            checkpoints.read_resumable(best)
+
+
+def test_better_model_replaces_the_best_only_once_saved(folder, tmp_path, monkeypatch):
+    config = tiny.segmentation(folder, iterations=4)
+    config.train_cfg.val_interval = 2
+    config.default_hooks.checkpoint.update(save_best="mIoU", rule="greater")
+    scores = iter([10.0, 20.0])
+    monkeypatch.setattr(
+        "mmseg.evaluation.IoUMetric.compute_metrics", lambda self, results: dict(mIoU=next(scores))
+    )
+    there = []
+    save = runner.Runner.save_checkpoint
+
+    def watch(self, out_dir, filename, *args, **kwargs):
+        save(self, out_dir, filename, *args, **kwargs)
+        there.append(sorted(path.name for path in tmp_path.glob("best_*.pth")))
+
+    monkeypatch.setattr(runner.Runner, "save_checkpoint", watch)
+    tiny.train(config, tmp_path)
+    assert ["best_mIoU_iter_2.pth", "best_mIoU_iter_4.pth"] in there
+    assert [path.name for path in tmp_path.glob("best_*.pth")] == ["best_mIoU_iter_4.pth"]
+    resumable = newest_resumable(tmp_path)[1]["message_hub"]["runtime_info"]
+    assert Path(resumable["best_ckpt"]).name == "best_mIoU_iter_4.pth"
