@@ -23,6 +23,8 @@ model = dict(
         # From scratch the batch norms must learn and the blocks must count from the start.
         norm_eval=not scratch,
         layer_scale_init_value=0.5 if scratch else None,
+        # Pictures larger than in training (ImageNet's 7 x 7 keys, or these) then work.
+        head_bias_keys=(scale[0] // 32) * (scale[1] // 32) if scratch else 49,
         init_cfg=None if scratch else dict(type="Pretrained", checkpoint=checkpoint),
     ),
     neck=dict(norm_cfg=dict(type="BN") if scratch else None),

@@ -1,6 +1,6 @@
-# The 1x config cut down to what two CPU cores learn from scratch in minutes, on generated scenes of
+# The full GFL config cut down to what two CPU cores learn from scratch in minutes, on generated scenes of
 # 128 px (`make quickstart-rotated`). Not a recipe for real data: see the custom template beside it.
-_base_ = "rotated-gfl-le135_efficientformerv2-s0_fpn_1x_dota.py"
+_base_ = "rotated-gfl-le135_efficientformerv2-s0_fpn_qfl-dfl-1x_dota.py"
 
 data_root = "data/quickstart-aerial/"
 metainfo = dict(
@@ -8,7 +8,7 @@ metainfo = dict(
     palette=[(255, 80, 80), (255, 210, 60), (90, 200, 255), (150, 255, 120)],
 )
 size = (128, 128)
-max_iters = 400
+max_iters = 1000
 
 # From scratch: train the batch norms, add some to the neck, let the blocks speak from the start.
 # For two cores: half the channels in neck and head, and half the depth of its towers.
@@ -80,4 +80,5 @@ default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(by_epoch=False, interval=max_iters, save_best=None),
 )
+visualizer = dict(line_width=1)
 randomness = dict(seed=0)

@@ -31,6 +31,8 @@ model = dict(
         norm_eval=not scratch,
         layer_scale_init_value=0.5 if scratch else None,
         bias_grid=tuple(-(-side // 32) for side in crop_size),
+        # Pictures larger than in training (ImageNet's 7 x 7 keys, or the crops) then work.
+        head_bias_keys=(crop_size[0] // 32) * (crop_size[1] // 32) if scratch else 49,
         init_cfg=None if scratch else dict(type="Pretrained", checkpoint=checkpoint),
     ),
     neck=dict(norm_cfg=dict(type="SyncBN") if scratch else None),
