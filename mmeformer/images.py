@@ -14,10 +14,16 @@ def read_image(path: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it cannot be decoded, or not wholly.
+        ValueError: it cannot be decoded, or not wholly, or is too large for OpenCV (2^30 pixels).
     """
     data = Path(path).read_bytes()
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    except cv2.error as error:
+        raise ValueError(
+            f"{path} cannot be read by OpenCV, whose limits are 2^20 pixels per side and 2^30 in "
+            f"all (see its OPENCV_IO_MAX_IMAGE_PIXELS): {error}"
+        ) from error
     # A JPEG that was cut off is decoded without an error, grey where data is missing.
     is_whole = not data.startswith(b"\xff\xd8") or b"\xff\xd9" in data[-65536:]
     if image is None or not is_whole:

@@ -14,6 +14,7 @@ from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import TASK_UTILS as MMENGINE_TASK_UTILS
+from mmengine.registry import VISUALIZERS as MMENGINE_VISUALIZERS
 from mmengine.registry import Registry
 
 MODELS = Registry(
@@ -21,6 +22,7 @@ MODELS = Registry(
 )
 DATASETS = Registry("dataset", parent=MMENGINE_DATASETS, scope="mmeformer")
 METRICS = Registry("metric", parent=MMENGINE_METRICS, scope="mmeformer")
+VISUALIZERS = Registry("visualizer", parent=MMENGINE_VISUALIZERS, scope="mmeformer")
 TASK_UTILS = Registry(
     "task util", parent=MMENGINE_TASK_UTILS, scope="mmeformer", locations=["mmeformer.rotated"]
 )

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images are read whole or refused."""
 
+import struct
+import zlib
+
 import cv2
 import numpy as np
 import pytest
@@ -38,3 +41,15 @@ def test_missing_files_and_unknown_formats(tmp_path):
         read_image(tmp_path / "a.png")
     with pytest.raises(ValueError, match="no image format has this suffix"):
         write_image(tmp_path / "a.docx", np.zeros((2, 2, 3), np.uint8))
+
+
+def test_images_beyond_the_limits_of_opencv_are_named(tmp_path):
+    def chunk(kind, data):
+        checked = kind + data
+        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"0" * 100))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match="a.png cannot be read by OpenCV, whose limits"):
+        read_image(tmp_path / "a.png")

@@ -23,6 +23,7 @@ from .integral import RotatedIntegral
 from .iou import rotated_iou
 from .losses import RotatedIoULoss
 from .metric import DOTAMetric
+from .visualizer import RotatedVisualizer
 from .writers import to_json, write_dota_text, write_json, write_picture, write_task1
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "RotatedGFLHead",
     "RotatedIntegral",
     "RotatedIoULoss",
+    "RotatedVisualizer",
     "detect_large_image",
     "merge_patches",
     "read_labels",

@@ -15,11 +15,11 @@ import torch
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from mmrotate.structures.bbox import RotatedBoxes, rbox2qbox
-from mmrotate.visualization import RotLocalVisualizer
 
 from mmeformer.images import write_image
 from mmeformer.rotated.detections import Detections
 from mmeformer.rotated.dota import format_label
+from mmeformer.rotated.visualizer import RotatedVisualizer
 
 
 def polygons(boxes: np.ndarray) -> np.ndarray:
@@ -154,7 +154,7 @@ def write_picture(
     score_thr: float = 0.3,
     max_side: int = 4096,
 ) -> None:
-    """Write an image with boxes, drawn by mmrotate's visualizer.
+    """Write an image with boxes, drawn by :class:`RotatedVisualizer`.
 
     Args:
         path: the suffix gives the format.
@@ -181,7 +181,7 @@ def write_picture(
             labels=torch.from_numpy(detections.labels),
         )
     )
-    visualizer = RotLocalVisualizer(line_width=2)
+    visualizer = RotatedVisualizer(line_width=2)
     visualizer.dataset_meta = dict(dataset_meta)
     visualizer.add_datasample(
         "boxes",

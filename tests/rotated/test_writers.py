@@ -6,8 +6,13 @@ import json
 import cv2
 import numpy as np
 import pytest
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+from mmrotate.structures.bbox import RotatedBoxes
 from rotated_boxes import outline, random_detections
 
+from mmeformer.registry import VISUALIZERS
 from mmeformer.rotated import Detections, to_json, write_json, write_picture, write_task1
 from mmeformer.rotated.dota import read_labels
 from mmeformer.rotated.writers import polygons, write_dota_text
@@ -99,3 +104,36 @@ def test_picture_shows_boxes_where_they_are(tmp_path):
     assert small[y - 3 : y + 4, x - 3 : x + 4, 1].max() > 100
     write_picture(tmp_path / "c.jpg", image, Detections.concatenate([]), meta)
     assert cv2.imread(str(tmp_path / "c.jpg")).max() < 10
+
+
+def test_boxes_beyond_the_border_do_not_shrink_the_picture(tmp_path):
+    image = np.random.default_rng(0).integers(0, 100, (120, 160, 3), np.uint8)
+    boxes = np.array([[155, 5, 80, 40, 0.4], [0, 119, 10, 300, 0]], np.float32)
+    found = Detections(boxes, np.ones(2, np.float32), np.array([1, 0]))
+    write_picture(
+        tmp_path / "a.png", image, found, dict(classes=CLASSES, palette=[(255, 0, 0)] * 3)
+    )
+    picture = cv2.imread(str(tmp_path / "a.png"))
+    np.testing.assert_array_equal(picture[50:, 20:140], image[50:, 20:140])
+    assert (picture != image).any()
+
+
+def test_texts_are_left_out_where_they_would_cover_the_picture():
+    grid = np.stack(np.meshgrid(np.arange(10, 200, 20), np.arange(10, 200, 20)), -1).reshape(-1, 2)
+    boxes = np.concatenate([grid, np.full((100, 2), 16), np.zeros((100, 1))], 1).astype(np.float32)
+    sample = DetDataSample(
+        pred_instances=InstanceData(
+            bboxes=RotatedBoxes(boxes), scores=torch.ones(100), labels=torch.zeros(100, dtype=int)
+        )
+    )
+    pictures = {}
+    for max_texts in (100, 99):
+        visualizer = VISUALIZERS.build(
+            dict(type="mmeformer.RotatedVisualizer", max_texts=max_texts)
+        )
+        visualizer.dataset_meta = dict(classes=CLASSES, palette=[(0, 255, 0)] * 3)
+        image = np.full((200, 200, 3), 255, np.uint8)
+        visualizer.add_datasample("a", image, sample, draw_gt=False)
+        pictures[max_texts] = visualizer.get_image()
+    # Texts stand on black.
+    assert (pictures[100].max(-1) < 60).any() and not (pictures[99].max(-1) < 60).any()
