@@ -129,7 +129,7 @@ def test_texts_are_left_out_where_they_would_cover_the_picture():
     pictures = {}
     for max_texts in (100, 99):
         visualizer = VISUALIZERS.build(
-            dict(type="mmeformer.RotatedVisualizer", max_texts=max_texts)
+            dict(type="mmeformer.RotatedVisualizer", name=f"{max_texts}", max_texts=max_texts)
         )
         visualizer.dataset_meta = dict(classes=CLASSES, palette=[(0, 255, 0)] * 3)
         image = np.full((200, 200, 3), 255, np.uint8)
