@@ -14,6 +14,7 @@ Examples:
 
 import argparse
 import os
+import signal
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -143,4 +144,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Like Ctrl-C: the processes of the pool must not stay behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

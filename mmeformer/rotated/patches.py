@@ -222,6 +222,7 @@ def _write(path: Path, data: bytes) -> None:
 def _start_worker() -> None:
     # Ctrl-C is for the parent, which lets images that were begun be finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(1)
 
 

@@ -332,7 +332,8 @@ def test_command_says_what_is_wrong_with_its_arguments(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_interrupting_the_command_leaves_whole_patches(tmp_path):
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_the_command_leaves_whole_patches(tmp_path, signal_number):
     source = write_source(tmp_path / "DOTA", {f"{n}.png": (600, 600) for n in range(60)})
     command = [sys.executable, str(tools_dir() / "split_dota.py"), str(source)]
     command += [str(tmp_path / "cut"), "--size", "128", "--overlap", "64", "--workers", "2"]
@@ -341,7 +342,7 @@ def test_interrupting_the_command_leaves_whole_patches(tmp_path):
         while not manifest.is_file() or len(manifest.read_text().splitlines()) < 3:
             assert process.poll() is None
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal_number)
         assert "run the same command again to go on" in process.communicate(timeout=60)[1]
     assert process.returncode == 130
     done = len(manifest.read_text().splitlines()) - 1
