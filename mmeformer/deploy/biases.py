@@ -36,6 +36,12 @@ class FixedBias(nn.Module):
             )
         return self.bias
 
+    def rows(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+        """See :meth:`AttentionBias.rows`."""
+        bias = self(size)
+        per_row = bias.shape[1] // self.query_rows
+        return lambda first, last: bias[:, first * per_row : last * per_row]
+
 
 class GraphBias(nn.Module):
     """The bias of any size, computed by tensor operations alone, so that a graph can hold it.

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mask R-CNN and Faster R-CNN of mmdet as graphs, suppression and masks included."""
+
+from __future__ import annotations
+
+import torch
+import torchvision
+from mmdet.models.dense_heads import RPNHead
+from mmdet.models.detectors import TwoStageDetector
+from mmdet.models.roi_heads import StandardRoIHead
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
+from mmdet.models.task_modules.coders.delta_xywh_bbox_coder import delta2bbox
+from torch import Tensor, nn
+
+from mmeformer.deploy.graphs import Graph, place_shifts, require, take, top_k
+
+
+class NonMaxSuppression(torch.autograd.Function):
+    """ONNX's operator of that name, for one class per image."""
+
+    @staticmethod
+    def forward(ctx, boxes, scores, limit, iou_threshold, score_threshold):
+        """(B, N, 4), (B, 1, N) -> (M, 3) ``int64``: image, 0, place; by image, the best first."""
+        selected = []
+        for index, (own_boxes, own_scores) in enumerate(zip(boxes, scores[:, 0], strict=True)):
+            places = (own_scores > score_threshold).nonzero()[:, 0]
+            kept = torchvision.ops.nms(own_boxes[places], own_scores[places], iou_threshold)
+            kept = places[kept[:limit]]
+            image = torch.full_like(kept, index)
+            selected.append(torch.stack([image, torch.zeros_like(kept), kept], 1))
+        return torch.cat(selected)
+
+    @staticmethod
+    def symbolic(g, boxes, scores, limit, iou_threshold, score_threshold):
+        """The node of the exported graph."""
+        constants = (
+            torch.tensor([limit]),
+            torch.tensor([iou_threshold], dtype=torch.float32),
+            torch.tensor([score_threshold], dtype=torch.float32),
+        )
+        values = [g.op("Constant", value_t=value) for value in constants]
+        return g.op("NonMaxSuppression", boxes, scores, *values)
+
+
+def suppress(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    iou_threshold: float,
+    score_threshold: float,
+    limit: int,
+) -> tuple[Tensor, Tensor]:
+    """Non-maximum suppression of each image, apart for every group.
+
+    Groups are moved apart by an offset, with the very arithmetic of mmcv's ``batched_nms``.
+
+    Args:
+        boxes: (B, N, 4).
+        scores: (B, N).
+        groups: (N,), level or class.
+        iou_threshold: boxes that overlap more suppress each other.
+        score_threshold: boxes scored no higher are left out.
+        limit: most boxes per image.
+
+    Returns:
+        image (M,) and place (M,) of the kept ones: by image, the best first.
+    """
+    offset = groups.to(boxes) * (boxes.flatten(1).amax(1, keepdim=True) + 1)
+    moved = boxes + offset[..., None]
+    selected = NonMaxSuppression.apply(
+        moved, scores[:, None], limit, iou_threshold, score_threshold
+    )
+    return selected[:, 0], selected[:, 2]
+
+
+def clip(boxes: Tensor, size: Tensor) -> Tensor:
+    """``boxes`` (..., 4) inside images of ``size`` (..., 2): height, width."""
+    limit = size.flip(-1)
+    return torch.minimum(boxes.clamp(min=0), torch.cat([limit, limit], -1))
+
+
+class DetectionGraph(Graph):
+    """Boxes and masks of all images of a batch, one after the other.
+
+    The input ``image_size`` (B, 2) ``float32`` holds height and width of each image without its
+    padding. Outputs, for N objects in all, each image's best first: ``boxes`` (N, 4) in pixels of
+    the input (left, top, right, lower edge), ``scores`` (N,), ``labels`` (N,) ``int64``,
+    ``image_index`` (N,) ``int64``, and with masks ``masks`` (N, S, S): probabilities on a grid over
+    the box.
+
+    Args:
+        model: a two-stage detector with an ``RPNHead`` and a ``StandardRoIHead``.
+        normalise: see :class:`Graph`.
+
+    Raises:
+        ValueError: the model has other parts than these.
+    """
+
+    extra_inputs = ("image_size",)
+
+    def __init__(self, model: nn.Module, normalise: nn.Module | None = None) -> None:
+        super().__init__(normalise)
+        _check_supported(model)
+        self.model = model
+        self.output_names = ("boxes", "scores", "labels", "image_index")
+        if model.roi_head.with_mask:
+            self.output_names += ("masks",)
+        levels = range(model.rpn_head.prior_generator.num_levels)
+        self.raw_names = tuple(
+            f"raw_{kind}{level}" for kind in ("rpn_scores", "rpn_boxes") for level in levels
+        )
+        anchors = model.rpn_head.prior_generator.base_anchors
+        self.register_buffer("base_anchors", torch.stack(list(anchors)))
+
+    def run(self, image: Tensor, image_size: Tensor) -> tuple[Tensor, ...]:
+        """See :meth:`Graph.run`."""
+        features = self.model.extract_feat(image)
+        rpn = self.model.rpn_head(features)
+        proposals, valid = self._proposals(*rpn, image_size)
+        outputs = self._objects(features, proposals, valid, image_size)
+        return (*outputs, *rpn[0], *rpn[1])
+
+    def _proposals(
+        self, all_scores: list[Tensor], all_deltas: list[Tensor], image_size: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Proposals (B, K, 4), and which of them (B, K) are any: K is that of the fullest image.
+
+        K is at least 1, so that no later layer meets an empty batch.
+        """
+        head, settings = self.model.rpn_head, self.model.rpn_head.test_cfg
+        scores, boxes, levels = [], [], []
+        for level, (logits, deltas) in enumerate(zip(all_scores, all_deltas, strict=True)):
+            size = logits.shape[-2:]
+            logits = logits.permute(0, 2, 3, 1).flatten(1)
+            deltas = deltas.permute(0, 2, 3, 1).reshape(logits.shape[0], -1, 4)
+            shifts = place_shifts(size, head.prior_generator.strides[level], logits)
+            anchors = self.base_anchors[level] + shifts.repeat(1, 2)[:, None]
+            best, places = top_k(logits.sigmoid(), settings.nms_pre)
+            decoded = _decode(
+                head.bbox_coder, anchors.flatten(0, 1)[places.flatten()], take(deltas, places)
+            )
+            scores.append(best)
+            boxes.append(clip(decoded, image_size[:, None]))
+            levels.append(torch.full_like(places[0], level))
+        scores, boxes = torch.cat(scores, 1), torch.cat(boxes, 1)
+        smallest = (boxes[..., 2:] - boxes[..., :2]).amin(-1)
+        scores = torch.where(smallest > settings.min_bbox_size, scores, -1)
+        image, place = suppress(
+            boxes, scores, torch.cat(levels), settings.nms.iou_threshold, -0.5, settings.max_per_img
+        )
+        # From one list to a row per image.
+        counts = (image[:, None] == torch.arange(boxes.shape[0], device=image.device)).sum(0)
+        starts = counts.cumsum(0) - counts
+        rank = torch.arange(image.shape[0], device=image.device) - starts[image]
+        width = counts.amax().clamp(min=1)
+        slots = (image * width + rank)[:, None]
+        total = boxes.shape[0] * width
+        chosen = boxes[image, place]
+        rows = chosen.new_zeros(total, 4).scatter(0, slots.expand(-1, 4), chosen)
+        valid = chosen.new_zeros(total).scatter(0, slots[:, 0], torch.ones_like(chosen[:, 0]))
+        return rows.view(boxes.shape[0], -1, 4), valid.view(boxes.shape[0], -1) > 0
+
+    def _objects(
+        self, features: tuple[Tensor, ...], proposals: Tensor, valid: Tensor, image_size: Tensor
+    ) -> tuple[Tensor, ...]:
+        head = self.model.roi_head
+        settings, bbox_head = head.test_cfg, head.bbox_head
+        batch, count = valid.shape
+        index = torch.arange(batch, device=valid.device)[:, None].expand(-1, count)
+        rois = torch.cat([index[..., None].to(proposals), proposals], -1).flatten(0, 1)
+        logits, deltas = bbox_head(_extract(head.bbox_roi_extractor, features, rois))
+        classes = bbox_head.num_classes
+        scores = logits.softmax(-1)[:, :-1].reshape(batch, -1, classes)
+        scores = torch.where(valid[..., None], scores, -1).flatten(1)
+        boxes = delta2bbox(
+            rois[:, 1:], deltas, bbox_head.bbox_coder.means, bbox_head.bbox_coder.stds
+        ).reshape(batch, count, -1, 4)
+        boxes = clip(boxes, image_size[:, None, None])
+        if bbox_head.reg_class_agnostic:
+            boxes = boxes.expand(-1, -1, classes, -1)
+        boxes = boxes.reshape(batch, -1, 4)
+        labels = torch.arange(classes, device=boxes.device).repeat(count)
+        image, place = suppress(
+            boxes,
+            scores,
+            labels,
+            settings.nms.iou_threshold,
+            settings.score_thr,
+            settings.max_per_img,
+        )
+        found = boxes[image, place]
+        outputs = (found, scores[image, place], labels[place], image)
+        if not head.with_mask:
+            return outputs
+        # One more than there are: convolutions of some runtimes refuse an empty batch.
+        padded = torch.cat([torch.cat([image[:, None].to(found), found], 1), rois[:1]])
+        masks = head.mask_head(_extract(head.mask_roi_extractor, features, padded))[:-1]
+        if not head.mask_head.class_agnostic:
+            masks = masks[torch.arange(place.shape[0], device=place.device), labels[place]]
+        else:
+            masks = masks[:, 0]
+        return (*outputs, masks.sigmoid())
+
+
+def _decode(coder: DeltaXYWHBBoxCoder, anchors: Tensor, deltas: Tensor) -> Tensor:
+    """Boxes of ``deltas`` (B, K, 4) against ``anchors`` (B * K, 4), not clipped."""
+    # Not through the coder's own method: in an export it swaps its formula for another one.
+    boxes = delta2bbox(anchors, deltas.flatten(0, 1), coder.means, coder.stds)
+    return boxes.view(deltas.shape)
+
+
+def _extract(extractor: SingleRoIExtractor, features: tuple[Tensor, ...], rois: Tensor) -> Tensor:
+    """Features (M, C, S, S) of ``rois`` (M, 5): image, then the edges; each from its level."""
+    count = extractor.num_inputs
+    levels = extractor.map_roi_levels(rois, count)
+    order, pooled = [], []
+    for level, (feature, layer) in enumerate(
+        zip(features[:count], extractor.roi_layers, strict=True)
+    ):
+        own = (levels == level).nonzero()[:, 0]
+        order.append(own)
+        pooled.append(
+            torchvision.ops.roi_align(
+                feature,
+                rois[own],
+                layer.output_size,
+                layer.spatial_scale,
+                layer.sampling_ratio,
+                layer.aligned,
+            )
+        )
+    order = torch.cat(order)
+    back = torch.zeros_like(order).scatter(0, order, torch.arange(order.shape[0]).to(order))
+    return torch.cat(pooled)[back]
+
+
+def _check_supported(model: nn.Module) -> None:
+    name = type(model).__name__
+    require(isinstance(model, TwoStageDetector), f"{name} is not a two-stage detector of mmdet")
+    rpn, roi = model.rpn_head, model.roi_head
+    require(type(rpn) is RPNHead and rpn.use_sigmoid_cls, "the rpn_head is not a plain RPNHead")
+    require(type(roi) is StandardRoIHead, "the roi_head is not a StandardRoIHead")
+    require(not roi.with_shared_head, "the roi_head has a shared_head")
+    for extractor in (roi.bbox_roi_extractor, *([roi.mask_roi_extractor] if roi.with_mask else [])):
+        require(type(extractor) is SingleRoIExtractor, "a RoI extractor is no SingleRoIExtractor")
+        require(
+            all(layer.pool_mode == "avg" for layer in extractor.roi_layers),
+            "a RoIAlign does not average",
+        )
+    if roi.with_mask:
+        require(type(roi.mask_head) is FCNMaskHead, "the mask_head is not an FCNMaskHead")
+    for part, coder in (("rpn_head", rpn.bbox_coder), ("bbox_head", roi.bbox_head.bbox_coder)):
+        require(
+            type(coder) is DeltaXYWHBBoxCoder and coder.clip_border and not coder.add_ctr_clamp,
+            f"the bbox_coder of the {part} is not a plain DeltaXYWHBBoxCoder",
+        )
+    for part, settings in (("rpn", rpn.test_cfg), ("rcnn", roi.test_cfg)):
+        require(
+            settings.nms.get("type", "nms") == "nms"
+            and set(settings.nms) <= {"type", "iou_threshold"},
+            f"test_cfg.{part}.nms is not a plain nms",
+        )
+    require(not roi.bbox_head.custom_cls_channels, "the bbox_head has a custom activation")

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run exported models with numpy, OpenCV and onnxruntime alone: no PyTorch, no OpenMMLab.
+
+.. code-block:: python
+
+    from mmeformer import runtime
+
+    model = runtime.load("model.onnx")
+    found = model.predict("photo.jpg")
+    print([model.metadata.classes[label] for label in found.labels], found.boxes)
+"""
+
+from mmeformer.runtime.metadata import Metadata
+from mmeformer.runtime.predictor import Predictor, load
+from mmeformer.runtime.results import Detections, Pyramid, RotatedDetections, Segmentation
+
+__all__ = [
+    "Detections",
+    "Metadata",
+    "Predictor",
+    "Pyramid",
+    "RotatedDetections",
+    "Segmentation",
+    "load",
+]

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an image to a network's input, step for step as OpenMMLab's test pipelines do it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from mmeformer.images import read_image
+from mmeformer.runtime.metadata import Metadata
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image as the network takes it.
+
+    Args:
+        data: (3, H, W) ``float32``, normalised; or (H, W, 3) ``uint8`` for a graph that normalises.
+        size: (height, width) in ``data`` that the image covers; the rest is padding.
+        original: (height, width) of the image itself.
+    """
+
+    data: np.ndarray
+    size: tuple[int, int]
+    original: tuple[int, int]
+
+
+def as_image(image: np.ndarray | str | Path) -> np.ndarray:
+    """An image as (H, W, 3) ``uint8`` in BGR, turned upright if its file says so.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an image.
+    """
+    if not isinstance(image, np.ndarray):
+        return read_image(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise ValueError(
+            "an image array must be (H, W, 3) of uint8 in BGR, but is "
+            f"{image.shape} of {image.dtype}"
+        )
+    return image
+
+
+def prepare(image: np.ndarray, metadata: Metadata) -> Prepared:
+    """Resize, normalise and pad an image (H, W, 3) as ``metadata`` says."""
+    original = image.shape[:2]
+    height, width = _network_size(original, metadata)
+    image = _resize(image, height, width)
+    if metadata.multiple > 1:
+        height, width = (_round_up(side, metadata.multiple) for side in (height, width))
+        image = _resize(image, height, width)
+    full = metadata.size or tuple(_round_up(side, metadata.pad_divisor) for side in (height, width))
+    if metadata.preprocessing_in_graph:
+        data = np.zeros((*full, 3), np.uint8)
+        data[:height, :width] = image
+    else:
+        data = np.zeros((3, *full), np.float32)
+        data[:, :height, :width] = normalise(image, metadata)
+    return Prepared(data, (height, width), original)
+
+
+def normalise(image: np.ndarray, metadata: Metadata) -> np.ndarray:
+    """(H, W, 3) ``uint8`` in BGR -> (3, H, W) ``float32``, mean taken away and divided by std."""
+    channels = image[..., ::-1] if metadata.bgr_to_rgb else image
+    mean, std = (
+        np.array(values, np.float32)[:, None, None] for values in (metadata.mean, metadata.std)
+    )
+    return (channels.transpose(2, 0, 1).astype(np.float32) - mean) / std
+
+
+def _network_size(original: tuple[int, int], metadata: Metadata) -> tuple[int, int]:
+    """(height, width) to resize to, padding excluded."""
+    if metadata.size is not None and metadata.task in ("segmentation", "backbone"):
+        # Attention sees padding too, so these are stretched to the size instead.
+        return metadata.size
+    height, width = original
+    if metadata.scale is None:
+        factor = 1.0
+    elif metadata.keep_ratio:
+        factor = min(
+            max(metadata.scale) / max(height, width), min(metadata.scale) / min(height, width)
+        )
+    else:
+        return metadata.scale[::-1]
+    if metadata.size is not None:
+        limit = min(metadata.size[0] / height, metadata.size[1] / width)
+        factor = min(factor, limit)
+    scaled = tuple(max(int(side * float(factor) + 0.5), 1) for side in original)
+    return scaled if metadata.size is None else tuple(map(min, scaled, metadata.size))
+
+
+def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    if image.shape[:2] == (height, width):
+        return image
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def _round_up(side: int, divisor: int) -> int:
+    return -(-side // divisor) * divisor

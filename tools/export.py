@@ -1,0 +1,83 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Export a trained model to ONNX or CoreML, checked against PyTorch before it is written.
+
+Examples:
+    export.py CONFIG CHECKPOINT --to onnx --size 512 512 --out model.onnx
+    export.py CONFIG CHECKPOINT --to onnx --dynamic --with-preprocessing --out model.onnx
+    export.py CONFIG CHECKPOINT --to onnx --part backbone --size 224 224 --batch 8 --out s0.onnx
+    export.py CONFIG CHECKPOINT --to coreml --size 512 512 --fp16 --out model.mlpackage
+"""
+
+import argparse
+import sys
+
+from mmengine.config import DictAction
+
+from mmeformer import engine
+from mmeformer.deploy.check import CheckFailed
+from mmeformer.deploy.export import Request, export
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="config file, or its path below mmeformer's configs/")
+    parser.add_argument("checkpoint", help="checkpoint of a model of this config")
+    parser.add_argument("--to", choices=["onnx", "coreml"], required=True)
+    parser.add_argument("--out", required=True, help="file to write: .onnx or .mlpackage")
+    parser.add_argument("--part", choices=["model", "backbone"], default="model")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="one input size, in px")
+    size.add_argument("--dynamic", action="store_true", help="any input size and batch")
+    parser.add_argument("--batch", type=int, default=1, help="images per run, with --size")
+    parser.add_argument(
+        "--with-preprocessing",
+        action="store_true",
+        help="the graph takes BGR images as OpenCV reads them, and normalises them",
+    )
+    parser.add_argument("--fp16", action="store_true", help="CoreML in float16")
+    parser.add_argument(
+        "--images", nargs="+", default=[], help="for the check; default: of the config's test data"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="settings laid over the config, such as model.test_cfg.rcnn.score_thr=0.3",
+    )
+    args = parser.parse_args(argv)
+    if args.dynamic and args.batch != 1:
+        parser.error("--batch is for --size: with --dynamic any batch will do")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = parse_args(argv)
+    try:
+        request = Request(
+            target=args.to,
+            part=args.part,
+            size=None if args.dynamic else tuple(args.size),
+            batch=args.batch,
+            preprocessing=args.with_preprocessing,
+            half=args.fp16,
+        )
+        config = engine.load_config(args.config, args.cfg_options)
+        path = export(
+            config, args.checkpoint, args.out, request, images=args.images, force=args.force
+        )
+    except (CheckFailed, FileExistsError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {path} and {path.with_suffix('.json')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
