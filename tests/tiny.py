@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configs of the tasks that train a few steps in seconds, and runs in processes of their own."""
 
+import faulthandler
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 
 import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
@@ -87,21 +91,27 @@ class Recorder(Hook):
             self.at[runner.iter]()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        self.losses[runner.iter] = float(outputs["loss"])
+        self.losses[runner.iter] = outputs["loss"].item()
 
 
 def train(config: Config, work_dir: Path, resume=None, at=None, launcher="none") -> dict:
-    """Losses by iteration of a training in this process."""
+    """Losses by iteration of a training in this process, on one thread."""
     config = Config(config.copy().to_dict())
     config.work_dir = str(work_dir)
-    runner = engine.build_train_runner(config, resume=resume, launcher=launcher)
-    recorder = Recorder(at)
-    runner.register_hook(recorder)
-    runner.train()
+    threads = torch.get_num_threads()
+    # Sums of several threads may differ in the last bit.
+    torch.set_num_threads(1)
+    try:
+        runner = engine.build_train_runner(config, resume=resume, launcher=launcher)
+        recorder = Recorder(at)
+        runner.register_hook(recorder)
+        runner.train()
+    finally:
+        torch.set_num_threads(threads)
     return recorder.losses
 
 
-def fork(function, world_size: int = 1, timeout: float = 100) -> list[int]:
+def fork(function, world_size: int = 1, timeout: float = 60) -> list[int]:
     """Run ``function(rank)`` in processes over gloo; their exit codes (negative: the signal).
 
     They are copies of this process, which spares them its imports.
@@ -119,6 +129,10 @@ def fork(function, world_size: int = 1, timeout: float = 100) -> list[int]:
             continue
         code = 1
         try:
+            # OpenMP's threads do not exist in a copy of the process that started them.
+            torch.set_num_threads(1)
+            # Say where a process hangs before it is killed.
+            faulthandler.dump_traceback_later(timeout - 5, file=sys.__stderr__)
             os.environ.update(
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),
@@ -134,22 +148,21 @@ def fork(function, world_size: int = 1, timeout: float = 100) -> list[int]:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    return [_wait(child, timeout) for child in children]
-
-
-def _wait(child: int, timeout: float) -> int:
-    import signal
-    import time
-
     end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+    codes: dict[int, int] = {}
+    while len(codes) < world_size and time.monotonic() < end:
+        for child in set(children) - set(codes):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
         time.sleep(0.05)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise TimeoutError(f"process {child} ran longer than {timeout} s")
+    hung = set(children) - set(codes)
+    for child in hung:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if hung:
+        raise TimeoutError(f"{len(hung)} of {world_size} processes ran longer than {timeout} s")
+    return [codes[child] for child in children]
 
 
 def equal(first: dict, second: dict) -> bool:

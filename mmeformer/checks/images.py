@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 from PIL import Image
@@ -18,6 +19,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 EMPTY = "is empty; copy it again"
+CUT_OFF = "is cut off; copy it again"
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,12 @@ def quick_fault(path: str) -> str | None:
         return "does not exist"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if start == PNG_START:
-        whole = end.endswith(PNG_END)
-    elif start.startswith(JPEG_START):
-        whole = end.endswith(JPEG_END)
-    else:
-        return None
-    # Some cameras and editors write more after the end; only decoding tells those from cut files.
-    return None if whole else _pillow_fault(path)
+    # Some cameras and editors write more after the end: then the whole file has to be looked at.
+    if start == PNG_START and not end.endswith(PNG_END):
+        return None if PNG_END in Path(path).read_bytes() else CUT_OFF
+    if start.startswith(JPEG_START) and not end.endswith(JPEG_END):
+        return _pillow_fault(path)
+    return None
 
 
 def decode_fault(path: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from mmengine.dist import all_gather_object, all_reduce, get_world_size
@@ -15,6 +16,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmeformer.registry import HOOKS
+from mmeformer.training.checkpoints import POINTER
 from mmeformer.training.data import UNREADABLE
 from mmeformer.training.errors import TrainingError
 
@@ -133,8 +135,9 @@ class FiniteLossHook(Hook):
 
 def last_checkpoint(runner: Runner) -> str:
     """A sentence that names the checkpoint to go on from."""
-    if "last_ckpt" in runner.message_hub.runtime_info:
-        return f"The last good checkpoint is {runner.message_hub.get_info('last_ckpt')}."
+    pointer = Path(runner.work_dir, POINTER)
+    if pointer.is_file():
+        return f"The last good checkpoint is {pointer.read_text().strip()}."
     return "No checkpoint was saved before."
 
 

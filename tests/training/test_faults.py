@@ -45,10 +45,10 @@ def replace(path):
     path.write_text("<html>404</html>")
 
 
-def run_with_late_damage(config, work_dir, damage):
+def run_with_late_damage(config, work_dir, damage, launcher="none"):
     """Damage files after the data set was listed and checked; (losses, hook)."""
     config.work_dir = str(work_dir)
-    runner = engine.build_train_runner(config)
+    runner = engine.build_train_runner(config, launcher=launcher)
     recorder = tiny.Recorder()
     runner.register_hook(recorder)
     runner._train_loop = runner.build_train_loop(runner._train_loop)
@@ -61,7 +61,7 @@ def run_with_late_damage(config, work_dir, damage):
 @pytest.mark.parametrize(
     ("task", "workers", "damage", "reason"),
     [
-        ("detection", 2, cut, "is damaged"),
+        ("detection", 2, cut, "is cut off"),
         ("segmentation", 0, vanish, "does not exist"),
         pytest.param("segmentation", 2, replace, "is no image", marks=pytest.mark.slow),
         pytest.param("detection", 0, replace, "is no image", marks=pytest.mark.slow),
@@ -132,9 +132,7 @@ def test_processes_put_their_findings_together(folder, tmp_path):
     bad = [folder / IMAGES["segmentation"] / f"00000{index}.png" for index in range(4)]
 
     def one(rank):
-        engine.prepare_device(config, "pytorch")
-        config.launcher = "pytorch"
-        _, hook = run_with_late_damage(config, tmp_path / "work", lambda: None)
+        _, hook = run_with_late_damage(config, tmp_path / "work", lambda: None, "pytorch")
         (tmp_path / f"found-{rank}.json").write_text(json.dumps(sorted(hook.found)))
 
     for path in bad:
@@ -178,7 +176,6 @@ def test_loss_of_another_process_is_not_finite(folder, tmp_path):
     config = tiny.segmentation(folder)
 
     def one(rank):
-        engine.prepare_device(config, "pytorch")
         config.work_dir = str(tmp_path / "work")
         runner = engine.build_train_runner(config, launcher="pytorch")
         at = {3: lambda: spoil(lambda: runner)} if rank == 1 else {}
