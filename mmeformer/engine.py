@@ -188,14 +188,15 @@ def build_test_runner(
 
     Args:
         config: with ``work_dir`` set.
-        checkpoint: file of a trained model of this config.
+        checkpoint: file of a trained model of this config, or an ``.onnx`` file exported from one.
         out: ``.pkl`` file for all predictions.
         show_dir: folder for pictures of predictions.
         tta: test-time augmentation as the config's ``tta_model`` and ``tta_pipeline`` say.
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
 
     Raises:
-        ValueError: ``out`` is not a pickle file name, or the config has nothing for ``tta``.
+        ValueError: ``out`` is not a pickle file name, the config has nothing for ``tta``, or the
+            exported file does not fit the config.
         FileNotFoundError: the checkpoint does not exist.
     """
     if out is not None and not out.endswith((".pkl", ".pickle")):
@@ -209,6 +210,12 @@ def build_test_runner(
             raise ValueError("--tta needs tta_model and tta_pipeline in the config")
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
         config.model = ConfigDict(**config.tta_model, module=config.model)
+    if checkpoint.endswith(".onnx"):
+        from mmeformer.deploy.evaluate import use_onnx
+
+        if tta:
+            raise ValueError("--tta needs a checkpoint: an exported file has no such mode")
+        use_onnx(config, checkpoint)
     # The weights come from the checkpoint: no download of pretrained ones first.
     drop_pretrained(config.model)
     prepare_device(config, launcher)

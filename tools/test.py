@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate a checkpoint of any config of the three tasks."""
+"""Evaluate a checkpoint, or an ONNX file exported from one, of any config of the three tasks."""
 
 import argparse
 
@@ -11,7 +11,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     """The command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="config file, or its path below mmeformer's configs/")
-    parser.add_argument("checkpoint", help="checkpoint file")
+    parser.add_argument("checkpoint", help="checkpoint, or exported .onnx file")
     parser.add_argument("--out", metavar="FILE.pkl", help="file for all predictions")
     parser.add_argument("--show-dir", metavar="FOLDER", help="folder for pictures of predictions")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")

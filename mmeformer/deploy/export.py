@@ -308,6 +308,7 @@ def write_coreml(
 
     make_graph = graph_maker(metadata, request)
     graph = build_graph(model, metadata, make_graph, channels_last=False)
+    graph.raw_names = ()
     findings = check.Findings()
     example = torch.rand(
         request.batch, 3, *metadata.size, generator=torch.Generator().manual_seed(0)

@@ -21,7 +21,8 @@ class Graph(nn.Module):
 
     ``forward(image, *others)`` returns the outputs named by ``output_names``, then the raw tensors
     named by ``raw_names``: what the check of an export compares number by number, and what the
-    finished file no longer holds. A subclass implements :meth:`run`.
+    finished file no longer holds (``raw_names = ()`` leaves them out). A subclass implements
+    :meth:`run`.
 
     Args:
         normalise: makes the network's input of the ``image`` input; None takes it as it is.
@@ -40,7 +41,8 @@ class Graph(nn.Module):
             image = self.normalise(image)
             if "image_size" in self.extra_inputs:
                 image = _blank_padding(image, *others)
-        return self.run(image, *others)
+        outputs = self.run(image, *others)
+        return tuple(outputs[: len(self.output_names) + len(self.raw_names)])
 
     def run(self, image: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """``image`` (B, 3, H, W), normalised, and the ``extra_inputs`` -> all outputs."""
