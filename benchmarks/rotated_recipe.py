@@ -2,7 +2,7 @@
 """Does the rotated recipe train every variant stably? Loss curves of all seven, side by side.
 
     python benchmarks/rotated_recipe.py --out work_dirs/recipe
-    python benchmarks/rotated_recipe.py --out work_dirs/recipe-dota --data data/split_dota --side 256
+    python benchmarks/rotated_recipe.py --out work_dirs/recipe-dota --data data/patches --side 256
 
 Each variant is trained from scratch with the quickstart's recipe (AdamW without decay for norms,
 biases and layer scales, warm-up, gradient clipping, cosine, trained batch norms) on generated

@@ -8,5 +8,7 @@ default_hooks = dict(
 )
 custom_hooks = [dict(type="mmdet.NumClassCheckHook")]
 visualizer = dict(
-    type="RotLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer"
+    type="mmeformer.RotatedVisualizer",
+    vis_backends=[dict(type="LocalVisBackend")],
+    name="visualizer",
 )

@@ -10,6 +10,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from mmeformer.backbones.base import PyramidBackbone, Stage, run_block
+from mmeformer.layers.attention import attend
 from mmeformer.layers.attention_bias import AttentionBias
 from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale
 from mmeformer.registry import MODELS
@@ -50,9 +51,8 @@ class TokenAttention(nn.Module):
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, NUM_HEADS, -1).transpose(1, 2)
         query, key, value = qkv.split([KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH], dim=-1)
-        logits = (query @ key.transpose(-2, -1)) * KEY_WIDTH**-0.5
-        attention = (logits + self.attention_bias(size)).softmax(dim=-1).to(value.dtype)
-        return self.proj((attention @ value).transpose(1, 2).reshape(batch, tokens, -1))
+        out = attend(query, key, value, self.attention_bias, size)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, -1))
 
 
 class TokenMlp(nn.Module):

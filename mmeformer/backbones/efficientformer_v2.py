@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from mmeformer.backbones.base import PyramidBackbone, Stage
+from mmeformer.layers.attention import attend, mix_heads
 from mmeformer.layers.attention_bias import AttentionBias
 from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale
 from mmeformer.registry import MODELS
@@ -25,8 +27,10 @@ def to_heads(x: Tensor) -> Tensor:
     return x.flatten(2).unflatten(1, (NUM_HEADS, -1)).transpose(2, 3)
 
 
-def from_heads(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, heads, H * W, D) -> (B, heads * D, H, W)."""
+def from_heads(x: Tensor, size: tuple[int, int], like: Tensor) -> Tensor:
+    """(B, heads, H * W, D) -> (B, heads * D, H, W), in the memory format of ``like``."""
+    if like.is_contiguous(memory_format=torch.channels_last):
+        return x.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, size)
     return x.transpose(2, 3).flatten(1, 2).unflatten(2, size)
 
 
@@ -65,22 +69,31 @@ class MapAttention(nn.Module):
         size = x.shape[-2:]
         query, key, value = self.q(x), self.k(x), self.v(x)
         local = self.v_local(value)
-        logits = (to_heads(query) @ to_heads(key).transpose(2, 3)) * KEY_WIDTH**-0.5
-        logits = self.talking_head1(logits + self.attention_bias(size))
-        attention = self.mix_attention(logits.softmax(dim=-1))
-        out = from_heads(attention @ to_heads(value), size) + local
+        out = attend(
+            to_heads(query),
+            to_heads(key),
+            to_heads(value),
+            self.attention_bias,
+            size,
+            mix_logits=self.mix_logits,
+            mix_attention=self.mix_attention,
+        )
+        out = from_heads(out, size, local) + local
         if self.halve:
             out = F.interpolate(out, scale_factor=2, mode="bilinear", align_corners=False)
             out = out[..., : full_size[0], : full_size[1]]
         return self.proj(F.gelu(out))
 
+    def mix_logits(self, logits: Tensor) -> Tensor:
+        """The first talking head: (B, heads, n, keys) -> the same."""
+        return mix_heads(logits, self.talking_head1.weight, self.talking_head1.bias)
+
     def mix_attention(self, attention: Tensor) -> Tensor:
-        """The second talking head: (B, heads, Nq, Nk) -> the same."""
-        head = self.talking_head2
-        if self.head_bias_keys is None:
-            return head(attention)
-        share = self.head_bias_keys / attention.shape[-1]
-        return F.conv2d(attention, head.weight, head.bias * share)
+        """The second talking head: (B, heads, n, keys) -> the same."""
+        bias = self.talking_head2.bias
+        if self.head_bias_keys is not None:
+            bias = bias * (self.head_bias_keys / attention.shape[-1])
+        return mix_heads(attention, self.talking_head2.weight, bias)
 
 
 class LocalGlobalQuery(nn.Module):
@@ -117,9 +130,15 @@ class AttentionDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.q(x), self.k(x), self.v(x)
         local = self.v_local(value)
-        logits = (to_heads(query) @ to_heads(key).transpose(2, 3)) * DOWNSAMPLE_KEY_WIDTH**-0.5
-        attention = (logits + self.attention_bias(x.shape[-2:])).softmax(dim=-1).to(value.dtype)
-        out = from_heads(attention @ to_heads(value), local.shape[-2:]) + local
+        out = attend(
+            to_heads(query),
+            to_heads(key),
+            to_heads(value),
+            self.attention_bias,
+            x.shape[-2:],
+            query_stride=2,
+        )
+        out = from_heads(out, local.shape[-2:], local) + local
         return self.proj(F.gelu(out))
 
 

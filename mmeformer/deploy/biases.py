@@ -3,23 +3,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from mmeformer.layers.attention_bias import AttentionBias
 
 
-class FixedBias(nn.Module):
+class _WholeBias(nn.Module):
+    """Gives rows of a bias that is there as a whole."""
+
+    query_stride: int
+
+    def rows(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+        """See :meth:`AttentionBias.rows`."""
+        bias = self(size)
+        per_row = -(-size[1] // self.query_stride)
+        return lambda first, last: bias[:, first * per_row : last * per_row]
+
+
+class FixedBias(_WholeBias):
     """The bias of one size as a constant.
 
     Args:
-        bias: (heads, Nq, H * W), as :meth:`AttentionBias.compute` gives it.
+        source: the bias to fix.
         size: (H, W) of the key map.
     """
 
-    def __init__(self, bias: Tensor, size: tuple[int, int]) -> None:
+    def __init__(self, source: AttentionBias, size: tuple[int, int]) -> None:
         super().__init__()
-        self.register_buffer("bias", bias)
+        self.query_stride = source.query_stride
+        self.register_buffer("bias", source.compute(size).detach().clone())
         self.size = size
 
     def forward(self, size: tuple[int, int]) -> Tensor:
@@ -36,14 +51,8 @@ class FixedBias(nn.Module):
             )
         return self.bias
 
-    def rows(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
-        """See :meth:`AttentionBias.rows`."""
-        bias = self(size)
-        per_row = bias.shape[1] // self.query_rows
-        return lambda first, last: bias[:, first * per_row : last * per_row]
 
-
-class GraphBias(nn.Module):
+class GraphBias(_WholeBias):
     """The bias of any size, computed by tensor operations alone, so that a graph can hold it.
 
     The same numbers as :class:`AttentionBias`, whose Python arithmetic on sizes a tracer would
@@ -96,9 +105,35 @@ class GraphBias(nn.Module):
         return below + (above - below) * share
 
 
-def replace_biases(model: nn.Module, make) -> None:
-    """Put ``make(name, bias)`` in place of every :class:`AttentionBias` of a model."""
+class _SizeProbe(nn.Module):
+    """Stands in for a bias and notes the size that it is asked for."""
+
+    def __init__(self, source: AttentionBias) -> None:
+        super().__init__()
+        self.source = source
+        self.size: tuple[int, int] | None = None
+
+    def forward(self, size: tuple[int, int]) -> Tensor:
+        self.size = tuple(size)
+        return self.source(size)
+
+    def rows(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+        self.size = tuple(size)
+        return self.source.rows(size)
+
+
+def replace_biases(model: nn.Module, make: Callable, kind: type = AttentionBias) -> None:
+    """Put ``make(name, bias)`` in place of every module of a ``kind``, our biases by default."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, AttentionBias):
+        if isinstance(module, kind):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, make(name, module))
+
+
+def fix_biases(backbone: nn.Module, image_size: tuple[int, int]) -> None:
+    """Make the biases of a backbone constants of the sizes that an image (H, W) leads to."""
+    replace_biases(backbone, lambda _, bias: _SizeProbe(bias))
+    weight = backbone.stem.conv1.conv.weight
+    with torch.no_grad():
+        backbone(weight.new_zeros(1, weight.shape[1], *image_size))
+        replace_biases(backbone, lambda _, probe: FixedBias(probe.source, probe.size), _SizeProbe)

@@ -6,16 +6,16 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmeformer.backbones.base import PyramidBackbone
-from mmeformer.deploy.biases import FixedBias, replace_biases
-from mmeformer.layers.attention_bias import AttentionBias
-from mmeformer.layers.blocks import LayerScale
+from mmeformer.deploy.biases import fix_biases
+from mmeformer.layers.blocks import ConvNorm, LayerScale
 
 
 def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Module:
@@ -23,10 +23,10 @@ def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Modu
 
     Batch norms are merged into the convolutions before them (our own blocks, mmcv's ``ConvModule``
     of necks and heads, neighbours in ``nn.Sequential``), layer scales into the convolution or
-    linear layer before them; drop path is gone. What remains has no layer to go to: layer norms and
-    group norms (their statistics depend on the input) and V1's scale of its pooling mixer, which is
-    a difference of two maps. Outputs agree with the model's in eval mode to 1e-5 of their largest
-    value.
+    linear layer before them; drop path is gone; activations work in place. What remains has no
+    layer to go to: layer norms and group norms (their statistics depend on the input) and V1's
+    scale of its pooling mixer, which is a difference of two maps. Outputs agree with the model's in
+    eval mode to 1e-5 of their largest value.
 
     Args:
         model: left as it is.
@@ -52,9 +52,20 @@ def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Modu
         for name, child in list(module.named_children()):
             if isinstance(child, DropPath):
                 setattr(module, name, nn.Identity())
+            elif isinstance(child, nn.GELU) and isinstance(module, ConvNorm):
+                setattr(module, name, _GeluInPlace())
     if image_size is not None:
         _fix_biases(model, image_size)
     return model
+
+
+class _GeluInPlace(nn.Module):
+    """GELU of a tensor that nothing else reads: the largest maps are then not written twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return F.gelu(x)
+        return torch.ops.aten.gelu_(x)
 
 
 def _foldable_pairs(module: nn.Module) -> list[tuple[str, str]]:
@@ -101,18 +112,5 @@ def _fix_biases(model: nn.Module, image_size: tuple[int, int]) -> None:
         raise ValueError(
             f"{type(model).__name__} has no EfficientFormer backbone, so image_size has no use"
         )
-    sizes: dict[AttentionBias, tuple[int, int]] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda bias, args: sizes.__setitem__(bias, tuple(args[0])))
-        for module in model.modules()
-        if isinstance(module, AttentionBias)
-    ]
-    with torch.no_grad():
-        for backbone in backbones:
-            weight = backbone.stem.conv1.conv.weight
-            backbone(weight.new_zeros(1, weight.shape[1], *image_size))
-        for hook in hooks:
-            hook.remove()
-        replace_biases(
-            model, lambda _, bias: FixedBias(bias.compute(sizes[bias]).clone(), sizes[bias])
-        )
+    for backbone in backbones:
+        fix_biases(backbone, image_size)

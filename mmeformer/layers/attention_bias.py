@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -55,16 +56,30 @@ def expand_offset_table(table: Tensor, query_stride: int = 1) -> Tensor:
     Keys are all places of the grid, queries every ``query_stride``-th place in each direction
     (Nq = ceil(H / s) * ceil(W / s)). Entry (query, key) is ``table[:, |s*qy - ky|, |s*qx - kx|]``.
     """
-    heads, height, width = table.shape
-    ys = torch.arange(height, device=table.device)
-    xs = torch.arange(width, device=table.device)
-    dy = (ys[::query_stride, None] - ys).abs()
-    dx = (xs[::query_stride, None] - xs).abs()
-    # Columns first, rows second: both gathers then copy whole lines, in the forward pass and (as
-    # an accumulation) in the backward pass, instead of single numbers.
-    by_column = table[:, :, dx]
-    by_row = by_column[:, dy]
-    return by_row.permute(0, 1, 3, 2, 4).reshape(heads, dy.shape[0] * dx.shape[0], height * width)
+    dy = _distances(table.shape[1], query_stride, table.device)
+    dx = _distances(table.shape[2], query_stride, table.device)
+    return _gather_rows(_gather_columns(table, dx), dy)
+
+
+def _distances(side: int, query_stride: int, device: torch.device) -> Tensor:
+    """|s * query - key| along one side: (queries, keys)."""
+    places = torch.arange(side, device=device)
+    return (places[::query_stride, None] - places).abs()
+
+
+# Columns first, rows second: the second gather, the large one, then copies whole lines, in the
+# forward pass and (as an accumulation) in the backward pass, instead of single numbers.
+
+
+def _gather_columns(table: Tensor, dx: Tensor) -> Tensor:
+    """(heads, offsets, offsets) and the offsets (Wq, W) -> (heads, Wq, offsets, W)."""
+    return table[:, :, dx].transpose(1, 2).contiguous()
+
+
+def _gather_rows(by_column: Tensor, dy: Tensor) -> Tensor:
+    """(heads, Wq, offsets, W) and the offsets (Hq, H) -> (heads, Hq * Wq, H * W)."""
+    columns = torch.arange(by_column.shape[1], device=dy.device)
+    return by_column[:, columns[:, None], dy[:, None]].flatten(3, 4).flatten(1, 2)
 
 
 class AttentionBias(nn.Module):
@@ -87,7 +102,10 @@ class AttentionBias(nn.Module):
     """
 
     MAX_CACHED_SIZES = 2
-    """Landscape and portrait; one bias at 800 x 1344 px takes 35 MB (141 MB in a downsample)."""
+    """Landscape and portrait; one bias at 800 x 1344 px takes 35 MB."""
+
+    MAX_CACHED_NUMBERS = 2**24
+    """A larger bias (64 MiB in float32) is not kept as a whole: see :meth:`rows`."""
 
     def __init__(
         self,
@@ -124,6 +142,24 @@ class AttentionBias(nn.Module):
         if self.training or differentiable or traced:
             return self.compute(size)
         return self._cached(tuple(size))
+
+    def rows(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+        """The bias in parts: a function from the first and the last row (exclusive) of queries.
+
+        It returns (heads, rows * Wq, H * W), without ever holding the bias of all rows where that
+        is large; differentiable.
+        """
+        height, width = size
+        queries_per_row = -(-width // self.query_stride)
+        numbers = self.table.shape[0] * -(-height // self.query_stride) * queries_per_row
+        if self.resize != "displacement" or numbers * height * width <= self.MAX_CACHED_NUMBERS:
+            bias = self(size)
+            return lambda first, last: bias[:, first * queries_per_row : last * queries_per_row]
+        table = resize_offset_table(self.table, size)
+        dy = _distances(height, self.query_stride, table.device)
+        dx = _distances(width, self.query_stride, table.device)
+        by_column = _gather_columns(table, dx)
+        return lambda first, last: _gather_rows(by_column, dy[first:last])
 
     @torch.inference_mode(False)
     @torch.no_grad()

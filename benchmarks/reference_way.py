@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our backbones set to the reference's way of working, as the baseline of the measurements.
+
+Same weights, same numbers (up to rounding), but as snap-research/EfficientFormer works downstream
+(``detection/`` and ``segmentation/``): the bias matrix is expanded and resized by bicubic
+interpolation at every forward pass, the logits of all queries are one tensor that is scaled, biased
+and mixed by convolutions in passes of their own, and nothing is folded.
+"""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+from torch import Tensor, nn
+
+from mmeformer.backbones import efficientformer, efficientformer_v2
+from mmeformer.layers.attention_bias import AttentionBias
+
+
+def attend(query, key, value, bias, size, query_stride=1, mix_logits=None, mix_attention=None):
+    """What :func:`mmeformer.layers.attention.attend` computes, all at once."""
+    logits = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5 + bias.compute(tuple(size))
+    if mix_logits is not None:
+        # The attention that owns the mixing functions has the convolutions they stand for.
+        logits = mix_logits.__self__.talking_head1(logits)
+    attention = logits.softmax(dim=-1)
+    if mix_attention is not None:
+        attention = mix_attention.__self__.talking_head2(attention)
+    return attention @ value
+
+
+class ReferenceWay(nn.Module):
+    """Runs a backbone built with ``bias_resize="matrix"`` in the reference's way."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        biases = [module for module in backbone.modules() if isinstance(module, AttentionBias)]
+        if any(bias.resize != "matrix" for bias in biases):
+            raise ValueError("the reference resizes matrices: build with bias_resize='matrix'")
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        with (
+            patch.object(efficientformer, "attend", attend),
+            patch.object(efficientformer_v2, "attend", attend),
+        ):
+            return self.backbone(x)

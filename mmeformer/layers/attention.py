@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention with a bias by displacement, computed in pieces of queries.
+
+The matrix of logits of all queries and keys grows with the square of the area: 35 MB per block at
+800 x 1344 px, 537 MB at 2048 px. Taken by rows of queries it never exists as a whole, and each
+piece stays in the processor's cache while it passes through bias, softmax and talking heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+PIECE = {"cpu": 2**20, "cuda": 2**25}
+"""Logits held at a time: 4 MiB on a CPU, for its cache; 128 MiB on a GPU, to fill it."""
+
+
+def mix_heads(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 1x1 convolution over heads: (B, heads, n, m) -> (B, out heads, n, m).
+
+    As a product of matrices, which keeps heads apart in memory where a convolution in channels-last
+    format would interleave them.
+
+    Args:
+        x: (B, heads, n, m).
+        weight: (out heads, heads, 1, 1).
+        bias: (out heads,).
+    """
+    return (weight.flatten(1) @ x.flatten(2)).add_(bias[:, None]).unflatten(2, x.shape[2:])
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: nn.Module,
+    size: tuple[int, int],
+    query_stride: int = 1,
+    mix_logits: Callable[[Tensor], Tensor] | None = None,
+    mix_attention: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Softmax of scaled products and a bias, times the values.
+
+    In training the pieces' matrices are not kept for the backward pass but computed again, unless
+    one piece holds all.
+
+    Args:
+        query: (B, heads, Nq, D), row after row of every ``query_stride``-th place.
+        key: (B, heads, H * W, D).
+        value: (B, heads, H * W, V).
+        bias: an :class:`mmeformer.layers.attention_bias.AttentionBias` or what stands for it.
+        size: (H, W) of the key map.
+        query_stride: as the bias has it.
+        mix_logits, mix_attention: talking heads before and after the softmax,
+            (B, heads, n, H * W) -> the same.
+
+    Returns:
+        (B, heads, Nq, V).
+    """
+    # Each product is scaled through its query, which has far fewer numbers.
+    query = query * query.shape[-1] ** -0.5
+    key = key.transpose(2, 3)
+
+    def piece(query: Tensor, bias: Tensor) -> Tensor:
+        logits = query @ key
+        # In place where that does not round the bias (autocast has half-precision logits).
+        logits = logits.add_(bias) if logits.dtype == bias.dtype else logits + bias
+        if mix_logits is not None:
+            logits = mix_logits(logits)
+        attention = logits.softmax(dim=-1).to(value.dtype)
+        if mix_attention is not None:
+            attention = mix_attention(attention)
+        return attention @ value
+
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        # A compiler fuses the passes by itself, and a graph should not hold a number of pieces.
+        return piece(query, bias(size))
+    rows, width = (-(-side // query_stride) for side in size)
+    row_logits = query.shape[0] * query.shape[1] * width * key.shape[-1]
+    step = max(1, PIECE.get(query.device.type, PIECE["cuda"]) // row_logits)
+    if step >= rows:
+        return piece(query, bias(size))
+    recompute = torch.is_grad_enabled() and any(
+        part.requires_grad for part in (query, key, value, *bias.parameters())
+    )
+    bias_rows = bias.rows(size)
+    out = []
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        part = query[:, :, first * width : last * width]
+        if recompute:
+
+            def run(part: Tensor, first: int, last: int) -> Tensor:
+                return piece(part, bias_rows(first, last))
+
+            out.append(
+                checkpoint(run, part, first, last, use_reentrant=False, preserve_rng_state=False)
+            )
+        else:
+            out.append(piece(part, bias_rows(first, last)))
+    return torch.cat(out, dim=2)
