@@ -16,6 +16,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 
 from mmeformer import engine
+from mmeformer.synthetic.aerial import write_dota_dataset
 from mmeformer.synthetic.masks import write_mask_dataset
 from mmeformer.synthetic.shapes import write_coco_dataset
 
@@ -76,7 +77,22 @@ def segmentation(folder: Path, iterations: int = ITERATIONS) -> Config:
     return config
 
 
-TASKS = {"detection": detection, "segmentation": segmentation}
+def rotated(folder: Path, iterations: int = ITERATIONS) -> Config:
+    """Rotated GFL on scenes of 64 px below ``folder``, with random flips."""
+    root = write_dota_dataset(folder / "aerial", train=8, val=2, size=64)
+    config = engine.load_config("rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_quickstart.py")
+    model = config.model
+    model.backbone.update(arch=ARCH, drop_path_rate=0.2)
+    indices = model.backbone.get("out_indices", (0, 1, 2, 3))
+    model.neck.update(in_channels=[ARCH["widths"][i] for i in indices], out_channels=16)
+    model.bbox_head.update(in_channels=16, feat_channels=16)
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.dataset.data_root = str(root)
+    _schedule(config, iterations)
+    return config
+
+
+TASKS = {"detection": detection, "segmentation": segmentation, "rotated": rotated}
 
 
 class Recorder(Hook):

@@ -17,9 +17,9 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from mmeformer import cli
 from mmeformer.checkpoints.convert import TARGETS, convert
 from mmeformer.checkpoints.report import Report
-from mmeformer.checkpoints.safe_load import CheckpointError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("target", metavar="DST", help="file: .pth, .pt, .bin or .safetensors")
     parser.add_argument("--to", choices=TARGETS, default="native", help="default: %(default)s")
     parser.add_argument("--force", action="store_true", help="overwrite DST if it exists")
-    return parser.parse_args(argv)
+    return cli.parse(parser, argv)
 
 
 def as_table(report: Report) -> Table:
@@ -42,19 +42,18 @@ def as_table(report: Report) -> Table:
     return table
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    args = parse_args(argv)
+def work(args: argparse.Namespace) -> None:
+    """Convert and print the report."""
     try:
         report = convert(args.source, args.target, args.to, args.force)
     except FileExistsError as error:
-        print(f"error: {error} (--force)", file=sys.stderr)
-        return 1
-    except (CheckpointError, FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise FileExistsError(f"{error} (--force)") from error
     Console().print(as_table(report))
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return cli.run(work, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -3,18 +3,27 @@
 """Generate data, train from scratch, evaluate and draw predictions, in minutes on two CPU cores."""
 
 import argparse
+import sys
 
-from mmeformer import quickstart
+from mmeformer import cli, quickstart
 
 
-def main() -> None:
-    """Run one task's quickstart."""
+def parse_args(argv=None) -> argparse.Namespace:
+    """The command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=sorted(quickstart.TASKS))
     parser.add_argument("--work-dir", help="default: work_dirs/quickstart-TASK")
-    args = parser.parse_args()
-    quickstart.run(args.task, args.work_dir)
+    return cli.parse(parser, argv)
+
+
+def main(argv=None) -> int:
+    """Run one task's quickstart; returns the exit status."""
+
+    def work(args: argparse.Namespace) -> None:
+        quickstart.run(args.task, args.work_dir)
+
+    return cli.run(work, parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

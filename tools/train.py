@@ -3,8 +3,9 @@
 """Train any config of the three tasks."""
 
 import argparse
+import sys
 
-from mmeformer import engine
+from mmeformer import cli, engine
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -23,12 +24,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--auto-scale-lr", action="store_true", help="scale the rate to the real batch size"
     )
     engine.add_common_arguments(parser)
-    return parser.parse_args(argv)
+    return cli.parse(parser, argv)
 
 
-def main() -> None:
+def work(args: argparse.Namespace) -> None:
     """Train."""
-    args = parse_args()
     engine.set_local_rank(args.local_rank)
     config = engine.load_config(args.config, args.cfg_options)
     engine.choose_work_dir(config, args.config, args.work_dir)
@@ -42,5 +42,10 @@ def main() -> None:
     runner.train()
 
 
+def main(argv=None) -> int:
+    """Run the command; returns the exit status."""
+    return cli.run(work, parse_args(argv))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

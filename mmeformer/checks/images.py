@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 from PIL import Image
+
+from mmeformer.checks.findings import ERROR, WARNING, Finding
 
 # EXIF: the picture is stored lying on its side. OpenCV turns it when it is read.
 ORIENTATION_TAG = 274
@@ -91,6 +95,60 @@ def read_header(path: str) -> ImageFile:
         if image.getexif().get(ORIENTATION_TAG) in SIDEWAYS:
             width, height = height, width
         return ImageFile(height, width, image.mode)
+
+
+def in_threads(function, items: Sequence) -> list:
+    """``[function(item) for item in items]``, several at a time; for work on files."""
+    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool:
+        return list(pool.map(function, items))
+
+
+def find_missing(paths: Sequence[str]) -> list[Finding]:
+    """Name local images that do not exist; lists their folders, which is quick on any disk."""
+    there: dict[str, set[str]] = {}
+    findings = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in there:
+            there[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in there[folder]:
+            findings.append(
+                Finding(ERROR, "missing image", path, "does not exist; add it or take it out")
+            )
+    return findings
+
+
+def check_image(path: str, size: tuple[int, int] | None = None, decode: bool = False):
+    """The :class:`Finding` about an image that exists, or None.
+
+    Args:
+        path: a local file.
+        size: (height, width) in pixels that the labels say it has.
+        decode: read all of it, not only its ends and its header.
+    """
+    if fault := decode_fault(path) if decode else quick_fault(path):
+        return Finding(ERROR, "unreadable image", path, fault)
+    try:
+        header = read_header(path)
+    except UNREADABLE as error:
+        return Finding(ERROR, "unreadable image", path, f"cannot be read ({error}); copy it again")
+    if size is not None and size != (header.height, header.width):
+        return Finding(
+            ERROR,
+            "wrong size",
+            path,
+            f"is {header.width} x {header.height} px, but its labels are for {size[1]} x "
+            f"{size[0]} px; correct width and height, or take the image that was labelled",
+        )
+    if header.mode.startswith(("I", "F")):
+        return Finding(
+            WARNING,
+            "deep image",
+            path,
+            f"has more than 8 bits per channel ({header.mode}); it is read as 8 bits, of 16 the "
+            "upper ones, so that dark scales become black. Convert it with a scale of your choice",
+        )
+    return None
 
 
 def _pillow_fault(path: str) -> str | None:

@@ -7,22 +7,20 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
-import numpy as np
 from mmengine.logging import print_log
 from mmrotate.datasets import DOTADataset as MMRotateDOTADataset
 from mmrotate.visualization.palette import get_palette
 
+from mmeformer.checks.findings import Finding, stop_on_errors
+from mmeformer.checks.images import check_image, in_threads
 from mmeformer.registry import DATASETS
+from mmeformer.rotated.checks import check_dota, is_thin
 from mmeformer.rotated.dota import (
     DotaObject,
     list_images,
     list_labels,
     read_label_files,
 )
-
-# Pixels: a box narrower than this has no area to learn from.
-_THIN = 1e-3
 
 
 @DATASETS.register_module()
@@ -79,11 +77,44 @@ class DOTADataset(MMRotateDOTADataset):
         loaded["palette"] = [tuple(colour) for colour in loaded["palette"]]
         return loaded
 
+    CHECKED_FILES = 500
+    """Images that are looked into at the start."""
+
+    checked = True
+    """Whether to look at the images at the start; ``tools/check_dataset.py`` does so itself."""
+
+    def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
+        """What is wrong with the labels and the images, of which ``limit`` (None: all) are read;
+        in full with ``decode``.
+
+        Serves a data set that is built with ``lazy_init=True``.
+
+        Raises:
+            FileNotFoundError: a folder is missing or holds no file of its kind.
+            ValueError: two images differ in their suffix only.
+        """
+        return check_dota(
+            list_images(self.data_prefix["img_path"], self.img_suffix),
+            list_labels(self.ann_file) if self.ann_file else {},
+            self.metainfo["classes"],
+            self.metainfo.get("dropped_classes", ()),
+            training=not self.test_mode,
+            limit=limit,
+            decode=decode,
+        )
+
+    def _check_images(self, paths: list[str]) -> None:
+        found = in_threads(check_image, paths[: self.CHECKED_FILES])
+        left_out = {} if self.test_mode else {"unreadable image": len(paths)}
+        stop_on_errors([finding for finding in found if finding is not None], left_out)
+
     def load_data_list(self) -> list[dict]:
         """One item per image: ``img_id`` (file name without suffix), ``file_name``, ``img_path``
         and ``instances``, each with ``bbox`` (8 numbers: corners in pixels), ``bbox_label`` and
         ``ignore_flag``."""
         images = list_images(self.data_prefix["img_path"], self.img_suffix)
+        if self.checked:
+            self._check_images([str(path) for path in images.values()])
         objects = self._read_labels(images) if self.ann_file else {}
         labels = {name: label for label, name in enumerate(self.metainfo["classes"])}
         return [
@@ -95,7 +126,7 @@ class DOTADataset(MMRotateDOTADataset):
                     dict(
                         bbox=item.polygon.ravel().tolist(),
                         bbox_label=labels[item.name],
-                        ignore_flag=int(item.difficult > self.diff_thr or _is_thin(item)),
+                        ignore_flag=int(item.difficult > self.diff_thr or is_thin(item)),
                     )
                     for item in objects.get(stem, ())
                 ],
@@ -130,7 +161,7 @@ class DOTADataset(MMRotateDOTADataset):
             f"{files[stem]} line {item.line}"
             for stem, items in objects.items()
             for item in items
-            if _is_thin(item)
+            if is_thin(item)
         ]
         for what, places in (
             ("images have no label file and count as without objects", images.keys() - files),
@@ -151,7 +182,3 @@ def _names(metainfo: dict, key: str) -> Sequence[str]:
             f"{key} = ({names!r},)"
         )
     return tuple(names)
-
-
-def _is_thin(item: DotaObject) -> bool:
-    return min(cv2.minAreaRect(item.polygon.astype(np.float32))[1]) < _THIN

@@ -8,42 +8,22 @@ files before every training, and whoever wants to know everything runs them with
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-ERROR = "error"
-WARNING = "warning"
-# EXIF: the picture is stored lying on its side. OpenCV turns it when it is read.
-ORIENTATION_TAG = 274
-SIDEWAYS = (5, 6, 7, 8)
-# What Pillow raises for files that are cut off, no pictures, or larger than it will read.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something wrong with a data set.
-
-    Args:
-        severity: ``"error"`` (training would crash or learn nonsense) or ``"warning"``.
-        kind: short name of the mistake, the same for every file that has it.
-        path: the file, or the folder where no single file is to blame.
-        message: what is wrong and how to mend it.
-    """
-
-    severity: str
-    kind: str
-    path: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.severity}: {self.path}: {self.message}"
+from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first
+from mmeformer.checks.images import (
+    UNREADABLE,
+    decode_fault,
+    in_threads,
+    quick_fault,
+    read_header,
+)
 
 
 @dataclass(frozen=True)
@@ -64,11 +44,12 @@ def check_pairs(
     ignore_index: int = 255,
     training: bool = True,
     limit: int | None = None,
+    decode: bool = False,
 ) -> list[Finding]:
     """Check images and their label masks.
 
     That every mask exists is checked for all pairs; for the first ``limit`` pairs the mask is read
-    in full and of the image the header (its size). Masks are read as mmseg reads them.
+    in full and of the image the header (its size) and the end. Masks are read as mmseg reads them.
 
     Args:
         pairs: paths of images and masks.
@@ -78,16 +59,16 @@ def check_pairs(
         ignore_index: value of pixels that are not labelled.
         training: the files are a training set, so that every class ought to occur.
         limit: number of pairs to read; None reads all.
+        decode: read the images in full, too.
 
     Returns:
         Findings, errors first; kinds: ``missing mask``, ``unreadable image``, ``unreadable mask``,
         ``colour mask``, ``size mismatch``, ``label out of range``, ``0/255 masks``,
         ``reduce_zero_label``, ``nothing labelled``, ``unused class``.
     """
-    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool:
-        exists = list(pool.map(os.path.isfile, [mask for _, mask in pairs]))
-        readable = [pair for pair, found in zip(pairs, exists, strict=True) if found][:limit]
-        read = list(pool.map(_read_pair, readable))
+    exists = in_threads(os.path.isfile, [mask for _, mask in pairs])
+    readable = [pair for pair, found in zip(pairs, exists, strict=True) if found][:limit]
+    read = in_threads(partial(_read_pair, decode=decode), readable)
     findings = [
         Finding(
             ERROR,
@@ -108,7 +89,7 @@ def check_pairs(
         # Only who has seen every mask of a training set may miss a class in it.
         complete=training and len(read) == len(pairs),
     )
-    return sorted(findings, key=lambda finding: finding.severity != ERROR)
+    return errors_first(findings)
 
 
 def find_masks_without_image(
@@ -128,29 +109,18 @@ def find_masks_without_image(
     ]
 
 
-def describe(findings: Sequence[Finding], per_kind: int = 5) -> str:
-    """Findings as text, one a line; of each kind the first ``per_kind`` and how many more."""
-    total = Counter(finding.kind for finding in findings)
-    shown: Counter[str] = Counter()
-    lines = []
-    for finding in findings:
-        shown[finding.kind] += 1
-        if shown[finding.kind] <= per_kind:
-            lines.append(str(finding))
-        elif shown[finding.kind] == total[finding.kind]:
-            lines.append(f"... and {total[finding.kind] - per_kind} more of: {finding.kind}")
-    return "\n".join(lines)
-
-
-def _read_pair(pair: tuple[str, str]) -> _Labels:
+def _read_pair(pair: tuple[str, str], decode: bool) -> _Labels:
     """Label values of a mask, or what is wrong with the pair of files."""
     image, mask = pair
 
     def wrong(kind: str, path: str, message: str) -> _Labels:
         return _Labels(image, mask, {}, Finding(ERROR, kind, path, message))
 
+    if fault := decode_fault(image) if decode else quick_fault(image):
+        return wrong("unreadable image", image, f"cannot be read: it {fault}")
     try:
-        image_size = _image_size(image)
+        header = read_header(image)
+        image_size = header.height, header.width
     except UNREADABLE as error:
         return wrong("unreadable image", image, f"cannot be read ({error}); copy it again")
     try:
@@ -183,15 +153,6 @@ def _read_pair(pair: tuple[str, str]) -> _Labels:
     else:
         values, counts = np.unique(labels, return_counts=True)
     return _Labels(image, mask, dict(zip(values.tolist(), counts.tolist(), strict=True)))
-
-
-def _image_size(path: str) -> tuple[int, int]:
-    """(height, width) of an image as OpenCV reads it, from its header."""
-    with Image.open(path) as image:
-        width, height = image.size
-        if image.getexif().get(ORIENTATION_TAG) in SIDEWAYS:
-            width, height = height, width
-    return height, width
 
 
 def _check_labels(

@@ -5,18 +5,12 @@ from __future__ import annotations
 
 import os
 
-from mmengine.logging import print_log
 from mmseg.datasets import ADE20KDataset as MMSegADE20KDataset
 from mmseg.datasets import BaseSegDataset
 
+from mmeformer.checks.findings import Finding, stop_on_errors
 from mmeformer.registry import DATASETS
-from mmeformer.segmentation.checks import (
-    ERROR,
-    Finding,
-    check_pairs,
-    describe,
-    find_masks_without_image,
-)
+from mmeformer.segmentation.checks import check_pairs, find_masks_without_image
 
 
 class CheckedFiles(BaseSegDataset):
@@ -35,31 +29,36 @@ class CheckedFiles(BaseSegDataset):
     CHECKED_FILES = 500
     """Files whose content is checked at the start: about 3 s for 500 pictures of 683 x 512 px."""
 
+    checked = True
+    """Whether to look at the files at the start; ``tools/check_dataset.py`` does so itself."""
+
     def load_data_list(self) -> list[dict]:
         """mmseg's list of files, after the checks."""
         self._check_folders()
         data_list = super().load_data_list()
         if not data_list:
             raise FileNotFoundError(self._no_images())
-        findings = self._findings(data_list, self.CHECKED_FILES)
-        if errors := [finding for finding in findings if finding.severity == ERROR]:
-            raise ValueError(f"the data set has errors:\n{describe(errors)}")
-        if findings:
-            print_log(f"the data set has flaws:\n{describe(findings)}", "current")
+        if self.checked:
+            findings = self._findings(data_list, self.CHECKED_FILES)
+            kinds = () if self.test_mode else ("unreadable image", "unreadable mask")
+            stop_on_errors(findings, dict.fromkeys(kinds, len(data_list)))
         return data_list
 
-    def findings(self, limit: int | None = None) -> list[Finding]:
+    def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
         """What is wrong with the files, of which ``limit`` (None: all) are read.
 
-        Serves a data set that is built with ``lazy_init=True``.
+        Serves a data set that is built with ``lazy_init=True``. With ``decode`` the images are read
+        in full, not only the masks.
 
         Raises:
             FileNotFoundError: a folder is missing.
         """
         self._check_folders()
-        return self._findings(super().load_data_list(), limit)
+        return self._findings(super().load_data_list(), limit, decode)
 
-    def _findings(self, data_list: list[dict], limit: int | None) -> list[Finding]:
+    def _findings(
+        self, data_list: list[dict], limit: int | None, decode: bool = False
+    ) -> list[Finding]:
         pairs = [
             (item["img_path"], item["seg_map_path"]) for item in data_list if "seg_map_path" in item
         ]
@@ -74,6 +73,7 @@ class CheckedFiles(BaseSegDataset):
             ignore_index=self.ignore_index,
             training=not self.test_mode,
             limit=limit,
+            decode=decode,
         )
         # A list of names may leave out files on purpose.
         if not self.ann_file:

@@ -6,14 +6,9 @@ import pytest
 from mmengine.registry import init_default_scope
 from PIL import Image
 
+from mmeformer.checks.findings import ERROR, WARNING, describe
 from mmeformer.segmentation import ADE20KDataset, SegmentationDataset
-from mmeformer.segmentation.checks import (
-    ERROR,
-    WARNING,
-    check_pairs,
-    describe,
-    find_masks_without_image,
-)
+from mmeformer.segmentation.checks import check_pairs, find_masks_without_image
 
 CLASSES = ("sky", "road", "car")
 SIZE = (12, 16)  # height, width

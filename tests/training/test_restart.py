@@ -145,7 +145,12 @@ def test_epochs_with_batches_by_aspect_ratio(folder, tmp_path, by_epoch, killed_
 
 
 @pytest.mark.parametrize(
-    "task", ["segmentation", pytest.param("detection", marks=pytest.mark.slow)]
+    "task",
+    [
+        "segmentation",
+        pytest.param("detection", marks=pytest.mark.slow),
+        pytest.param("rotated", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes(folder, tmp_path, task):
     config = tiny.TASKS[task](folder, iterations=6)

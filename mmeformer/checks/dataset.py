@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check the data sets that a config names, and draw samples of them with their labels."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS, VISUALIZERS, init_default_scope
+
+from mmeformer.checks.findings import Finding
+
+SPLITS = ("train", "val", "test")
+DRAWN = 16
+"""Samples in a grid of pictures."""
+TILE = 320
+"""Side of one of them in pixels."""
+# What loads an image and its labels; all else in a pipeline changes them.
+KEPT_TRANSFORMS = ("Load", "ConvertBoxType", "Pack")
+
+
+def datasets_of(config: Config, split: str) -> list[BaseDataset]:
+    """The data sets of a split, not yet read; several where the config concatenates them.
+
+    Raises:
+        ValueError: the config has no such split, or a data set that cannot be checked.
+    """
+    loader = config.get(f"{split}_dataloader")
+    if loader is None:
+        raise ValueError(f"{config.filename} has no {split}_dataloader; choose another --split")
+    init_default_scope(config.get("default_scope", "mmengine"))
+    datasets = []
+    for settings in _flat(loader["dataset"]):
+        settings = copy.deepcopy(settings)
+        pipeline = [
+            transform
+            for transform in settings.get("pipeline", [])
+            if transform["type"].split(".")[-1].startswith(KEPT_TRANSFORMS)
+        ]
+        dataset = DATASETS.build({**settings, "pipeline": pipeline, "lazy_init": True})
+        if not hasattr(dataset, "findings"):
+            raise ValueError(
+                f"data set {settings['type']} of {config.filename} cannot be checked: use "
+                "mmeformer.CocoDataset, SegmentationDataset, ADE20KDataset or DOTADataset"
+            )
+        # Drawing must not stop at what the check reports.
+        dataset.checked = False
+        datasets.append(dataset)
+    return datasets
+
+
+def _flat(settings: dict) -> Iterator[dict]:
+    """Configs of the data sets inside wrappers such as ``ConcatDataset``."""
+    inner = settings.get("datasets", settings.get("dataset"))
+    if inner is None:
+        yield settings
+    else:
+        for item in inner if isinstance(inner, (list, tuple)) else [inner]:
+            yield from _flat(item)
+
+
+def location(dataset: BaseDataset) -> str:
+    """Where a data set lies: its annotation file or folder, or its images."""
+    return str(dataset.ann_file or next(iter(dataset.data_prefix.values())))
+
+
+def draw_samples(dataset: BaseDataset, config: Config, target: Path) -> int:
+    """Draw up to :data:`DRAWN` samples with their labels into one PNG file.
+
+    They lie at equal distances in the data set; those with labels are preferred.
+
+    Returns:
+        The number of samples drawn; 0 writes no file.
+
+    Raises:
+        OSError: the file cannot be written.
+        Exception: whatever the data set raises about annotations that cannot be read.
+    """
+    dataset.full_init()
+    order = np.linspace(0, len(dataset) - 1, min(len(dataset), 10 * DRAWN)).astype(int).tolist()
+    order.sort(key=lambda index: not dataset.get_data_info(index).get("instances", True))
+    visualizer = VISUALIZERS.build(
+        {
+            **config.visualizer,
+            "name": f"samples of {location(dataset)}",
+            "vis_backends": None,
+            "save_dir": None,
+        }
+    )
+    visualizer.dataset_meta = dataset.metainfo
+    tiles: list[np.ndarray] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for index in order:
+            if len(tiles) == DRAWN:
+                break
+            try:
+                sample = dataset.pipeline(dataset.get_data_info(index))
+            except (OSError, AssertionError, ValueError, cv2.error):
+                # Files that the check has named.
+                continue
+            labels = sample["data_samples"]
+            # mmdet's visualizer takes plain numbers only.
+            if "gt_instances" in labels and hasattr(labels.gt_instances.bboxes, "tensor"):
+                labels.gt_instances.bboxes = labels.gt_instances.bboxes.tensor
+            picture = Path(folder, "picture.png")
+            image = sample["inputs"].permute(1, 2, 0).numpy()
+            visualizer.add_datasample(
+                "sample",
+                np.ascontiguousarray(image[..., ::-1]),
+                labels,
+                draw_pred=False,
+                out_file=str(picture),
+            )
+            tiles.append(_tile(cv2.imread(str(picture))))
+    if tiles:
+        _write_png(target, _grid(tiles))
+    return len(tiles)
+
+
+def _tile(image: np.ndarray) -> np.ndarray:
+    """A picture (TILE, TILE, 3) that holds the whole image."""
+    scale = TILE / max(image.shape[:2])
+    width, height = (max(1, round(side * scale)) for side in image.shape[1::-1])
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    resized = cv2.resize(image, (width, height), interpolation=interpolation)
+    return cv2.copyMakeBorder(
+        resized, 0, TILE - height, 0, TILE - width, cv2.BORDER_CONSTANT, value=(60, 60, 60)
+    )
+
+
+def _grid(tiles: list[np.ndarray]) -> np.ndarray:
+    columns = min(4, len(tiles))
+    blank = np.full_like(tiles[0], 60)
+    tiles = tiles + [blank] * (-len(tiles) % columns)
+    return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
+
+
+def _write_png(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    os.replace(partial, path)
+
+
+def findings_of(dataset: BaseDataset, full: bool = False) -> list[Finding]:
+    """All that is wrong with a data set; with ``full`` every image is decoded.
+
+    Raises:
+        FileNotFoundError: a folder or the annotation file is missing.
+    """
+    return dataset.findings(limit=None, decode=full)

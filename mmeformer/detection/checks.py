@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes in COCO annotation files and their images."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first
+from mmeformer.checks.images import check_image, find_missing, in_threads
+
+LEFT_OUT = ("empty box", "inverted box", "box outside image", "short polygon")
+"""Kinds of annotations that mmdet leaves out of training without a word."""
+LIST_KEYS = ("images", "annotations", "categories")
+# A box that reaches beyond its image by less is a rounded one.
+TOLERANCE = 1.0
+NUMBER = (int, float)
+
+
+def check_coco(
+    content: object,
+    path: str,
+    image_dir: str,
+    classes: Sequence[str],
+    *,
+    training: bool = True,
+    limit: int | None = None,
+    decode: bool = False,
+) -> list[Finding]:
+    """Check an annotation file and its images.
+
+    All annotations are looked at, and whether every image exists; of the first ``limit`` images
+    the ends and the header are read.
+
+    Args:
+        content: what the JSON file holds.
+        path: the file, for messages.
+        image_dir: folder that ``file_name`` starts from.
+        classes: names of the classes to train.
+        training: every class ought to occur.
+        limit: number of images to read; None reads all.
+        decode: read these images in full.
+
+    Returns:
+        Findings, errors first; kinds: ``not COCO``, ``bad entry``, ``repeated id``, ``unknown
+        image``, ``unknown category``, ``unused category``, ``inverted box``, ``empty box``, ``box
+        outside image``, ``box beyond image``, ``short polygon``, ``mask size``, ``unused class``,
+        ``missing image``, ``unreadable image``, ``wrong size``, ``deep image``.
+    """
+    if not isinstance(content, Mapping) or not all(
+        isinstance(content.get(key, []), list) for key in LIST_KEYS
+    ):
+        message = f"is not COCO: it must hold the lists {', '.join(LIST_KEYS)}; export it again"
+        return [Finding(ERROR, "not COCO", path, message)]
+    findings: list[Finding] = []
+
+    def wrong(kind: str, message: str, severity: str = ERROR) -> None:
+        findings.append(Finding(severity, kind, path, message))
+
+    images = _by_id(content.get("images", []), "image", _image_fault, wrong)
+    categories = _by_id(content.get("categories", []), "category", _category_fault, wrong)
+    instances: Counter = Counter()
+    others: Counter = Counter()
+    seen: set = set()
+    for index, annotation in enumerate(content.get("annotations", [])):
+        if fault := _annotation_fault(annotation):
+            wrong("bad entry", f"annotations[{index}] {fault}; export the file again")
+            continue
+        number, image_id = annotation["id"], annotation["image_id"]
+        if number in seen:
+            wrong("repeated id", f"two annotations have the id {number}; number them anew")
+        seen.add(number)
+        image = images.get(image_id)
+        if image is None:
+            wrong(
+                "unknown image", f"annotation {number} is of image {image_id}, which is not listed"
+            )
+            continue
+        category = categories.get(annotation["category_id"])
+        if category is None:
+            wrong(
+                "unknown category",
+                f"annotation {number} ({image['file_name']}) has category_id "
+                f"{annotation['category_id']}, which `categories` does not list",
+            )
+            continue
+        if category["name"] not in classes:
+            others[category["name"]] += 1
+            continue
+        found = _box_finding(annotation, image) or _mask_finding(annotation, image)
+        if found:
+            kind, message, severity = found
+            where = f"annotation {number} ({image['file_name']})"
+            wrong(kind, f"{where}: {message}", severity)
+        if found is None or found[2] == WARNING:
+            instances[category["name"]] += 1
+    for name, count in others.items():
+        wrong(
+            "unused category",
+            f"{count} annotations of {name!r} are no class of the config",
+            WARNING,
+        )
+    if training and (unused := [name for name in classes if not instances[name]]):
+        wrong("unused class", f"no usable annotation is of {unused}: it cannot be learned", WARNING)
+    findings += _check_images(images.values(), image_dir, limit, decode)
+    return errors_first(findings)
+
+
+def _check_images(images, image_dir: str, limit: int | None, decode: bool) -> list[Finding]:
+    sizes = {
+        os.path.join(image_dir, image["file_name"]): (image["height"], image["width"])
+        for image in images
+    }
+    missing = find_missing(list(sizes))
+    gone = {finding.path for finding in missing}
+    there = [path for path in sizes if path not in gone][:limit]
+
+    def check(path: str, decode: bool) -> Finding | None:
+        return check_image(path, sizes[path], decode)
+
+    read = in_threads(partial(check, decode=decode), there)
+    return missing + [finding for finding in read if finding is not None]
+
+
+def _by_id(entries: list, name: str, fault_of, wrong) -> dict:
+    """Entries by id, without those that have a fault."""
+    known: dict = {}
+    for index, entry in enumerate(entries):
+        if fault := fault_of(entry):
+            wrong("bad entry", f"{name} {index} of the file {fault}; export it again")
+        elif entry["id"] in known:
+            wrong(
+                "repeated id", f"two entries ({name}) have the id {entry['id']}; number them anew"
+            )
+        else:
+            known[entry["id"]] = entry
+    return known
+
+
+def _is_id(value) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, NUMBER) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _image_fault(entry) -> str | None:
+    if not isinstance(entry, Mapping) or not _is_id(entry.get("id")):
+        return "has no id"
+    if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
+        return f"(id {entry['id']}) has no file_name"
+    for key in ("height", "width"):
+        if not isinstance(entry.get(key), int) or entry[key] <= 0:
+            return f"({entry['file_name']}) has {key} {entry.get(key)!r} instead of pixels"
+    return None
+
+
+def _category_fault(entry) -> str | None:
+    if not isinstance(entry, Mapping) or not _is_id(entry.get("id")):
+        return "has no id"
+    return None if isinstance(entry.get("name"), str) else f"(id {entry['id']}) has no name"
+
+
+def _annotation_fault(entry) -> str | None:
+    if not isinstance(entry, Mapping):
+        return f"is {str(entry)[:50]!r} instead of an annotation"
+    for key in ("id", "image_id", "category_id"):
+        if not _is_id(entry.get(key)):
+            return f"has {key} {entry.get(key)!r}"
+    where = f"(id {entry['id']})"
+    box = entry.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        return (
+            f"{where} has bbox {str(box)[:80]} instead of four finite numbers x, y, width, height"
+        )
+    if not _is_number(entry.get("area")):
+        return f"{where} has area {entry.get('area')!r} instead of a number"
+    return None
+
+
+def _box_finding(annotation: Mapping, image: Mapping) -> tuple[str, str, str] | None:
+    x, y, width, height = annotation["bbox"]
+    if width < 0 or height < 0:
+        text = f"bbox {annotation['bbox']} has a negative side; COCO wants x, y, width, height"
+        return "inverted box", text, ERROR
+    if width < 1 or height < 1 or annotation["area"] <= 0:
+        text = (
+            f"bbox {annotation['bbox']}, area {annotation['area']}: less than a pixel; take it out"
+        )
+        return "empty box", text, ERROR
+    right, bottom = image["width"], image["height"]
+    if min(x + width, right) <= max(x, 0) or min(y + height, bottom) <= max(y, 0):
+        text = f"bbox {annotation['bbox']} lies outside its image of {right} x {bottom} px"
+        return "box outside image", text, ERROR
+    beyond = max(-x, -y, x + width - right, y + height - bottom)
+    if beyond > TOLERANCE:
+        text = f"bbox {annotation['bbox']} reaches {beyond:g} px beyond its {right} x {bottom} px"
+        if width > x and height > y and width <= right + TOLERANCE and height <= bottom + TOLERANCE:
+            text += "; are these two corners? COCO wants x, y, width, height"
+        return "box beyond image", text, WARNING
+    return None
+
+
+def _mask_finding(annotation: Mapping, image: Mapping) -> tuple[str, str, str] | None:
+    mask = annotation.get("segmentation")
+    if isinstance(mask, list):
+        for polygon in mask:
+            if not isinstance(polygon, list) or not all(map(_is_number, polygon)):
+                return (
+                    "bad entry",
+                    "segmentation is not a list of polygons of finite numbers",
+                    ERROR,
+                )
+            if len(polygon) % 2 or len(polygon) < 6:
+                text = (
+                    f"a polygon has {len(polygon)} numbers: fewer than three points, or half a one"
+                )
+                return "short polygon", text, ERROR
+    elif isinstance(mask, Mapping):
+        size = [image["height"], image["width"]]
+        if mask.get("size") != size or not isinstance(mask.get("counts"), (str, list)):
+            text = f"the mask is of {mask.get('size')} px (height, width), its image of {size} px"
+            return "mask size", text, ERROR
+    elif mask is not None:
+        return "bad entry", f"segmentation is {str(mask)[:50]!r}", ERROR
+    return None

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes in DOTA label files and their images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first
+from mmeformer.checks.images import check_image, in_threads
+from mmeformer.rotated.dota import DotaObject, read_labels
+
+# Pixels: a box narrower than this has no area to learn from.
+THIN = 1e-3
+
+
+def check_dota(
+    images: Mapping[str, Path],
+    labels: Mapping[str, Path],
+    classes: Sequence[str],
+    dropped_classes: Sequence[str] = (),
+    *,
+    training: bool = True,
+    limit: int | None = None,
+    decode: bool = False,
+) -> list[Finding]:
+    """Check label files and images, both by file name without suffix.
+
+    All label files are read; of the first ``limit`` images the ends and the header.
+
+    Args:
+        images, labels: as :func:`mmeformer.rotated.dota.list_images` and ``list_labels`` give them.
+        classes: names of the classes.
+        dropped_classes: names that are left out on purpose.
+        training: every class ought to occur.
+        limit: number of images to read; None reads all.
+        decode: read these images in full.
+
+    Returns:
+        Findings, errors first; kinds: ``bad label line``, ``unknown class``, ``empty box``,
+        ``crossed corners``, ``image without labels``, ``labels without image``, ``unused class``,
+        ``unreadable image``, ``deep image``.
+    """
+    findings: list[Finding] = []
+    counts: Counter[str] = Counter()
+    for stem in (stem for stem in images if stem in labels):
+        path = str(labels[stem])
+        try:
+            objects = read_labels(path)
+        except (ValueError, OSError) as error:
+            text = str(error).removeprefix(f"label file {path} ")
+            findings.append(Finding(ERROR, "bad label line", path, text))
+            continue
+        for item in objects:
+            finding = _object_finding(path, item, classes, dropped_classes)
+            if finding is not None:
+                findings.append(finding)
+            if finding is None or finding.severity == WARNING:
+                counts[item.name] += 1
+    if labels:
+        findings += [
+            Finding(WARNING, "image without labels", str(images[stem]), "counts as without objects")
+            for stem in images
+            if stem not in labels
+        ]
+    findings += [
+        Finding(WARNING, "labels without image", str(labels[stem]), "are not used; add the image")
+        for stem in labels
+        if stem not in images
+    ]
+    if labels and training and (unused := [name for name in classes if not counts[name]]):
+        folder = str(next(iter(labels.values())).parent)
+        text = f"no usable object is of {unused}: it cannot be learned"
+        findings.append(Finding(WARNING, "unused class", folder, text))
+    paths = [str(path) for path in images.values()][:limit]
+    read = in_threads(partial(check_image, decode=decode), paths)
+    return errors_first(findings + [finding for finding in read if finding is not None])
+
+
+def _object_finding(
+    path: str, item: DotaObject, classes: Sequence[str], dropped: Sequence[str]
+) -> Finding | None:
+    where = f"line {item.line}"
+    if item.name in dropped:
+        return None
+    if item.name not in classes:
+        text = f"{where}: {item.name!r} is no class of the config; correct it, the config, or set "
+        return Finding(ERROR, "unknown class", path, text + "metainfo.dropped_classes")
+    if is_thin(item):
+        return Finding(ERROR, "empty box", path, f"{where}: the corners enclose no area; remove it")
+    if _crosses(item.polygon):
+        text = f"{where}: the outline crosses itself; write the corners in the order of the outline"
+        return Finding(WARNING, "crossed corners", path, text)
+    return None
+
+
+def is_thin(item: DotaObject) -> bool:
+    """Whether an object has no area to learn from."""
+    return min(cv2.minAreaRect(item.polygon.astype(np.float32))[1]) < THIN
+
+
+def _crosses(polygon: np.ndarray) -> bool:
+    """Whether opposite sides of a quadrangle (4, 2) cross."""
+    a, b, c, d = polygon
+    return _sides_cross(a, b, c, d) or _sides_cross(b, c, d, a)
+
+
+def _sides_cross(a, b, c, d) -> bool:
+    def turn(p, q, r) -> float:
+        return (q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0])
+
+    return turn(a, b, c) * turn(a, b, d) < 0 and turn(c, d, a) * turn(c, d, b) < 0

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command that checks data sets, from config to table and pictures."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import pytest
+import tiny
+
+from mmeformer.checks.dataset import datasets_of
+from mmeformer.paths import tools_dir
+
+
+@pytest.fixture(scope="module")
+def command():
+    spec = importlib.util.spec_from_file_location("check", tools_dir() / "check_dataset.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    for make in tiny.TASKS.values():
+        make(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(source, tmp_path):
+    return Path(shutil.copytree(source, tmp_path / "data"))
+
+
+def write_config(folder, task):
+    path = folder / f"{task}.py"
+    tiny.TASKS[task](folder).dump(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("task", tiny.TASKS)
+def test_sound_data(folder, command, capsys, task):
+    config = write_config(folder, task)
+    assert command([config, "--full", "--out", str(folder / "out")]) == 0
+    output = capsys.readouterr().out
+    assert output.count("0 errors") == 2
+    # 8 and 2 samples, in rows of four.
+    assert cv2.imread(str(folder / "out/train.png")).shape == (640, 1280, 3)
+    assert cv2.imread(str(folder / "out/val.png")).shape == (320, 640, 3)
+
+
+@pytest.mark.parametrize("task", tiny.TASKS)
+def test_drawn_labels_are_there(folder, command, task):
+    """The picture with labels differs from the images alone, by the colours of the classes."""
+    config = write_config(folder, task)
+    images = (
+        folder
+        / {
+            "detection": "coco/train2017",
+            "segmentation": "masks/images/training",
+            "rotated": "aerial/train/images",
+        }[task]
+    )
+    assert command([config, "--split", "train", "--out", str(folder / "out")]) == 0
+    drawn = cv2.imread(str(folder / "out/train.png"))[:320, :320]
+    plain = cv2.resize(
+        cv2.imread(str(images / "000000.png")), (320, 320), interpolation=cv2.INTER_NEAREST
+    )
+    if task == "segmentation":
+        plain_size = drawn.shape[:2]
+        assert plain_size == (320, 320)
+    assert (cv2.absdiff(drawn, plain).max(axis=2) > 40).mean() > 0.01
+
+
+def test_errors(folder, command, capsys):
+    config = write_config(folder, "detection")
+    path = folder / "coco/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"][:5]:
+        annotation["bbox"][2] = -4
+    path.write_text(json.dumps(content))
+    (folder / "coco/train2017/000002.png").write_bytes(b"")
+    out = folder / "out"
+    assert command([config, "--split", "train", "--out", str(out), "--first", "2"]) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert "inverted box" in output and "and 3 more" in output
+    assert "6 errors" in output and (out / "train.png").is_file()
+
+
+@pytest.mark.parametrize("task", tiny.TASKS)
+def test_unreadable_labels_are_findings_not_crashes(folder, command, capsys, task):
+    config = write_config(folder, task)
+    path = (
+        folder
+        / {
+            "detection": "coco/annotations/instances_train2017.json",
+            "segmentation": "masks/annotations/training/000000.png",
+            "rotated": "aerial/train/annfiles/000000.txt",
+        }[task]
+    )
+    path.write_bytes(b"\x00\xff nonsense")
+    assert command([config, "--split", "train", "--out", str(folder / "out")]) == 1
+    captured = capsys.readouterr()
+    assert "1 errors" in captured.out and "Traceback" not in captured.err
+
+
+def test_concatenated_data_sets_are_all_checked(folder):
+    config = tiny.rotated(folder)
+    one = config.train_dataloader.dataset
+    config.train_dataloader.dataset = dict(type="ConcatDataset", datasets=[one, dict(one)])
+    assert len(datasets_of(config, "train")) == 2
+
+
+def test_other_data_sets_are_refused(folder):
+    config = tiny.detection(folder)
+    config.train_dataloader.dataset.type = "mmdet.CocoDataset"
+    with pytest.raises(ValueError, match="mmdet.CocoDataset .* cannot be checked: use"):
+        datasets_of(config, "train")

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each mistake in a COCO file and its images is found and named; sound data is left alone."""
+
+import json
+import re
+import time
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmeformer.checks.findings import ERROR, WARNING
+from mmeformer.detection.checks import check_coco
+from mmeformer.detection.coco import CocoDataset
+
+CLASSES = ("cat", "dog")
+
+
+@pytest.fixture
+def content(tmp_path):
+    """Two images of 40 x 30 px with an object of each class."""
+    for index in range(2):
+        cv2.imwrite(str(tmp_path / f"{index}.jpg"), np.full((30, 40, 3), 90, np.uint8))
+    return dict(
+        images=[dict(id=i, file_name=f"{i}.jpg", width=40, height=30) for i in range(2)],
+        categories=[dict(id=1, name="cat"), dict(id=2, name="dog")],
+        annotations=[
+            dict(
+                id=i,
+                image_id=i,
+                category_id=i + 1,
+                bbox=[5, 5, 10, 8],
+                area=80,
+                segmentation=[[5, 5, 15, 5, 15, 13]],
+                iscrowd=0,
+            )
+            for i in range(2)
+        ],
+    )
+
+
+def check(content, folder, **kwargs):
+    return check_coco(content, "labels.json", str(folder), CLASSES, **kwargs)
+
+
+def only(findings):
+    assert len(findings) == 1, [str(finding) for finding in findings]
+    return findings[0]
+
+
+def test_sound_data(content, tmp_path):
+    assert check(content, tmp_path, decode=True) == []
+    content["annotations"][0]["segmentation"] = dict(size=[30, 40], counts="abc")
+    content["annotations"][1]["bbox"] = [-0.5, 0, 40.9, 30]
+    del content["annotations"][1]["segmentation"]
+    assert check(content, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (dict(bbox=[5, 5, -2, 8]), "inverted box", r"annotation 0 \(0.jpg\): bbox \[5, 5, -2, 8\]"),
+        (dict(bbox=[5, 5, 0, 8]), "empty box", "less than a pixel"),
+        (dict(area=0), "empty box", "area 0"),
+        (dict(bbox=[50, 5, 9, 8]), "box outside image", "outside its image of 40 x 30 px"),
+        (dict(segmentation=[[1, 1, 2, 2]]), "short polygon", "4 numbers"),
+        (dict(segmentation=[[1, 1, 2, 2, 3, 3, 4]]), "short polygon", "7 numbers"),
+        (dict(segmentation=dict(size=[40, 30], counts="x")), "mask size", r"of \[30, 40\] px"),
+        (dict(segmentation="polygon"), "bad entry", "segmentation is 'polygon'"),
+        (dict(category_id=7), "unknown category", "category_id 7"),
+        (dict(image_id=7), "unknown image", "image 7, which is not listed"),
+        (dict(bbox=[5, 5, 10]), "bad entry", r"bbox \[5, 5, 10\]"),
+        (dict(bbox=[5, 5, 10, float("nan")]), "bad entry", "finite"),
+        (dict(area=None), "bad entry", "area None"),
+        (dict(id=None), "bad entry", "id None"),
+        (dict(id=1), "repeated id", "two annotations have the id 1"),
+    ],
+)
+def test_annotations(content, tmp_path, change, kind, message):
+    content["annotations"][0].update(change)
+    first = check(content, tmp_path, training=False)[0]
+    assert (first.severity, first.kind, first.path) == (ERROR, kind, "labels.json")
+    assert re.search(message, first.message), first.message
+
+
+def test_corners_instead_of_sizes(content, tmp_path):
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [20, 10, 38, 28]
+    found = check(content, tmp_path)
+    assert {item.kind for item in found} == {"box beyond image"} and len(found) == 2
+    assert found[0].severity == WARNING and "are these two corners?" in found[0].message
+
+
+def test_classes(content, tmp_path):
+    content["annotations"][1]["category_id"] = 1
+    finding = only(check(content, tmp_path))
+    assert (finding.severity, finding.kind) == (WARNING, "unused class")
+    assert "['dog']" in finding.message
+    assert check(content, tmp_path, training=False) == []
+    content["categories"][0]["name"] = "cow"
+    kinds = [item.kind for item in check(content, tmp_path, training=False)]
+    assert kinds == ["unused category"]
+
+
+def test_images(content, tmp_path):
+    (tmp_path / "0.jpg").unlink()
+    cv2.imwrite(str(tmp_path / "1.jpg"), np.zeros((40, 30, 3), np.uint8))
+    missing, turned = check(content, tmp_path)
+    assert (missing.kind, missing.path) == ("missing image", str(tmp_path / "0.jpg"))
+    assert turned.kind == "wrong size" and "is 30 x 40 px" in turned.message
+    assert only(check(content, tmp_path, limit=0)).kind == "missing image"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(width=0), "width 0"),
+        (dict(height="30"), "height '30'"),
+        (dict(file_name=None), "no file_name"),
+        (dict(id=[]), "no id"),
+        (dict(id=1), "two entries (image) have the id 1"),
+    ],
+)
+def test_image_entries(content, tmp_path, change, message):
+    content["images"][0].update(change)
+    assert any(message in str(finding) for finding in check(content, tmp_path))
+
+
+@pytest.mark.parametrize("content", [[], None, 5, dict(images=5), dict(annotations={})])
+def test_not_coco(content, tmp_path):
+    assert only(check(content, tmp_path)).kind == "not COCO"
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 50) | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def places(content):
+    """Every (container, key) of nested lists and dicts."""
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in list(items):
+        yield content, key
+        if isinstance(value, (dict, list)):
+            yield from places(value)
+
+
+@settings(max_examples=150, deadline=2000)
+@given(data=st.data())
+def test_damaged_annotations_never_pass_silently(tmp_path_factory, data):
+    """Whatever stands in one place instead: the checks end, and mmdet reads what they pass."""
+    folder = tmp_path_factory.getbasetemp() / "fuzz"
+    folder.mkdir(exist_ok=True)
+    cv2.imwrite(str(folder / "0.jpg"), np.full((30, 40, 3), 90, np.uint8))
+    content = dict(
+        images=[dict(id=0, file_name="0.jpg", width=40, height=30)],
+        categories=[dict(id=1, name="cat"), dict(id=2, name="dog")],
+        annotations=[
+            dict(
+                id=i, image_id=0, category_id=i, bbox=[5, 5, 9, 8], area=72, segmentation=[[5] * 6]
+            )
+            for i in (1, 2)
+        ],
+    )
+    container, key = data.draw(st.sampled_from(list(places(content))))
+    before = json.dumps(container[key])
+    container[key] = data.draw(anything)
+    findings = check(content, folder)
+    path = folder / "labels.json"
+    path.write_text(json.dumps(content))
+    if json.dumps(container[key]) == before or findings:
+        return
+    dataset = CocoDataset(
+        data_root=str(folder),
+        ann_file=str(path),
+        data_prefix=dict(img=""),
+        metainfo=dict(classes=CLASSES),
+        pipeline=[],
+    )
+    boxes = [item["bbox"] for item in dataset.get_data_info(0)["instances"]]
+    assert len(boxes) == 2 and np.isfinite(boxes).all()
+
+
+def test_training_stops_or_names(content, tmp_path, caplog):
+    def build(**kwargs):
+        path = tmp_path / "labels.json"
+        path.write_text(json.dumps(content))
+        return CocoDataset(
+            data_root=str(tmp_path),
+            ann_file=str(path),
+            data_prefix=dict(img=""),
+            metainfo=dict(classes=CLASSES),
+            pipeline=[],
+            **kwargs,
+        )
+
+    assert len(build()) == 2
+    content["annotations"][0]["bbox"] = [5, 5, -2, 8]
+    # Half of the annotations: more than training may leave out without a word.
+    with pytest.raises(ValueError, match="errors:\nerror: .*labels.json: annotation 0"):
+        build()
+    content["annotations"] += [
+        {**content["annotations"][1], "id": number} for number in range(2, 102)
+    ]
+    assert len(build()) == 2
+    (tmp_path / "0.jpg").unlink()
+    with pytest.raises(ValueError, match="0.jpg: does not exist"):
+        build()
+
+
+def test_100_000_annotations_take_seconds(content, tmp_path):
+    content["annotations"] = [
+        {**content["annotations"][number % 2], "id": number} for number in range(100_000)
+    ]
+    start = time.process_time()
+    assert check(content, tmp_path) == []
+    assert time.process_time() - start < 15
