@@ -270,16 +270,8 @@ def _draw_predictions(config: Config, show_dir: str) -> None:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that ``tools/train.py`` and ``tools/test.py`` share."""
-    from mmengine.config import DictAction
-
     parser.add_argument("--work-dir", help="folder for logs and checkpoints")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        metavar="KEY=VALUE",
-        help="settings laid over the config, such as train_dataloader.batch_size=4",
-    )
+    add_config_options(parser)
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
@@ -288,6 +280,19 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # torch.distributed.launch of PyTorch 2 gives --local-rank; torchrun sets the variable itself.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """The argument that changes settings of a config."""
+    from mmengine.config import DictAction
+
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="settings laid over the config, such as train_dataloader.batch_size=4",
+    )
 
 
 def set_local_rank(local_rank: int) -> None:

@@ -3,8 +3,9 @@
 """Evaluate a checkpoint, or an ONNX file exported from one, of any config of the three tasks."""
 
 import argparse
+import sys
 
-from mmeformer import engine
+from mmeformer import cli, engine
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -16,12 +17,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--show-dir", metavar="FOLDER", help="folder for pictures of predictions")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")
     engine.add_common_arguments(parser)
-    return parser.parse_args(argv)
+    return cli.parse(parser, argv)
 
 
-def main() -> None:
+def work(args: argparse.Namespace) -> None:
     """Evaluate."""
-    args = parse_args()
     engine.set_local_rank(args.local_rank)
     config = engine.load_config(args.config, args.cfg_options)
     engine.choose_work_dir(config, args.config, args.work_dir)
@@ -36,5 +36,10 @@ def main() -> None:
     runner.test()
 
 
+def main(argv=None) -> int:
+    """Run the command; returns the exit status."""
+    return cli.run(work, parse_args(argv))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
