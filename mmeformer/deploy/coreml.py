@@ -105,10 +105,8 @@ def check_package(
         if operation.op_type != "const"
     )
     custom = [name for name in operators if "custom" in name]
-    findings.add(
-        f"{sum(operators.values())} operators of {len(operators)} kinds; custom ones: {len(custom)}",
-        not custom,
-    )
+    count, kinds = sum(operators.values()), len(operators)
+    findings.add(f"{count} operators of {kinds} kinds; custom ones: {len(custom)}", not custom)
     # Attention biases and the like are no parameters, so there may be more, but never fewer.
     weights = sum(item.stat().st_size for item in path.rglob("weight.bin"))
     parameters = sum(value.numel() for value in graph.parameters()) * (2 if half else 4)

@@ -29,7 +29,9 @@ def mix_heads(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight: (out heads, heads, 1, 1).
         bias: (out heads,).
     """
-    return (weight.flatten(1) @ x.flatten(2)).add_(bias[:, None]).unflatten(2, x.shape[2:])
+    mixed = (weight.flatten(1) @ x.flatten(2)).add_(bias[:, None])
+    # Not by `unflatten`: PyTorch's ONNX exporter then takes the sizes for constants.
+    return mixed.view(x.shape[0], -1, *x.shape[2:])
 
 
 def attend(
@@ -88,9 +90,9 @@ def attend(
     )
     bias_rows = bias.rows(size)
     out = []
-    for first in range(0, rows, step):
+    # A split, whose gradient is put together once; each slice would have one of full size.
+    for first, part in zip(range(0, rows, step), query.split(step * width, dim=2), strict=True):
         last = min(first + step, rows)
-        part = query[:, :, first * width : last * width]
         if recompute:
 
             def run(part: Tensor, first: int, last: int) -> Tensor:
