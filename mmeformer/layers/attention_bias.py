@@ -137,22 +137,25 @@ class AttentionBias(nn.Module):
 
     def forward(self, size: tuple[int, int]) -> Tensor:
         """``size`` (H, W) of the key map -> bias (heads, Nq, H * W)."""
-        differentiable = torch.is_grad_enabled() and self.table.requires_grad
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if self.training or differentiable or traced:
+        if self.training or self._differentiable() or traced:
             return self.compute(size)
         return self._cached(tuple(size))
+
+    def _differentiable(self) -> bool:
+        return torch.is_grad_enabled() and self.table.requires_grad
 
     def rows(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
         """The bias in parts: a function from the first and the last row (exclusive) of queries.
 
         It returns (heads, rows * Wq, H * W), without ever holding the bias of all rows where that
-        is large; differentiable.
+        is large or has a gradient; differentiable.
         """
         height, width = size
         queries_per_row = -(-width // self.query_stride)
         numbers = self.table.shape[0] * -(-height // self.query_stride) * queries_per_row
-        if self.resize != "displacement" or numbers * height * width <= self.MAX_CACHED_NUMBERS:
+        small = numbers * height * width <= self.MAX_CACHED_NUMBERS and not self._differentiable()
+        if self.resize != "displacement" or small:
             bias = self(size)
             return lambda first, last: bias[:, first * queries_per_row : last * queries_per_row]
         table = resize_offset_table(self.table, size)
