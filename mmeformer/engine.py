@@ -23,6 +23,7 @@ from mmeformer.checkpoints import safe_load
 from mmeformer.paths import config_dir
 from mmeformer.training.runner import Runner
 
+TRAINING_KEYS = ("model", "train_dataloader", "train_cfg", "optim_wrapper")
 VISUALIZATION_HOOKS = ("DetVisualizationHook", "SegVisualizationHook")
 
 
@@ -36,6 +37,7 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
 
     Raises:
         FileNotFoundError: neither exists; names the shipped configs that come nearest.
+        ValueError: it cannot be read; says why.
     """
     path = Path(path)
     if not path.is_file():
@@ -43,7 +45,11 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
         if not shipped.is_file():
             raise FileNotFoundError(_missing_config(path))
         path = shipped
-    config = Config.fromfile(str(path))
+    try:
+        config = Config.fromfile(str(path))
+    except Exception as error:  # a config is a program, which may raise anything
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"config {path} cannot be read: {reason}") from error
     if options:
         config.merge_from_dict(dict(options))
     return config
@@ -157,7 +163,8 @@ def build_train_runner(
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
 
     Raises:
-        ValueError: ``auto_scale_lr`` without a base batch size in the config.
+        ValueError: ``auto_scale_lr`` without a base batch size in the config, or no config of a
+            training.
         FileNotFoundError: the checkpoint to resume from does not exist.
     """
     if amp:
@@ -170,6 +177,10 @@ def build_train_runner(
     if resume is not None:
         config.resume = True
         config.load_from = None if resume == "auto" else existing_checkpoint(resume)
+    if missing := [key for key in TRAINING_KEYS if not config.get(key)]:
+        raise ValueError(
+            f"{config.filename} is no config of a training: it lacks {', '.join(missing)}"
+        )
     prepare_device(config, launcher)
     safe_load.install()
     return Runner.from_cfg(config)

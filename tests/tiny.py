@@ -84,8 +84,9 @@ def rotated(folder: Path, iterations: int = ITERATIONS) -> Config:
     model = config.model
     model.backbone.update(arch=ARCH, drop_path_rate=0.2)
     indices = model.backbone.get("out_indices", (0, 1, 2, 3))
-    model.neck.update(in_channels=[ARCH["widths"][i] for i in indices], out_channels=16)
-    model.bbox_head.update(in_channels=16, feat_channels=16)
+    # Its group norms have 32 groups.
+    model.neck.update(in_channels=[ARCH["widths"][i] for i in indices], out_channels=32)
+    model.bbox_head.update(in_channels=32, feat_channels=32)
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         loader.dataset.data_root = str(root)
     _schedule(config, iterations)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input to every command line: one readable error, exit status 1 or 2, nothing half-written."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
+
+from mmeformer import cli, engine
+from mmeformer.paths import tools_dir
+from mmeformer.training.errors import TrainingError
+
+OUTPUTS = {".pth", ".pkl", ".partial", ".png", ".onnx", ".safetensors"}
+
+
+def command(name):
+    """The ``main`` of a command line."""
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", tools_dir() / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(autouse=True)
+def quiet_logging(monkeypatch):
+    """mmengine's loggers keep the output of the test that made them, which is closed by now."""
+    monkeypatch.setattr("logging.raiseExceptions", False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with configs and weights of tiny models, good ones and bad."""
+    folder = tmp_path_factory.mktemp("cli")
+    for task, make in tiny.TASKS.items():
+        config = make(folder, iterations=1)
+        config.dump(folder / f"{task}.py")
+        init_default_scope(config.default_scope)
+        engine.drop_pretrained(config.model)
+        weights = MODELS.build(config.model).state_dict()
+        torch.save(dict(meta={}, state_dict=weights), folder / f"{task}.pth")
+    other = tiny.detection(folder)
+    other.model.backbone.arch = dict(tiny.ARCH, widths=(8, 16, 24, 40))
+    other.model.neck.in_channels = [8, 16, 24, 40]
+    other.dump(folder / "other.py")
+    init_default_scope("mmdet")
+    weights = MODELS.build(other.model).state_dict()
+    torch.save(dict(meta={}, state_dict=weights), folder / "other.pth")
+    whole = (folder / "detection.pth").read_bytes()
+    (folder / "truncated.pth").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "page.pth").write_text("<!DOCTYPE html><html>404</html>")
+    (folder / "picture.pth").write_bytes(next(folder.rglob("*.png")).read_bytes())
+    (folder / "syntax.py").write_text("model = dict(\n")
+    (folder / "text.txt").write_text("hello")
+    (folder / "name.py").write_text("_base_ = 'gone.py'\n")
+    (folder / "bare.py").write_text("model = dict()\n")
+    return folder
+
+
+WORK = "--work-dir {out}/work"
+# Command, arguments ({p}: the folder above, {out}: one for output), and what the error says.
+CASES = [
+    ("train", "gone.py", "config gone.py does not exist"),
+    ("train", "mask-rcnn_efficientformerv2-s0_1x_coco.py", "did you mean configs/detection/mask"),
+    ("train", "{p}/syntax.py " + WORK, "syntax.py cannot be read: .*never closed"),
+    ("train", "{p}/name.py " + WORK, "name.py cannot be read: .*gone.py"),
+    ("train", "{p}/text.txt " + WORK, "text.txt cannot be read: Only py"),
+    ("train", "{p} " + WORK, "does not exist"),
+    ("train", "{p}/bare.py " + WORK, "bare.py is no config of a training: .*train_dataloader"),
+    ("train", "{p}/segmentation.py --work-dir {p}/text.txt/work", "text.txt"),
+    ("train", "{p}/segmentation.py --resume {p}/gone.pth " + WORK, "gone.pth does not exist"),
+    ("train", "{p}/segmentation.py --resume {p}/truncated.pth " + WORK, "truncated.pth is damaged"),
+    ("train", "{p}/segmentation.py --resume {p}/segmentation.pth " + WORK, "has no optimizer"),
+    (
+        "train",
+        "{p}/segmentation.py " + WORK + " --cfg-options model.backbone.type=Nope",
+        "Nope is not in",
+    ),
+    (
+        "train",
+        "{p}/segmentation.py " + WORK + " --cfg-options model.backbone.nope=1",
+        "unexpected keyword argument 'nope'",
+    ),
+    (
+        "train",
+        "{p}/detection.py " + WORK + " --cfg-options train_dataloader.dataset.data_root=/gone",
+        "/gone/annotations/instances_train2017.json does not exist",
+    ),
+    ("train", "{p}/detection.py " + WORK + " --cfg-options load_from={p}/other.pth", "of another"),
+    ("train", "{p}/detection.py --launcher teleport", "invalid choice"),
+    ("test", "{p}/gone.py {p}/detection.pth", "gone.py does not exist"),
+    ("test", "{p}/detection.py {p}/gone.pth " + WORK, "gone.pth does not exist"),
+    ("test", "{p}/detection.py {p}/empty.pth " + WORK, "empty.pth is empty"),
+    ("test", "{p}/detection.py {p}/truncated.pth " + WORK, "truncated.pth is damaged"),
+    ("test", "{p}/detection.py {p}/page.pth " + WORK, "page.pth is a web page"),
+    ("test", "{p}/detection.py {p}/picture.pth " + WORK, "picture.pth is neither"),
+    ("test", "{p}/detection.py {p}/other.pth " + WORK, "other.pth is not of this config's model"),
+    ("test", "{p}/detection.py {p}/segmentation.pth " + WORK, "segmentation.pth is not of this"),
+    ("test", "{p}/rotated.py {p}/detection.pth " + WORK, "detection.pth is not of this config"),
+    ("test", "{p}/detection.py {p}/detection.pth --out {out}/a.txt " + WORK, "must end in .pkl"),
+    (
+        "test",
+        "{p}/detection.py {p}/detection.pth --out {p}/text.txt/a.pkl " + WORK,
+        "text.txt",
+    ),
+    ("convert_checkpoint", "{p}/gone.pth {out}/a.pth", "gone.pth does not exist"),
+    ("convert_checkpoint", "{p}/empty.pth {out}/a.pth", "empty.pth is empty"),
+    ("convert_checkpoint", "{p}/truncated.pth {out}/a.pth", "truncated.pth is damaged"),
+    ("convert_checkpoint", "{p}/detection.pth {out}/a.pth", "published variants"),
+    ("convert_checkpoint", "{p}/detection.pth {out}/a.doc", "must end in one of"),
+    ("convert_checkpoint", "{p}/detection.pth {p}/other.pth", "exists: .*--force"),
+    ("check_dataset", "gone.py", "config gone.py does not exist"),
+    ("check_dataset", "{p}/bare.py", "has no train_dataloader"),
+    ("check_dataset", "{p}/detection.py --first -1", "--first -1 must be at least 1"),
+    ("check_dataset", "{p}/detection.py --split tset", "invalid choice"),
+    ("check_dataset", "{p}/detection.py --out {p}/text.txt/out", "text.txt"),
+    (
+        "check_dataset",
+        "{p}/detection.py --cfg-options train_dataloader.dataset.ann_file=gone.json",
+        "gone.json does not exist",
+    ),
+    ("quickstart", "dancing", "invalid choice: 'dancing'"),
+    ("export", "{p}/gone.py {p}/detection.pth --to onnx --dynamic --out {out}/a.onnx", "gone.py"),
+    (
+        "export",
+        "{p}/detection.py {p}/truncated.pth --to onnx --dynamic --out {out}/a.onnx",
+        "truncated.pth is damaged",
+    ),
+    ("split_dota", "{p}/gone {out}/patches", "gone"),
+]
+
+
+def call(main, argv):
+    try:
+        return main(argv)
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"), CASES, ids=[f"{name} {argv}" for name, argv, _ in CASES]
+)
+def test_bad_input(place, tmp_path, capfd, name, arguments, message):
+    before = {path for path in place.rglob("*") if path.suffix in OUTPUTS}
+    argv = arguments.format(p=place, out=tmp_path / "out").split()
+    assert call(command(name), argv) in (1, 2)
+    error = capfd.readouterr().err
+    # argparse puts the command's name before it.
+    assert len(re.findall(r"^(?:\S+: )?error: ", error, re.MULTILINE)) == 1, error
+    assert re.search(message, error) and "Traceback" not in error, error
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in OUTPUTS]
+    assert {path for path in place.rglob("*") if path.suffix in OUTPUTS} == before
+
+
+def test_debug_shows_where(place, capfd):
+    assert command("train")([str(place / "gone.py"), "--debug"]) == 1
+    error = capfd.readouterr().err
+    assert "Traceback" in error and error.splitlines()[-1].startswith("error: config")
+
+
+def test_as_a_process(place):
+    """The exit status reaches the shell."""
+    result = subprocess.run(
+        [sys.executable, tools_dir() / "check_dataset.py", place / "gone.py"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 1
+    assert "gone.py does not exist" in result.stderr and "Traceback" not in result.stderr
+
+
+class TestRun:
+    class Arguments:
+        debug = False
+
+    def test_work_in_progress_keeps_its_traceback(self, capsys):
+        def run_iter(args):
+            raise ValueError("a bug in someone's model")
+
+        assert cli.run(run_iter, self.Arguments) == 1
+        error = capsys.readouterr().err
+        assert "Traceback" in error and error.endswith("error: a bug in someone's model\n")
+
+    def test_deliberate_stop_needs_none(self, capsys):
+        def run_iter(args):
+            raise TrainingError("the loss is not finite")
+
+        assert cli.run(run_iter, self.Arguments) == 1
+        assert capsys.readouterr().err == "error: the loss is not finite\n"
+
+    def test_statuses(self):
+        assert cli.run(lambda args: None, self.Arguments) == 0
+        assert cli.run(lambda args: 3, self.Arguments) == 3
+
+        def interrupt(args):
+            raise KeyboardInterrupt
+
+        assert cli.run(interrupt, self.Arguments) == 130
+
+    @pytest.mark.parametrize(
+        ("error", "text"),
+        [
+            (ValueError("sentence"), "sentence"),
+            (KeyError("a\nb"), "KeyError: a\nb (more with --debug)"),
+            (TypeError(), "TypeError: no message (more with --debug)"),
+            (PermissionError(13, "Permission denied", "a/b"), "a/b: Permission denied"),
+            (
+                TrainingError(
+                    "Caught X in worker.\nOriginal Traceback (...)\na.TrainingError: why"
+                ),
+                "why",
+            ),
+        ],
+    )
+    def test_texts(self, error, text):
+        assert cli.one_text(error) == text
+
+
+def odd_images():
+    """Name -> function that writes an unusual but whole image."""
+    grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    return {
+        "grey.png": lambda path: Image.fromarray((grey >> 4).astype(np.uint8)).save(path),
+        "rgba.png": lambda path: Image.new("RGBA", (64, 64), (9, 9, 9, 4)).save(path),
+        "deep.png": lambda path: Image.fromarray(grey).save(path),
+        "cmyk.jpg": lambda path: Image.new("CMYK", (64, 64), (9, 9, 9, 4)).save(path),
+        "pixel.png": lambda path: Image.new("RGB", (1, 1)).save(path),
+        "strip.png": lambda path: Image.new("RGB", (20000, 20)).save(path),
+    }
+
+
+@pytest.fixture
+def rotated(place, tmp_path):
+    """A config of rotated detection whose training images are a copy."""
+    root = Path(shutil.copytree(place / "aerial", tmp_path / "aerial"))
+    config = engine.load_config(place / "rotated.py")
+    config.train_dataloader.dataset.data_root = str(root)
+    config.dump(tmp_path / "config.py")
+    return tmp_path / "config.py", root / "train/images"
+
+
+def test_odd_images_are_taken(rotated, tmp_path, capfd):
+    config, images = rotated
+    for name, write in odd_images().items():
+        write(images / name)
+    out = tmp_path / "out"
+    assert command("check_dataset")([str(config), "--split", "train", "--out", str(out)]) == 0
+    output = " ".join(capfd.readouterr().out.split())
+    assert "deep image" in output and "0 errors" in output
+    from mmcv.transforms import LoadImageFromFile
+
+    for name in odd_images():
+        loaded = LoadImageFromFile()(dict(img_path=str(images / name)))["img"]
+        assert loaded.dtype == np.uint8 and loaded.ndim == 3 and loaded.shape[2] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"nonsense", "cannot be read"), (None, "is cut off")],
+)
+def test_bad_images_are_named(rotated, tmp_path, capfd, content, message):
+    config, images = rotated
+    path = images / "000003.png"
+    path.write_bytes(path.read_bytes()[:-30] if content is None else content)
+    argv = [str(config), "--split", "train", "--out", str(tmp_path / "out")]
+    assert command("check_dataset")(argv) == 1
+    assert message in " ".join(capfd.readouterr().out.split())
+    # Training would not begin either: one image of eight is too many.
+    assert command("train")([str(config), "--work-dir", str(tmp_path / "work")]) == 1
+    error = capfd.readouterr().err
+    assert "000003.png" in error and message in error and "Traceback" not in error
+    assert cv2.imread(str(images / "000000.png")) is not None
