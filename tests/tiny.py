@@ -52,7 +52,7 @@ def detection(folder: Path, iterations: int = ITERATIONS) -> Config:
     model.rpn_head.update(in_channels=16, feat_channels=16)
     heads = model.roi_head
     heads.bbox_roi_extractor.out_channels = heads.mask_roi_extractor.out_channels = 16
-    heads.bbox_head.update(in_channels=16, fc_out_channels=32)
+    heads.bbox_head.update(in_channels=16, fc_out_channels=64)
     heads.mask_head.update(in_channels=16, conv_out_channels=16)
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         loader.dataset.data_root = str(root)
@@ -84,9 +84,9 @@ def rotated(folder: Path, iterations: int = ITERATIONS) -> Config:
     model = config.model
     model.backbone.update(arch=ARCH, drop_path_rate=0.2)
     indices = model.backbone.get("out_indices", (0, 1, 2, 3))
-    # Its group norms have 32 groups.
-    model.neck.update(in_channels=[ARCH["widths"][i] for i in indices], out_channels=32)
-    model.bbox_head.update(in_channels=32, feat_channels=32)
+    # The head's group norms have 32 groups, whose last maps are of one pixel.
+    model.neck.update(in_channels=[ARCH["widths"][i] for i in indices], out_channels=64)
+    model.bbox_head.update(in_channels=64, feat_channels=64)
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         loader.dataset.data_root = str(root)
     _schedule(config, iterations)
