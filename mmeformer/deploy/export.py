@@ -209,7 +209,7 @@ def write_onnx(
 
     make_graph = graph_maker(metadata, request)
     graph = build_graph(model, metadata, make_graph, channels_last=True)
-    _trace_to_onnx(graph, metadata, path)
+    trace_to_onnx(graph, metadata, path)
     proto = onnx.load(str(path))
     foreign = {node.domain for node in proto.graph.node} - {"", "ai.onnx"}
     if foreign:
@@ -240,7 +240,8 @@ def write_onnx(
     return metadata
 
 
-def _trace_to_onnx(graph: Graph, metadata: Metadata, path: Path) -> None:
+def trace_to_onnx(graph: Graph, metadata: Metadata, path: Path) -> None:
+    """Write a graph to an ONNX file, unchecked and without metadata."""
     inputs = example_inputs(graph, metadata)
     names = graph.output_names + graph.raw_names
     with torch.no_grad(), warnings.catch_warnings():

@@ -135,18 +135,18 @@ def _pipeline_settings(config: Config) -> dict:
     """The part of the metadata that the test pipeline decides."""
     settings: dict = {}
     for step in config.test_dataloader.dataset.pipeline:
-        name = step.type.rpartition(".")[2]
+        name = step["type"].rpartition(".")[2]
         if name.startswith(_NEUTRAL):
             continue
         if name == "Resize" and not settings and "scale" in step:
-            scale = step.scale
+            scale = step["scale"]
             settings["scale"] = (scale, scale) if isinstance(scale, int) else tuple(scale)
             settings["keep_ratio"] = step.get("keep_ratio", False)
         elif name == "ResizeToMultiple" and "multiple" not in settings:
             settings["multiple"] = step.get("size_divisor", 32)
         else:
             raise ValueError(
-                f"the runtime cannot repeat the step {step.type} of the test pipeline: it knows "
+                f"the runtime cannot repeat the step {step['type']} of the test pipeline: it knows "
                 "one Resize with a scale, then one ResizeToMultiple"
             )
     return settings

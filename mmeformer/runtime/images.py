@@ -85,7 +85,7 @@ def _network_size(original: tuple[int, int], metadata: Metadata) -> tuple[int, i
             max(metadata.scale) / max(height, width), min(metadata.scale) / min(height, width)
         )
     else:
-        return metadata.scale[::-1]
+        return metadata.size or metadata.scale[::-1]
     if metadata.size is not None:
         limit = min(metadata.size[0] / height, metadata.size[1] / width)
         factor = min(factor, limit)

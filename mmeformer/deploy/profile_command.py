@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of ``tools/profile.py``, which must import nothing itself; see there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from mmengine.config import DictAction
+from rich.console import Console
+from rich.table import Table
+
+from mmeformer import engine
+from mmeformer.backbones import EfficientFormer, EfficientFormerV2
+from mmeformer.deploy import models
+from mmeformer.deploy.export import Request, graph_maker
+from mmeformer.deploy.profile import MODES, Profile, profile
+from mmeformer.runtime.metadata import Metadata
+from mmeformer.variants import VARIANTS
+from mmeformer.version import __version__
+
+
+def parse_args(argv: list[str] | None, description: str | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="profile.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "config", help=f"config file, or a published variant: {', '.join(VARIANTS)}"
+    )
+    parser.add_argument("--checkpoint", help="default: random weights, which find no fewer objects")
+    parser.add_argument("--part", choices=["model", "backbone"], default="model")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="default: 224 (variant) or 512"
+    )
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES, help="default: all")
+    parser.add_argument("--rounds", type=int, default=10, help="runs of each mode")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE")
+    args = parser.parse_args(argv)
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2: quartiles need more than one run")
+    return args
+
+
+def run(args: argparse.Namespace) -> tuple[Profile, dict]:
+    """The profile, and the conditions that it was made under."""
+    variant = VARIANTS.get(args.config)
+    size = tuple(args.size or ((224, 224) if variant else (512, 512)))
+    request = Request("onnx", "backbone" if variant else args.part, size, args.batch)
+    if variant is not None:
+        if size[0] != size[1]:
+            raise ValueError(f"--size {size}: classifiers are counted on square images")
+        cls = EfficientFormer if variant.family == "v1" else EfficientFormerV2
+        model = cls(variant.arch).eval()
+        metadata = Metadata(
+            "backbone", __version__, variant.name, (0.0,) * 3, (1.0,) * 3, True, size=size
+        )
+    else:
+        config = engine.load_config(args.config, args.cfg_options)
+        model = models.build_model(config, args.checkpoint)
+        metadata = models.describe(config, model, part=request.part, size=size, batch=args.batch)
+    metadata = Metadata(**{**vars(metadata), "batch": args.batch})
+    found = profile(
+        model,
+        metadata,
+        graph_maker(metadata, request),
+        modes=args.modes,
+        rounds=args.rounds,
+        variant=variant,
+    )
+    conditions = {
+        "model": args.config,
+        "part": request.part,
+        "size": list(size),
+        "batch": args.batch,
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "mmeformer": __version__,
+    }
+    return found, conditions
+
+
+def as_table(found: Profile, conditions: dict) -> Table:
+    """The profile as one table to print."""
+    height, width = conditions["size"]
+    table = Table(
+        title=f"{Path(conditions['model']).stem}, {conditions['part']}, {height} x {width} px, "
+        f"batch {conditions['batch']}, {conditions['threads']} threads"
+    )
+    table.add_column("")
+    for heading in ("params M", "MACs G"):
+        table.add_column(heading, justify="right")
+    for part in found.parts:
+        table.add_row(part.name, f"{part.params / 1e6:.3f}", f"{part.macs / 1e9:.3f}")
+    total = found.total
+    table.add_row("total", f"{total.params / 1e6:.2f}", f"{total.macs / 1e9:.2f}", style="bold")
+    if (variant := VARIANTS.get(conditions["model"])) and conditions["size"] == [224, 224]:
+        table.add_row("published", f"{variant.params:g}", f"{variant.macs:.2f}")
+    table.add_section()
+    table.add_row("activations MB, inference", "", f"{found.inference_bytes / 1e6:.1f}")
+    table.add_row("activations MB, backbone in training", "", f"{found.training_bytes / 1e6:.1f}")
+    table.add_section()
+    for mode, times in found.latency.items():
+        spread = f"{times.low:.1f} to {times.high:.1f}"
+        table.add_row(f"{mode}: median ms, quartiles", f"{times.median:.1f}", spread)
+    return table
+
+
+def main(argv: list[str] | None = None, description: str | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = parse_args(argv, description)
+    try:
+        found, conditions = run(args)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    Console().print(as_table(found, conditions))
+    if args.json:
+        text = json.dumps({**conditions, "total": asdict(found.total), **asdict(found)}, indent=1)
+        unfinished = Path(f"{args.json}.unfinished")
+        unfinished.write_text(text + "\n")
+        unfinished.replace(args.json)
+    return 0

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+
+import pytest
+from deployed import exported
+
+from mmeformer import engine
+from mmeformer.synthetic.aerial import write_dota_dataset
+from mmeformer.synthetic.masks import write_mask_dataset
+from mmeformer.synthetic.shapes import write_coco_dataset
+
+WRITERS = {
+    "segmentation": write_mask_dataset,
+    "detection": write_coco_dataset,
+    "rotated": write_dota_dataset,
+}
+
+
+def evaluate(config, checkpoint, folder) -> dict:
+    config = copy.deepcopy(config)
+    config.work_dir = str(folder)
+    config.test_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
+    return engine.build_test_runner(config, str(checkpoint)).test()
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection", "rotated"])
+def test_the_metric_is_that_of_the_checkpoint(trained, picture, tmp_path, task):
+    small = trained(task)
+    # Pictures larger than the network's input: resizing and bringing back count too.
+    root = WRITERS[task](tmp_path / "data", train=1, val=6, size=96)
+    small.config.test_dataloader.dataset.data_root = str(root) + "/"
+    if task == "detection":
+        small.config.test_evaluator.ann_file = str(root / "annotations/instances_val2017.json")
+    path = exported(small, picture, "evaluated.onnx", size=None)
+    theirs = evaluate(small.config, small.checkpoint, tmp_path)
+    ours = evaluate(small.config, path, tmp_path)
+    assert set(ours) == set(theirs) and ours
+    for name, value in theirs.items():
+        points = 1 if "coco" in name or "dota" in name else 100
+        assert ours[name] == pytest.approx(value, abs=1e-3 * points), name
+    if task == "segmentation":
+        assert theirs["mIoU"] > 1
+
+
+def test_files_that_do_not_fit(trained, picture, tmp_path):
+    small = trained("segmentation")
+    path = exported(small, picture, "evaluated.onnx", size=None)
+    with pytest.raises(ValueError, match="model for segmentation, but the config is for detection"):
+        evaluate(trained("detection").config, path, tmp_path)
+    small.config.test_dataloader.dataset.metainfo.classes = ("background", "other")
+    with pytest.raises(ValueError, match=r"the config has \['background', 'other'\]"):
+        evaluate(small.config, path, tmp_path)
+    with pytest.raises(ValueError, match="--tta needs a checkpoint"):
+        engine.build_test_runner(trained("segmentation").config, str(path), tta=True)

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from deployed import exported, small_config
+from torch import nn
+
+from mmeformer import runtime
+from mmeformer.deploy import check, export, models
+from mmeformer.deploy.export import Request
+from mmeformer.paths import tools_dir
+from mmeformer.runtime.metadata import Metadata
+
+CASES = [
+    ("segmentation", dict(size=None)),
+    ("segmentation", dict(size=(64, 96), batch=2, preprocessing=True)),
+    ("detection", dict(size=None, preprocessing=True)),
+    ("detection", dict(size=(64, 96), batch=2)),
+    ("rotated", dict(size=None)),
+    ("rotated", dict(size=(64, 64), preprocessing=True)),
+    ("detection", dict(size=None, part="backbone")),
+    ("segmentation", dict(size=(32, 64), part="backbone", batch=3, preprocessing=True)),
+]
+
+
+@pytest.mark.parametrize("task, request_", CASES)
+def test_exports_pass_their_check(trained, picture, tmp_path, task, request_):
+    lines = []
+    path = exported(trained(task), picture, lines=lines, folder=tmp_path, **request_)
+    assert lines[0] == "compared with PyTorch on 2 random and 1 real images:"
+    if task in ("detection", "rotated") and "part" not in request_:
+        (found,) = [line for line in lines if "detections match" in line]
+        assert int(found.split()[0]) >= 10, found
+    if request_["size"] is None or request_.get("batch", 1) > 1:
+        assert any("batch give the same" in line for line in lines)
+
+    proto = onnx.load(str(path))
+    assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
+    assert not [output.name for output in proto.graph.output if output.name.startswith("raw")]
+    kinds = {node.op_type for node in proto.graph.node}
+    assert not kinds & {"BatchNormalization", "Dropout"}
+    # A fixed size has its biases as constants, any other computes them from the offsets.
+    assert ("Range" in kinds) == (request_["size"] is None or task in ("detection", "rotated"))
+    sidecar = Metadata.from_json(path.with_suffix(".json").read_text(), path)
+    assert runtime.load(path).metadata == sidecar
+    assert sidecar.size == request_["size"]
+    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.json"}
+
+
+def test_outputs_of_any_size_keep_their_meaning(trained, picture):
+    """One image, three sizes of output: each is the resize of the same logits."""
+    path = exported(trained("segmentation"), picture, size=None)
+    session = onnxruntime.InferenceSession(str(path))
+    image = np.random.default_rng(0).normal(size=(1, 3, 70, 45)).astype(np.float32)
+    for size in ((70, 45), (33, 97), (1, 1)):
+        (labels,) = session.run(None, {"image": image, "output_size": np.array(size)})
+        assert labels.shape == (1, *size) and labels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("task", ["detection", "rotated"])
+def test_nothing_found_is_an_empty_answer(trained, picture, task):
+    small = trained(task)
+    settings = small.config.model.test_cfg
+    (settings.rcnn if task == "detection" else settings).score_thr = 1.1
+    lines = []
+    result = runtime.load(exported(small, picture, lines=lines, size=None)).predict(picture)
+    assert any(line.strip().startswith("nothing was detected") for line in lines)
+    assert result.boxes.shape == (0, 4 if task == "detection" else 5)
+    if task == "detection":
+        assert result.masks().shape == (0, 50, 90)
+    else:
+        assert result.corners().shape == (0, 4, 2)
+
+
+def test_faster_rcnn_has_no_masks(trained, picture, tmp_path):
+    small = trained("detection")
+    config = small.config
+    for part in ("mask_roi_extractor", "mask_head"):
+        config.model.roi_head.pop(part)
+    config.model.type = "FasterRCNN"
+    model = models.build_model(copy.deepcopy(config))
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / "faster.pth")
+    path = export.export(
+        config,
+        str(tmp_path / "faster.pth"),
+        tmp_path / "faster.onnx",
+        Request("onnx", size=(64, 64)),
+        images=[picture],
+        report=lambda line: None,
+    )
+    result = runtime.load(path).predict(picture)
+    assert result.mask_scores is None
+    with pytest.raises(ValueError, match="without masks"):
+        result.masks()
+
+
+def test_a_wrong_export_is_found_and_not_written(trained, picture, tmp_path, monkeypatch):
+    right = export.fold
+
+    def wrong(*args):
+        folded = right(*args)
+        with torch.no_grad():
+            folded.backbone.stem.conv1.conv.bias += 0.01
+        return folded
+
+    monkeypatch.setattr(export, "fold", wrong)
+    small = trained("segmentation")
+    with pytest.raises(check.CheckFailed, match="model.onnx was not written: .*logits"):
+        export.export(
+            small.config,
+            small.checkpoint,
+            tmp_path / "model.onnx",
+            Request("onnx", size=(64, 64)),
+            images=[picture],
+            report=lambda line: None,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_matching_sees_what_differs():
+    boxes = np.array([[0, 0, 10, 10], [20, 20, 40, 40], [20, 20, 40, 40.0]], np.float32)
+    scores, labels = np.array([0.9, 0.8, 0.7]), np.array([0, 1, 2])
+
+    def found(boxes, scores, labels):
+        return runtime.Detections(boxes, scores, labels, None, (50, 50), None)
+
+    same = found(boxes, scores, labels)
+    assert check.match(same, found(boxes[::-1], scores[::-1], labels[::-1])) == [
+        (0, 2),
+        (1, 1),
+        (2, 0),
+    ]
+    assert len(check.match(same, found(boxes + 1, scores, labels))) == 0
+    assert len(check.match(same, found(boxes, scores - 0.01, labels))) == 0
+    assert len(check.match(same, found(boxes, scores, labels[[0, 2, 1]]))) == 1
+    twice = found(boxes[[0, 0]], scores[[0, 0]], labels[[0, 0]])
+    assert len(check.match(twice, same)) == 1
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "request_, message",
+        [
+            (dict(target="coreml"), "CoreML models have a fixed size"),
+            (dict(target="onnx", half=True, size=(64, 64)), "--fp16 is for CoreML"),
+            (dict(target="onnx", size=(64, 8)), "at least 32 px"),
+            (dict(target="onnx", size=(64, 64), batch=0), "--batch must be at least 1"),
+        ],
+    )
+    def test_requests(self, request_, message):
+        with pytest.raises(ValueError, match=message):
+            Request(**request_)
+
+    def run(self, small, out, request=None, **kwargs):
+        request = request or Request("onnx", size=(64, 64))
+        return export.export(
+            small.config, small.checkpoint, out, request, report=lambda line: None, **kwargs
+        )
+
+    def test_existing_files_stay(self, trained, tmp_path):
+        out = tmp_path / "model.onnx"
+        out.write_text("mine")
+        with pytest.raises(FileExistsError, match="model.onnx exists.*--force"):
+            self.run(trained("segmentation"), out)
+        assert out.read_text() == "mine"
+        with pytest.raises(FileExistsError, match="other.json"):
+            (tmp_path / "other.json").touch()
+            self.run(trained("segmentation"), tmp_path / "other.onnx")
+
+    def test_names(self, trained, tmp_path):
+        small = trained("segmentation")
+        with pytest.raises(ValueError, match="must end in .onnx"):
+            self.run(small, tmp_path / "model.pt")
+        with pytest.raises(FileNotFoundError, match="gone.jpg"):
+            self.run(small, tmp_path / "model.onnx", images=["gone.jpg"])
+
+    def test_checkpoint_of_another_model(self, trained, tmp_path):
+        small, other = trained("segmentation"), trained("detection")
+        with pytest.raises(ValueError, match="trained.pth is not of this config"):
+            models.build_model(small.config, other.checkpoint)
+        with pytest.raises(FileNotFoundError, match="gone.pth"):
+            models.build_model(trained("segmentation").config, "gone.pth")
+
+    def test_windows_are_no_graph(self, trained, tmp_path):
+        small = trained("segmentation")
+        small.config.model.test_cfg.mode = "slide"
+        with pytest.raises(ValueError, match="tests in windows"):
+            self.run(small, tmp_path / "model.onnx")
+
+    def test_unknown_pipeline_steps(self, trained, tmp_path):
+        small = trained("segmentation")
+        small.config.test_dataloader.dataset.pipeline.insert(1, dict(type="CLAHE"))
+        with pytest.raises(ValueError, match="step CLAHE of the test pipeline"):
+            self.run(small, tmp_path / "model.onnx")
+
+    def test_coreml_has_no_mask_rcnn(self, trained, tmp_path):
+        request = Request("coreml", size=(64, 64))
+        with pytest.raises(ValueError, match="no operators to choose boxes"):
+            self.run(trained("detection"), tmp_path / "model.mlpackage", request)
+
+    def test_unsupported_detectors(self):
+        from mmeformer.deploy.detection import DetectionGraph
+
+        config = small_config("detection")
+        config.model.test_cfg.rcnn.nms = dict(type="soft_nms", iou_threshold=0.5)
+        with pytest.raises(ValueError, match="rcnn.nms is not a plain nms.*--part backbone"):
+            DetectionGraph(models.build_model(config))
+        with pytest.raises(ValueError, match="Conv2d is not a two-stage detector"):
+            DetectionGraph(nn.Conv2d(3, 3, 1))
+
+
+def test_command_line(trained, picture, tmp_path):
+    small = trained("segmentation")
+    config = tmp_path / "config.py"
+    small.config.dump(str(config))
+    out = tmp_path / "model.onnx"
+    command = [sys.executable, str(tools_dir() / "export.py"), str(config), small.checkpoint]
+    command += ["--to", "onnx", "--size", "64", "64", "--out", str(out), "--images", str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pixels have another class" in done.stdout and f"wrote {out}" in done.stdout
+    assert json.loads((tmp_path / "model.json").read_text())["task"] == "segmentation"
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "exists" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "task, request_",
+    [
+        ("segmentation", dict(half=True, preprocessing=True)),
+        ("rotated", dict()),
+        ("detection", dict(part="backbone", half=True)),
+    ],
+)
+def test_coreml(trained, picture, task, request_):
+    coremltools = pytest.importorskip("coremltools")
+    lines = []
+    path = exported(
+        trained(task),
+        picture,
+        "model.mlpackage",
+        lines,
+        target="coreml",
+        size=(64, 64),
+        **request_,
+    )
+    assert any("custom ones: 0" in line for line in lines)
+    assert any("not checked: its answers" in line for line in lines)
+    spec = coremltools.models.MLModel(str(path), skip_model_load=True).get_spec()
+    (image,) = spec.description.input
+    assert image.type.WhichOneof("Type") == (
+        "imageType" if request_.get("preprocessing") else "multiArrayType"
+    )
+    assert json.loads(spec.description.metadata.userDefined["mmeformer"])["size"] == [64, 64]

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+import torch
+from deployed import exported
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmeformer import engine, runtime
+from mmeformer.deploy import models
+from mmeformer.runtime.images import prepare
+from mmeformer.runtime.metadata import KEY, Metadata
+from mmeformer.runtime.results import paste_mask
+from mmeformer.runtime.rotated_nms import rotated_iou, rotated_nms
+
+METADATA = Metadata(
+    task="detection",
+    version="0",
+    config="config",
+    mean=(123.675, 116.28, 103.53),
+    std=(58.395, 57.12, 57.375),
+    bgr_to_rgb=True,
+    scale=(133, 80),
+    pad_divisor=32,
+)
+
+# None in sys.modules makes an import fail as a missing package does.
+PROGRAM = """
+import json, sys
+for name in ("torch", "torchvision", "timm", "mmengine", "mmcv", "mmdet", "mmseg", "mmrotate"):
+    sys.modules[name] = None
+from mmeformer import runtime
+import mmeformer
+result = runtime.load(sys.argv[1]).predict(sys.argv[2])
+print(json.dumps([mmeformer.__version__, result.boxes.tolist(), result.masks().sum().item()]))
+"""
+
+
+def test_needs_neither_pytorch_nor_openmmlab(trained, picture):
+    path = exported(trained("detection"), picture, size=(64, 64))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(path), str(picture)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    version, boxes, pixels = json.loads(done.stdout)
+    result = runtime.load(path).predict(picture)
+    assert version == result_version() and pixels == result.masks().sum() > 0
+    np.testing.assert_array_equal(np.array(boxes, np.float32), result.boxes)
+
+
+def result_version() -> str:
+    from mmeformer import __version__
+
+    return __version__
+
+
+def pixels(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height + width).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize("size", [(33, 47), (200, 90), (80, 133), (7, 300), (480, 640)])
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_prepares_as_the_test_pipelines_do(task, size):
+    """Against mmdet's and mmseg's own transforms and data preprocessors."""
+    if task == "detection":
+        config = engine.load_config("detection/mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py")
+    else:
+        name = "segmentation/semantic-fpn_efficientformerv2-s0_40k_ade20k-512x512.py"
+        config = engine.load_config(name)
+    pipeline = [
+        step
+        for step in config.test_dataloader.dataset.pipeline
+        if not step.type.startswith(("Load", "Pack"))
+    ]
+    pipeline[0].scale = (133, 80)
+    config.test_dataloader.dataset.pipeline = pipeline
+    model = models.build_model(copy.deepcopy(config))
+    metadata = models.describe(config, model)
+    image = pixels(*size)
+    ours = prepare(image, metadata)
+
+    from mmcv.transforms import Compose
+    from mmengine.registry import TRANSFORMS, DefaultScope
+
+    with DefaultScope.overwrite_default_scope("mmdet" if task == "detection" else "mmseg"):
+        steps = Compose([TRANSFORMS.build(step) for step in pipeline])
+        theirs = steps(dict(img=image, img_shape=size, ori_shape=size))["img"]
+    assert ours.size == theirs.shape[:2] and ours.original == size
+    if task == "detection":
+        from mmdet.structures import DetDataSample as Sample
+    else:
+        from mmseg.structures import SegDataSample as Sample
+    data = dict(
+        inputs=[torch.from_numpy(np.ascontiguousarray(theirs.transpose(2, 0, 1)))],
+        data_samples=[Sample(metainfo=dict(img_shape=theirs.shape[:2], ori_shape=size))],
+    )
+    (batch,) = model.data_preprocessor(data)["inputs"]
+    np.testing.assert_allclose(ours.data, batch.numpy(), rtol=0, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 400), st.integers(1, 400)),
+    fixed=st.tuples(st.integers(32, 200), st.integers(32, 200)),
+    scale=st.one_of(st.none(), st.tuples(st.integers(16, 300), st.integers(16, 300))),
+    keep_ratio=st.booleans(),
+    task=st.sampled_from(["detection", "segmentation"]),
+)
+def test_everything_fits_a_fixed_size(size, fixed, scale, keep_ratio, task):
+    metadata = replace(METADATA, task=task, size=fixed, scale=scale, keep_ratio=keep_ratio)
+    item = prepare(np.zeros((*size, 3), np.uint8), metadata)
+    assert item.data.shape == (3, *fixed)
+    assert all(0 < side <= limit for side, limit in zip(item.size, fixed, strict=True))
+    if task == "segmentation":
+        assert item.size == fixed
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    edges=st.tuples(*[st.floats(-20, 60, width=32)] * 4),
+    image=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    side=st.sampled_from([14, 28]),
+)
+def test_masks_are_pasted_as_mmdet_does(edges, image, side):
+    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+
+    left, top, right, bottom = edges
+    box = np.array([min(left, right), min(top, bottom), max(left, right), max(top, bottom)])
+    if min(box[2] - box[0], box[3] - box[1]) < 0.1:
+        return
+    scores = np.random.default_rng(0).random((side, side)).astype(np.float32)
+    ours = np.zeros(image, bool)
+    paste_mask(ours, scores, box, 0.5)
+    theirs, _ = _do_paste_mask(
+        torch.from_numpy(scores)[None, None],
+        torch.tensor(box, dtype=torch.float32)[None],
+        *image,
+        skip_empty=False,
+    )
+    close = np.abs(theirs[0].numpy() - 0.5) < 1e-4
+    np.testing.assert_array_equal(ours[~close], (theirs[0].numpy() >= 0.5)[~close])
+
+
+BOX = st.tuples(
+    st.floats(0, 40), st.floats(0, 40), st.floats(0, 30), st.floats(0, 30), st.floats(-4, 4)
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(box=BOX, others=st.lists(BOX, min_size=1, max_size=5))
+def test_rotated_iou_is_that_of_training(box, others):
+    iou = pytest.importorskip("mmeformer.rotated.iou")
+    others = [box, *others]
+    theirs = iou.rotated_iou(
+        torch.tensor(box, dtype=torch.float64), torch.tensor(others, dtype=torch.float64)
+    )
+    np.testing.assert_allclose(rotated_iou(box, others), theirs.numpy(), atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rotated_nms_is_that_of_mmcv(seed):
+    from mmcv.ops import batched_nms
+
+    random = np.random.default_rng(seed)
+    centre, size = random.uniform(0, 100, (150, 2)), random.uniform(4, 40, (150, 2))
+    angle = random.uniform(-0.78, 2.35, (150, 1))
+    boxes = np.concatenate([centre, size, angle], 1).astype(np.float32)
+    scores = random.random(150).astype(np.float32)
+    labels = random.integers(0, 3, 150)
+    _, theirs = batched_nms(
+        *map(torch.from_numpy, (boxes, scores, labels)), dict(type="nms_rotated", iou_threshold=0.1)
+    )
+    kept = rotated_nms(boxes, scores, labels, 0.1)
+    assert 10 < len(kept) < 140
+    assert kept.tolist() == theirs.tolist()
+    assert len(rotated_nms(boxes[:0], scores[:0], labels[:0], 0.1)) == 0
+
+
+def test_corners_are_those_of_mmrotate():
+    structures = pytest.importorskip("mmrotate.structures.bbox")
+    boxes = np.array([[10, 20, 30, 8, 0.3], [5, 5, 2, 9, -0.7]], np.float32)
+    result = runtime.RotatedDetections(boxes, np.ones(2), np.zeros(2, int))
+    theirs = structures.RotatedBoxes(torch.from_numpy(boxes)).convert_to("qbox").tensor
+    ours = {tuple(np.round(corner, 3)) for corner in result.corners().reshape(-1, 2).tolist()}
+    assert ours == {tuple(np.round(corner, 3)) for corner in theirs.view(-1, 2).tolist()}
+
+
+def test_batches_and_sizes_may_mix(trained, picture):
+    predictor = runtime.load(exported(trained("segmentation"), picture, size=(64, 64), batch=2))
+    images = [pixels(64, 64), pixels(40, 90), pixels(64, 64), picture, pixels(64, 64)]
+    results = predictor.predict_batch(images)
+    for image, result in zip(images, results, strict=True):
+        single = predictor.predict(image)
+        assert single.labels.shape == cv2.imread(str(picture)).shape[:2] if image is picture else 1
+        np.testing.assert_array_equal(single.labels, result.labels)
+    palette = predictor.metadata.palette
+    np.testing.assert_array_equal(
+        results[1].colours(palette)[0, 0], palette[results[1].labels[0, 0]]
+    )
+
+
+def test_huge_segmentations_keep_to_the_memory(trained, picture, monkeypatch):
+    predictor = runtime.load(exported(trained("segmentation"), picture, size=(64, 64)))
+    image = pixels(60, 120)
+    full = predictor.predict(image).labels
+    monkeypatch.setattr(runtime.predictor, "MAX_LOGITS", 60 * 120 * 5 // 4)
+    small = predictor.predict(image).labels
+    assert small.shape == full.shape
+    assert 0.5 < (small == full).mean() < 1
+
+
+class TestBadInput:
+    def test_images(self, trained, picture, tmp_path):
+        predictor = runtime.load(exported(trained("segmentation"), picture, size=(64, 64)))
+        with pytest.raises(FileNotFoundError, match="gone.jpg"):
+            predictor.predict("gone.jpg")
+        broken = tmp_path / "broken.png"
+        broken.write_bytes(b"no image")
+        with pytest.raises(ValueError, match="broken.png cannot be read"):
+            predictor.predict(broken)
+        for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), "u1")):
+            with pytest.raises(ValueError, match=r"must be \(H, W, 3\) of uint8"):
+                predictor.predict(wrong)
+
+    def test_files(self, trained, picture, tmp_path):
+        with pytest.raises(FileNotFoundError, match="gone.onnx does not exist"):
+            runtime.load("gone.onnx")
+        broken = tmp_path / "broken.onnx"
+        broken.write_bytes(b"no model")
+        with pytest.raises(ValueError, match="broken.onnx: onnxruntime cannot load it"):
+            runtime.load(broken)
+        proto = onnx.load(str(exported(trained("segmentation"), picture, size=(64, 64))))
+        (entry,) = (item for item in proto.metadata_props if item.key == KEY)
+        text = json.loads(entry.value)
+        for change, message in (
+            ("{", "metadata is damaged"),
+            (json.dumps({**text, "format": 99}), "has format 99"),
+            (json.dumps({**text, "colour": 1}), r"unknown \['colour'\]"),
+        ):
+            entry.value = change
+            onnx.save(proto, str(broken))
+            with pytest.raises(ValueError, match=message):
+                runtime.load(broken)
+        proto.metadata_props.remove(entry)
+        onnx.save(proto, str(broken))
+        with pytest.raises(ValueError, match="broken.onnx has no metadata of mmeformer"):
+            runtime.load(broken)
+
+    def test_task(self):
+        with pytest.raises(ValueError, match="task must be one of"):
+            replace(METADATA, task="classification")
