@@ -146,27 +146,25 @@ def write_json(path: str | Path, entries: Sequence[dict]) -> None:
     _write_text(path, json.dumps(list(entries), indent=1) + "\n")
 
 
-def write_picture(
-    path: str | Path,
+def draw_picture(
     image: np.ndarray,
     detections: Detections,
-    dataset_meta: Mapping,
-    score_thr: float = 0.3,
+    visualizer: RotatedVisualizer,
+    score_thr: float = 0.0,
     max_side: int = 4096,
-) -> None:
-    """Write an image with boxes, drawn by :class:`RotatedVisualizer`.
+) -> np.ndarray:
+    """An image with boxes.
 
     Args:
-        path: the suffix gives the format.
         image: ``(H, W, 3)`` uint8, blue, green, red.
         detections: in pixels of the image.
-        dataset_meta: ``classes`` and ``palette``, as a detector's ``dataset_meta``.
+        visualizer: with ``dataset_meta``.
         score_thr: boxes with a lower score are not drawn.
         max_side: a larger picture is shrunk to this, pixels; matplotlib cannot draw on more than
             65,535, and takes long before that.
 
-    Raises:
-        ValueError: no image format has this suffix.
+    Returns:
+        ``(H', W', 3)`` uint8, blue, green, red.
     """
     height, width = image.shape[:2]
     scale = min(1.0, max_side / max(height, width))
@@ -181,8 +179,6 @@ def write_picture(
             labels=torch.from_numpy(detections.labels),
         )
     )
-    visualizer = RotatedVisualizer(line_width=2)
-    visualizer.dataset_meta = dict(dataset_meta)
     visualizer.add_datasample(
         "boxes",
         np.ascontiguousarray(image[..., ::-1]),
@@ -190,4 +186,27 @@ def write_picture(
         draw_gt=False,
         pred_score_thr=score_thr,
     )
-    write_image(path, visualizer.get_image()[..., ::-1])
+    return visualizer.get_image()[..., ::-1]
+
+
+def write_picture(
+    path: str | Path,
+    image: np.ndarray,
+    detections: Detections,
+    dataset_meta: Mapping,
+    score_thr: float = 0.3,
+    max_side: int = 4096,
+) -> None:
+    """Write an image with boxes.
+
+    Args:
+        path: the suffix gives the format.
+        image, detections, score_thr, max_side: see :func:`draw_picture`.
+        dataset_meta: ``classes`` and ``palette``, as a detector's ``dataset_meta``.
+
+    Raises:
+        ValueError: no image format has this suffix.
+    """
+    visualizer = RotatedVisualizer(line_width=2)
+    visualizer.dataset_meta = dict(dataset_meta)
+    write_image(path, draw_picture(image, detections, visualizer, score_thr, max_side))

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command line names as inputs, as images: files, folders, globs and videos."""
+
+from __future__ import annotations
+
+import glob
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mmeformer.checks.images import quick_fault
+from mmeformer.images import read_image
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+
+LEAST_SHARE = 0.9
+"""Share of the frames that a video's header promises below which it counts as cut off. Some formats
+only estimate the number."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to predict on.
+
+    Args:
+        path: of the image or video.
+        file_name: path below the folder that was given, with ``/``.
+        name: the same without suffix, unless two files would then have one name. Outputs are called
+            after it.
+    """
+
+    path: Path
+    file_name: str
+    name: str
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the suffix is that of a video."""
+        return self.path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def find_sources(inputs: Sequence[str | Path], exclude: Iterable[Path] = ()) -> list[Source]:
+    """The files that inputs stand for, in their order, each file once.
+
+    Args:
+        inputs: files (of any suffix), folders (searched with all below them for known suffixes;
+            hidden files are left out) and globs (known suffixes; ``**`` for any folders).
+        exclude: folders that are not searched, such as those of an earlier run's outputs.
+
+    Raises:
+        FileNotFoundError: an input does not exist.
+        ValueError: nothing fits a folder or a glob, or two files would have outputs of one name.
+    """
+    exclude = [Path(folder).resolve() for folder in exclude]
+    found: dict[Path, Source] = {}
+    for text in map(str, inputs):
+        path = Path(text)
+        if path.is_file():
+            pairs = [(path, path.name)]
+        elif path.is_dir():
+            pairs = list(_walk(path, path, exclude))
+            if not pairs:
+                raise ValueError(
+                    f"folder {path} holds no image or video "
+                    f"({', '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)})"
+                )
+        elif glob.has_magic(text):
+            pairs = list(_expand(text, exclude))
+            if not pairs:
+                raise ValueError(f"no image or video fits {text}")
+        else:
+            raise FileNotFoundError(f"input {path} does not exist")
+        for file, name in pairs:
+            source = Source(file, name, str(Path(name).with_suffix("").as_posix()))
+            found.setdefault(file.resolve(), source)
+    return _with_unique_names(list(found.values()))
+
+
+def _is_wanted(path: Path, exclude: list[Path]) -> bool:
+    return (
+        path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
+        and path.is_file()
+        and not any(path.resolve().is_relative_to(folder) for folder in exclude)
+    )
+
+
+def _walk(folder: Path, root: Path, exclude: list[Path]) -> Iterator[tuple[Path, str]]:
+    for path in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not is_hidden and _is_wanted(path, exclude):
+            yield path, path.relative_to(root).as_posix()
+
+
+def _expand(pattern: str, exclude: list[Path]) -> Iterator[tuple[Path, str]]:
+    parts = Path(pattern).parts
+    root = Path(*parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))])
+    for path in map(Path, sorted(glob.glob(pattern, recursive=True))):
+        if path.is_dir():
+            yield from _walk(path, root, exclude)
+        elif _is_wanted(path, exclude):
+            yield path, path.relative_to(root).as_posix()
+
+
+def _with_unique_names(sources: list[Source]) -> list[Source]:
+    counts = Counter(source.name for source in sources)
+    sources = [
+        replace(source, name=source.file_name) if counts[source.name] > 1 else source
+        for source in sources
+    ]
+    first: dict[str, Source] = {}
+    for source in sources:
+        if (other := first.setdefault(source.name, source)) is not source:
+            raise ValueError(
+                f"the outputs of {other.path} and {source.path} would have the same name; give the "
+                "folder above both, or one run and --out for each"
+            )
+    return sources
+
+
+def read(source: Source) -> np.ndarray:
+    """The image of a source, ``(H, W, 3)`` uint8, blue, green, red.
+
+    Raises:
+        ValueError: it is missing, damaged, incomplete or no image.
+    """
+    if fault := quick_fault(str(source.path)):
+        raise ValueError(f"{source.path} {fault}")
+    return read_image(source.path)
+
+
+class Video:
+    """Frames of a video, read one at a time by mmcv's ``VideoReader``.
+
+    Args:
+        path: of the video.
+
+    Attributes:
+        fps: frames per second.
+        expected: number of frames that the header promises.
+
+    Raises:
+        ValueError: it cannot be opened as a video.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # Only here: mmcv takes seconds, and mistakes in the inputs should not wait for it.
+        from mmcv import VideoReader
+
+        self.path = path
+        if fault := quick_fault(str(path)):
+            raise ValueError(f"{path} {fault}")
+        self._reader = VideoReader(str(path), cache_capacity=1)
+        if not self._reader.opened or self._reader.frame_cnt < 1:
+            raise ValueError(f"{path} cannot be read as a video: it is damaged or no video")
+        self.fps = self._reader.fps if self._reader.fps > 0 else 25.0
+        self.expected = self._reader.frame_cnt
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Frames, ``(H, W, 3)`` uint8, blue, green, red.
+
+        Raises:
+            ValueError: after the last one, if many more were promised.
+        """
+        count = 0
+        while (frame := self._reader.read()) is not None:
+            count += 1
+            yield frame
+        if count < LEAST_SHARE * self.expected:
+            raise ValueError(
+                f"{self.path} is cut off or damaged: only {count} of {self.expected} frames could "
+                "be read"
+            )

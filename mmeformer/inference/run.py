@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predict on any number of images and frames in batches, and write what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from mmeformer.images import write_image
+from mmeformer.inference.inputs import Source, Video, read
+from mmeformer.inference.outputs import LEGEND, RESULTS, JsonResults, VideoWriter, write_text
+from mmeformer.inference.predictor import Predictor
+
+PIXELS_AT_ONCE = 2**25
+"""Pixels of the images in a batch, beyond which it goes to the model before it is full: masks take
+memory by them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to predict.
+
+    Args:
+        batch_size: images, frames or windows per call of the model.
+        window: side of the windows that every image is cut into, pixels; 0 never cuts; None cuts
+            only large ones, see ``LARGE`` and ``native_size`` of :class:`Predictor`.
+        overlap: of the windows, pixels; None is a quarter of their side.
+        pictures: whether to draw.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    batch_size: int = 1
+    window: int | None = None
+    overlap: int | None = None
+    pictures: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch size {self.batch_size} must be at least 1")
+        if self.window is not None and self.window != 0 and self.window < 32:
+            raise ValueError(
+                f"window {self.window} must be at least 32 pixels, or 0 for whole images"
+            )
+        if self.overlap is not None and self.overlap < 0:
+            raise ValueError(f"overlap {self.overlap} must not be negative")
+        if self.window and self.overlap is not None and self.overlap >= self.window:
+            raise ValueError(
+                f"overlap {self.overlap} must be less than the window, {self.window} pixels"
+            )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an image, a frame, or a video as a whole.
+
+    Args:
+        name: path of the file, with the frame's number.
+        done: images and frames that are finished or given up so far.
+        total: images and frames to come to, as far as is known.
+        error: why it was skipped, or None.
+    """
+
+    name: str
+    done: int
+    total: int
+    error: str | None = None
+
+
+@dataclass
+class _Item:
+    """An image or frame on its way, or the end of a video (``image`` and ``error`` None)."""
+
+    source: Source
+    frame: int | None = None
+    image: np.ndarray | None = None
+    prepared: dict | None = None
+    error: str | None = None
+
+    @property
+    def title(self) -> str:
+        frame = "" if self.frame is None else f", frame {self.frame}"
+        return f"{self.source.path}{frame}"
+
+    @property
+    def name(self) -> str:
+        return self.source.name if self.frame is None else f"{self.source.name}/{self.frame:06d}"
+
+
+def run(
+    predictor: Predictor,
+    sources: Sequence[Source],
+    out: Path,
+    settings: Settings,
+    on_window: Callable[[str, int, int], None] | None = None,
+) -> Iterator[Outcome]:
+    """Predict on all sources and write results and pictures below ``out``.
+
+    An image that cannot be read is skipped, and its outcome says why. Faults of the model and of
+    the output folder end the run.
+
+    Args:
+        predictor: see :func:`mmeformer.inference.predictor.load_predictor`.
+        sources: see :func:`mmeformer.inference.inputs.find_sources`.
+        out: a folder that exists.
+        settings: see there.
+        on_window: called with the image's name and the numbers of finished windows and of all.
+
+    Yields:
+        The outcome of every image and frame, after its files are written, and of every video that
+        cannot be read to its end.
+
+    Raises:
+        ValueError: an overlap that is not less than the window.
+        OSError: an output cannot be written.
+    """
+    work = _Work(predictor, out, settings, on_window)
+    if predictor.legend is not None:
+        write_text(out / LEGEND, json.dumps(predictor.legend, indent=1) + "\n")
+    results = JsonResults(out / RESULTS, predictor.classes) if predictor.json else nullcontext()
+    with results as work.results:
+        try:
+            yield from work.outcomes(sources)
+        finally:
+            work.abort_video()
+
+
+class _Work:
+    """State of one run."""
+
+    def __init__(self, predictor: Predictor, out: Path, settings: Settings, on_window) -> None:
+        self.predictor = predictor
+        self.out = out
+        self.settings = settings
+        self.on_window = on_window
+        self.results: JsonResults | None = None
+        self.video: VideoWriter | None = None
+        self.done = 0
+        self.total = 0
+        side = settings.window or predictor.native_size
+        overlap = settings.overlap
+        if settings.window != 0 and side is not None:
+            self.overlap = side // 4 if overlap is None else overlap
+            if self.overlap >= side:
+                raise ValueError(
+                    f"overlap {overlap} must be less than the window, {side} pixels (--window)"
+                )
+
+    def outcomes(self, sources: Sequence[Source]) -> Iterator[Outcome]:
+        self.total = len(sources)
+        waiting: list[_Item] = []
+        for item in self._items(sources):
+            if item.error is not None:
+                # What came before keeps its place.
+                yield from self._predict(waiting)
+                waiting = []
+                self.done += item.frame is None and not item.source.is_video
+                yield self._outcome(item)
+            elif item.image is None:
+                yield from self._predict(waiting)
+                waiting = []
+                self._close_video()
+            elif size := self._window(item.image):
+                yield from self._predict(waiting)
+                waiting = []
+                yield self._finish(item, self._predict_windows(item, size))
+            else:
+                waiting.append(item)
+                pixels = sum(other.image[..., 0].size for other in waiting)
+                if len(waiting) == self.settings.batch_size or pixels > PIXELS_AT_ONCE:
+                    yield from self._predict(waiting)
+                    waiting = []
+        yield from self._predict(waiting)
+
+    def _items(self, sources: Sequence[Source]) -> Iterator[_Item]:
+        for source in sources:
+            if source.is_video:
+                yield from self._frames(source)
+                continue
+            try:
+                image = read(source)
+            except (OSError, ValueError) as error:
+                yield _Item(source, error=str(error))
+            else:
+                yield self._prepared(source, None, image)
+
+    def _frames(self, source: Source) -> Iterator[_Item]:
+        self.total -= 1
+        promised = 0
+        index = 0
+        try:
+            video = Video(source.path)
+            promised = video.expected
+            self.total += promised
+            if self.settings.pictures:
+                self.video = VideoWriter(self.out / "videos" / f"{source.name}.mp4", video.fps)
+            for index, frame in enumerate(video, start=1):
+                yield self._prepared(source, index - 1, frame)
+        except (OSError, ValueError) as error:
+            yield _Item(source, error=str(error))
+        yield _Item(source)
+        self.total += index - promised
+
+    def _prepared(self, source: Source, frame: int | None, image: np.ndarray) -> _Item:
+        item = _Item(source, frame, image)
+        if not self._window(image):
+            try:
+                item.prepared = self.predictor.prepare(image)
+            except (ValueError, cv2.error) as error:
+                height, width = image.shape[:2]
+                reason = str(error).strip().splitlines()[-1]
+                item.error = (
+                    f"{item.title} ({width} x {height} pixels) cannot be brought to the model's "
+                    f"size: {reason}"
+                )
+        return item
+
+    def _window(self, image: np.ndarray) -> int | None:
+        """Side of the windows to cut an image into, or None to take it whole."""
+        size, native = self.settings.window, self.predictor.native_size
+        if size is not None:
+            return size or None
+        is_large = native is not None and max(image.shape[:2]) > self.predictor.LARGE * native
+        return native if is_large else None
+
+    def _predict(self, items: Sequence[_Item]) -> Iterator[Outcome]:
+        if not items:
+            return
+        found = self.predictor.predict([item.prepared for item in items])
+        for item, result in zip(items, found, strict=True):
+            yield self._finish(item, result)
+
+    def _predict_windows(self, item: _Item, size: int) -> Any:
+        def progress(done: int, total: int) -> None:
+            if self.on_window is not None:
+                self.on_window(item.title, done, total)
+
+        return self.predictor.predict_windows(
+            item.image, size, self.overlap, self.settings.batch_size, progress
+        )
+
+    def _finish(self, item: _Item, result: Any) -> Outcome:
+        size = item.image.shape[:2]
+        if self.results is not None:
+            entries = self.predictor.entries(result, size)
+            self.results.add(item.source.file_name, size, entries, item.frame)
+        self.predictor.write_files(self.out, item.name, result)
+        if self.settings.pictures:
+            picture = self.predictor.draw(item.image, result)
+            if item.source.is_video:
+                self.video.add(picture)
+            else:
+                path = self.out / "pictures" / f"{item.name}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_image(path, picture)
+        self.done += 1
+        return self._outcome(item)
+
+    def _outcome(self, item: _Item) -> Outcome:
+        return Outcome(item.title, self.done, self.total, item.error)
+
+    def _close_video(self) -> None:
+        if self.video is not None:
+            self.video.close()
+            self.video = None
+
+    def abort_video(self) -> None:
+        if self.video is not None:
+            self.video.abort()
+            self.video = None

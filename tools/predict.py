@@ -1,0 +1,152 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Predict on images, folders, globs and videos with a trained model of any of the three tasks.
+
+Below the output folder come pictures/ and videos/ with what was found drawn in, and
+  detection      predictions.json (a COCO data set with scores; masks in run-length code)
+  rotated        predictions.json and labels/NAME.txt (DOTA's label format)
+  segmentation   masks/NAME.png and classes.json
+
+Images that cannot be read are named and skipped; the exit status is then 1.
+
+Examples:
+    predict.py CONFIG CHECKPOINT photo.jpg
+    predict.py CONFIG CHECKPOINT images/ "more/*/*.png" clip.mp4 --out results --batch-size 4
+    predict.py CONFIG CHECKPOINT scene.tif --window 1024 --overlap 200 --device cuda:0
+"""
+
+import argparse
+import signal
+import sys
+import time
+import warnings
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mmeformer import cli, engine
+
+# Seconds between lines of progress where the output is no terminal.
+LINE_EVERY = 30
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="config file, or its path below mmeformer's configs/")
+    parser.add_argument("checkpoint", help="checkpoint of a model of this config")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or glob")
+    parser.add_argument(
+        "--out", default="predictions", metavar="DIR", help="output folder (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="images, frames or windows at once (%(default)s)"
+    )
+    parser.add_argument("--score-thr", type=float, help="least score of a detection (0.3)")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU, if any)")
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="PX",
+        help="cut every image into windows of this side; 0: none (default: cut large ones, see "
+        "docs/inference.md)",
+    )
+    parser.add_argument(
+        "--overlap", type=int, metavar="PX", help="of the windows (default: a quarter of them)"
+    )
+    parser.add_argument(
+        "--mask-format",
+        choices=["palette", "ids"],
+        help="of segmentation: labels with colours (default), or as grey values",
+    )
+    parser.add_argument("--no-pictures", action="store_true", help="results only, which is faster")
+    engine.add_config_options(parser)
+    return cli.parse(parser, argv)
+
+
+def work(args: argparse.Namespace) -> int:
+    """Predict; returns the exit status."""
+    from mmeformer import inference
+    from mmeformer.inference.outputs import FOLDERS, prepare_folder
+
+    # What can be known to be wrong is said before the model is loaded.
+    settings = inference.Settings(
+        batch_size=args.batch_size,
+        window=args.window,
+        overlap=args.overlap,
+        pictures=not args.no_pictures,
+    )
+    config = engine.load_config(args.config, args.cfg_options)
+    engine.existing_checkpoint(args.checkpoint)
+    sources = inference.find_sources(
+        args.inputs, exclude=[f"{args.out}/{folder}" for folder in FOLDERS]
+    )
+    out = prepare_folder(args.out)
+    # The visualizers warn that they have no folder (pictures are written here), and of boxes that
+    # end at the border.
+    warnings.filterwarnings("ignore", module="mmengine.visualization")
+    predictor = inference.load_predictor(
+        config,
+        args.checkpoint,
+        device=args.device,
+        score_thr=args.score_thr,
+        mask_format=args.mask_format,
+    )
+
+    console = Console()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    failed, finished, told = 0, 0, time.monotonic()
+    with Progress(*columns, console=console) as progress:
+        images = progress.add_task("images", total=len(sources))
+        windows = progress.add_task("windows", visible=False)
+
+        def tell(text: str) -> None:
+            nonlocal told
+            if not console.is_terminal and time.monotonic() > told + LINE_EVERY:
+                told = time.monotonic()
+                console.print(text, markup=False, highlight=False)
+
+        def on_window(name: str, done: int, total: int) -> None:
+            if done == 1:
+                progress.reset(windows, total=total, visible=True)
+            progress.update(windows, completed=done, visible=done < total)
+            tell(f"{name}: {done} of {total} windows{_left(progress, windows)}")
+
+        for outcome in inference.run(predictor, sources, out, settings, on_window):
+            progress.update(images, completed=outcome.done, total=outcome.total)
+            if outcome.error is not None:
+                failed += 1
+                progress.console.print(
+                    f"skipped: {outcome.error}", markup=False, highlight=False, soft_wrap=True
+                )
+            else:
+                finished += 1
+            tell(f"{outcome.done} of {outcome.total} images{_left(progress, images)}")
+    print(f"predicted on {finished} images; results in {out}")
+    if failed:
+        print(f"error: {failed} inputs were not, or not wholly, predicted on", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _left(progress: Progress, task) -> str:
+    left = progress.tasks[task].time_remaining
+    return "" if left is None else f", {left / 60:.0f} min left"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return cli.run(work, parse_args(argv))
+
+
+if __name__ == "__main__":
+    # Like Ctrl-C: what is half-written must not stay behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())
