@@ -12,10 +12,7 @@ Examples:
 import argparse
 import sys
 
-from mmengine.config import DictAction
-
-from mmeformer import engine
-from mmeformer.deploy.check import CheckFailed
+from mmeformer import cli, engine
 from mmeformer.deploy.export import Request, export
 
 
@@ -43,41 +40,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--images", nargs="+", default=[], help="for the check; default: of the config's test data"
     )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        metavar="KEY=VALUE",
-        help="settings laid over the config, such as model.test_cfg.rcnn.score_thr=0.3",
-    )
-    args = parser.parse_args(argv)
+    engine.add_config_options(parser)
+    args = cli.parse(parser, argv)
     if args.dynamic and args.batch != 1:
         parser.error("--batch is for --size: with --dynamic any batch will do")
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    args = parse_args(argv)
-    try:
-        request = Request(
-            target=args.to,
-            part=args.part,
-            size=None if args.dynamic else tuple(args.size),
-            batch=args.batch,
-            preprocessing=args.with_preprocessing,
-            half=args.fp16,
-        )
-        config = engine.load_config(args.config, args.cfg_options)
-        path = export(
-            config, args.checkpoint, args.out, request, images=args.images, force=args.force
-        )
-    except (CheckFailed, FileExistsError, FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def run(args: argparse.Namespace) -> None:
+    """Export, check and write."""
+    request = Request(
+        target=args.to,
+        part=args.part,
+        size=None if args.dynamic else tuple(args.size),
+        batch=args.batch,
+        preprocessing=args.with_preprocessing,
+        half=args.fp16,
+    )
+    config = engine.load_config(args.config, args.cfg_options)
+    path = export(config, args.checkpoint, args.out, request, images=args.images, force=args.force)
     print(f"wrote {path} and {path.with_suffix('.json')}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(run, parse_args()))

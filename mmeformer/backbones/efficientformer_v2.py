@@ -92,7 +92,8 @@ class MapAttention(nn.Module):
         """The second talking head: (B, heads, n, keys) -> the same."""
         bias = self.talking_head2.bias
         if self.head_bias_keys is not None:
-            bias = bias * (self.head_bias_keys / attention.shape[-1])
+            # Bias first: CoreML has no quotient of two whole numbers.
+            bias = bias * self.head_bias_keys / attention.shape[-1]
         return mix_heads(attention, self.talking_head2.weight, bias)
 
 

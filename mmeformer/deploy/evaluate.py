@@ -34,7 +34,7 @@ class OnnxModel(BaseModel):
     def __init__(self, file: str) -> None:
         super().__init__()
         # One graph at a time: the batch of the data loader is not that of the graph.
-        self.predictor = runtime.load(file)
+        self.predictor = runtime.load(file, torch.get_num_threads())
 
     def test_step(self, data: dict) -> list:
         """The samples of a batch, with predictions as the OpenMMLab model sets them."""

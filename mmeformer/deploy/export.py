@@ -229,8 +229,8 @@ def write_onnx(
     findings = check.check(
         model,
         make_graph,
-        runtime.load(with_raw),
-        runtime.load(path),
+        runtime.load(with_raw, torch.get_num_threads()),
+        runtime.load(path, torch.get_num_threads()),
         [*randoms, *map(Path, images)],
     )
     report(f"compared with PyTorch on {len(randoms)} random and {len(images)} real images:")

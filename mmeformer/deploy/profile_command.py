@@ -6,16 +6,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
 from rich.console import Console
 from rich.table import Table
 
-from mmeformer import engine
+from mmeformer import cli, engine
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.deploy import models
 from mmeformer.deploy.export import Request, graph_maker
@@ -44,8 +42,8 @@ def parse_args(argv: list[str] | None, description: str | None) -> argparse.Name
     parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES, help="default: all")
     parser.add_argument("--rounds", type=int, default=10, help="runs of each mode")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE")
-    args = parser.parse_args(argv)
+    engine.add_config_options(parser)
+    args = cli.parse(parser, argv)
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: quartiles need more than one run")
     return args
@@ -116,18 +114,17 @@ def as_table(found: Profile, conditions: dict) -> Table:
     return table
 
 
-def main(argv: list[str] | None = None, description: str | None = None) -> int:
-    """Run the command; returns the exit status."""
-    args = parse_args(argv, description)
-    try:
-        found, conditions = run(args)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def report(args: argparse.Namespace) -> None:
+    """Profile, print the table and write the JSON file."""
+    found, conditions = run(args)
     Console().print(as_table(found, conditions))
     if args.json:
         text = json.dumps({**conditions, "total": asdict(found.total), **asdict(found)}, indent=1)
         unfinished = Path(f"{args.json}.unfinished")
         unfinished.write_text(text + "\n")
         unfinished.replace(args.json)
-    return 0
+
+
+def main(argv: list[str] | None = None, description: str | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return cli.run(report, parse_args(argv, description))
