@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch.utils.checkpoint
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmeformer.checkpoints.load import with_strict_pretrained
-from mmeformer.layers.blocks import Stem
+from mmeformer.layers.blocks import Stem, run_checkpointed
 from mmeformer.variants import Architecture, find_variant
 
 NUM_STAGES = 4
@@ -60,7 +59,7 @@ class Stage(nn.Module):
 def run_block(block: nn.Module, with_cp: bool, x: Tensor, *args) -> Tensor:
     """Call a block, keeping only its input for the backward pass if ``with_cp``."""
     if with_cp and x.requires_grad:
-        return torch.utils.checkpoint.checkpoint(block, x, *args, use_reentrant=False)
+        return run_checkpointed(block, x, *args)
     return block(x, *args)
 
 

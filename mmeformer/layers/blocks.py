@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 
 class ConvNorm(nn.Module):
@@ -37,6 +43,77 @@ class ConvNorm(nn.Module):
         return self.act(self.bn(self.conv(x)))
 
 
+_in_checkpoint = ContextVar("_in_checkpoint", default=False)
+
+
+def run_checkpointed(block: nn.Module, *args) -> Tensor:
+    """Call a block so that only its arguments are kept for the backward pass.
+
+    Batch norms take in the statistics of the first run alone.
+    """
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    runs = 0
+
+    def run(*args) -> Tensor:
+        nonlocal runs
+        runs += 1
+        token = _in_checkpoint.set(True)
+        try:
+            if runs > 1:
+                for norm in norms:
+                    norm.momentum = 0.0
+            return block(*args)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            _in_checkpoint.reset(token)
+
+    return checkpoint(run, *args, use_reentrant=False)
+
+
+def run_chain(layers: Iterable[ConvNorm], x: Tensor) -> Tensor:
+    """One :class:`ConvNorm` after the other, keeping less for the backward pass.
+
+    Autograd keeps the input of an activation for its gradient and its output for the next
+    convolution's: the largest maps of the network twice. Here the output is computed again from
+    the input when it is needed.
+    """
+    before, act = None, nn.Identity()
+    for layer in layers:
+        with _forget(x, before, act):
+            x = layer.conv(x)
+        before, act = layer.bn(x), layer.act
+        x = act(before)
+    return x
+
+
+def _forget(after: Tensor, before: Tensor | None, act: nn.Module) -> AbstractContextManager:
+    """Within it autograd keeps ``before`` in place of its activation ``after``."""
+    if (
+        before is None
+        or not (torch.is_grad_enabled() and before.requires_grad)
+        # A checkpointed block keeps nothing as it is; a compiler decides by itself.
+        or _in_checkpoint.get()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    ):
+        return nullcontext()
+
+    # Autograd keeps the function below as well, so it must not hold the tensor.
+    address, shape = after.data_ptr(), after.shape
+
+    def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
+        if kept.data_ptr() != address or kept.shape != shape:
+            return kept
+        return lambda: act(before.detach())
+
+    def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed()
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 class Stem(nn.Module):
     """Two 3x3 convolutions of stride 2: (B, 3, H, W) -> (B, width, ceil(H / 4), ceil(W / 4))."""
 
@@ -46,7 +123,7 @@ class Stem(nn.Module):
         self.conv2 = ConvNorm(width // 2, width, 3, stride=2, act=act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x))
+        return run_chain((self.conv1, self.conv2), x)
 
 
 class LayerScale(nn.Module):
@@ -77,4 +154,4 @@ class ConvMlp(nn.Module):
         self.fc2 = ConvNorm(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.mid(self.fc1(x)))
+        return run_chain([layer for layer in self.children() if isinstance(layer, ConvNorm)], x)
