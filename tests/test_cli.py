@@ -64,6 +64,11 @@ def place(tmp_path_factory):
     (folder / "text.txt").write_text("hello")
     (folder / "name.py").write_text("_base_ = 'gone.py'\n")
     (folder / "bare.py").write_text("model = dict()\n")
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    cv2.imwrite(str(folder / "a.png"), picture)
+    (folder / "text.png").write_text("hello")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "cut.jpg").write_bytes(cv2.imencode(".jpg", picture)[1].tobytes()[:3000])
     return folder
 
 
@@ -137,6 +142,19 @@ CASES = [
         "truncated.pth is damaged",
     ),
     ("split_dota", "{p}/gone {out}/patches", "gone"),
+    ("split_dota", "{p}/aerial/train {out}/patches --labels annfiles --overlap -5", "overlap"),
+    ("predict", "{p}/gone.py {p}/detection.pth {p}/a.png --out {out}", "gone.py does not exist"),
+    ("predict", "{p}/detection.py {p}/other.pth {p}/a.png --out {out}", "other.pth"),
+    ("predict", "{p}/detection.py {p}/segmentation.pth {p}/a.png --out {out}", "segmentation.pth"),
+    ("predict", "{p}/detection.py {p}/truncated.pth {p}/a.png --out {out}", "truncated.pth"),
+    ("predict", "{p}/detection.py {p}/detection.pth {p}/gone.png --out {out}", "gone.png"),
+    ("predict", "{p}/detection.py {p}/detection.pth {p}/text.png --out {out}", "text.png"),
+    ("predict", "{p}/rotated.py {p}/rotated.pth {p}/empty.png --out {out}", "empty.png"),
+    ("predict", "{p}/segmentation.py {p}/segmentation.pth {p}/cut.jpg --out {out}", "cut.jpg"),
+    ("predict", "{p}/detection.py {p}/detection.pth {p}/a.png --score-thr -1 --out {out}", "-1"),
+    ("predict", "{p}/detection.py {p}/detection.pth {p}/a.png --out {p}/text.txt/out", "text.txt"),
+    ("predict", "{p}/detection.py {p}/detection.pth {p}/a.png --window -5 --out {out}", "window"),
+    ("profile", "{p}/gone.py", "gone.py does not exist"),
 ]
 
 
@@ -154,10 +172,12 @@ def test_bad_input(place, tmp_path, capfd, name, arguments, message):
     before = {path for path in place.rglob("*") if path.suffix in OUTPUTS}
     argv = arguments.format(p=place, out=tmp_path / "out").split()
     assert call(command(name), argv) in (1, 2)
-    error = capfd.readouterr().err
+    output, error = capfd.readouterr()
     # argparse puts the command's name before it.
     assert len(re.findall(r"^(?:\S+: )?error: ", error, re.MULTILINE)) == 1, error
-    assert re.search(message, error) and "Traceback" not in error, error
+    # Where one of many inputs is bad, the output names it and the error counts them.
+    assert re.search(message, output + error if name == "predict" else error), error
+    assert "Traceback" not in output + error
     assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in OUTPUTS]
     assert {path for path in place.rglob("*") if path.suffix in OUTPUTS} == before
 

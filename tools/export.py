@@ -62,5 +62,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {path} and {path.with_suffix('.json')}")
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return cli.run(run, parse_args(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(run, parse_args()))
+    sys.exit(main())
