@@ -11,21 +11,33 @@ from __future__ import annotations
 
 from unittest.mock import patch
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmeformer.backbones import efficientformer, efficientformer_v2
 from mmeformer.layers.attention_bias import AttentionBias
 
 
-def attend(query, key, value, bias, size, query_stride=1, mix_logits=None, mix_attention=None):
+def attend(
+    query,
+    key,
+    value,
+    bias,
+    size,
+    query_stride=1,
+    scale=None,
+    mix_logits=None,
+    mix_attention=None,
+    mix_bias=None,
+):
     """What :func:`mmeformer.layers.attention.attend` computes, all at once."""
-    logits = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5 + bias.compute(tuple(size))
+    scale = query.shape[-1] ** -0.5
+    logits = (query @ key.transpose(2, 3)) * scale + bias.compute(tuple(size))
     if mix_logits is not None:
-        # The attention that owns the mixing functions has the convolutions they stand for.
-        logits = mix_logits.__self__.talking_head1(logits)
+        logits = mix_logits(logits)
     attention = logits.softmax(dim=-1)
     if mix_attention is not None:
-        attention = mix_attention.__self__.talking_head2(attention)
+        attention = F.conv2d(attention, mix_attention.weight, mix_bias)
     return attention @ value
 
 

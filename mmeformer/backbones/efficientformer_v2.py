@@ -11,7 +11,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from mmeformer.backbones.base import PyramidBackbone, Stage
-from mmeformer.layers.attention import attend, mix_heads
+from mmeformer.layers.attention import attend, fold_scale
 from mmeformer.layers.attention_bias import AttentionBias
 from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale
 from mmeformer.registry import MODELS
@@ -44,6 +44,7 @@ class MapAttention(nn.Module):
     """
 
     head_bias_keys: int | None = None
+    scale = KEY_WIDTH**-0.5
 
     def __init__(
         self, width: int, halve: bool, bias_grid: tuple[int, int], bias_resize: str
@@ -75,8 +76,10 @@ class MapAttention(nn.Module):
             to_heads(value),
             self.attention_bias,
             size,
-            mix_logits=self.mix_logits,
-            mix_attention=self.mix_attention,
+            scale=self.scale,
+            mix_logits=self.talking_head1,
+            mix_attention=self.talking_head2,
+            mix_bias=self._mix_bias(size),
         )
         out = from_heads(out, size, local) + local
         if self.halve:
@@ -84,17 +87,20 @@ class MapAttention(nn.Module):
             out = out[..., : full_size[0], : full_size[1]]
         return self.proj(F.gelu(out))
 
-    def mix_logits(self, logits: Tensor) -> Tensor:
-        """The first talking head: (B, heads, n, keys) -> the same."""
-        return mix_heads(logits, self.talking_head1.weight, self.talking_head1.bias)
-
-    def mix_attention(self, attention: Tensor) -> Tensor:
-        """The second talking head: (B, heads, n, keys) -> the same."""
+    def _mix_bias(self, size: tuple[int, int]) -> Tensor:
+        """What the second talking head adds for each key: (heads,)."""
         bias = self.talking_head2.bias
         if self.head_bias_keys is not None:
             # Bias first: CoreML has no quotient of two whole numbers.
-            bias = bias * self.head_bias_keys / attention.shape[-1]
-        return mix_heads(attention, self.talking_head2.weight, bias)
+            bias = bias * self.head_bias_keys / (size[0] * size[1])
+        return bias
+
+    def fold(self) -> None:
+        """For inference: scale the queries in their convolution, drop what the softmax cancels."""
+        fold_scale(self.q.conv, self.scale)
+        self.scale = 1.0
+        # The same for all keys of a head.
+        self.talking_head1.bias = None
 
 
 class LocalGlobalQuery(nn.Module):
@@ -114,6 +120,8 @@ class LocalGlobalQuery(nn.Module):
 
 class AttentionDownsample(nn.Module):
     """Attention from every second place to all: (B, C, H, W) -> (B, out, ceil(H/2), ceil(W/2))."""
+
+    scale = DOWNSAMPLE_KEY_WIDTH**-0.5
 
     def __init__(
         self, width: int, out_width: int, bias_grid: tuple[int, int], bias_resize: str
@@ -138,9 +146,15 @@ class AttentionDownsample(nn.Module):
             self.attention_bias,
             x.shape[-2:],
             query_stride=2,
+            scale=self.scale,
         )
         out = from_heads(out, local.shape[-2:], local) + local
         return self.proj(F.gelu(out))
+
+    def fold(self) -> None:
+        """For inference: scale the queries in their convolution."""
+        fold_scale(self.q.proj.conv, self.scale)
+        self.scale = 1.0
 
 
 class Downsample(nn.Module):

@@ -49,6 +49,8 @@ def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Modu
             owner = module.get_submodule(parent)
             setattr(owner, attribute, _merge(getattr(owner, attribute), part))
             setattr(module, absorbed, nn.Identity())
+        if hasattr(module, "fold"):
+            module.fold()
         for name, child in list(module.named_children()):
             if isinstance(child, DropPath):
                 setattr(module, name, nn.Identity())

@@ -18,7 +18,7 @@ PIECE = {"cpu": 2**20, "cuda": 2**25}
 """Logits held at a time: 4 MiB on a CPU, for its cache; 128 MiB on a GPU, to fill it."""
 
 
-def mix_heads(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def mix_heads(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 convolution over heads: (B, heads, n, m) -> (B, out heads, n, m).
 
     As a product of matrices, which keeps heads apart in memory where a convolution in channels-last
@@ -27,11 +27,21 @@ def mix_heads(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Args:
         x: (B, heads, n, m).
         weight: (out heads, heads, 1, 1).
-        bias: (out heads,).
+        bias: (out heads,) or None.
     """
-    mixed = (weight.flatten(1) @ x.flatten(2)).add_(bias[:, None])
+    mixed = weight.flatten(1) @ x.flatten(2)
+    if bias is not None:
+        mixed = mixed.add_(bias[:, None])
     # Not by `unflatten`: PyTorch's ONNX exporter then takes the sizes for constants.
     return mixed.view(x.shape[0], -1, *x.shape[2:])
+
+
+@torch.no_grad()
+def fold_scale(layer: nn.Conv2d, scale: float) -> None:
+    """Make a layer give ``scale`` times its output."""
+    layer.weight.mul_(scale)
+    if layer.bias is not None:
+        layer.bias.mul_(scale)
 
 
 def attend(
@@ -41,8 +51,10 @@ def attend(
     bias: nn.Module,
     size: tuple[int, int],
     query_stride: int = 1,
-    mix_logits: Callable[[Tensor], Tensor] | None = None,
-    mix_attention: Callable[[Tensor], Tensor] | None = None,
+    scale: float | None = None,
+    mix_logits: nn.Conv2d | None = None,
+    mix_attention: nn.Conv2d | None = None,
+    mix_bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax of scaled products and a bias, times the values.
 
@@ -56,14 +68,17 @@ def attend(
         bias: an :class:`mmeformer.layers.attention_bias.AttentionBias` or what stands for it.
         size: (H, W) of the key map.
         query_stride: as the bias has it.
-        mix_logits, mix_attention: talking heads before and after the softmax,
-            (B, heads, n, H * W) -> the same.
+        scale: of the products; None takes ``D ** -0.5``.
+        mix_logits, mix_attention: talking heads before and after the softmax: 1x1 convolutions over
+            heads, of which the weight counts and, of the first, the bias.
+        mix_bias: (heads,), added to the mixed attention of every query and key.
 
     Returns:
         (B, heads, Nq, V).
     """
     # Each product is scaled through its query, which has far fewer numbers.
-    query = query * query.shape[-1] ** -0.5
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query = query * scale if scale != 1 else query
     key = key.transpose(2, 3)
 
     def piece(query: Tensor, bias: Tensor) -> Tensor:
@@ -71,12 +86,29 @@ def attend(
         # In place where that does not round the bias (autocast has half-precision logits).
         logits = logits.add_(bias) if logits.dtype == bias.dtype else logits + bias
         if mix_logits is not None:
-            logits = mix_logits(logits)
+            logits = mix_heads(logits, mix_logits.weight, mix_logits.bias)
         attention = logits.softmax(dim=-1).to(value.dtype)
         if mix_attention is not None:
-            attention = mix_attention(attention)
+            attention = mix_heads(attention, mix_attention.weight, None)
         return attention @ value
 
+    out = _in_pieces(piece, query, key, value, bias, size, query_stride)
+    if mix_bias is not None:
+        # The same for all queries, so it meets the sum of the values rather than every key.
+        out = out + mix_bias[:, None, None] * value.sum(dim=2, keepdim=True)
+    return out
+
+
+def _in_pieces(
+    piece: Callable[[Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: nn.Module,
+    size: tuple[int, int],
+    query_stride: int,
+) -> Tensor:
+    """``piece`` of all queries and their bias, or of as many rows of queries at a time as fit."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         # A compiler fuses the passes by itself, and a graph should not hold a number of pieces.
         return piece(query, bias(size))

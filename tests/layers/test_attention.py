@@ -29,6 +29,20 @@ def plain(query, key, value, bias, mixes):
     return mixes[1](logits.softmax(-1)) @ value
 
 
+def attend(query, key, value, bias, stride, mixes):
+    return attention.attend(
+        query,
+        key,
+        value,
+        bias,
+        SIZE,
+        stride,
+        mix_logits=mixes[0],
+        mix_attention=mixes[1],
+        mix_bias=mixes[1].bias,
+    )
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("resize", ["displacement", "matrix"])
 @pytest.mark.parametrize("limit", [1, 200, 10**9])
@@ -47,13 +61,13 @@ def test_pieces_equal_the_whole(monkeypatch, stride, resize, limit, cached):
             out = plain(query, key, value, bias, mixes)
         else:
             bias.train("eval" not in function)
-            out = attention.attend(query, key, value, bias, SIZE, stride, *mixes)
+            out = attend(query, key, value, bias, stride, mixes)
         (out * torch.arange(out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
         results.append([out.detach(), bias.table.grad.clone(), *(leaf.grad for leaf in leaves)])
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
     with torch.no_grad():
-        out = attention.attend(query, key, value, bias.eval(), SIZE, stride, *mixes)
+        out = attend(query, key, value, bias.eval(), stride, mixes)
     torch.testing.assert_close(out, results[0][0])
 
 
@@ -62,7 +76,7 @@ def test_only_the_talking_heads_learn(monkeypatch):
     monkeypatch.setitem(attention.PIECE, "cpu", 1)
     query, key, value, bias, mixes = parts(1)
     bias.requires_grad_(False)
-    attention.attend(query, key, value, bias, SIZE, 1, *mixes).sum().backward()
+    attend(query, key, value, bias, 1, mixes).sum().backward()
     pieces = [mix.weight.grad.clone() for mix in mixes]
     for mix in mixes:
         mix.zero_grad()

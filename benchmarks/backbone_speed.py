@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory of the backbones as ratios to the reference's way of working, and to timm.
+
+    python benchmarks/backbone_speed.py inference --variants efficientformerv2_s0 efficientformer_l1
+    python benchmarks/backbone_speed.py training
+    python benchmarks/backbone_speed.py growth
+
+All ways of one line have the same weights and take turns in one run, so that a slow moment of the
+machine meets them alike; each has its shortest time. What the baseline does is written in
+reference_way.py. Tables go to the standard output in Markdown, and as JSON to --out.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from mmengine.fileio import dump
+from reference_way import ReferenceWay
+from torch import nn
+
+from mmeformer.backbones import EfficientFormer, EfficientFormerV2
+from mmeformer.deploy import fold
+from mmeformer.deploy.profile import inference_memory
+from mmeformer.variants import VARIANTS
+
+MIB = 2**20
+
+
+def build(variant: str, **kwargs) -> nn.Module:
+    """A backbone with the same random weights for the same variant and bias grid."""
+    torch.manual_seed(0)
+    row = VARIANTS[variant]
+    kind = EfficientFormerV2 if row.family == "v2" else EfficientFormer
+    return kind(row.arch, layer_scale_init_value=0.5, **kwargs)
+
+
+def onnx_call(backbone: nn.Module, image: torch.Tensor, folder: str) -> Callable[[], object]:
+    """Runs the folded backbone, exported for this size, in onnxruntime."""
+    import onnxruntime
+
+    path = str(Path(folder, "backbone.onnx"))
+    torch.onnx.export(backbone, (image,), path, input_names=["image"], dynamo=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+    feed = {"image": image.numpy()}
+    return lambda: session.run(None, feed)
+
+
+def shortest(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of the fastest run of each call, after two runs to warm up."""
+    best = dict.fromkeys(calls, float("inf"))
+    with torch.inference_mode():
+        for number in range(rounds + 2):
+            for name, call in calls.items():
+                started = time.perf_counter()
+                call()
+                if number >= 2:
+                    best[name] = min(best[name], time.perf_counter() - started)
+    return best
+
+
+def inference(variant: str, size: tuple[int, int], args: argparse.Namespace) -> dict:
+    """Seconds, MiB of tensors and ratios of the ways to run a forward pass."""
+    image = torch.randn(1, 3, *size)
+    last = image.to(memory_format=torch.channels_last)
+    grid = [max(1, side // 32) for side in size]
+    ours = build(variant, bias_grid=grid).eval()
+    folded = fold(ours)
+    folded_last = fold(ours).to(memory_format=torch.channels_last)
+    reference = ReferenceWay(build(variant, bias_resize="matrix")).eval()
+    calls = {
+        "reference's way": lambda: reference(image),
+        "eager": lambda: ours(image),
+        "folded": lambda: folded(image),
+        "folded, channels last": lambda: folded_last(last),
+    }
+    if size == (224, 224):
+        model = timm.create_model(variant, pretrained=False).eval()
+        calls["timm"] = lambda: model.forward_features(image)
+    memory = {name: inference_memory(call) / MIB for name, call in calls.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        if "onnxruntime" in args.also:
+            calls["onnxruntime"] = onnx_call(fold(ours, size), image, folder)
+        if "compile" in args.also:
+            torch._dynamo.reset()
+            compiled = torch.compile(fold(ours, size).to(memory_format=torch.channels_last))
+            calls["compiled"] = lambda: compiled(last)
+        seconds = shortest(calls, args.rounds)
+    return dict(seconds=seconds, memory=memory)
+
+
+def training(variant: str, size: tuple[int, int], args: argparse.Namespace) -> dict:
+    """Seconds and peak resident memory of a training step, each way in a process of its own."""
+    ways = ["reference's way", "channels last", "channels last, with_cp"]
+    found = {}
+    for way in ways:
+        command = [sys.executable, __file__, "one-training", "--variants", variant, "--way", way]
+        command += ["--sizes", f"{size[0]}x{size[1]}", "--rounds", str(args.rounds)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[way] = json.loads(done.stdout.splitlines()[-1])
+    return {key: {way: value[key] for way, value in found.items()} for key in ("seconds", "memory")}
+
+
+def one_training(variant: str, size: tuple[int, int], args: argparse.Namespace) -> dict:
+    """The shortest step, and how far it takes the memory beyond that before it."""
+    image = torch.randn(1, 3, *size)
+    if args.way == "reference's way":
+        model = ReferenceWay(build(variant, bias_resize="matrix", drop_path_rate=0.0))
+    else:
+        grid = [max(1, side // 32) for side in size]
+        model = build(
+            variant, bias_grid=grid, drop_path_rate=0.0, with_cp=args.way.endswith("with_cp")
+        ).to(memory_format=torch.channels_last)
+        image = image.to(memory_format=torch.channels_last)
+    model.train()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    best = float("inf")
+    for number in range(args.rounds + 1):
+        model.zero_grad()
+        started = time.perf_counter()
+        sum(level.square().mean() for level in model(image)).backward()
+        if number:
+            best = min(best, time.perf_counter() - started)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return dict(seconds=best, memory=(after - before) / 1024)
+
+
+def growth(variant: str, args: argparse.Namespace) -> list[dict]:
+    """Time and memory of the folded backbone from 224 to 2048 px."""
+    folded = fold(build(variant, bias_grid=25)).to(memory_format=torch.channels_last)
+    rows = []
+    for side in (224, 512, 1024, 1536, 2048):
+        image = torch.randn(1, 3, side, side).to(memory_format=torch.channels_last)
+        seconds = shortest({"folded": lambda image=image: folded(image)}, args.rounds)["folded"]
+        memory = inference_memory(lambda image=image: folded(image)) / MIB
+        rows.append(dict(side=side, seconds=seconds, memory=memory))
+    return rows
+
+
+def table(title: str, found: dict) -> str:
+    """Markdown with one line per way."""
+    base = "reference's way"
+    lines = [f"**{title}**", "", "| | ms | ratio | MiB | ratio |", "|---|---|---|---|---|"]
+    for way, seconds in found["seconds"].items():
+        memory = found["memory"].get(way)
+        cells = [way, f"{1e3 * seconds:.0f}", f"{seconds / found['seconds'][base]:.2f}"]
+        cells += (
+            ["", ""]
+            if memory is None
+            else [f"{memory:.0f}", f"{memory / found['memory'][base]:.2f}"]
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["inference", "training", "growth", "one-training"])
+    parser.add_argument("--variants", nargs="+", default=["efficientformerv2_s0"])
+    parser.add_argument("--sizes", nargs="+", default=["800x1344"], metavar="HxW")
+    parser.add_argument("--also", nargs="*", default=["onnxruntime"], metavar="WAY")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
+    if args.what == "one-training":
+        print(json.dumps(one_training(args.variants[0], sizes[0], args)))
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}\n")
+    results = {}
+    for variant in args.variants:
+        if args.what == "growth":
+            results[variant] = rows = growth(variant, args)
+            print(
+                f"**{variant}**\n\n| px | ms | us per px | MiB | bytes per px |\n|---|---|---|---|---|"
+            )
+            for row in rows:
+                area = row["side"] ** 2
+                per_pixel = f"{1e6 * row['seconds'] / area:.3f} | {row['memory']:.0f}"
+                bytes_per_pixel = f"{row['memory'] * MIB / area:.0f}"
+                print(
+                    f"| {row['side']} | {1e3 * row['seconds']:.0f} | {per_pixel} | {bytes_per_pixel} |"
+                )
+            print(flush=True)
+            continue
+        for text, size in zip(args.sizes, sizes, strict=True):
+            found = (inference if args.what == "inference" else training)(variant, size, args)
+            results[f"{variant} {text}"] = found
+            print(table(f"{variant}, {text} px, {args.what}", found), flush=True)
+    if args.out:
+        dump(results, str(args.out), indent=1)
+
+
+if __name__ == "__main__":
+    main()
