@@ -13,8 +13,8 @@ from mmeformer.training.errors import TrainingError
 
 DELIBERATE = (CheckpointError, TrainingError)
 """Errors that say all there is to say, whenever they come."""
-# Functions of mmengine's loops and PyTorch's loader in which the work itself is done.
-WORK = ("run_iter", "_next_data")
+# Functions of mmengine's loops, PyTorch's loader and prediction in which the work itself is done.
+WORK = ("run_iter", "_next_data", "_forward_batch")
 INTERRUPTED = 130
 
 

@@ -9,7 +9,7 @@
 """
 
 from mmeformer.inference.inputs import find_sources
+from mmeformer.inference.loop import Outcome, Settings, run
 from mmeformer.inference.predictor import Predictor, load_predictor
-from mmeformer.inference.run import Outcome, Settings, run
 
 __all__ = ["Outcome", "Predictor", "Settings", "find_sources", "load_predictor", "run"]

@@ -34,7 +34,7 @@ DRAWN_AT_ONCE = 2**28
 
 @VISUALIZERS.register_module()
 class InstanceVisualizer(DetLocalVisualizer):
-    """mmdet's ``DetLocalVisualizer`` that can leave out names; takes the same arguments.
+    """mmdet's ``DetLocalVisualizer`` for many objects in large pictures; takes the same arguments.
 
     Attributes:
         names: whether classes and scores are written.
@@ -46,6 +46,28 @@ class InstanceVisualizer(DetLocalVisualizer):
         """As in mmengine, if ``names``."""
         if self.names:
             super().draw_texts(*args, **kwargs)
+        return self
+
+    def draw_binary_masks(
+        self, binary_masks: np.ndarray, colors: list[tuple[int, int, int]], alphas: float = 0.8
+    ) -> InstanceVisualizer:
+        """As in mmengine, which blends the whole picture for every mask: seconds for large ones.
+
+        Args:
+            binary_masks: (N, H, W) bool.
+            colors: (red, green, blue) from 0 to 255, of each mask.
+            alphas: opacity of all masks.
+        """
+        image = self.get_image().copy()
+        for mask, color in zip(binary_masks, colors, strict=True):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            if len(rows):
+                place = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+                pixels, inside = image[place], mask[place]
+                blended = pixels[inside] * (1 - alphas) + np.array(color) * alphas
+                pixels[inside] = np.rint(blended).astype(np.uint8)
+        extent = (0, self.width, self.height, 0)
+        self.ax_save.imshow(image, extent=extent, interpolation="nearest")
         return self
 
 
@@ -79,7 +101,7 @@ class DetectionPredictor(Predictor):
         inferencer = _Inferencer(config, checkpoint, device, show_progress=False)
         return cls(inferencer, native_size(config))
 
-    def _forward(self, batch: dict) -> list[Instances]:
+    def _forward_batch(self, batch: dict) -> list[Instances]:
         samples = self.inferencer.forward(batch)
         return [Instances.from_prediction(sample.pred_instances) for sample in samples]
 

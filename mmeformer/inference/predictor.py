@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.infer import BaseInferencer
+from mmengine.registry import DATASETS
 from torch import nn
 
 from mmeformer import engine
@@ -57,9 +58,25 @@ class TrustedWeights:
         # What mmengine comes to as well, after a warning about its search for another.
         return pseudo_collate
 
-    def _load_weights_to_model(self, model: nn.Module, checkpoint: Mapping, cfg) -> None:
+    def _load_weights_to_model(self, model: nn.Module, checkpoint: dict, cfg) -> None:
         require_match(model, checkpoint, self._weights)
+        meta = checkpoint.setdefault("meta", {})
+        if "dataset_meta" not in meta and "CLASSES" not in meta:
+            # The inferencers would take the classes of COCO or Cityscapes.
+            meta["dataset_meta"] = _metainfo(cfg)
         super()._load_weights_to_model(model, checkpoint, cfg)
+
+
+def _metainfo(config: Config) -> dict:
+    """Classes, and palette if there is one, of the config's test data."""
+    dataset = config.test_dataloader.dataset
+    metainfo = dataset.get("metainfo") or getattr(DATASETS.get(dataset.type), "METAINFO", {})
+    if not metainfo.get("classes"):
+        raise ValueError(
+            "neither the checkpoint nor the config names the classes: set "
+            "test_dataloader.dataset.metainfo=dict(classes=(...))"
+        )
+    return dict(metainfo)
 
 
 class Predictor(ABC):
@@ -113,7 +130,7 @@ class Predictor(ABC):
         for members in groups.values():
             batch = self.inferencer.collate_fn([prepared[index] for index in members])
             with torch.no_grad():
-                found = self._forward(batch)
+                found = self._forward_batch(batch)
             for index, result in zip(members, found, strict=True):
                 results[index] = result
         return results
@@ -123,7 +140,7 @@ class Predictor(ABC):
         return self.predict([self.prepare(image) for image in images])
 
     @abstractmethod
-    def _forward(self, batch: dict) -> list[Any]:
+    def _forward_batch(self, batch: dict) -> list[Any]:
         """Results of a collated batch."""
 
     @abstractmethod

@@ -86,7 +86,7 @@ class SegmentationPredictor(Predictor):
         inferencer = _Inferencer(config, checkpoint, device=device, show_progress=False)
         return cls(inferencer, native_size(config), mask_format or "palette")
 
-    def _forward(self, batch: dict) -> list[np.ndarray]:
+    def _forward_batch(self, batch: dict) -> list[np.ndarray]:
         # mmseg's own `predict` would bring the logits of all classes to the size of the image:
         # 7 GB for a photograph of 12 megapixels and 150 classes.
         data = self.model.data_preprocessor(batch, False)

@@ -53,7 +53,7 @@ class RotatedPredictor(Predictor):
         inferencer = _Inferencer(config, checkpoint, device, scope="mmrotate", show_progress=False)
         return cls(inferencer, native_size(config))
 
-    def _forward(self, batch: dict) -> list[Detections]:
+    def _forward_batch(self, batch: dict) -> list[Detections]:
         samples = self.inferencer.forward(batch)
         return [Detections.from_instances(sample.pred_instances) for sample in samples]
 

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way of images to files: batches, windows, faults; with a stand-in for the predictor."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from mmeformer.inference import Settings, run
+from mmeformer.inference.inputs import find_sources
+from mmeformer.inference.loop import Outcome
+from mmeformer.inference.predictor import Predictor
+
+
+class Means(Predictor):
+    """The result of an image is its mean; it remembers how it was asked."""
+
+    LARGE = 2.0
+
+    def __init__(self, native_size=50):
+        self.native_size = native_size
+        self.classes = ("thing",)
+        self.batches, self.windows, self.drawn = [], [], 0
+
+    def prepare(self, image):
+        if image.shape[0] == 1:
+            raise cv2.error("resize failed: (-215) dsize.area() > 0")
+        return dict(inputs=torch.from_numpy(image))
+
+    def predict(self, prepared):
+        self.batches.append(len(prepared))
+        return [float(item["inputs"].float().mean()) for item in prepared]
+
+    def _forward_batch(self, batch):
+        raise NotImplementedError
+
+    def predict_windows(self, image, size, overlap, batch_size, progress):
+        self.windows.append((image.shape[:2], size, overlap, batch_size))
+        for done in (1, 2):
+            progress(done, 2)
+        return float(image.mean())
+
+    def draw(self, image, result):
+        self.drawn += 1
+        return image
+
+    def entries(self, result, size):
+        return [dict(category_id=1, score=result)]
+
+    def write_files(self, out, name, result):
+        path = out / "labels" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(result))
+
+
+def save(path, width, height, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.full((height, width, 3), value, np.uint8))
+
+
+def clip(path, frames, size=(32, 32)):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, size)
+    for index in range(frames):
+        writer.write(np.full((*size[::-1], 3), index * 10, np.uint8))
+    writer.release()
+
+
+def predict(folder, out, predictor=None, **settings):
+    out.mkdir(exist_ok=True)
+    predictor = predictor or Means()
+    steps = []
+    outcomes = list(
+        run(
+            predictor, find_sources([folder]), out, Settings(**settings), lambda *s: steps.append(s)
+        )
+    )
+    return predictor, outcomes, steps
+
+
+def annotations(out):
+    content = json.loads((out / "predictions.json").read_text())
+    images = {image["id"]: (image["file_name"], image.get("frame")) for image in content["images"]}
+    return {images[entry["image_id"]]: entry["score"] for entry in content["annotations"]}
+
+
+def test_batches_results_and_files(tmp_path):
+    for index in range(5):
+        save(tmp_path / "in" / "deep" / f"{index}.png", 30, 20, index)
+    out = tmp_path / "out"
+    predictor, outcomes, _ = predict(tmp_path / "in", out, batch_size=2)
+    assert predictor.batches == [2, 2, 1] and not predictor.windows
+    paths = [str(tmp_path / "in" / "deep" / f"{index}.png") for index in range(5)]
+    assert outcomes == [Outcome(path, index + 1, 5) for index, path in enumerate(paths)]
+    expected = {(f"deep/{index}.png", None): index for index in range(5)}
+    assert annotations(out) == expected
+    written = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert written == sorted(
+        ["predictions.json"]
+        + [f"labels/deep/{index}.txt" for index in range(5)]
+        + [f"pictures/deep/{index}.jpg" for index in range(5)]
+    )
+
+
+def test_without_pictures(tmp_path):
+    save(tmp_path / "in" / "a.png", 30, 20)
+    clip(tmp_path / "in" / "b.mkv", 3)
+    predictor, outcomes, _ = predict(tmp_path / "in", tmp_path / "out", pictures=False)
+    assert predictor.drawn == 0 and len(outcomes) == 4
+    assert not (tmp_path / "out" / "pictures").exists()
+    assert not (tmp_path / "out" / "videos").exists()
+
+
+def test_bad_images_are_named_and_the_others_kept(tmp_path):
+    save(tmp_path / "in" / "a.png", 30, 20, 1)
+    (tmp_path / "in" / "b.png").write_bytes(b"no image")
+    save(tmp_path / "in" / "c.png", 40, 1, 3)
+    (tmp_path / "in" / "d.mp4").write_bytes(b"no video")
+    save(tmp_path / "in" / "e.png", 30, 20, 5)
+    predictor, outcomes, _ = predict(tmp_path / "in", tmp_path / "out", batch_size=4)
+    assert [(outcome.done, outcome.error is None) for outcome in outcomes] == [
+        (1, True),
+        (2, False),
+        (3, False),
+        (3, False),
+        (4, True),
+    ]
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    assert "b.png" in errors[0]
+    assert "c.png (40 x 1 pixels) cannot be brought to the model's size" in errors[1]
+    assert "d.mp4" in errors[2]
+    assert outcomes[-1].total == 4
+    assert annotations(tmp_path / "out") == {("a.png", None): 1, ("e.png", None): 5}
+
+
+def test_videos_become_videos(tmp_path):
+    (tmp_path / "in").mkdir()
+    clip(tmp_path / "in" / "a.mkv", 5)
+    save(tmp_path / "in" / "b.png", 30, 20, 7)
+    predictor, outcomes, _ = predict(tmp_path / "in", tmp_path / "out", batch_size=3)
+    # The end of a video is not held up by a batch that is not full.
+    assert predictor.batches == [3, 2, 1]
+    assert outcomes[0].name.endswith("a.mkv, frame 0")
+    assert [(outcome.done, outcome.total) for outcome in outcomes] == [
+        (done, 6) for done in range(1, 7)
+    ]
+    found = annotations(tmp_path / "out")
+    assert set(found) == {("a.mkv", frame) for frame in range(5)} | {("b.png", None)}
+    np.testing.assert_allclose(
+        [found["a.mkv", frame] for frame in range(5)], np.arange(5) * 10, atol=3
+    )
+    video = cv2.VideoCapture(str(tmp_path / "out" / "videos" / "a.mp4"))
+    assert (video.get(cv2.CAP_PROP_FRAME_COUNT), video.get(cv2.CAP_PROP_FPS)) == (5, 10)
+    assert (tmp_path / "out" / "labels" / "a" / "000004.txt").is_file()
+    assert (tmp_path / "out" / "pictures" / "b.jpg").is_file()
+
+
+def test_a_cut_off_video_keeps_its_frames_and_is_named(tmp_path):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "a.mkv"
+    clip(path, 20)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    save(tmp_path / "in" / "b.png", 30, 20, 7)
+    _, outcomes, _ = predict(tmp_path / "in", tmp_path / "out")
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    assert len(errors) == 1 and "of 20 frames" in errors[0]
+    frames = len(outcomes) - 2
+    assert 0 < frames < 18 and outcomes[-1].done == outcomes[-1].total == frames + 1
+    video = cv2.VideoCapture(str(tmp_path / "out" / "videos" / "a.mp4"))
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) == frames
+
+
+@pytest.mark.parametrize(
+    ("settings", "native", "expected"),
+    [
+        # (size, overlap) for 101 x 40 pixels; 100 x 40 pixels is twice the native size.
+        (dict(), 50, [(50, 12)]),
+        (dict(overlap=20), 50, [(50, 20)]),
+        (dict(), 200, []),
+        (dict(), None, []),
+        (dict(window=0), 50, []),
+        (dict(window=40), 50, [(40, 10), (40, 10)]),
+        (dict(window=40, overlap=5), None, [(40, 5), (40, 5)]),
+    ],
+)
+def test_which_images_are_cut(tmp_path, settings, native, expected):
+    save(tmp_path / "in" / "a.png", 100, 40)
+    save(tmp_path / "in" / "b.png", 101, 40)
+    predictor, outcomes, steps = predict(
+        tmp_path / "in", tmp_path / "out", Means(native), batch_size=3, **settings
+    )
+    assert [call[1:3] for call in predictor.windows] == expected
+    assert all(call[3] == 3 for call in predictor.windows)
+    assert sum(predictor.batches) == 2 - len(expected)
+    name = str(tmp_path / "in" / "b.png")
+    assert steps[-2:] == ([(name, 1, 2), (name, 2, 2)] if expected else [])
+    assert [outcome.done for outcome in outcomes] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(batch_size=0), "batch size 0 must be at least 1"),
+        (dict(window=-1), "window -1 must be at least 32"),
+        (dict(window=8), "window 8 must be at least 32"),
+        (dict(overlap=-1), "overlap -1 must not be negative"),
+        (dict(window=64, overlap=64), "overlap 64 must be less than the window, 64"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)
+
+
+def test_overlap_that_does_not_fit_the_native_size(tmp_path):
+    save(tmp_path / "in" / "a.png", 30, 20)
+    with pytest.raises(ValueError, match="overlap 50 must be less than the window, 50"):
+        predict(tmp_path / "in", tmp_path / "out", overlap=50)
+
+
+def test_large_images_do_not_wait_for_a_full_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmeformer.inference.loop.PIXELS_AT_ONCE", 1000)
+    for index in range(4):
+        save(tmp_path / "in" / f"{index}.png", 30, 20)
+    predictor, *_ = predict(tmp_path / "in", tmp_path / "out", batch_size=4)
+    assert predictor.batches == [2, 2]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
+def test_a_fault_that_is_not_the_image_s_ends_the_run(tmp_path, error):
+    class Faulty(Means):
+        def draw(self, image, result):
+            if self.drawn == 3:
+                raise error("no space left")
+            return super().draw(image, result)
+
+    (tmp_path / "in").mkdir()
+    clip(tmp_path / "in" / "a.mkv", 5)
+    with pytest.raises(error):
+        predict(tmp_path / "in", tmp_path / "out", Faulty())
+    # Neither half a video nor half a JSON file.
+    left = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert sorted(left) == [f"{frame:06d}.txt" for frame in range(4)]
+
+
+def test_outputs_of_an_earlier_run_are_replaced(tmp_path):
+    save(tmp_path / "in" / "a.png", 30, 20, 1)
+    predict(tmp_path / "in", tmp_path / "out")
+    save(tmp_path / "in" / "a.png", 30, 20, 2)
+    predict(tmp_path / "in", tmp_path / "out")
+    assert annotations(tmp_path / "out") == {("a.png", None): 2}
