@@ -10,13 +10,16 @@ import onnxruntime
 import pytest
 import torch
 from deployed import exported, small_config
+from helpers import build_backbone
 from torch import nn
+from trained_like import trained_like
 
 from mmeformer import runtime
 from mmeformer.deploy import check, export, models
 from mmeformer.deploy.export import Request
 from mmeformer.paths import tools_dir
 from mmeformer.runtime.metadata import Metadata
+from mmeformer.variants import STRIDES
 
 CASES = [
     ("segmentation", dict(size=None)),
@@ -52,6 +55,39 @@ def test_exports_pass_their_check(trained, picture, tmp_path, task, request_):
     assert runtime.load(path).metadata == sidecar
     assert sidecar.size == request_["size"]
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.json"}
+
+
+def export_backbone(variant, tmp_path, size):
+    """Write the ONNX file of a variant's backbone as if it had been trained; the check's lines."""
+    backbone = trained_like(build_backbone(variant))
+    metadata = Metadata(
+        "backbone",
+        "0",
+        variant.name,
+        (0.0,) * 3,
+        (58.0,) * 3,
+        True,
+        size=size,
+        batch=size and 1,
+        strides=STRIDES,
+    )
+    lines = []
+    request = Request("onnx", "backbone", size)
+    export.write_onnx(backbone, metadata, tmp_path / "a.onnx", request, [], lines.append)
+    return lines
+
+
+@pytest.mark.parametrize("size", [None, (64, 96)])
+def test_both_families(small_variant, tmp_path, size):
+    lines = export_backbone(small_variant, tmp_path, size)
+    assert sum("differs by" in line for line in lines) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [None, (64, 96)])
+def test_all_variants(variant, tmp_path, size):
+    lines = export_backbone(variant, tmp_path, size)
+    assert sum("differs by" in line for line in lines) == 4
 
 
 def test_outputs_of_any_size_keep_their_meaning(trained, picture):
