@@ -19,8 +19,7 @@ from mmeformer.inference.outputs import LEGEND, RESULTS, JsonResults, VideoWrite
 from mmeformer.inference.predictor import Predictor
 
 PIXELS_AT_ONCE = 2**25
-"""Pixels of the images in a batch, beyond which it goes to the model before it is full: masks take
-memory by them."""
+"""Most pixels of the images in a batch of more than one: masks take memory by them."""
 
 
 @dataclass(frozen=True)
@@ -173,11 +172,11 @@ class _Work:
                 waiting = []
                 yield self._finish(item, self._predict_windows(item, size))
             else:
-                waiting.append(item)
-                pixels = sum(other.image[..., 0].size for other in waiting)
+                pixels = sum(other.image[..., 0].size for other in [*waiting, item])
                 if len(waiting) == self.settings.batch_size or pixels > PIXELS_AT_ONCE:
                     yield from self._predict(waiting)
                     waiting = []
+                waiting.append(item)
         yield from self._predict(waiting)
 
     def _items(self, sources: Sequence[Source]) -> Iterator[_Item]:

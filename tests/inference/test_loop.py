@@ -219,12 +219,13 @@ def test_overlap_that_does_not_fit_the_native_size(tmp_path):
         predict(tmp_path / "in", tmp_path / "out", overlap=50)
 
 
-def test_large_images_do_not_wait_for_a_full_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmeformer.inference.loop.PIXELS_AT_ONCE", 1000)
+def test_batches_of_large_images_are_small(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmeformer.inference.loop.PIXELS_AT_ONCE", 1300)
     for index in range(4):
         save(tmp_path / "in" / f"{index}.png", 30, 20)
-    predictor, *_ = predict(tmp_path / "in", tmp_path / "out", batch_size=4)
-    assert predictor.batches == [2, 2]
+    save(tmp_path / "in" / "larger.png", 50, 40)
+    predictor, *_ = predict(tmp_path / "in", tmp_path / "out", Means(200), batch_size=4)
+    assert predictor.batches == [2, 2, 1]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
