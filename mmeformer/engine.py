@@ -20,6 +20,7 @@ from mmengine.evaluator import DumpResults
 from mmengine.logging import print_log
 
 from mmeformer.checkpoints import safe_load
+from mmeformer.memory import keep_freed_memory
 from mmeformer.paths import config_dir
 from mmeformer.training.runner import Runner
 
@@ -86,6 +87,7 @@ def prepare_device(config: Config, launcher: str) -> None:
     config.launcher = launcher
     if torch.cuda.is_available():
         return
+    keep_freed_memory()
     if config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
         print_log("no GPU: training in full precision instead of AMP", "current")
         config.optim_wrapper.type = "OptimWrapper"

@@ -27,7 +27,10 @@ TASK_UTILS = Registry(
     "task util", parent=MMENGINE_TASK_UTILS, scope="mmeformer", locations=["mmeformer.rotated"]
 )
 HOOKS = Registry(
-    "hook", parent=MMENGINE_HOOKS, scope="mmeformer", locations=["mmeformer.training.hooks"]
+    "hook",
+    parent=MMENGINE_HOOKS,
+    scope="mmeformer",
+    locations=["mmeformer.training.hooks", "mmeformer.training.compile"],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor",

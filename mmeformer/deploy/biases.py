@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mmeformer.layers.attention_bias import AttentionBias
+from mmeformer.layers.attention_bias import AttentionBias, resample_in_graph
 
 
 class _WholeBias(nn.Module):
@@ -79,8 +79,8 @@ class GraphBias(_WholeBias):
         """``size`` (H, W) of the key map -> bias (heads, Nq, H * W)."""
         rows = self._offsets(size[0])
         columns = self._offsets(size[1])
-        table = self._resample(self.table, -2, size[0])
-        table = self._resample(table, -1, size[1])
+        table = resample_in_graph(self.table, -2, size[0])
+        table = resample_in_graph(table, -1, size[1])
         # (heads, Hq, H, Wq, W) by two gathers, as in `expand_offset_table`.
         bias = table[:, :, columns][:, rows].permute(0, 1, 3, 2, 4)
         return bias.flatten(3, 4).flatten(1, 2)
@@ -88,21 +88,6 @@ class GraphBias(_WholeBias):
     def _offsets(self, side: int) -> Tensor:
         places = torch.arange(side, device=self.table.device)
         return (places[:: self.query_stride, None] - places).abs()
-
-    @staticmethod
-    def _resample(table: Tensor, dim: int, target: int) -> Tensor:
-        source = table.shape[dim]
-        # The quotient last and in float64: its whole numbers must stay whole.
-        positions = torch.arange(target, device=table.device, dtype=torch.float64) * source / target
-        positions = positions.clamp(max=source - 1)
-        lower = positions.floor().clamp(max=max(source - 2, 0))
-        share = (positions - lower).to(table.dtype)
-        lower = lower.long()
-        upper = (lower + 1).clamp(max=source - 1)
-        below, above = table.index_select(dim, lower), table.index_select(dim, upper)
-        if dim == -2:
-            share = share[:, None]
-        return below + (above - below) * share
 
 
 class _SizeProbe(nn.Module):

@@ -13,8 +13,29 @@ from torch import Tensor, nn
 RESIZE_MODES = ("displacement", "matrix")
 
 
+def resample_in_graph(table: Tensor, dim: int, target: int) -> Tensor:
+    """What :func:`_resample_offsets` does, by tensor operations alone.
+
+    For graphs that serve every ``target``, where Python arithmetic on it would be frozen.
+    """
+    source = table.shape[dim]
+    # The quotient last and in float64: its whole numbers must stay whole.
+    positions = torch.arange(target, device=table.device, dtype=torch.float64) * source / target
+    positions = positions.clamp(max=source - 1)
+    lower = positions.floor().clamp(max=max(source - 2, 0))
+    share = (positions - lower).to(table.dtype)
+    lower = lower.long()
+    upper = (lower + 1).clamp(max=source - 1)
+    below, above = table.index_select(dim, lower), table.index_select(dim, upper)
+    if dim == -2:
+        share = share[:, None]
+    return below + (above - below) * share
+
+
 def _resample_offsets(table: Tensor, dim: int, target: int) -> Tensor:
     """Read the line of offsets along ``dim`` at ``target`` offsets instead of its own number."""
+    if torch.compiler.is_compiling():
+        return resample_in_graph(table, dim, target)
     source = table.shape[dim]
     if source == target:
         return table

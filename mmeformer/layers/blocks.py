@@ -91,12 +91,13 @@ def run_chain(layers: Iterable[ConvNorm], x: Tensor) -> Tensor:
 def _forget(after: Tensor, before: Tensor | None, act: nn.Module) -> AbstractContextManager:
     """Within it autograd keeps ``before`` in place of its activation ``after``."""
     if (
-        before is None
-        or not (torch.is_grad_enabled() and before.requires_grad)
-        # A checkpointed block keeps nothing as it is; a compiler decides by itself.
-        or _in_checkpoint.get()
-        or torch.compiler.is_compiling()
+        # A compiler decides by itself what to keep.
+        torch.compiler.is_compiling()
         or torch.jit.is_tracing()
+        or before is None
+        or not (torch.is_grad_enabled() and before.requires_grad)
+        # A checkpointed block keeps nothing as it is.
+        or _in_checkpoint.get()
     ):
         return nullcontext()
 

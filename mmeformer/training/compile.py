@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compilation of a model's backbone and neck by one line of a config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from mmeformer.registry import HOOKS
+
+
+@HOOKS.register_module()
+class CompileHook(Hook):
+    """Compiles parts of the model with ``torch.compile``, for training, validation and testing.
+
+    ``custom_hooks = [dict(type="mmeformer.CompileHook")]``. The heads stay as they are: what they
+    do (assignment, sampling, NMS) depends on the numbers, which breaks graphs. mmengine's
+    ``compile=True`` would compile them too, and again and again.
+
+    Batches of many sizes do not make many compilations: the first size gets a graph of its own, the
+    second one a graph with free sizes, which serves all others.
+
+    Args:
+        parts: names of modules of the model; those it does not have are passed over.
+        **options: of ``torch.compile``, such as ``mode="max-autotune"``.
+
+    Raises:
+        ValueError: the model has none of the parts.
+    """
+
+    def __init__(self, parts: Sequence[str] = ("backbone", "neck"), **options) -> None:
+        self.parts = tuple(parts)
+        self.options = options
+
+    def before_run(self, runner: Runner) -> None:
+        """Compile; the work itself happens in the first iteration, which may take a minute."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        # Test-time augmentation wraps the model.
+        model = model if any(hasattr(model, part) for part in self.parts) else model.module
+        found = [part for part in self.parts if getattr(model, part, None) is not None]
+        if not found:
+            raise ValueError(f"{type(model).__name__} has no part named {' or '.join(self.parts)}")
+        for part in found:
+            getattr(model, part).compile(**self.options)
+        print_log(f"compiling {' and '.join(found)} in the first iteration", runner.logger)
