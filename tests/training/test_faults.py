@@ -65,7 +65,7 @@ def run_with_late_damage(config, work_dir, damage, launcher="none"):
 @pytest.mark.parametrize(
     ("task", "workers", "damage", "reason"),
     [
-        ("detection", 2, cut, "is cut off"),
+        pytest.param("detection", 2, cut, "is cut off", marks=pytest.mark.slow),
         ("segmentation", 0, vanish, "does not exist"),
         pytest.param("segmentation", 2, replace, "is no image", marks=pytest.mark.slow),
         pytest.param("detection", 0, replace, "is no image", marks=pytest.mark.slow),
@@ -101,6 +101,7 @@ def test_share_is_the_users(folder, tmp_path):
     assert sorted(hook.found) == [str(path) for path in bad]
 
 
+@pytest.mark.slow
 def test_vanished_folder_is_told_from_single_files(folder, tmp_path):
     config = tiny.segmentation(folder)
     config.custom_hooks.append(dict(type="mmeformer.UnreadableFilesHook", max_share=1))
@@ -110,6 +111,7 @@ def test_vanished_folder_is_told_from_single_files(folder, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_validation_needs_all_its_files(folder, tmp_path):
     config = tiny.segmentation(folder, iterations=2)
     config.train_cfg.val_interval = 2
@@ -123,6 +125,7 @@ def test_validation_needs_all_its_files(folder, tmp_path):
     assert (tmp_path / "iter_2.pth").is_file()
 
 
+@pytest.mark.slow
 def test_error_of_the_pipeline_is_not_blamed_on_the_file(folder, tmp_path):
     config = tiny.segmentation(folder)
     config.train_dataloader.dataset.pipeline[2] = dict(type="RandomCrop", crop_size=(-1, 4))
@@ -161,7 +164,12 @@ def spoil(runner_of):
 
 
 @pytest.mark.parametrize(
-    "task", [pytest.param("detection", marks=pytest.mark.slow), "segmentation", "rotated"]
+    "task",
+    [
+        pytest.param("detection", marks=pytest.mark.slow),
+        "segmentation",
+        pytest.param("rotated", marks=pytest.mark.slow),
+    ],
 )
 def test_loss_that_is_not_finite(folder, tmp_path, task):
     config = tiny.TASKS[task](folder)
@@ -197,6 +205,7 @@ def test_loss_of_another_process_is_not_finite(folder, tmp_path):
     assert [path.name for path in tmp_path.glob("work/*.pth")] == ["iter_2.pth"]
 
 
+@pytest.mark.slow
 def test_spoilt_weights_are_not_saved(folder, tmp_path, monkeypatch):
     """A gradient may be infinite though the loss is not."""
     monkeypatch.setattr(FiniteLossHook, "after_train_iter", lambda *args, **kwargs: None)
@@ -221,6 +230,7 @@ def test_detection_without_objects(folder, tmp_path):
     assert len(losses) == 4 and np.isfinite(list(losses.values())).all()
 
 
+@pytest.mark.slow
 def test_rotated_without_objects(folder, tmp_path):
     for path in (folder / "aerial/train/annfiles").glob("*.txt"):
         if path.stem != "000000":
@@ -229,6 +239,7 @@ def test_rotated_without_objects(folder, tmp_path):
     assert len(losses) == 4 and np.isfinite(list(losses.values())).all()
 
 
+@pytest.mark.slow
 def test_segmentation_without_labels(folder, tmp_path):
     for path in (folder / "masks/annotations/training").glob("*.png"):
         if path.stem != "000000":
