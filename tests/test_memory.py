@@ -13,7 +13,8 @@ import resource, sys, torch
 from mmeformer.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-torch.ones(2**24)
+for _ in range(10):
+    torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     torch.ones(2**24)
@@ -30,4 +31,4 @@ def test_large_tensors_get_the_same_memory_again():
         )
         faults[choice] = int(done.stdout)
     assert faults["default"] >= 10 * 2**26 // resource.getpagesize()
-    assert faults["keep"] < faults["default"] / 2
+    assert faults["keep"] < faults["default"] / 4
