@@ -23,3 +23,17 @@ def small_variant(request) -> Variant:
 def seeded():
     """Every test starts from the same random numbers."""
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that copy their process come first, while it has no threads of torch.compile or CUDA.
+
+    PyTorch's autograd refuses to work in a copy of a process that has them.
+    """
+    items.sort(key=lambda item: "forks" not in item.keywords)
+    if torch.cuda.is_available():
+        for item in items:
+            if "forks" in item.keywords:
+                item.add_marker(
+                    pytest.mark.skip(reason="CUDA does not work in copies of a process")
+                )

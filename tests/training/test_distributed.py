@@ -14,6 +14,8 @@ import torch
 
 from mmeformer.paths import tools_dir
 
+pytestmark = pytest.mark.forks
+
 # Group norms: what a batch norm of one process sees, on a CPU another does not.
 NORM = dict(type="GN", num_groups=4)
 

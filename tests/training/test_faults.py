@@ -17,6 +17,8 @@ from mmeformer.training.data import UnreadableFileError
 from mmeformer.training.errors import TrainingError
 from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, _samples
 
+pytestmark = pytest.mark.forks
+
 IMAGES = {
     "detection": "coco/train2017",
     "segmentation": "masks/images/training",

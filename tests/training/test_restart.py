@@ -20,6 +20,9 @@ from mmeformer.training.checkpoints import PARTIAL, newest_resumable
 from mmeformer.training.errors import TrainingError
 
 
+pytestmark = pytest.mark.forks
+
+
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
