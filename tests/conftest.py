@@ -34,6 +34,4 @@ def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         for item in items:
             if "forks" in item.keywords:
-                item.add_marker(
-                    pytest.mark.skip(reason="CUDA does not work in copies of a process")
-                )
+                item.add_marker(pytest.mark.skip(reason="CUDA fails in copies of a process"))

@@ -19,7 +19,6 @@ from mmeformer.training import checkpoints, runner
 from mmeformer.training.checkpoints import PARTIAL, newest_resumable
 from mmeformer.training.errors import TrainingError
 
-
 pytestmark = pytest.mark.forks
 
 
