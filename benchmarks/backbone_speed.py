@@ -185,16 +185,18 @@ def main() -> None:
     for variant in args.variants:
         if args.what == "growth":
             results[variant] = rows = growth(variant, args)
-            print(
-                f"**{variant}**\n\n| px | ms | us per px | MiB | bytes per px |\n|---|---|---|---|---|"
-            )
+            print(f"**{variant}**\n\n| px | ms | us per px | MiB | bytes per px |")
+            print("|---|---|---|---|---|")
             for row in rows:
                 area = row["side"] ** 2
-                per_pixel = f"{1e6 * row['seconds'] / area:.3f} | {row['memory']:.0f}"
-                bytes_per_pixel = f"{row['memory'] * MIB / area:.0f}"
-                print(
-                    f"| {row['side']} | {1e3 * row['seconds']:.0f} | {per_pixel} | {bytes_per_pixel} |"
-                )
+                cells = [
+                    row["side"],
+                    f"{1e3 * row['seconds']:.0f}",
+                    f"{1e6 * row['seconds'] / area:.3f}",
+                    f"{row['memory']:.0f}",
+                    f"{row['memory'] * MIB / area:.0f}",
+                ]
+                print("| " + " | ".join(map(str, cells)) + " |")
             print(flush=True)
             continue
         for text, size in zip(args.sizes, sizes, strict=True):
