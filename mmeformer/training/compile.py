@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 
 from mmeformer.registry import HOOKS
@@ -39,8 +39,8 @@ class CompileHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Compile; the work itself happens in the first iteration, which may take a minute."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        # Test-time augmentation wraps the model.
-        model = model if any(hasattr(model, part) for part in self.parts) else model.module
+        if isinstance(model, BaseTTAModel):
+            model = model.module
         found = [part for part in self.parts if getattr(model, part, None) is not None]
         if not found:
             raise ValueError(f"{type(model).__name__} has no part named {' or '.join(self.parts)}")
