@@ -274,7 +274,7 @@ def mean_attended_value(backbone, size):
 
 
 def test_head_bias_keys():
-    """The bias behind the softmax counts once per key, or always as much as where it was trained."""
+    """The bias behind the softmax counts once per key, or as much as where it was trained."""
     plain, scaled = (
         EfficientFormerV2("s0", head_bias_keys=keys).eval().requires_grad_(False)
         for keys in (None, 49)
