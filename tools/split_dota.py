@@ -118,7 +118,9 @@ def main(argv: list[str] | None = None) -> int:
                 patches += len(outcome.patches)
                 if outcome.error is not None:
                     failed.append(outcome)
-                    console.print(f"{outcome.job.name}: {outcome.error}", markup=False)
+                    console.print(
+                        f"{outcome.job.name}: {outcome.error}", markup=False, soft_wrap=True
+                    )
                 if not console.is_terminal and time.monotonic() > told + LINE_EVERY:
                     told = time.monotonic()
                     left = progress.tasks[0].time_remaining

@@ -12,15 +12,12 @@ from mmeformer.layers.attention_bias import AttentionBias, resample_in_graph
 
 
 class _WholeBias(nn.Module):
-    """Gives rows of a bias that is there as a whole."""
+    """Gives parts of a bias that is there as a whole."""
 
-    query_stride: int
-
-    def rows(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
-        """See :meth:`AttentionBias.rows`."""
+    def parts(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+        """See :meth:`AttentionBias.parts`."""
         bias = self(size)
-        per_row = -(-size[1] // self.query_stride)
-        return lambda first, last: bias[:, first * per_row : last * per_row]
+        return lambda first, last: bias[:, first:last]
 
 
 class FixedBias(_WholeBias):
@@ -33,7 +30,6 @@ class FixedBias(_WholeBias):
 
     def __init__(self, source: AttentionBias, size: tuple[int, int]) -> None:
         super().__init__()
-        self.query_stride = source.query_stride
         self.register_buffer("bias", source.compute(size).detach().clone())
         self.size = size
 
@@ -102,9 +98,9 @@ class _SizeProbe(nn.Module):
         self.size = tuple(size)
         return self.source(size)
 
-    def rows(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+    def parts(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
         self.size = tuple(size)
-        return self.source.rows(size)
+        return self.source.parts(size)
 
 
 def replace_biases(model: nn.Module, make: Callable, kind: type = AttentionBias) -> None:

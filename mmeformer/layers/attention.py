@@ -2,7 +2,7 @@
 """Attention with a bias by displacement, computed in pieces of queries.
 
 The matrix of logits of all queries and keys grows with the square of the area: 35 MB per block at
-800 x 1344 px, 537 MB at 2048 px. Taken by rows of queries it never exists as a whole, and each
+800 x 1344 px, 537 MB at 2048 px. Taken in pieces of queries it never exists as a whole, and each
 piece stays in the processor's cache while it passes through bias, softmax and talking heads.
 """
 
@@ -108,31 +108,41 @@ def _in_pieces(
     size: tuple[int, int],
     query_stride: int,
 ) -> Tensor:
-    """``piece`` of all queries and their bias, or of as many rows of queries at a time as fit."""
+    """``piece`` of all queries and their bias, or of as many queries at a time as fit."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         # A compiler fuses the passes by itself, and a graph should not hold a number of pieces.
         return piece(query, bias(size))
     rows, width = (-(-side // query_stride) for side in size)
-    row_logits = query.shape[0] * query.shape[1] * width * key.shape[-1]
-    step = max(1, PIECE.get(query.device.type, PIECE["cuda"]) // row_logits)
-    if step >= rows:
+    sizes = _piece_sizes(query, key, rows, width)
+    if len(sizes) == 1:
         return piece(query, bias(size))
     recompute = torch.is_grad_enabled() and any(
         part.requires_grad for part in (query, key, value, *bias.parameters())
     )
-    bias_rows = bias.rows(size)
-    out = []
+    bias_part = bias.parts(size)
+    out, first = [], 0
     # A split, whose gradient is put together once; each slice would have one of full size.
-    for first, part in zip(range(0, rows, step), query.split(step * width, dim=2), strict=True):
-        last = min(first + step, rows)
+    for part in query.split(sizes, dim=2):
+        last = first + part.shape[2]
         if recompute:
 
             def run(part: Tensor, first: int, last: int) -> Tensor:
-                return piece(part, bias_rows(first, last))
+                return piece(part, bias_part(first, last))
 
             out.append(
                 checkpoint(run, part, first, last, use_reentrant=False, preserve_rng_state=False)
             )
         else:
-            out.append(piece(part, bias_rows(first, last)))
+            out.append(piece(part, bias_part(first, last)))
+        first = last
     return torch.cat(out, dim=2)
+
+
+def _piece_sizes(query: Tensor, key: Tensor, rows: int, width: int) -> list[int]:
+    """Numbers of queries: of one or more whole rows each, or of parts of a row."""
+    logits_per_query = query.shape[0] * query.shape[1] * key.shape[-1]
+    most = max(1, PIECE.get(query.device.type, PIECE["cuda"]) // logits_per_query)
+    if most >= width:
+        step = most // width * width
+        return [min(step, rows * width - first) for first in range(0, rows * width, step)]
+    return [min(most, width - first) for first in range(0, width, most)] * rows

@@ -126,7 +126,7 @@ class AttentionBias(nn.Module):
     """Landscape and portrait; one bias at 800 x 1344 px takes 35 MB."""
 
     MAX_CACHED_NUMBERS = 2**24
-    """A larger bias (64 MiB in float32) is not kept as a whole: see :meth:`rows`."""
+    """A larger bias (64 MiB in float32) is not kept as a whole: see :meth:`parts`."""
 
     def __init__(
         self,
@@ -166,24 +166,32 @@ class AttentionBias(nn.Module):
     def _differentiable(self) -> bool:
         return torch.is_grad_enabled() and self.table.requires_grad
 
-    def rows(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
-        """The bias in parts: a function from the first and the last row (exclusive) of queries.
+    def parts(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+        """The bias in parts: a function from the first and the last query (exclusive).
 
-        It returns (heads, rows * Wq, H * W), without ever holding the bias of all rows where that
-        is large or has a gradient; differentiable.
+        The queries are those of whole rows or of a part of one row. It returns (heads, queries,
+        H * W), without ever holding the bias of all queries where that is large or has a gradient;
+        differentiable.
         """
         height, width = size
-        queries_per_row = -(-width // self.query_stride)
-        numbers = self.table.shape[0] * -(-height // self.query_stride) * queries_per_row
-        small = numbers * height * width <= self.MAX_CACHED_NUMBERS and not self._differentiable()
+        per_row = -(-width // self.query_stride)
+        numbers = self.table.shape[0] * -(-height // self.query_stride) * per_row * height * width
+        small = numbers <= self.MAX_CACHED_NUMBERS and not self._differentiable()
         if self.resize != "displacement" or small:
             bias = self(size)
-            return lambda first, last: bias[:, first * queries_per_row : last * queries_per_row]
+            return lambda first, last: bias[:, first:last]
         table = resize_offset_table(self.table, size)
         dy = _distances(height, self.query_stride, table.device)
-        dx = _distances(width, self.query_stride, table.device)
-        by_column = _gather_columns(table, dx)
-        return lambda first, last: _gather_rows(by_column, dy[first:last])
+        by_column = _gather_columns(table, _distances(width, self.query_stride, table.device))
+
+        def part(first: int, last: int) -> Tensor:
+            row, column = divmod(first, per_row)
+            if last - first < per_row:
+                columns = by_column[:, column : column + last - first]
+                return _gather_rows(columns, dy[row : row + 1])
+            return _gather_rows(by_column, dy[row : last // per_row])
+
+        return part
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -45,7 +45,7 @@ def attend(query, key, value, bias, stride, mixes):
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("resize", ["displacement", "matrix"])
-@pytest.mark.parametrize("limit", [1, 200, 10**9])
+@pytest.mark.parametrize("limit", [1, 300, 1000, 10**9])
 @pytest.mark.parametrize("cached", [0, 10**9])
 def test_pieces_equal_the_whole(monkeypatch, stride, resize, limit, cached):
     monkeypatch.setitem(attention.PIECE, "cpu", limit)
