@@ -585,7 +585,10 @@ def test_interrupted_build_leaves_neither_wheel_nor_compilers(tmp_path, number):
         f"os.rename({str(tmp_path / 'pid.part')!r}, {str(told)!r})\ntime.sleep(600)",
     )
     folder = tmp_path / "wheels" / "key"
+    # Under nohup, or in the background of a script, the tests inherit ignored signals.
     code = CHILD + (
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"bootstrap.run = lambda: bootstrap.build_wheel(sys.executable, sys.prefix, {source!r}, "
         f"{str(folder)!r}, None, {str(tmp_path / 'log')!r})\nsys.exit(bootstrap.main())"
     )
