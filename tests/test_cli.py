@@ -143,6 +143,11 @@ CASES = [
     ),
     ("split_dota", "{p}/gone {out}/patches", "gone"),
     ("split_dota", "{p}/aerial/train {out}/patches --labels annfiles --overlap -5", "overlap"),
+    (
+        "split_dota",
+        "{p}/aerial/train {p}/text.txt/patches --labels annfiles --workers 1",
+        "text.txt/patches/annfiles: Not a directory",
+    ),
     ("predict", "{p}/gone.py {p}/detection.pth {p}/a.png --out {out}", "gone.py does not exist"),
     ("predict", "{p}/detection.py {p}/other.pth {p}/a.png --out {out}", "other.pth"),
     ("predict", "{p}/detection.py {p}/segmentation.pth {p}/a.png --out {out}", "segmentation.pth"),

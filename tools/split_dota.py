@@ -23,6 +23,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmeformer import cli
+
 # Seconds between lines of progress where the output is no terminal.
 LINE_EVERY = 30
 
@@ -69,41 +71,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=min(8, os.cpu_count() or 1),
         help="processes, each of which holds one image (%(default)s)",
     )
-    args = parser.parse_args(argv)
+    args = cli.parse(parser, argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers} must be at least 1")
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    args = parse_args(argv)
-    # Only now: --help and mistakes in the arguments need not wait for OpenMMLab.
+def work(args: argparse.Namespace) -> int:
+    """Cut; returns the exit status."""
+    # Only now: --help and mistakes in the arguments need not wait for shapely and OpenMMLab.
     from mmeformer.rotated.patches import CutSettings, Split
 
     console = Console()
+    settings = CutSettings(
+        size=args.size,
+        overlap=args.overlap,
+        rates=tuple(args.rates),
+        iof=args.iof,
+        truncated=args.truncated,
+        keep_empty=not args.drop_empty,
+        pad=not args.no_pad,
+        suffix=args.suffix,
+    )
+    sources = [
+        (source / args.images, None if args.no_labels else source / args.labels)
+        for source in args.sources
+    ]
     try:
-        settings = CutSettings(
-            size=args.size,
-            overlap=args.overlap,
-            rates=tuple(args.rates),
-            iof=args.iof,
-            truncated=args.truncated,
-            keep_empty=not args.drop_empty,
-            pad=not args.no_pad,
-            suffix=args.suffix,
-        )
-        sources = [
-            (source / args.images, None if args.no_labels else source / args.labels)
-            for source in args.sources
-        ]
         split = Split(sources, args.target, settings)
     except FileNotFoundError as error:
-        print(f"error: {error} (see --images, --labels, --no-labels)", file=sys.stderr)
-        return 1
-    except (FileExistsError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise FileNotFoundError(f"{error} (see --images, --labels, --no-labels)") from error
     total = len(split.pending)
     if split.finished:
         console.print(f"{split.finished} images were cut before, {total} are left")
@@ -129,20 +126,23 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         outcomes.close()
         print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-    except BrokenProcessPool:
-        print(
-            "error: a process was killed, probably because memory ran out; run the same command "
-            "with fewer --workers to go on",
-            file=sys.stderr,
-        )
-        return 1
+        return cli.INTERRUPTED
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a process was killed, probably because memory ran out; run the same command with "
+            "fewer --workers to go on"
+        ) from error
     console.print(f"{patches} patches of {total - len(failed)} images in {args.target}")
     if failed:
         names = ", ".join(outcome.job.name for outcome in failed)
         print(f"error: {len(failed)} images were not cut: {names}", file=sys.stderr)
         return 1
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return cli.run(work, parse_args(argv))
 
 
 if __name__ == "__main__":

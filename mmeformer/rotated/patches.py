@@ -247,7 +247,7 @@ class Split:
         FileNotFoundError: a folder of ``sources`` is missing or has no file of its kind.
         FileExistsError: ``target`` holds something else, or patches made with other arguments.
         ValueError: an image name occurs in two folders, or some folders have labels only, or no
-            label file fits an image.
+            label file fits an image, or the manifest is damaged.
     """
 
     def __init__(
@@ -295,22 +295,36 @@ class Split:
     def _read_manifest(self) -> dict[str, tuple[list, list[str]]]:
         path = self.target / MANIFEST
         if not path.is_file():
-            if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
+            if self.target.exists() and not self._is_unused():
                 raise FileExistsError(
                     f"{self.target} is there already and was not made by this tool; choose another "
                     "folder, or empty it"
                 )
             return {}
-        lines = path.read_text(encoding="utf-8").split("\n")
-        header = json.loads(lines[0])
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        try:
+            # What follows the last line end was being written when a run was interrupted.
+            header, *records = [json.loads(line) for line in lines[:-1]]
+            done = {r["image"]: (r["fingerprint"], r["patches"]) for r in records}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); delete {self.target}, or choose another folder"
+            ) from error
         if header != self._header:
             raise FileExistsError(
                 f"{self.target} holds patches cut otherwise; choose another folder, or delete it. "
                 f"There: {json.dumps(header)}. Now: {json.dumps(self._header)}"
             )
-        # What follows the last line end was being written when a run was interrupted.
-        records = [json.loads(line) for line in lines[1:-1]]
-        return {r["image"]: (r["fingerprint"], r["patches"]) for r in records}
+        return done
+
+    def _is_unused(self) -> bool:
+        """Whether the target is an empty folder, or what an interruption left before the manifest
+        was there: empty folders of this tool."""
+        ours = ("images", "annfiles", _UNFINISHED)
+        return self.target.is_dir() and all(
+            path.name in ours and path.is_dir() and {p.name for p in path.iterdir()} <= {MANIFEST}
+            for path in self.target.iterdir()
+        )
 
     def _is_done(self, job: Job, done: dict) -> bool:
         fingerprint, names = done.get(job.name, (None, []))

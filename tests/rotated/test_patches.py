@@ -247,6 +247,33 @@ def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     assert not (target / ".unfinished").exists()
 
 
+def test_a_kill_before_the_manifest_is_there(tmp_path):
+    source = write_source(tmp_path / "DOTA", {"a.png": (100, 70)})
+    target, settings = tmp_path / "cut", CutSettings(size=64, overlap=16)
+    for folder in ("images", "annfiles", ".unfinished"):
+        (target / folder).mkdir(parents=True)
+    (target / ".unfinished" / "split.jsonl").write_text('{"sett')
+    (outcome,) = split(source, target, settings)
+    assert len(outcome.patches) == len(list((target / "images").iterdir()))
+    # A folder of the same name with something in it is not ours.
+    (tmp_path / "other" / "images").mkdir(parents=True)
+    (tmp_path / "other" / "images" / "mine.png").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="not made by this tool"):
+        split(source, tmp_path / "other", settings)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b'{"sett', b"[]\n[]\n", b"\xff\n", b'{"a": 1}\n{"image": 1}\n']
+)
+def test_damaged_manifest_is_named(tmp_path, damage):
+    source = write_source(tmp_path / "DOTA", {"a.png": (100, 70)})
+    settings = CutSettings(size=64, overlap=16)
+    split(source, tmp_path / "cut", settings)
+    (tmp_path / "cut" / "split.jsonl").write_bytes(damage)
+    with pytest.raises(ValueError, match="cut/split.jsonl is damaged .*delete"):
+        split(source, tmp_path / "cut", settings)
+
+
 def test_processes_give_the_same_as_one(tmp_path):
     source = write_source(tmp_path / "DOTA", {f"{n}.png": (100, 70) for n in "abc"})
     settings = CutSettings(size=64, overlap=16)
