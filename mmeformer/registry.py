@@ -17,6 +17,12 @@ from mmengine.registry import TASK_UTILS as MMENGINE_TASK_UTILS
 from mmengine.registry import VISUALIZERS as MMENGINE_VISUALIZERS
 from mmengine.registry import Registry
 
+from mmeformer.checkpoints import safe_load
+
+# mmengine would unpickle checkpoints without restriction. mmdet's and mmseg's inferencers read them
+# before they build a model, so it must not wait for our backbones to be imported.
+safe_load.install()
+
 MODELS = Registry(
     "model", parent=MMENGINE_MODELS, scope="mmeformer", locations=["mmeformer.backbones"]
 )

@@ -9,7 +9,7 @@ try:
     import mmrotate.models  # noqa: F401  (registers the coders and anchors the head builds on)
 except ImportError as error:
     raise ImportError(
-        "mmeformer.rotated needs mmrotate: pip install 'mmeformer[rot]'. Detection and "
+        "mmeformer.rotated needs mmrotate: pip install 'mmeformer[rotated]'. Detection and "
         f"segmentation work without it. ({error})"
     ) from error
 

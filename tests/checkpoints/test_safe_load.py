@@ -144,6 +144,40 @@ def test_refused_through_init_detector(malicious, marker):
     assert not marker.exists()
 
 
+INFERENCER = """
+import importlib, sys
+library, name, config, checkpoint = sys.argv[1:]
+getattr(importlib.import_module(library + ".apis"), name)(config, checkpoint, device="cpu")
+"""
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "config"),
+    [
+        (
+            "mmdet",
+            "DetInferencer",
+            "detection/mask-rcnn_efficientformerv2-s0_fpn_quickstart.py",
+        ),
+        (
+            "mmseg",
+            "MMSegInferencer",
+            "segmentation/semantic-fpn_efficientformerv2-s0_quickstart.py",
+        ),
+    ],
+)
+def test_refused_through_inferencers(library, name, config, malicious, marker):
+    """In a process that imports nothing of ours: these read the file before they build a model."""
+    pytest.importorskip(library)
+    arguments = [library, name, str(config_dir() / config), str(malicious)]
+    done = subprocess.run(
+        [sys.executable, "-c", INFERENCER, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert not marker.exists()
+    assert done.returncode != 0
+    assert "malicious.pth is refused" in done.stderr, done.stderr[-2000:]
+
+
 def test_refused_through_tools_test(malicious, marker, tmp_path):
     """The command itself, with data good enough that the checkpoint is all that is wrong."""
     pytest.importorskip("mmdet")

@@ -3,6 +3,8 @@
 
 import ast
 import importlib
+import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -14,8 +16,10 @@ import mmeformer
 def test_missing_mmrotate_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "mmeformer.rotated", raising=False)
     monkeypatch.setitem(sys.modules, "mmrotate.models", None)
-    with pytest.raises(ImportError, match=r"needs mmrotate: pip install 'mmeformer\[rot\]'"):
+    with pytest.raises(ImportError, match="needs mmrotate") as error:
         importlib.import_module("mmeformer.rotated")
+    extra = re.search(r"pip install 'mmeformer\[(\w+)\]'", str(error.value))[1]
+    assert extra in importlib.metadata.metadata("mmeformer").get_all("Provides-Extra")
 
 
 def test_only_the_rotated_part_imports_mmrotate():
