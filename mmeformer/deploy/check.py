@@ -103,7 +103,9 @@ def check(
                 )
             )
         for name in raw:
-            largest[name] = max(largest[name], _relative(ours[name][:1], expected[name].numpy()))
+            largest[name] = max(
+                largest[name], relative_difference(ours[name][:1], expected[name].numpy())
+            )
         if metadata.task != "backbone":
             pairs.append(
                 (predict_with_model(model, batch, item, metadata), finished.predict(image))
@@ -118,7 +120,8 @@ def check(
     elif pairs:
         _compare_detections(pairs, findings)
     if metadata.batch != 1 and len(images) > 1:
-        _compare_batches(finished, as_image(images[0]), findings)
+        # The last one is a real image, if there are any: in it there is something to find.
+        _compare_batches(finished, as_image(images[-1]), findings)
     return findings
 
 
@@ -140,8 +143,11 @@ def _extra_inputs(graph: Graph, item: Prepared) -> list[torch.Tensor]:
     return [values[name] for name in graph.extra_inputs]
 
 
-def _relative(ours: np.ndarray, expected: np.ndarray) -> float:
-    if ours.shape != expected.shape:
+def relative_difference(ours: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference of two arrays as a share of the largest value expected; infinite where
+    shapes differ or a number is not finite."""
+    # What is not a number would pass for the smaller of two differences.
+    if ours.shape != expected.shape or not (np.isfinite(ours) & np.isfinite(expected)).all():
         return float("inf")
     difference = np.abs(ours.astype(np.float64) - expected).max()
     return float(difference / max(np.abs(expected).max(), 1e-12))
@@ -263,7 +269,7 @@ def _compare_batches(predictor: Predictor, image: np.ndarray, findings: Findings
             same = float((single.labels == joint.labels).mean()) >= 1 - LABELS_DIFFER
         elif hasattr(single, "levels"):
             same = all(
-                _relative(ours, theirs) <= RAW_TOLERANCE
+                relative_difference(ours, theirs) <= RAW_TOLERANCE
                 for ours, theirs in zip(joint.levels, single.levels, strict=True)
             )
         else:

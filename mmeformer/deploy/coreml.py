@@ -5,12 +5,19 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import coremltools
 import torch
+from coremltools.converters.mil.mil.types import builtin_to_string
 
-from mmeformer.deploy.check import RAW_TOLERANCE, Findings
+from mmeformer.deploy.check import (
+    LABELS_DIFFER,
+    RAW_TOLERANCE,
+    Findings,
+    relative_difference,
+)
 from mmeformer.deploy.graphs import Graph
 from mmeformer.runtime.metadata import KEY, Metadata
 
@@ -54,11 +61,43 @@ def convert(
 
 
 @torch.no_grad()
+def compare_folded(
+    graph: Graph, reference: Graph, examples: Sequence[torch.Tensor], findings: Findings
+) -> None:
+    """Compare what is to be converted with the model.
+
+    Args:
+        graph: the folded graph.
+        reference: the same graph of the model as it was trained.
+        examples: ``image`` inputs.
+        findings: receives the largest difference of each output and raw tensor.
+    """
+    names = reference.output_names + reference.raw_names
+    largest = dict.fromkeys(names, 0.0)
+    for example in examples:
+        for name, ours, value in zip(names, graph(example), reference(example), strict=True):
+            if value.is_floating_point():
+                difference = relative_difference(ours.numpy(), value.numpy())
+            else:
+                difference = float((ours != value).float().mean())
+            largest[name] = max(largest[name], difference)
+    for name, value in zip(names, reference(examples[0]), strict=True):
+        title = name.removeprefix("raw_")
+        if value.is_floating_point():
+            line = (
+                f"{title}: the folded program differs by {largest[name]:.1e} of its largest value"
+            )
+            findings.add(line, largest[name] <= RAW_TOLERANCE)
+        else:
+            line = f"{title}: {largest[name]:.1e} of its numbers differ"
+            findings.add(line, largest[name] <= LABELS_DIFFER)
+
+
+@torch.no_grad()
 def check_package(
     path: Path,
     package: coremltools.models.MLModel,
     graph: Graph,
-    reference: Graph,
     example: torch.Tensor,
     half: bool,
     findings: Findings,
@@ -69,24 +108,11 @@ def check_package(
         path: of the package.
         package: as converted.
         graph: what was converted.
-        reference: the same graph of the model as it was trained.
         example: an ``image`` input.
         half: whether float16 was asked for.
         findings: receives what was found.
     """
-    expected = dict(zip(reference.output_names, reference(example), strict=False))
-    ours = dict(zip(graph.output_names, graph(example), strict=False))
-    for name, value in expected.items():
-        if value.is_floating_point():
-            difference = float((ours[name] - value).abs().max() / value.abs().max())
-            findings.add(
-                f"{name}: the folded program differs by {difference:.1e} of its largest value",
-                difference <= RAW_TOLERANCE,
-            )
-        else:
-            differ = float((ours[name] != value).float().mean())
-            findings.add(f"{name}: {differ:.1e} of its numbers differ", differ <= 1e-3)
-
+    expected = dict(zip(graph.output_names, graph(example), strict=True))
     spec = coremltools.models.MLModel(str(path), skip_model_load=True).get_spec()
     inputs = [item.name for item in spec.description.input]
     findings.add(f"the file loads; inputs {inputs}", inputs == ["image"])
@@ -98,15 +124,25 @@ def check_package(
     findings.add(f"{len(found)} of {len(expected)} outputs", found == set(expected))
 
     program = package._mil_program
-    operators = Counter(
-        operation.op_type
+    operations = [
+        operation
         for function in program.functions.values()
         for operation in function.operations
         if operation.op_type != "const"
-    )
+    ]
+    operators = Counter(operation.op_type for operation in operations)
     custom = [name for name in operators if "custom" in name]
     count, kinds = sum(operators.values()), len(operators)
     findings.add(f"{count} operators of {kinds} kinds; custom ones: {len(custom)}", not custom)
+    types = Counter(
+        builtin_to_string(value.dtype)
+        for operation in operations
+        if operation.op_type != "cast"
+        for value in operation.outputs
+    )
+    floats = {name: number for name, number in types.items() if name.startswith("fp")}
+    wanted = "fp16" if half else "fp32"
+    findings.add(f"types of the tensors between them: {floats}", set(floats) == {wanted})
     # Attention biases and the like are no parameters, so there may be more, but never fewer.
     weights = sum(item.stat().st_size for item in path.rglob("weight.bin"))
     parameters = sum(value.numel() for value in graph.parameters()) * (2 if half else 4)

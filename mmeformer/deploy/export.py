@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from torch import nn
@@ -20,6 +21,7 @@ from mmeformer.deploy import check, models
 from mmeformer.deploy.biases import GraphBias, replace_biases
 from mmeformer.deploy.fold import fold
 from mmeformer.deploy.graphs import BackboneGraph, Graph, Normalise
+from mmeformer.runtime.images import Prepared, as_image, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 
 OPSET = 17
@@ -64,6 +66,8 @@ class Request:
             raise ValueError(f"--batch must be at least 1, but is {self.batch}")
         if self.target == "coreml" and self.size is None:
             raise ValueError("CoreML models have a fixed size: give --size instead of --dynamic")
+        if self.target == "coreml" and self.preprocessing and self.batch > 1:
+            raise ValueError("CoreML takes one image at a time: --batch is for arrays of numbers")
         if self.target == "onnx" and self.half:
             raise ValueError("--fp16 is for CoreML; ONNX files are float32")
 
@@ -297,28 +301,32 @@ def write_coreml(
 ) -> Metadata:
     """Write a CoreML package to ``path``; returns its metadata.
 
-    CoreML runs on Apple's systems alone. Elsewhere the traced program that coremltools converts is
-    compared with the model, and of the converted one inputs, outputs, operators and weights.
+    CoreML runs on Apple's systems alone. Elsewhere the folded program that coremltools converts is
+    compared with the model on random and real images, and of the converted one inputs, outputs,
+    operators and weights.
 
     Raises:
         CheckFailed: something is missing or different.
     """
     import coremltools
 
-    from mmeformer.deploy.coreml import check_package, convert
+    from mmeformer.deploy.coreml import check_package, compare_folded, convert
 
     make_graph = graph_maker(metadata, request)
     graph = build_graph(model, metadata, make_graph, channels_last=False)
-    graph.raw_names = ()
     findings = check.Findings()
-    example = torch.rand(
-        request.batch, 3, *metadata.size, generator=torch.Generator().manual_seed(0)
-    )
-    example = example * 255 if metadata.preprocessing_in_graph else example * 4 - 2
     reference = make_graph(copy.deepcopy(model), normalise=graph.normalise).eval()
-    package = convert(graph, example, metadata, request.half)
+    height, width = metadata.size
+    randoms = [check.random_image(height, width, seed) for seed in range(request.batch)]
+    examples = [
+        _planes([prepare(as_image(image), metadata) for image in batch])
+        for batch in (randoms, *([Path(image)] * request.batch for image in images))
+    ]
+    compare_folded(graph, reference, examples, findings)
+    graph.raw_names = ()
+    package = convert(graph, examples[0], metadata, request.half)
     package.save(str(path))
-    check_package(path, package, graph, reference, example, request.half, findings)
+    check_package(path, package, graph, examples[0], request.half, findings)
     report("CoreML runs on Apple's systems alone; what was checked here:")
     for line in findings.lines:
         report("  " + line)
@@ -327,3 +335,11 @@ def write_coreml(
     )
     findings.raise_failures(path.name)
     return metadata
+
+
+def _planes(batch: list[Prepared]) -> torch.Tensor:
+    """Prepared images as the (B, 3, H, W) of a graph whose channels come first."""
+    data = np.stack([item.data for item in batch])
+    if data.dtype == np.uint8:
+        data = data.transpose(0, 3, 1, 2).astype(np.float32)
+    return torch.from_numpy(data)

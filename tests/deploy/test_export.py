@@ -19,7 +19,7 @@ from mmeformer.deploy import check, export, models
 from mmeformer.deploy.export import Request
 from mmeformer.paths import tools_dir
 from mmeformer.runtime.metadata import Metadata
-from mmeformer.variants import STRIDES
+from mmeformer.variants import STRIDES, VARIANTS
 
 CASES = [
     ("segmentation", dict(size=None)),
@@ -57,9 +57,12 @@ def test_exports_pass_their_check(trained, picture, tmp_path, task, request_):
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.json"}
 
 
-def export_backbone(variant, tmp_path, size):
+def export_backbone(variant, tmp_path, size, broken=False):
     """Write the ONNX file of a variant's backbone as if it had been trained; the check's lines."""
     backbone = trained_like(build_backbone(variant))
+    if broken:
+        with torch.no_grad():
+            list(backbone.stages[-1].parameters())[-1].fill_(torch.nan)
     metadata = Metadata(
         "backbone",
         "0",
@@ -137,7 +140,9 @@ def test_faster_rcnn_has_no_masks(trained, picture, tmp_path):
         result.masks()
 
 
-def test_a_wrong_export_is_found_and_not_written(trained, picture, tmp_path, monkeypatch):
+@pytest.mark.parametrize("target", ["onnx", "coreml"])
+def test_a_wrong_export_is_found_and_not_written(trained, picture, tmp_path, monkeypatch, target):
+    name = "model" + export.SUFFIXES[target]
     right = export.fold
 
     def wrong(*args):
@@ -148,16 +153,22 @@ def test_a_wrong_export_is_found_and_not_written(trained, picture, tmp_path, mon
 
     monkeypatch.setattr(export, "fold", wrong)
     small = trained("segmentation")
-    with pytest.raises(check.CheckFailed, match="model.onnx was not written: .*logits"):
+    with pytest.raises(check.CheckFailed, match=f"{name} was not written: .*logits"):
         export.export(
             small.config,
             small.checkpoint,
-            tmp_path / "model.onnx",
-            Request("onnx", size=(64, 64)),
+            tmp_path / name,
+            Request(target, size=(64, 64)),
             images=[picture],
             report=lambda line: None,
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_are_none_are_found(tmp_path):
+    """A broken checkpoint gives the same NaN in PyTorch and in onnxruntime."""
+    with pytest.raises(check.CheckFailed, match="level3: differs by inf"):
+        export_backbone(VARIANTS["efficientformerv2_s0"], tmp_path, (64, 64), broken=True)
 
 
 def test_matching_sees_what_differs():
@@ -186,6 +197,10 @@ class TestBadInput:
         [
             (dict(target="coreml"), "CoreML models have a fixed size"),
             (dict(target="onnx", half=True, size=(64, 64)), "--fp16 is for CoreML"),
+            (
+                dict(target="coreml", size=(64, 64), batch=2, preprocessing=True),
+                "CoreML takes one image at a time",
+            ),
             (dict(target="onnx", size=(64, 8)), "at least 32 px"),
             (dict(target="onnx", size=(64, 64), batch=0), "--batch must be at least 1"),
         ],
@@ -289,6 +304,10 @@ def test_coreml(trained, picture, task, request_):
         **request_,
     )
     assert any("custom ones: 0" in line for line in lines)
+    (types,) = [line for line in lines if "types of the tensors" in line]
+    assert ("'fp16'" in types) == request_.get("half", False) != ("'fp32'" in types)
+    raw = {"segmentation": "logits", "rotated": "deltas0", "detection": "level3"}[task]
+    assert any(f"{raw}: the folded program differs by" in line for line in lines)
     assert any("not checked: its answers" in line for line in lines)
     spec = coremltools.models.MLModel(str(path), skip_model_load=True).get_spec()
     (image,) = spec.description.input

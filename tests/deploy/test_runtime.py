@@ -199,7 +199,8 @@ def test_batches_and_sizes_may_mix(trained, picture):
     results = predictor.predict_batch(images)
     for image, result in zip(images, results, strict=True):
         single = predictor.predict(image)
-        assert single.labels.shape == cv2.imread(str(picture)).shape[:2] if image is picture else 1
+        shown = cv2.imread(str(picture)) if image is picture else image
+        assert single.labels.shape == shown.shape[:2]
         np.testing.assert_array_equal(single.labels, result.labels)
     palette = predictor.metadata.palette
     np.testing.assert_array_equal(
