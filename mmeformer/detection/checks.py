@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import numpy as np
+
 from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first
 from mmeformer.checks.images import check_image, find_missing, in_threads
 
@@ -27,6 +29,7 @@ def check_coco(
     classes: Sequence[str],
     *,
     training: bool = True,
+    masks: bool = False,
     limit: int | None = None,
     decode: bool = False,
 ) -> list[Finding]:
@@ -41,14 +44,16 @@ def check_coco(
         image_dir: folder that ``file_name`` starts from.
         classes: names of the classes to train.
         training: every class ought to occur.
+        masks: every object needs a mask, as in instance segmentation.
         limit: number of images to read; None reads all.
         decode: read these images in full.
 
     Returns:
         Findings, errors first; kinds: ``not COCO``, ``bad entry``, ``repeated id``, ``unknown
         image``, ``unknown category``, ``unused category``, ``inverted box``, ``empty box``, ``box
-        outside image``, ``box beyond image``, ``short polygon``, ``mask size``, ``unused class``,
-        ``missing image``, ``unreadable image``, ``wrong size``, ``deep image``.
+        outside image``, ``box beyond image``, ``short polygon``, ``mask outside image``, ``mask
+        size``, ``damaged mask``, ``missing mask``, ``unused class``, ``missing image``,
+        ``unreadable image``, ``wrong size``, ``deep image``.
     """
     if not isinstance(content, Mapping) or not all(
         isinstance(content.get(key, []), list) for key in LIST_KEYS
@@ -90,12 +95,11 @@ def check_coco(
         if category["name"] not in classes:
             others[category["name"]] += 1
             continue
-        found = _box_finding(annotation, image) or _mask_finding(annotation, image)
-        if found:
-            kind, message, severity = found
+        found = (_box_finding(annotation, image), _mask_finding(annotation, image, masks))
+        for kind, message, severity in filter(None, found):
             where = f"annotation {number} ({image['file_name']})"
             wrong(kind, f"{where}: {message}", severity)
-        if found is None or found[2] == WARNING:
+        if all(finding is None or finding[2] == WARNING for finding in found):
             instances[category["name"]] += 1
     for name, count in others.items():
         wrong(
@@ -179,6 +183,9 @@ def _annotation_fault(entry) -> str | None:
         )
     if not _is_number(entry.get("area")):
         return f"{where} has area {entry.get('area')!r} instead of a number"
+    if entry.get("iscrowd", 0) not in (0, 1, None):
+        # Any text, "0" too, would count as a crowd, which training ignores.
+        return f"{where} has iscrowd {entry['iscrowd']!r} instead of 0 or 1"
     return None
 
 
@@ -205,26 +212,72 @@ def _box_finding(annotation: Mapping, image: Mapping) -> tuple[str, str, str] | 
     return None
 
 
-def _mask_finding(annotation: Mapping, image: Mapping) -> tuple[str, str, str] | None:
+def _mask_finding(annotation: Mapping, image: Mapping, needed: bool) -> tuple[str, str, str] | None:
     mask = annotation.get("segmentation")
-    if isinstance(mask, list):
-        for polygon in mask:
-            if not isinstance(polygon, list) or not all(map(_is_number, polygon)):
-                return (
-                    "bad entry",
-                    "segmentation is not a list of polygons of finite numbers",
-                    ERROR,
-                )
-            if len(polygon) % 2 or len(polygon) < 6:
-                text = (
-                    f"a polygon has {len(polygon)} numbers: fewer than three points, or half a one"
-                )
-                return "short polygon", text, ERROR
+    if not mask and (mask is None or mask == []):
+        if needed:
+            return "missing mask", "has no segmentation, but the model learns masks", ERROR
+    elif isinstance(mask, list):
+        return _polygon_finding(mask, image)
     elif isinstance(mask, Mapping):
         size = [image["height"], image["width"]]
         if mask.get("size") != size or not isinstance(mask.get("counts"), (str, list)):
             text = f"the mask is of {mask.get('size')} px (height, width), its image of {size} px"
             return "mask size", text, ERROR
-    elif mask is not None:
+        lengths = run_lengths(mask["counts"])
+        if lengths is None or lengths.min() < 0 or lengths.sum() != size[0] * size[1]:
+            text = "the run lengths of the mask do not add up to its size; export it again"
+            return "damaged mask", text, ERROR
+    else:
         return "bad entry", f"segmentation is {str(mask)[:50]!r}", ERROR
     return None
+
+
+def _polygon_finding(polygons: list, image: Mapping) -> tuple[str, str, str] | None:
+    for polygon in polygons:
+        if not isinstance(polygon, list) or not all(map(_is_number, polygon)):
+            text = "segmentation is not a list of polygons of finite numbers"
+            return "bad entry", text, ERROR
+        if len(polygon) % 2 or len(polygon) < 6:
+            text = f"a polygon has {len(polygon)} numbers: fewer than three points, or half a one"
+            return "short polygon", text, ERROR
+        for start, side in enumerate((image["width"], image["height"])):
+            low, high = min(polygon[start::2]), max(polygon[start::2])
+            if low < -side or high > 2 * side:
+                text = (
+                    f"a polygon reaches from {low:g} to {high:g} px where the image has {side}; "
+                    "pycocotools can crash on such a one"
+                )
+                return "mask outside image", text, ERROR
+    return None
+
+
+def run_lengths(counts: str | list) -> np.ndarray | None:
+    """Run lengths of a COCO mask: background, object, background, ... in pixels.
+
+    Args:
+        counts: a list, or text with six bits per character. In it a number is written five bits at
+            a time, lowest first, and from the fourth on as difference to the one two before
+            (``rleFrString`` in cocodataset/cocoapi: ``common/maskApi.c``).
+
+    Returns:
+        (runs,) int64, or None if that is not what ``counts`` holds.
+    """
+    if isinstance(counts, list):
+        if not counts or not all(type(number) is int and number < 2**32 for number in counts):
+            return None
+        return np.array(counts, np.int64)
+    codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        return None
+    last = codes & 32 == 0
+    first = np.flatnonzero(np.concatenate([[True], last[:-1]]))
+    digits = np.diff(first, append=codes.size)
+    if digits.max() > 7:  # more than 32 bits
+        return None
+    place = np.arange(codes.size) - np.repeat(first, digits)
+    numbers = np.add.reduceat((codes & 31) << (5 * place), first)
+    numbers -= (codes[last] >> 4 & 1) << (5 * digits)
+    for start in (1, 2):
+        numbers[start::2] = np.cumsum(numbers[start::2])
+    return numbers

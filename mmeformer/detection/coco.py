@@ -67,6 +67,7 @@ class CocoDataset(MMDetCocoDataset):
             self.data_prefix["img"],
             self.metainfo["classes"],
             training=not self.test_mode,
+            masks=any(getattr(step, "with_mask", False) for step in self.pipeline.transforms),
             limit=limit,
             decode=decode,
         )

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from pycocotools import mask as mask_api
 
 from mmeformer.checks.findings import ERROR, WARNING
-from mmeformer.detection.checks import check_coco
+from mmeformer.detection.checks import check_coco, run_lengths
 from mmeformer.detection.coco import CocoDataset
 
 CLASSES = ("cat", "dog")
@@ -41,6 +43,12 @@ def content(tmp_path):
     )
 
 
+def compressed(mask):
+    """A mask (H, W) as text, as pycocotools writes it."""
+    rle = mask_api.encode(np.asfortranarray(mask, np.uint8))
+    return dict(size=list(mask.shape), counts=rle["counts"].decode())
+
+
 def check(content, folder, **kwargs):
     return check_coco(content, "labels.json", str(folder), CLASSES, **kwargs)
 
@@ -52,7 +60,7 @@ def only(findings):
 
 def test_sound_data(content, tmp_path):
     assert check(content, tmp_path, decode=True) == []
-    content["annotations"][0]["segmentation"] = dict(size=[30, 40], counts="abc")
+    content["annotations"][0]["segmentation"] = compressed(np.eye(30, 40))
     content["annotations"][1]["bbox"] = [-0.5, 0, 40.9, 30]
     del content["annotations"][1]["segmentation"]
     assert check(content, tmp_path) == []
@@ -69,6 +77,15 @@ def test_sound_data(content, tmp_path):
         (dict(segmentation=[[1, 1, 2, 2, 3, 3, 4]]), "short polygon", "7 numbers"),
         (dict(segmentation=dict(size=[40, 30], counts="x")), "mask size", r"of \[30, 40\] px"),
         (dict(segmentation="polygon"), "bad entry", "segmentation is 'polygon'"),
+        (dict(segmentation={}), "mask size", "of None px"),
+        (dict(segmentation=dict(size=[30, 40], counts="rubbish!!")), "damaged mask", "run lengths"),
+        (dict(segmentation=dict(size=[30, 40], counts="")), "damaged mask", "run lengths"),
+        (dict(segmentation=dict(size=[30, 40], counts=[600, 599])), "damaged mask", "add up"),
+        (dict(segmentation=dict(size=[30, 40], counts=[-1, 1201])), "damaged mask", "add up"),
+        (dict(segmentation=dict(size=[30, 40], counts=["1200"])), "damaged mask", "add up"),
+        (dict(segmentation=[[0, 0, 1e9, 0, 5, 9]]), "mask outside image", "from 0 to 1e\\+09 px"),
+        (dict(segmentation=[[0, -50, 1, 0, 5, 9]]), "mask outside image", "from -50 to 9 px"),
+        (dict(iscrowd="0"), "bad entry", "iscrowd '0' instead of 0 or 1"),
         (dict(category_id=7), "unknown category", "category_id 7"),
         (dict(image_id=7), "unknown image", "image 7, which is not listed"),
         (dict(bbox=[5, 5, 10]), "bad entry", r"bbox \[5, 5, 10\]"),
@@ -83,6 +100,34 @@ def test_annotations(content, tmp_path, change, kind, message):
     first = check(content, tmp_path, training=False)[0]
     assert (first.severity, first.kind, first.path) == (ERROR, kind, "labels.json")
     assert re.search(message, first.message), first.message
+
+
+def test_objects_need_masks_where_masks_are_learned(content, tmp_path):
+    del content["annotations"][0]["segmentation"]
+    content["annotations"][1]["segmentation"] = []
+    assert check(content, tmp_path) == []
+    kinds = [(item.severity, item.kind) for item in check(content, tmp_path, masks=True)]
+    assert kinds == [(ERROR, "missing mask")] * 2 + [(WARNING, "unused class")]
+
+
+def test_a_box_and_a_mask_can_both_be_wrong(content, tmp_path):
+    content["annotations"][0].update(bbox=[5, 5, 38, 8], segmentation=[[1, 1]])
+    kinds = [item.kind for item in check(content, tmp_path, training=False)]
+    assert kinds == ["short polygon", "box beyond image"]
+
+
+@settings(max_examples=100, deadline=2000)
+@given(
+    mask=arrays(
+        np.uint8, st.tuples(st.integers(1, 60), st.integers(1, 60)), elements=st.integers(0, 1)
+    )
+)
+def test_run_lengths_are_those_of_pycocotools(mask):
+    lengths = run_lengths(compressed(mask)["counts"])
+    assert lengths.min() >= 0
+    colours = np.arange(len(lengths)) % 2
+    assert np.array_equal(np.repeat(colours, lengths), mask.flatten(order="F"))
+    assert np.array_equal(run_lengths(lengths.tolist()), lengths)
 
 
 def test_corners_instead_of_sizes(content, tmp_path):
@@ -151,6 +196,15 @@ def places(content):
             yield from places(value)
 
 
+def damaged_text(text):
+    """``text`` with something else in one place."""
+    return st.builds(
+        lambda place, new: text[:place] + new + text[place + 1 :],
+        st.integers(0, len(text) - 1),
+        st.text(st.characters(codec="ascii"), max_size=2),
+    )
+
+
 @settings(max_examples=150, deadline=2000)
 @given(data=st.data())
 def test_damaged_annotations_never_pass_silently(tmp_path_factory, data):
@@ -162,16 +216,15 @@ def test_damaged_annotations_never_pass_silently(tmp_path_factory, data):
         images=[dict(id=0, file_name="0.jpg", width=40, height=30)],
         categories=[dict(id=1, name="cat"), dict(id=2, name="dog")],
         annotations=[
-            dict(
-                id=i, image_id=0, category_id=i, bbox=[5, 5, 9, 8], area=72, segmentation=[[5] * 6]
-            )
-            for i in (1, 2)
+            dict(id=i, image_id=0, category_id=i, bbox=[5, 5, 9, 8], area=72, segmentation=mask)
+            for i, mask in ((1, [[5] * 6]), (2, compressed(np.eye(30, 40))))
         ],
     )
     container, key = data.draw(st.sampled_from(list(places(content))))
     before = json.dumps(container[key])
-    container[key] = data.draw(anything)
-    findings = check(content, folder)
+    text = isinstance(container[key], str) and key == "counts"
+    container[key] = data.draw(damaged_text(container[key]) if text else anything)
+    findings = check(content, folder, masks=True)
     path = folder / "labels.json"
     path.write_text(json.dumps(content))
     if json.dumps(container[key]) == before or findings:
@@ -181,10 +234,12 @@ def test_damaged_annotations_never_pass_silently(tmp_path_factory, data):
         ann_file=str(path),
         data_prefix=dict(img=""),
         metainfo=dict(classes=CLASSES),
-        pipeline=[],
+        pipeline=[dict(type="mmdet.LoadAnnotations", with_bbox=True, with_mask=True)],
     )
     boxes = [item["bbox"] for item in dataset.get_data_info(0)["instances"]]
     assert len(boxes) == 2 and np.isfinite(boxes).all()
+    masks = dataset.prepare_data(0)["gt_masks"]
+    assert len(masks) == 2 and (masks.height, masks.width) == (30, 40)
 
 
 def test_training_stops_or_names(content, tmp_path, caplog):
