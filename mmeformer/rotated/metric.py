@@ -17,7 +17,7 @@ from mmeformer.registry import METRICS
 from mmeformer.rotated.detections import MERGE_IOU, Detections, check_rotated, merge_patches
 from mmeformer.rotated.dota import DotaObject, list_labels, read_label_files
 from mmeformer.rotated.evaluation import IOU_THRS, MODES, Evaluation, Truth, evaluate
-from mmeformer.rotated.writers import write_task1
+from mmeformer.rotated.writers import is_task1, write_task1
 
 
 @METRICS.register_module()
@@ -38,14 +38,14 @@ class DOTAMetric(BaseMetric):
         diff_thr: objects of ``ann_dir`` with a larger flag ``difficult`` are ignored; the default
             is what DOTA's server does. (Of a data set's own objects its ``diff_thr`` decides.)
         submission_dir: folder to make for DOTA's Task 1, see
-            :func:`mmeformer.rotated.writers.write_task1`. The only result if there are no objects
-            to evaluate with.
+            :func:`mmeformer.rotated.writers.write_task1`; an earlier submission in it is replaced.
+            The only result if there are no objects to evaluate with.
         collect_device, prefix: as in mmengine.
 
     Raises:
         ValueError: an unknown ``eval_mode``, or ``merge_patches`` without a purpose.
         FileNotFoundError: ``ann_dir`` is missing or has no label files.
-        FileExistsError: there is something in ``submission_dir``.
+        FileExistsError: ``submission_dir`` holds something else than a submission.
     """
 
     default_prefix = "dota"
@@ -76,11 +76,11 @@ class DOTAMetric(BaseMetric):
         self.submission_dir = None if submission_dir is None else Path(submission_dir)
         # Mistakes that should not wait for the end of the test.
         self.label_files = None if ann_dir is None else list_labels(ann_dir)
-        if self.submission_dir is not None and self.submission_dir.exists():
-            if not self.submission_dir.is_dir() or any(self.submission_dir.iterdir()):
-                raise FileExistsError(
-                    f"submission_dir {submission_dir} exists; delete it or choose another"
-                )
+        if self.submission_dir is not None and not is_task1(self.submission_dir):
+            raise FileExistsError(
+                f"submission_dir {submission_dir} holds something else than a submission; choose "
+                "another"
+            )
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Keep the boxes of one batch as arrays: ``(img_id, Detections, Truth or None)``."""

@@ -51,6 +51,18 @@ def write_dota_text(path: str | Path, detections: Detections, classes: Sequence[
     _write_text(path, "".join(lines))
 
 
+def is_task1(folder: str | Path) -> bool:
+    """Whether :func:`write_task1` would replace nothing but what it wrote itself."""
+    folder = Path(folder)
+    return not folder.exists() or (
+        folder.is_dir()
+        and all(
+            path.name == "Task1.zip" or (path.name.startswith("Task1_") and path.suffix == ".txt")
+            for path in folder.iterdir()
+        )
+    )
+
+
 def write_task1(
     folder: str | Path, images: Mapping[str, Detections], classes: Sequence[str]
 ) -> Path:

@@ -199,13 +199,18 @@ def test_submission_without_labels(tmp_path):
     assert len((tmp_path / "task1" / "Task1_plane.txt").read_text().splitlines()) == int(
         (found.labels == 0).sum()
     )
-    # The same metric may write again (validation in training); another one may not.
+    # A second test replaces the first one's submission.
+    metric = build(submission_dir=str(tmp_path / "task1"))
     metric.process({}, [sample("P3", found.take([0]))])
     assert metric.evaluate(1) == {}
     texts = [path.read_text() for path in (tmp_path / "task1").glob("*.txt")]
     assert len(texts) == 3 and "".join(texts).startswith("P3") and len(texts) == 3
-    with pytest.raises(FileExistsError, match="delete it or choose another"):
+    # Other files are never touched.
+    (tmp_path / "task1" / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match="task1 holds something else .* choose another"):
         build(submission_dir=str(tmp_path / "task1"))
+    with pytest.raises(FileExistsError, match="notes.txt holds something else"):
+        build(submission_dir=str(tmp_path / "task1" / "notes.txt"))
 
 
 def test_mistakes_are_named(tmp_path):
