@@ -233,9 +233,14 @@ def write(content: Mapping, target: Path) -> None:
     Raises:
         CheckpointError: it cannot be written; names the file.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} could not be written: {error.filename}: {error.strerror}"
+        ) from error
     try:
         if target.suffix == ".safetensors":
             state = content.get("state_dict", content.get("model"))

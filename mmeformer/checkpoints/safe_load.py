@@ -10,6 +10,7 @@ fallback to full unpickling, neither in :func:`read` nor, after :func:`install`,
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -117,7 +118,8 @@ def read(path: str | Path, map_location="cpu") -> dict:
         map_location: a device or its name; None keeps tensors where they were saved.
 
     Returns:
-        The file's dict, as it is.
+        The file's dict, as it is; of a ``.safetensors`` file its tensors, or (where the file has
+        an entry ``meta`` in JSON) ``{"state_dict": tensors, "meta": dict}``.
 
     Raises:
         FileNotFoundError: no such file.
@@ -146,11 +148,15 @@ def read(path: str | Path, map_location="cpu") -> dict:
 def _read_safetensors(path: Path, map_location) -> dict:
     try:
         content = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            texts = file.metadata() or {}
+        # What our conversion writes, for lack of another place in this format.
+        meta = json.loads(texts["meta"]) if "meta" in texts else None
     except Exception as error:  # safetensors raises several kinds, all about a damaged file
         raise CheckpointError(_damage(path, error)) from error
-    if map_location is None:
-        return content
-    return {name: tensor.to(map_location) for name, tensor in content.items()}
+    if map_location is not None:
+        content = {name: tensor.to(map_location) for name, tensor in content.items()}
+    return content if meta is None else {"state_dict": content, "meta": meta}
 
 
 def _read_torch(path: Path, map_location):
@@ -244,7 +250,14 @@ def load_from_local(filename: str, map_location=None) -> dict:
 
 def load_from_http(filename: str, map_location=None) -> dict:
     """mmengine's loader of addresses; see :func:`download` and :func:`read`."""
-    return read(download(filename), map_location)
+    path = download(filename)
+    try:
+        return read(path, map_location)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. This is the copy of {filename} in torch's cache: delete it to download it "
+            "again"
+        ) from error
 
 
 def load_from_timm(filename: str, map_location=None) -> dict:

@@ -306,6 +306,33 @@ def test_nothing_half_written_is_left(source, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source.pth", "target.pth"]
 
 
+def test_unwritable_targets_are_named(source, tool, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "folder.pth").mkdir()
+    for target in (tmp_path / "file" / "out.pth", tmp_path / "folder.pth"):
+        status, _, error = tool(source, target, *(["--force"] if target.exists() else []))
+        assert status == 1 and f"error: {target} could not be written: " in error, error
+        assert "(--force)" not in error
+    assert (tmp_path / "file").read_text() == "precious"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_metadata_survives_every_container(tool, tmp_path):
+    """Class names and origin, from one file through another kind and back."""
+    state = {f"backbone.{k}": v for k, v in build_backbone(S0).state_dict().items()}
+    state["neck.lateral_convs.0.conv.weight"] = torch.ones(1)
+    meta = {"dataset_meta": {"classes": ("cat", "dog"), "palette": [(1, 2, 3), (4, 5, 6)]}}
+    torch.save({"state_dict": state, "meta": meta}, tmp_path / "a.pth")
+    assert tool(tmp_path / "a.pth", tmp_path / "b.safetensors")[0] == 0
+    assert tool(tmp_path / "b.safetensors", tmp_path / "c.pth")[0] == 0
+    for name in ("b.safetensors", "c.pth"):
+        content = safe_load.read(tmp_path / name)
+        assert content["meta"]["dataset_meta"]["classes"] == ["cat", "dog"]
+        assert content["meta"]["dataset_meta"]["palette"] == [[1, 2, 3], [4, 5, 6]]
+        assert content["meta"]["mmeformer"]["variant"] == S0.name
+        assert content["state_dict"].keys() == state.keys()
+
+
 def test_a_new_file_has_the_usual_rights(source, tmp_path):
     convert(str(source), tmp_path / "deep" / "target.pth")
     (tmp_path / "plain").write_text("")

@@ -304,6 +304,11 @@ def test_address_is_downloaded_once_into_torchs_cache(tmp_path, monkeypatch):
     assert fetched == [url]
     with pytest.raises(CheckpointError, match="names no file"):
         safe_load.load("https://example.org/")
+    # What a download left behind is not downloaded again by itself.
+    (tmp_path / "cache/checkpoints/page.pth").write_text("<html>log in</html>")
+    match = r"(?s)page\.pth is a web page.*copy of https://.*delete it to download it again"
+    with pytest.raises(CheckpointError, match=match):
+        safe_load.load("https://example.org/page.pth")
 
     def fail(url, path, progress):
         raise OSError("no route to host")
