@@ -16,6 +16,7 @@ from mmeformer.checkpoints.safe_load import CheckpointError
 # Containers: mmengine, mmcv and timm; the reference and DeiT.
 _CONTAINERS = ("state_dict", "model")
 BACKBONE = "backbone."
+WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -118,24 +119,27 @@ def check_values(tensors: Mapping[str, Tensor], source: str) -> None:
         source: the file, for messages.
 
     Raises:
-        CheckpointError: NaN or infinite values, or whole numbers; names the tensor.
+        CheckpointError: NaN or infinite values, whole numbers, 8-bit floats or a sparse tensor;
+            names it.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            if not torch.isfinite(tensor).all():
-                count = int((~torch.isfinite(tensor)).sum())
+        if tensor.dtype in WEIGHT_TYPES and tensor.layout is torch.strided:
+            # As float32, which is what models hold: a larger number would be infinite there.
+            finite = torch.isfinite(tensor.float())
+            if not finite.all():
                 raise CheckpointError(
-                    f"{source}: tensor {name} has {count} of {tensor.numel()} values that are NaN "
-                    "or infinite. The training diverged or the file is damaged: take an earlier "
-                    "checkpoint or download it again"
+                    f"{source}: tensor {name} has {int((~finite).sum())} of {tensor.numel()} "
+                    "values that are NaN or infinite. The training diverged or the file is "
+                    "damaged: take an earlier checkpoint or download it again"
                 )
         elif not name.endswith("num_batches_tracked"):
             raise CheckpointError(
-                f"{source}: tensor {name} is of type {_dtype(tensor)}, but weights are floating "
-                "point numbers. Convert it to float32 (a quantised model must be exported from "
-                "its float weights)"
+                f"{source}: tensor {name} is of type {_dtype(tensor)}, but weights are dense "
+                "tensors of floating point numbers of at least 16 bits. Convert it to float32 (a "
+                "quantised model must be exported from its float weights)"
             )
 
 
 def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    layout = "" if tensor.layout is torch.strided else f", {tensor.layout}"
+    return f"{tensor.dtype}{layout}".replace("torch.", "")
