@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures that several test modules share."""
 
+import logging
+
 import pytest
 import torch
 
 from mmeformer.variants import VARIANTS, Variant
+
+# pytest attaches itself to every logger that does not propagate. On this one PyTorch takes a handler
+# for the wish to see all that it compiles, which then takes ten times as long.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(params=list(VARIANTS))
