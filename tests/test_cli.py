@@ -55,6 +55,11 @@ def place(tmp_path_factory):
     init_default_scope("mmdet")
     weights = MODELS.build(other.model).state_dict()
     torch.save(dict(meta={}, state_dict=weights), folder / "other.pth")
+    for name, change in (("nan", lambda x: x * torch.nan), ("whole", lambda x: x.long())):
+        weights = dict(torch.load(folder / "detection.pth", weights_only=True)["state_dict"])
+        weights["rpn_head.rpn_conv.bias"] = change(weights["rpn_head.rpn_conv.bias"])
+        torch.save(dict(meta={}, state_dict=weights), folder / f"{name}.pth")
+    torch.save(dict(state_dict=[1, 2]), folder / "list.pth")
     whole = (folder / "detection.pth").read_bytes()
     (folder / "truncated.pth").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.pth").write_bytes(b"")
@@ -102,6 +107,7 @@ CASES = [
         "/gone/annotations/instances_train2017.json does not exist",
     ),
     ("train", "{p}/detection.py " + WORK + " --cfg-options load_from={p}/other.pth", "of another"),
+    ("train", "{p}/detection.py " + WORK + " --cfg-options load_from={p}/nan.pth", "NaN"),
     ("train", "{p}/detection.py --launcher teleport", "invalid choice"),
     ("test", "{p}/gone.py {p}/detection.pth", "gone.py does not exist"),
     ("test", "{p}/detection.py {p}/gone.pth " + WORK, "gone.pth does not exist"),
@@ -111,6 +117,13 @@ CASES = [
     ("test", "{p}/detection.py {p}/picture.pth " + WORK, "picture.pth is neither"),
     ("test", "{p}/detection.py {p}/other.pth " + WORK, "other.pth is not of this config's model"),
     ("test", "{p}/detection.py {p}/segmentation.pth " + WORK, "segmentation.pth is not of this"),
+    (
+        "test",
+        "{p}/detection.py {p}/nan.pth " + WORK,
+        r"nan.pth: tensor rpn_head\.rpn_conv\.bias has 16 of 16 values that are NaN",
+    ),
+    ("test", "{p}/detection.py {p}/whole.pth " + WORK, "whole.pth: tensor .* is of type int64"),
+    ("test", "{p}/detection.py {p}/list.pth " + WORK, "list.pth has no state dict"),
     ("test", "{p}/rotated.py {p}/detection.pth " + WORK, "detection.pth is not of this config"),
     ("test", "{p}/detection.py {p}/detection.pth --out {out}/a.txt " + WORK, "must end in .pkl"),
     (
@@ -141,6 +154,11 @@ CASES = [
         "{p}/detection.py {p}/truncated.pth --to onnx --dynamic --out {out}/a.onnx",
         "truncated.pth is damaged",
     ),
+    (
+        "export",
+        "{p}/detection.py {p}/nan.pth --to onnx --dynamic --out {out}/a.onnx",
+        "nan.pth: tensor .* NaN",
+    ),
     ("split_dota", "{p}/gone {out}/patches", "gone"),
     ("split_dota", "{p}/aerial/train {out}/patches --labels annfiles --overlap -5", "overlap"),
     (
@@ -152,6 +170,7 @@ CASES = [
     ("predict", "{p}/detection.py {p}/other.pth {p}/a.png --out {out}", "other.pth"),
     ("predict", "{p}/detection.py {p}/segmentation.pth {p}/a.png --out {out}", "segmentation.pth"),
     ("predict", "{p}/detection.py {p}/truncated.pth {p}/a.png --out {out}", "truncated.pth"),
+    ("predict", "{p}/detection.py {p}/nan.pth {p}/a.png --out {out}", "nan.pth: tensor .* NaN"),
     ("predict", "{p}/detection.py {p}/detection.pth {p}/gone.png --out {out}", "gone.png"),
     ("predict", "{p}/detection.py {p}/detection.pth {p}/text.png --out {out}", "text.png"),
     ("predict", "{p}/rotated.py {p}/rotated.pth {p}/empty.png --out {out}", "empty.png"),

@@ -17,6 +17,7 @@ from mmeformer import engine
 from mmeformer.backbones.base import PyramidBackbone
 from mmeformer.checkpoints import safe_load
 from mmeformer.runtime.metadata import Metadata
+from mmeformer.training.matching import require_match
 from mmeformer.variants import STRIDES
 from mmeformer.version import __version__
 
@@ -36,6 +37,7 @@ def build_model(config: Config, checkpoint: str | None = None) -> nn.Module:
     Raises:
         FileNotFoundError: the checkpoint does not exist.
         ValueError: it does not hold exactly this model's tensors.
+        CheckpointError: it holds NaN, or numbers of another kind.
     """
     init_default_scope(config.get("default_scope", "mmengine"))
     if "custom_imports" in config:
@@ -51,6 +53,7 @@ def build_model(config: Config, checkpoint: str | None = None) -> nn.Module:
         )
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} is not of this config: {error}") from error
+    require_match(model, loaded, checkpoint)
     model.dataset_meta = (loaded.get("meta") or {}).get("dataset_meta") or {}
     return model
 

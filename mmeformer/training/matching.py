@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
-from mmeformer.checkpoints.contents import take_apart
+from mmeformer.checkpoints.contents import check_values, take_apart
 from mmeformer.checkpoints.load import describe
 from mmeformer.checkpoints.safe_load import CheckpointError
 from mmeformer.checkpoints.translate import identify
@@ -20,7 +20,7 @@ NAMED = 3
 
 
 def require_match(model: nn.Module, checkpoint: Mapping, source: str, part: str = "") -> None:
-    """Raise unless the file has every tensor of the model in its shape.
+    """Raise unless the file has every tensor of the model, in its shape and with sound numbers.
 
     Args:
         model: may be wrapped (DDP, test-time augmentation).
@@ -30,20 +30,17 @@ def require_match(model: nn.Module, checkpoint: Mapping, source: str, part: str 
 
     Raises:
         CheckpointError: names the first tensors that are missing or of another shape, and what the
-            file seems to hold instead.
+            file seems to hold instead; or one that holds NaN or is not of floating point numbers.
     """
     while hasattr(model, "module"):
         model = model.module
     state = checkpoint.get("state_dict", checkpoint)
-    shapes = {
-        re.sub(r"^module\.", "", name): tuple(getattr(tensor, "shape", ()))
-        for name, tensor in state.items()
-    }
-    wanted = {
-        name: tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
-        if name.startswith(part)
-    }
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{source} has no state dict: it is not the file you want")
+    state = {re.sub(r"^module\.", "", str(name)): tensor for name, tensor in state.items()}
+    shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
+    ours = model.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in ours.items() if name.startswith(part)}
     missing = [name for name in wanted if name not in shapes]
     misshapen = [
         f"{name} {shapes[name]} in place of {shape}"
@@ -51,6 +48,12 @@ def require_match(model: nn.Module, checkpoint: Mapping, source: str, part: str 
         if name in shapes and shapes[name] != shape
     ]
     if not missing and not misshapen:
+        numbers = {
+            name: state[name]
+            for name, tensor in ours.items()
+            if tensor.is_floating_point() and isinstance(state.get(name), Tensor)
+        }
+        check_values(numbers, source)
         return
     problems = [
         f"{len(names)} tensors are {kind} ({', '.join(names[:NAMED])}"
