@@ -10,17 +10,17 @@ import argparse
 import atexit
 import os
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, ConfigDict
-from mmengine.dist import is_main_process
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.evaluator import DumpResults
 from mmengine.logging import print_log
 
 from mmeformer.checkpoints import safe_load
-from mmeformer.memory import keep_freed_memory
+from mmeformer.memory import keep_freed_memory, return_freed_memory
 from mmeformer.paths import config_dir
 from mmeformer.training.runner import Runner
 
@@ -87,7 +87,11 @@ def prepare_device(config: Config, launcher: str) -> None:
     config.launcher = launcher
     if torch.cuda.is_available():
         return
-    keep_freed_memory()
+    if config.model.get("backbone", {}).get("with_cp"):
+        # Whoever asks for that has time to spare, but no memory.
+        return_freed_memory()
+    else:
+        keep_freed_memory()
     if config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
         print_log("no GPU: training in full precision instead of AMP", "current")
         config.optim_wrapper.type = "OptimWrapper"
@@ -133,6 +137,11 @@ def _unsynchronise_norms(node) -> None:
 def _export_slurm_ranks() -> None:
     """Tell torch.distributed what Slurm knows, as torchrun would."""
     environment = os.environ
+    if "SLURM_PROCID" not in environment:
+        raise ValueError(
+            "--launcher slurm works within a job of Slurm only (SLURM_PROCID is not set): use "
+            "tools/slurm_train.sh or tools/slurm_test.sh"
+        )
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
@@ -211,6 +220,7 @@ def build_test_runner(
         ValueError: ``out`` is not a pickle file name, the config has nothing for ``tta``, or the
             exported file does not fit the config.
         FileNotFoundError: the checkpoint does not exist.
+        OSError: ``show_dir`` or the folder of ``out`` cannot be written to.
     """
     if out is not None and not out.endswith((".pkl", ".pickle")):
         raise ValueError(f"--out {out}: the file must end in .pkl or .pickle")
@@ -229,13 +239,15 @@ def build_test_runner(
         if tta:
             raise ValueError("--tta needs a checkpoint: an exported file has no such mode")
         use_onnx(config, checkpoint)
+    # Found out now rather than after hours of testing.
+    for folder in (show_dir, out and Path(out).parent):
+        if folder is not None:
+            _require_writable(Path(folder))
     # The weights come from the checkpoint: no download of pretrained ones first.
     drop_pretrained(config.model)
     prepare_device(config, launcher)
     safe_load.install()
     runner = Runner.from_cfg(config)
-    if out is not None and is_main_process():
-        Path(out).resolve().parent.mkdir(parents=True, exist_ok=True)
     if out is not None:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=out))
     return runner
@@ -259,6 +271,11 @@ def existing_checkpoint(path: str) -> str:
     if "://" not in path and not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     return path
+
+
+def _require_writable(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def _draw_predictions(config: Config, show_dir: str) -> None:
@@ -295,14 +312,24 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
+class _Settings(DictAction):
+    """mmengine's ``KEY=VALUE``, with its exceptions made errors of the command line."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if wrong := [value for value in values if "=" not in value]:
+            parser.error(f"argument {option_string}: {wrong[0]!r} is not KEY=VALUE")
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (AssertionError, ValueError) as error:
+            parser.error(f"argument {option_string}: {error}")
+
+
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """The argument that changes settings of a config."""
-    from mmengine.config import DictAction
-
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=_Settings,
         metavar="KEY=VALUE",
         help="settings laid over the config, such as train_dataloader.batch_size=4",
     )

@@ -109,6 +109,14 @@ CASES = [
     ("train", "{p}/detection.py " + WORK + " --cfg-options load_from={p}/other.pth", "of another"),
     ("train", "{p}/detection.py " + WORK + " --cfg-options load_from={p}/nan.pth", "NaN"),
     ("train", "{p}/detection.py --launcher teleport", "invalid choice"),
+    ("train", "{p}/detection.py --launcher slurm " + WORK, "within a job of Slurm only"),
+    ("train", "{p}/detection.py --cfg-options nonsense", "'nonsense' is not KEY=VALUE"),
+    ("train", "{p}/detection.py --cfg-options a=[1,(2]", "argument --cfg-options: .*brackets"),
+    (
+        "train",
+        "{p}/detection.py --resume https://localhost:1/a.pth " + WORK,
+        "https://localhost:1/a.pth could not be downloaded",
+    ),
     ("test", "{p}/gone.py {p}/detection.pth", "gone.py does not exist"),
     ("test", "{p}/detection.py {p}/gone.pth " + WORK, "gone.pth does not exist"),
     ("test", "{p}/detection.py {p}/empty.pth " + WORK, "empty.pth is empty"),
@@ -129,6 +137,11 @@ CASES = [
     (
         "test",
         "{p}/detection.py {p}/detection.pth --out {p}/text.txt/a.pkl " + WORK,
+        "text.txt",
+    ),
+    (
+        "test",
+        "{p}/detection.py {p}/detection.pth --show-dir {p}/text.txt/pictures " + WORK,
         "text.txt",
     ),
     ("convert_checkpoint", "{p}/gone.pth {out}/a.pth", "gone.pth does not exist"),

@@ -47,14 +47,14 @@ def write_text(path: Path, text: str) -> None:
     commit(partial, path)
 
 
-def read_resumable(path: Path) -> dict:
-    """Read a checkpoint of training.
+def read_resumable(path: str | Path) -> dict:
+    """Read a checkpoint of training, from a file or an address.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: it is damaged, or holds a model only.
     """
-    content = safe_load.read(path)
+    content = safe_load.load(path)
     if missing := [key for key in RESUMABLE if key not in content]:
         raise CheckpointError(
             f"{path} has no {', '.join(missing)}: it holds a model, not the state of a training. "

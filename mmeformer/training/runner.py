@@ -107,7 +107,7 @@ class Runner(MMEngineRunner):
             if self._load_from is None:
                 newest = newest_resumable(self.work_dir)
             else:
-                newest = self._load_from, read_resumable(Path(self._load_from))
+                newest = self._load_from, read_resumable(self._load_from)
             if newest is not None:
                 path, content = newest
                 start = [str(path), content["meta"].get("seed")]
