@@ -8,7 +8,7 @@ import torch
 
 from mmeformer.variants import VARIANTS, Variant
 
-# pytest attaches itself to every logger that does not propagate. On this one PyTorch takes a handler
+# pytest attaches itself to every logger that does not propagate. On this one PyTorch takes that
 # for the wish to see all that it compiles, which then takes ten times as long.
 logging.getLogger("torch.__trace").propagate = True
 
