@@ -92,13 +92,16 @@ def newest_resumable(work_dir: str | Path) -> tuple[Path, dict] | None:
 
 def _candidates(work_dir: Path) -> Iterator[Path]:
     """Files to resume from, the likeliest first."""
+    folders = [work_dir]
     named: list[Path] = []
     pointer = work_dir / POINTER
     if pointer.is_file() and (text := pointer.read_text().strip()):
-        # The folder may have been moved since.
-        named = [Path(text), work_dir / Path(text).name]
-    folders = dict.fromkeys([*(path.parent for path in named), work_dir])
-    found = [path for folder in folders for path in folder.glob("*.pth")]
+        # The folder may have been moved or copied since; what is here goes before what is there.
+        named = [work_dir / Path(text).name]
+        if not named[0].is_file():
+            named = [Path(text)]
+            folders = [named[0].parent, work_dir] if named[0].name != text else folders
+    found = [path for folder in dict.fromkeys(folders) for path in folder.glob("*.pth")]
     # The best model is saved without what a training needs.
     found = [path for path in found if not path.name.startswith("best_")]
     found.sort(key=lambda path: path.stat().st_mtime, reverse=True)

@@ -237,6 +237,16 @@ class TestSearch:
         moved = shutil.move(work_dir, tmp_path.with_name("moved"))
         assert newest_resumable(moved)[0] == Path(moved, "iter_3.pth")
 
+    def test_copied_folder(self, work_dir, tmp_path):
+        """The original may be trained on; only what a copy lacks wholly is taken from there."""
+        copied = Path(shutil.copytree(work_dir, tmp_path / "copied"))
+        assert newest_resumable(copied)[0] == copied / "iter_3.pth"
+        (copied / "iter_3.pth").write_bytes(b"")
+        assert newest_resumable(copied)[0] == copied / "iter_2.pth"
+        for path in copied.glob("*.pth"):
+            path.unlink()
+        assert newest_resumable(copied)[0] == work_dir / "iter_3.pth"
+
     @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "gone"])
     def test_falls_back(self, work_dir, damage, caplog):
         path = work_dir / "iter_3.pth"
