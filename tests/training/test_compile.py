@@ -29,7 +29,9 @@ GRAPHS_PER_MODE = 3
 # larger.
 SIZES = ((352, 384), (384, 352), (416, 352), (352, 448), (448, 384))
 
-TRAIN_SCALES = [(64, 64), (96, 64), (64, 128), (128, 96)]
+# Each next one is larger in both sides, and so is a batch of images of two of them, which spares
+# the tests the graph for sizes that differ in one side.
+TRAIN_SCALES = [(64, 96), (96, 128), (128, 160), (160, 192)]
 TEST_SCALE = (160, 96)
 """Width and height, as pipelines have them."""
 
@@ -224,7 +226,7 @@ def check_task(task, backend, config, folder, shapes):
         else:
             np.testing.assert_allclose(one, two, atol=1e-4)
     trained = [graph for graph in GRAPHS if graph.training]
-    assert 2 <= len(trained) <= GRAPHS_PER_MODE
+    assert len(trained) == 2
     assert 1 <= len(GRAPHS) - len(trained) <= GRAPHS_PER_MODE
 
 
