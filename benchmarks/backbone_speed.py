@@ -57,15 +57,19 @@ def onnx_call(backbone: nn.Module, image: torch.Tensor, folder: str) -> Callable
 
 
 def shortest(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of the fastest run of each call, after two runs to warm up."""
+    """Seconds of the fastest run of each call.
+
+    Each timed run comes after one that is not: another call's weights have just left the cache, and
+    onnxruntime's threads spin on for a while after their work is done.
+    """
     best = dict.fromkeys(calls, float("inf"))
     with torch.inference_mode():
-        for number in range(rounds + 2):
+        for _ in range(rounds + 1):
             for name, call in calls.items():
+                call()
                 started = time.perf_counter()
                 call()
-                if number >= 2:
-                    best[name] = min(best[name], time.perf_counter() - started)
+                best[name] = min(best[name], time.perf_counter() - started)
     return best
 
 

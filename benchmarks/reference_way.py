@@ -4,7 +4,8 @@
 Same weights, same numbers (up to rounding), but as snap-research/EfficientFormer works downstream
 (``detection/`` and ``segmentation/``): the bias matrix is expanded and resized by bicubic
 interpolation at every forward pass, the logits of all queries are one tensor that is scaled, biased
-and mixed by convolutions in passes of their own, and nothing is folded.
+and mixed by convolutions in passes of their own, layer scales take a pass of theirs, 1x1
+convolutions are convolutions, maps are NCHW, and nothing is folded or computed again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from unittest.mock import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmeformer.backbones import efficientformer, efficientformer_v2
+from mmeformer.backbones import base, efficientformer, efficientformer_v2
+from mmeformer.layers import blocks
 from mmeformer.layers.attention_bias import AttentionBias
 
 
@@ -41,6 +43,19 @@ def attend(
     return attention @ value
 
 
+def run_chain(layers, x, scale=None):
+    """What :func:`mmeformer.layers.blocks.run_chain` computes, with all that autograd keeps."""
+    for layer in layers:
+        x = layer(x)
+    return x if scale is None else scale(x)
+
+
+def scaled_norm(norm, scale, x):
+    """What :func:`mmeformer.layers.blocks.scaled_norm` computes, in two passes."""
+    x = norm(x)
+    return x if scale is None else scale(x)
+
+
 class ReferenceWay(nn.Module):
     """Runs a backbone built with ``bias_resize="matrix"`` in the reference's way."""
 
@@ -55,5 +70,9 @@ class ReferenceWay(nn.Module):
         with (
             patch.object(efficientformer, "attend", attend),
             patch.object(efficientformer_v2, "attend", attend),
+            patch.object(base, "prefers_channels_last", lambda x: False),
+            patch.object(blocks, "run_chain", run_chain),
+            patch.object(blocks, "scaled_norm", scaled_norm),
+            patch.object(blocks.PointConv2d, "forward", nn.Conv2d.forward),
         ):
             return self.backbone(x)

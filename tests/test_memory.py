@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import resource
 import subprocess
 import sys
 
 import pytest
+import torch
+from mmengine.config import Config
 
+from mmeformer import engine
 from mmeformer.memory import keep_freed_memory
 
 # Page faults of ten tensors of 64 MB, made and freed one after the other.
@@ -22,13 +26,62 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+def run(script, choice):
+    """What the script prints in a process without settings of the C library by the environment."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, choice],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={key: value for key, value in os.environ.items() if "MALLOC" not in key},
+    )
+    return done.stdout
+
+
 @pytest.mark.skipif(not keep_freed_memory(), reason="needs glibc")
 def test_large_tensors_get_the_same_memory_again():
     faults = {}
     for choice in ("keep", "default"):
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, choice], capture_output=True, text=True, check=True
-        )
-        faults[choice] = int(done.stdout)
+        faults[choice] = int(run(SCRIPT, choice))
     assert faults["default"] >= 10 * 2**26 // resource.getpagesize()
     assert faults["keep"] < faults["default"] / 4
+
+
+# MiB that stay resident when tensors of 16 MiB go and small ones between them stay.
+FREED = """
+import resource, sys, torch
+from mmeformer.memory import return_freed_memory
+if sys.argv[1] == "return":
+    assert return_freed_memory()
+torch.ones(2**22)  # the C library now takes such sizes from its heap
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+before = resident()
+large, small = [], []
+for _ in range(20):
+    large.append(torch.ones(2**22))
+    small.append(torch.ones(2**10))
+del large
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not keep_freed_memory(), reason="needs glibc")
+def test_large_tensors_leave_nothing_behind():
+    left = {}
+    for choice in ("return", "default"):
+        left[choice] = float(run(FREED, choice))
+    assert left["return"] < 16 < left["default"]
+
+
+def test_checkpointed_training_returns_memory(monkeypatch):
+    called = []
+    monkeypatch.setattr(engine, "keep_freed_memory", lambda: called.append("keep"))
+    monkeypatch.setattr(engine, "return_freed_memory", lambda: called.append("return"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for backbone in (dict(with_cp=True), dict(with_cp=False), dict()):
+        engine.prepare_device(Config(dict(model=dict(backbone=backbone))), "none")
+    assert called == ["return", "keep", "keep"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,7 +23,7 @@ def to_grid(value: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: not one or two positive whole numbers.
     """
-    grid = (value, value) if isinstance(value, int) else tuple(value)
+    grid = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(grid) != 2 or any(not isinstance(side, int) or side < 1 for side in grid):
         raise ValueError(f"bias_grid must be one or two positive integers, but is {value!r}")
     return grid
@@ -61,6 +62,18 @@ def run_block(block: nn.Module, with_cp: bool, x: Tensor, *args) -> Tensor:
     if with_cp and x.requires_grad:
         return run_checkpointed(block, x, *args)
     return block(x, *args)
+
+
+def prefers_channels_last(x: Tensor) -> bool:
+    """Whether the maps should be in that format: oneDNN reorders all others, layer after layer."""
+    return (
+        x.device.type == "cpu"
+        # oneDNN has no double precision.
+        and x.dtype != torch.float64
+        # Compilers choose by themselves.
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
 
 
 class PyramidBackbone(BaseModule):
@@ -165,13 +178,27 @@ class PyramidBackbone(BaseModule):
 
         s = 4, 8, 16, 32. Any H and W work; nothing is padded outside the layers' own padding.
         """
+        given = (
+            torch.channels_last
+            if x.is_contiguous(memory_format=torch.channels_last)
+            else torch.contiguous_format
+        )
+        to_last = prefers_channels_last(x)
+        if to_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.stem(x)
         outputs = []
         for index, stage in enumerate(self.stages):
             x = stage(x, self.with_cp and self.training)
             if index in self.out_indices:
                 name = str(index)
-                outputs.append(self.norms[name](x) if name in self.norms else x)
+                # PyTorch's group norm of this format crashes on a CPU if only its parameters need
+                # gradients (2.12).
+                outputs.append(self.norms[name](x.contiguous()) if name in self.norms else x)
+        if to_last:
+            # What follows may rely on the format it gave: mmcv's RoIAlign silently takes any map
+            # for one of the default format.
+            outputs = [level.contiguous(memory_format=given) for level in outputs]
         return tuple(outputs)
 
     def _frozen_modules(self) -> list[nn.Module]:

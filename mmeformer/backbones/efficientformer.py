@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -34,8 +35,13 @@ class PoolBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-        x = x + self.drop_path(self.ls1(pooled - x))
-        return x + self.drop_path(self.ls2(self.mlp(x)))
+        if x.dtype == self.ls1.gamma.dtype and not torch.jit.is_tracing():
+            # The same in one pass over the map.
+            share = self.drop_path(self.ls1.gamma.repeat(len(x), 1)[:, :, None, None])
+            x = torch.lerp(x, pooled, share)
+        else:
+            x = x + self.drop_path(self.ls1(pooled - x))
+        return x + self.drop_path(self.mlp(x, self.ls2))
 
 
 class TokenAttention(nn.Module):

@@ -64,7 +64,8 @@ class MapAttention(nn.Module):
         self.proj = ConvNorm(values, width)
         self.attention_bias = AttentionBias(NUM_HEADS, bias_grid, resize=bias_resize)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
+        """``scale``: a :class:`LayerScale` of the result."""
         full_size = x.shape[-2:]
         x = self.stride_conv(x)
         size = x.shape[-2:]
@@ -85,7 +86,7 @@ class MapAttention(nn.Module):
         if self.halve:
             out = F.interpolate(out, scale_factor=2, mode="bilinear", align_corners=False)
             out = out[..., : full_size[0], : full_size[1]]
-        return self.proj(F.gelu(out))
+        return self.proj(F.gelu(out), scale)
 
     def _mix_bias(self, size: tuple[int, int]) -> Tensor:
         """What the second talking head adds for each key: (heads,)."""
@@ -192,8 +193,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.token_mixer is not None:
-            x = x + self.drop_path(self.ls1(self.token_mixer(x)))
-        return x + self.drop_path(self.ls2(self.mlp(x)))
+            x = x + self.drop_path(self.token_mixer(x, self.ls1))
+        return x + self.drop_path(self.mlp(x, self.ls2))
 
 
 @MODELS.register_module()

@@ -3,14 +3,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+
+from mmeformer.layers.norm_gelu import can_fuse, norm_gelu
+
+
+class PointConv2d(nn.Conv2d):
+    """1x1 convolution of stride 1, on a CPU as a product of matrices.
+
+    oneDNN's convolution first brings every map into a memory format of its own: at 56 x 56 places
+    and 48 channels that takes six times as long as the product itself.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return super().forward(x)
+        weight = self.weight.flatten(1)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
+        weight = weight.expand(len(x), -1, -1)
+        out = torch.baddbmm(self.bias[:, None], weight, x.flatten(2))
+        return out.view(len(x), self.out_channels, *x.shape[2:])
 
 
 class ConvNorm(nn.Module):
@@ -33,14 +57,19 @@ class ConvNorm(nn.Module):
         act: type[nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups
+        self.conv = (
+            PointConv2d(in_channels, out_channels)
+            if kernel_size == stride == groups == 1
+            else nn.Conv2d(
+                in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups
+            )
         )
         self.bn = nn.BatchNorm2d(out_channels)
         self.act = nn.Identity() if act is None else act()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
+    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
+        """``scale``: a :class:`LayerScale` of the result, for layers without an activation."""
+        return self.act(scaled_norm(self.bn, scale, self.conv(x)))
 
 
 _in_checkpoint = ContextVar("_in_checkpoint", default=False)
@@ -72,42 +101,77 @@ def run_checkpointed(block: nn.Module, *args) -> Tensor:
     return checkpoint(run, *args, use_reentrant=False)
 
 
-def run_chain(layers: Iterable[ConvNorm], x: Tensor) -> Tensor:
-    """One :class:`ConvNorm` after the other, keeping less for the backward pass.
+def run_chain(layers: Sequence[ConvNorm], x: Tensor, scale: nn.Module | None = None) -> Tensor:
+    """One :class:`ConvNorm` after the other, then the scale, keeping less for the backward pass.
 
-    Autograd keeps the input of an activation for its gradient and its output for the next
-    convolution's: the largest maps of the network twice. Here the output is computed again from
-    the input when it is needed.
+    Autograd keeps the inputs of a batch norm, of its activation and of the next convolution: the
+    largest maps of the network three times. Here the last one, and on a CPU the last two, are
+    computed again when they are needed.
     """
-    before, act = None, nn.Identity()
-    for layer in layers:
-        with _forget(x, before, act):
+    again = None
+    *inner, last = layers
+    for layer in inner:
+        with _forget(x, again):
             x = layer.conv(x)
-        before, act = layer.bn(x), layer.act
-        x = act(before)
-    return x
+        x, again = _norm_act(layer, x)
+    with _forget(x, again):
+        x = last.conv(x)
+    return last.act(scaled_norm(last.bn, scale, x))
 
 
-def _forget(after: Tensor, before: Tensor | None, act: nn.Module) -> AbstractContextManager:
-    """Within it autograd keeps ``before`` in place of its activation ``after``."""
+def scaled_norm(norm: nn.Module, scale: nn.Module | None, x: Tensor) -> Tensor:
+    """``scale(norm(x))``; in training the factors of both are multiplied first.
+
+    That spares a pass over the map forwards, two backwards, and a map kept in between.
+    """
     if (
+        isinstance(norm, _BatchNorm)
+        and isinstance(scale, LayerScale)
+        and torch.is_grad_enabled()
+        # Half precision would lose a small scale.
+        and x.dtype == scale.gamma.dtype
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    ):
+        factors = {"weight": norm.weight * scale.gamma, "bias": norm.bias * scale.gamma}
+        return torch.func.functional_call(norm, factors, (x,))
+    x = norm(x)
+    return x if scale is None else scale(x)
+
+
+def _norm_act(layer: ConvNorm, x: Tensor) -> tuple[Tensor, Callable[[], Tensor] | None]:
+    """The norm and activation of a layer, and a function that computes the result again."""
+    norm, act = layer.bn, layer.act
+    if (
+        not torch.is_grad_enabled()
         # A compiler decides by itself what to keep.
-        torch.compiler.is_compiling()
+        or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or before is None
-        or not (torch.is_grad_enabled() and before.requires_grad)
         # A checkpointed block keeps nothing as it is.
         or _in_checkpoint.get()
+        # A rectifier's gradient needs the result itself.
+        or not isinstance(act, nn.GELU)
     ):
-        return nullcontext()
+        return act(norm(x)), None
+    if x.requires_grad and can_fuse(norm, x):
+        return norm_gelu(norm, x)
+    before = norm(x)
+    return act(before), (lambda: act(before.detach())) if before.requires_grad else None
 
+
+def _forget(after: Tensor, again: Callable[[], Tensor] | None) -> AbstractContextManager:
+    """Within it autograd keeps the function ``again`` in place of its result ``after``."""
+    if again is None:
+        return nullcontext()
     # Autograd keeps the function below as well, so it must not hold the tensor.
-    address, shape = after.data_ptr(), after.shape
+    address, numbers = after.data_ptr(), after.numel()
 
     def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
-        if kept.data_ptr() != address or kept.shape != shape:
+        if kept.data_ptr() != address or kept.numel() != numbers:
             return kept
-        return lambda: act(before.detach())
+        # A product of matrices keeps the map in another shape.
+        shape, strides = kept.shape, kept.stride()
+        return lambda: again().as_strided(shape, strides)
 
     def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed()
@@ -154,5 +218,7 @@ class ConvMlp(nn.Module):
         )
         self.fc2 = ConvNorm(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return run_chain([layer for layer in self.children() if isinstance(layer, ConvNorm)], x)
+    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
+        """``scale``: a :class:`LayerScale` of the result."""
+        layers = [layer for layer in self.children() if isinstance(layer, ConvNorm)]
+        return run_chain(layers, x, scale)

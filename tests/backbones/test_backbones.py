@@ -176,6 +176,16 @@ def test_out_indices(small_variant):
     assert all(p.grad is not None for p in backbone.parameters())
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_have_the_memory_format_of_the_input(small_variant, memory_format, training):
+    # mmcv's RoIAlign silently takes any map for a contiguous one.
+    backbone = build_backbone(small_variant).train(training)
+    image = torch.randn(2, 3, 128, 160).contiguous(memory_format=memory_format)
+    for output in backbone(image):
+        assert output.is_contiguous(memory_format=memory_format)
+
+
 @pytest.mark.parametrize("frozen", range(-1, 5))
 def test_frozen_stages(small_variant, frozen):
     backbone = build_backbone(small_variant, frozen_stages=frozen).train()
@@ -305,6 +315,7 @@ def test_init_weights():
         (dict(frozen_stages=5), "frozen_stages"),
         (dict(drop_path_rate=1.0), "drop_path_rate"),
         (dict(bias_grid=0), "bias_grid"),
+        (dict(bias_grid=25.0), "bias_grid"),
         (dict(bias_grid=(7, 7, 7)), "bias_grid"),
         (dict(bias_resize="nearest"), "bias_resize"),
     ],
