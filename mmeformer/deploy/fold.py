@@ -6,16 +6,15 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from timm.layers import DropPath
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmeformer.backbones.base import PyramidBackbone
 from mmeformer.deploy.biases import fix_biases
-from mmeformer.layers.blocks import ConvNorm, LayerScale
+from mmeformer.layers.blocks import LayerScale
 
 
 def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Module:
@@ -23,7 +22,7 @@ def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Modu
 
     Batch norms are merged into the convolutions before them (our own blocks, mmcv's ``ConvModule``
     of necks and heads, neighbours in ``nn.Sequential``), layer scales into the convolution or
-    linear layer before them; drop path is gone; activations work in place. What remains has no
+    linear layer before them; drop path is gone. What remains has no
     layer to go to: layer norms and group norms (their statistics depend on the input) and V1's
     scale of its pooling mixer, which is a difference of two maps. Outputs agree with the model's in
     eval mode to 1e-5 of their largest value.
@@ -54,20 +53,9 @@ def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Modu
         for name, child in list(module.named_children()):
             if isinstance(child, DropPath):
                 setattr(module, name, nn.Identity())
-            elif isinstance(child, nn.GELU) and isinstance(module, ConvNorm):
-                setattr(module, name, _GeluInPlace())
     if image_size is not None:
         _fix_biases(model, image_size)
     return model
-
-
-class _GeluInPlace(nn.Module):
-    """GELU of a tensor that nothing else reads: the largest maps are then not written twice."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return F.gelu(x)
-        return torch.ops.aten.gelu_(x)
 
 
 def _foldable_pairs(module: nn.Module) -> list[tuple[str, str]]:
