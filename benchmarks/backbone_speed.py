@@ -60,13 +60,14 @@ def onnx_call(backbone: nn.Module, image: torch.Tensor, folder: str) -> Callable
 def shortest(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Seconds of the fastest run of each call.
 
-    Each timed run comes after one that is not: another call's weights have just left the cache, and
-    onnxruntime's threads spin on for a while after their work is done.
+    Each timed run comes after one that is not, as another call's weights fill the cache, and that
+    after a pause, as onnxruntime's threads spin on for a while when their work is done.
     """
     best = dict.fromkeys(calls, float("inf"))
     with torch.inference_mode():
         for _ in range(rounds + 1):
             for name, call in calls.items():
+                time.sleep(0.1)
                 call()
                 started = time.perf_counter()
                 call()
