@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from mmeformer.backbones.base import PyramidBackbone, Stage, run_block
 from mmeformer.layers.attention import attend
 from mmeformer.layers.attention_bias import AttentionBias
-from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale
+from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale, forget
 from mmeformer.registry import MODELS
 
 NUM_HEADS = 8
 KEY_WIDTH = 32
 VALUE_WIDTH = 128
+
+
+def pool(x: Tensor) -> Tensor:
+    """Means of 3 x 3 places, of those inside the map: (B, C, H, W) -> the same."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 class PoolBlock(nn.Module):
@@ -34,11 +39,13 @@ class PoolBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+        pooled = pool(x)
         if x.dtype == self.ls1.gamma.dtype and not torch.jit.is_tracing():
             # The same in one pass over the map.
             share = self.drop_path(self.ls1.gamma.repeat(len(x), 1)[:, :, None, None])
-            x = torch.lerp(x, pooled, share)
+            kept = x.detach()
+            with forget(pooled, lambda: pool(kept)):
+                x = torch.lerp(x, pooled, share)
         else:
             x = x + self.drop_path(self.ls1(pooled - x))
         return x + self.drop_path(self.mlp(x, self.ls2))

@@ -130,10 +130,10 @@ def run_chain(layers: Sequence[ConvNorm], x: Tensor, scale: nn.Module | None = N
         return last(x, scale)
     again = None
     for layer in inner:
-        with _forget(x, again):
+        with forget(x, again):
             x = layer.conv(x)
         x, again = _norm_act(layer, x)
-    with _forget(x, again):
+    with forget(x, again):
         x = last.conv(x)
     return last.act(scaled_norm(last.bn, scale, x))
 
@@ -177,9 +177,16 @@ def _norm_act(layer: ConvNorm, x: Tensor) -> tuple[Tensor, Callable[[], Tensor] 
     return act(before), (lambda: act(before.detach())) if before.requires_grad else None
 
 
-def _forget(after: Tensor, again: Callable[[], Tensor] | None) -> AbstractContextManager:
+def forget(after: Tensor, again: Callable[[], Tensor] | None) -> AbstractContextManager:
     """Within it autograd keeps the function ``again`` in place of its result ``after``."""
-    if again is None:
+    if (
+        again is None
+        or not torch.is_grad_enabled()
+        # A compiler decides by itself what to keep.
+        or torch.compiler.is_compiling()
+        # A checkpointed block keeps nothing as it is.
+        or _in_checkpoint.get()
+    ):
         return nullcontext()
     # Autograd keeps the function below as well, so it must not hold the tensor.
     address, numbers = after.data_ptr(), after.numel()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from helpers import build_backbone
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmeformer.backbones import EfficientFormer, EfficientFormerV2
+from mmeformer.backbones import EfficientFormer, EfficientFormerV2, efficientformer
 from mmeformer.backbones.base import drop_path_rates
+from mmeformer.backbones.efficientformer import pool
 from mmeformer.checkpoints.reference import reference_name
 from mmeformer.layers.blocks import LayerScale
 from mmeformer.variants import STRIDES, VARIANTS
@@ -174,6 +177,22 @@ def test_out_indices(small_variant):
     assert len(backbone.stages) == 3 and count(backbone) < count(full)
     sum(output.sum() for output in backbone(torch.randn(2, 3, 64, 64))).backward()
     assert all(p.grad is not None for p in backbone.parameters())
+
+
+def test_pooled_maps_are_not_kept(monkeypatch):
+    kept = []
+
+    def spy(x):
+        pooled = pool(x)
+        kept.append(weakref.ref(pooled))
+        return pooled
+
+    monkeypatch.setattr(efficientformer, "pool", spy)
+    block = efficientformer.PoolBlock(8, 4, drop_path=0.2, layer_scale=0.5).train()
+    out = block(torch.randn(2, 8, 6, 6, requires_grad=True))
+    gc.collect()
+    assert [ref() for ref in kept] == [None]
+    out.sum().backward()
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
