@@ -40,8 +40,8 @@ quickstart-rotated: install ## The same for rotated boxes
 test: install ## Run the tests, without the slow ones
 	@$(PYTEST) -m "not slow"
 
-test-all: install ## Run all tests
-	@$(PYTEST)
+test-all: install ## Run all tests, on newly drawn inputs where inputs are drawn
+	@$(PYTEST) --hypothesis-profile=explore
 
 check: install ## Check code style (ruff)
 	@$(VENV) -m ruff check .

@@ -36,7 +36,7 @@ def same(first, second) -> bool:
     return first == second
 
 
-@settings(max_examples=300, deadline=5000)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_damaged_files(whole, tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "damaged.pth"
@@ -64,7 +64,7 @@ def test_damaged_files(whole, tmp_path_factory, data):
     assert same(content, CONTENT)
 
 
-@settings(max_examples=50, deadline=5000)
+@settings(max_examples=50)
 @given(cut=st.floats(0, 0.999))
 def test_a_killed_write_is_never_resumed_from(whole, tmp_path_factory, cut):
     """Wherever a write without our rename would have been cut off."""

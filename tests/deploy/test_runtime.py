@@ -106,7 +106,7 @@ def test_prepares_as_the_test_pipelines_do(task, size):
     np.testing.assert_allclose(ours.data, batch.numpy(), rtol=0, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=st.tuples(st.integers(1, 400), st.integers(1, 400)),
     fixed=st.tuples(st.integers(32, 200), st.integers(32, 200)),
@@ -123,7 +123,7 @@ def test_everything_fits_a_fixed_size(size, fixed, scale, keep_ratio, task):
         assert item.size == fixed
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     edges=st.tuples(*[st.floats(-20, 60, width=32)] * 4),
     image=st.tuples(st.integers(1, 40), st.integers(1, 40)),
@@ -154,7 +154,7 @@ BOX = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(box=BOX, others=st.lists(BOX, min_size=1, max_size=5))
 def test_rotated_iou_is_that_of_training(box, others):
     iou = pytest.importorskip("mmeformer.rotated.iou")

@@ -25,7 +25,7 @@ def dense(mask, height, width):
     return image
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pixel_maps, st.integers(0, 4), st.integers(0, 4), st.integers(0, 3), st.integers(0, 3))
 def test_code_of_the_whole_image_is_that_of_pycocotools(pixels, left, top, right, bottom):
     image = np.pad(pixels, ((top, bottom), (left, right)))
@@ -40,7 +40,7 @@ def test_code_of_the_whole_image_is_that_of_pycocotools(pixels, left, top, right
     assert code == dict(size=[height, width], counts=expected["counts"].decode())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(pixel_maps, st.integers(0, 9), st.integers(0, 9)), min_size=1))
 def test_union_of_masks(items):
     masks = [Mask.from_array(pixels, x, y) for pixels, x, y in items]
@@ -163,7 +163,7 @@ def scenes(draw):
     return boxes, labels
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(scenes(), st.integers(90, 160), st.integers(30, 45))
 def test_windows_give_the_objects_of_the_whole_image(scene, size, overlap):
     # Also objects larger than the overlap and than a window, which no window shows whole.

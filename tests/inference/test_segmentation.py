@@ -16,7 +16,7 @@ from mmeformer.inference.segmentation import cores, draw_labels, label_map, segm
 from mmeformer.windows import windows
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.integers(0, 39))
 def test_cores_cover_every_pixel_once(width, height, size, overlap):
     places = windows(width, height, size, overlap % size)

@@ -17,7 +17,7 @@ from mmeformer.layers.attention_bias import (
 sides = st.integers(1, 9)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(sides, sides, st.sampled_from([1, 2]))
 def test_expansion_is_the_index_table_of_the_paper(height, width, stride):
     table = torch.rand(3, height, width)
@@ -30,7 +30,7 @@ def test_expansion_is_the_index_table_of_the_paper(height, width, stride):
             assert torch.equal(expanded[:, i, j], table[:, abs(qy - ky), abs(qx - kx)])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sides, sides, st.integers(1, 40), st.integers(1, 40))
 def test_resize_is_linear_interpolation_at_the_same_share_of_the_image(
     rows, columns, height, width

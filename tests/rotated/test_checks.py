@@ -71,7 +71,7 @@ def test_files(folder):
 WORDS = ["1", "9.5", "nan", "1e999", "ship", "-3", "\t", "\n", "\ufeff"]
 
 
-@settings(max_examples=200, deadline=2000)
+@settings(max_examples=200)
 @given(text=st.text(max_size=60) | st.lists(st.sampled_from(WORDS)).map(" ".join))
 def test_random_lines_never_pass_silently(tmp_path_factory, text):
     """Each line is read as an object, is blank or a header, or is named."""

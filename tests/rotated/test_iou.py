@@ -238,7 +238,7 @@ finite_boxes = st.tuples(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(finite_boxes, finite_boxes)
 def test_is_symmetric_and_matches_shapely(first, second):
     boxes1, boxes2 = torch.tensor([first]), torch.tensor([second])
@@ -247,7 +247,7 @@ def test_is_symmetric_and_matches_shapely(first, second):
     np.testing.assert_allclose(there, shapely_iou(boxes1, boxes2), rtol=0, atol=1e-4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(finite_boxes, st.floats(0, 1), st.integers(-3, 3))
 def test_equivalent_descriptions_give_the_same_iou(box, shift, turns):
     x, y, w, h, angle = box
