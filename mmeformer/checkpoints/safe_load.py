@@ -37,6 +37,9 @@ from timm.models import get_pretrained_cfg, load_state_dict_from_hf
 
 TIMM = "timm://"
 
+_FOLDER = 0x10
+"""Mark of a folder among the attributes of a ZIP archive's part."""
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the message names the file and what to do about it."""
@@ -186,6 +189,10 @@ def _check_sums(path: Path) -> None:
     # torch does not look at the check sums of its archives, so damaged weights would go unnoticed.
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            for part in archive.infolist():
+                # torch takes it for a folder, and gives memory that nothing was written to.
+                if part.external_attr & _FOLDER and part.file_size:
+                    raise zipfile.BadZipFile(f"its part {part.filename} is marked as a folder")
             if bad := archive.testzip():
                 raise zipfile.BadZipFile(f"the check sum of its part {bad} is wrong")
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random damage to checkpoint files: an error, or the very content; never other weights."""
 
+import io
+import zipfile
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,6 +65,19 @@ def test_damaged_files(whole, tmp_path_factory, data):
         assert str(path) in str(error)
         return
     assert same(content, CONTENT)
+
+
+def test_a_part_marked_as_a_folder(whole, tmp_path):
+    """torch would give a tensor of memory that nothing was written to."""
+    path = tmp_path / "damaged.pth"
+    damaged = bytearray(whole)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        (part,) = (item for item in archive.infolist() if item.filename.endswith("data/0"))
+    # The last mention of a part is its line in the table of contents, with attributes before it.
+    damaged[whole.rindex(part.filename.encode()) - 8] |= 0x10
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="data/0 is marked as a folder"):
+        safe_load.read(path)
 
 
 @settings(max_examples=50)
