@@ -36,12 +36,28 @@ from mmeformer.variants import VARIANTS
 MIB = 2**20
 
 
-def build(variant: str, **kwargs) -> nn.Module:
-    """A backbone with the same random weights for the same variant and bias grid."""
+def build(variant: str, image: torch.Tensor, **kwargs) -> nn.Module:
+    """A backbone with the same random weights for the same variant and bias grid.
+
+    Its norms have the statistics that they meet with this image, as in a trained network. Otherwise
+    the maps grow from block to block, up to logits of a million, and nearly all attention then
+    consists of denormal numbers, which take a processor many times longer.
+    """
     torch.manual_seed(0)
     row = VARIANTS[variant]
     kind = EfficientFormerV2 if row.family == "v2" else EfficientFormer
-    return kind(row.arch, layer_scale_init_value=0.5, **kwargs)
+    kwargs = dict(layer_scale_init_value=0.5, drop_path_rate=0.0, **kwargs)
+    if row.family == "v2":
+        kwargs["head_bias_keys"] = 49
+    backbone = kind(row.arch, **kwargs).train()
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        backbone(image)
+    for norm in norms:
+        norm.momentum = 0.1
+    return backbone
 
 
 def onnx_call(backbone: nn.Module, image: torch.Tensor, folder: str) -> Callable[[], object]:
@@ -80,10 +96,10 @@ def inference(variant: str, size: tuple[int, int], args: argparse.Namespace) -> 
     image = torch.randn(1, 3, *size)
     last = image.to(memory_format=torch.channels_last)
     grid = [max(1, side // 32) for side in size]
-    ours = build(variant, bias_grid=grid).eval()
+    ours = build(variant, image, bias_grid=grid).eval()
     folded = fold(ours)
     folded_last = fold(ours).to(memory_format=torch.channels_last)
-    reference = ReferenceWay(build(variant, bias_resize="matrix")).eval()
+    reference = ReferenceWay(build(variant, image, bias_resize="matrix")).eval()
     calls = {
         "reference's way": lambda: reference(image),
         "eager": lambda: ours(image),
@@ -124,12 +140,12 @@ def one_training(variant: str, size: tuple[int, int], args: argparse.Namespace) 
     """
     image = torch.randn(1, 3, *size)
     if args.way == "reference's way":
-        model = ReferenceWay(build(variant, bias_resize="matrix", drop_path_rate=0.0))
+        model = ReferenceWay(build(variant, image, bias_resize="matrix"))
     else:
         with_cp = args.way.endswith("with_cp")
         return_freed_memory() if with_cp else keep_freed_memory()
         grid = [max(1, side // 32) for side in size]
-        model = build(variant, bias_grid=grid, drop_path_rate=0.0, with_cp=with_cp)
+        model = build(variant, image, bias_grid=grid, with_cp=with_cp)
     model.train()
     # Brings in the code of the libraries.
     sum(level.mean() for level in model(image[..., :64, :64])).backward()
@@ -147,10 +163,11 @@ def one_training(variant: str, size: tuple[int, int], args: argparse.Namespace) 
 
 def growth(variant: str, args: argparse.Namespace) -> list[dict]:
     """Time and memory of the folded backbone from 224 to 2048 px."""
-    folded = fold(build(variant, bias_grid=25)).to(memory_format=torch.channels_last)
     rows = []
     for side in (224, 512, 1024, 1536, 2048):
         image = torch.randn(1, 3, side, side).to(memory_format=torch.channels_last)
+        backbone = build(variant, image, bias_grid=25).eval()
+        folded = fold(backbone).to(memory_format=torch.channels_last)
         seconds = shortest({"folded": lambda image=image: folded(image)}, args.rounds)["folded"]
         memory = inference_memory(lambda image=image: folded(image)) / MIB
         rows.append(dict(side=side, seconds=seconds, memory=memory))

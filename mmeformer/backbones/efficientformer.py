@@ -39,16 +39,26 @@ class PoolBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = pool(x)
-        if x.dtype == self.ls1.gamma.dtype and not torch.jit.is_tracing():
-            # The same in one pass over the map.
-            share = self.drop_path(self.ls1.gamma.repeat(len(x), 1)[:, :, None, None])
-            kept = x.detach()
-            with forget(pooled, lambda: pool(kept)):
-                x = torch.lerp(x, pooled, share)
-        else:
-            x = x + self.drop_path(self.ls1(pooled - x))
+        x = self._mix(x)
         return x + self.drop_path(self.mlp(x, self.ls2))
+
+    def _mix(self, x: Tensor) -> Tensor:
+        """``x + scale * (pool(x) - x)``, the means and the map in these shares."""
+        gamma, pooled = self.ls1.gamma, pool(x)
+        traced = torch.jit.is_tracing()
+        if traced and not self.training:
+            # onnxruntime holds maps in blocks of channels from one convolution to the next. For
+            # sums and products it brings all three maps into order and the result back.
+            share = gamma[:, None, None, None]
+            groups = len(gamma)
+            return F.conv2d(pooled, share, groups=groups) + F.conv2d(x, 1 - share, groups=groups)
+        if traced or x.dtype != gamma.dtype:
+            return x + self.drop_path(self.ls1(pooled - x))
+        # In one pass over the map.
+        share = self.drop_path(gamma.repeat(len(x), 1)[:, :, None, None])
+        kept = x.detach()
+        with forget(pooled, lambda: pool(kept)):
+            return torch.lerp(x, pooled, share)
 
 
 class TokenAttention(nn.Module):
