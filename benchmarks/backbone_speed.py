@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -167,10 +168,9 @@ def growth(variant: str, args: argparse.Namespace) -> list[dict]:
     for side in (224, 512, 1024, 1536, 2048):
         image = torch.randn(1, 3, side, side).to(memory_format=torch.channels_last)
         backbone = build(variant, image, bias_grid=25).eval()
-        folded = fold(backbone).to(memory_format=torch.channels_last)
-        seconds = shortest({"folded": lambda image=image: folded(image)}, args.rounds)["folded"]
-        memory = inference_memory(lambda image=image: folded(image)) / MIB
-        rows.append(dict(side=side, seconds=seconds, memory=memory))
+        call = partial(fold(backbone).to(memory_format=torch.channels_last), image)
+        seconds = shortest({"folded": call}, args.rounds)["folded"]
+        rows.append(dict(side=side, seconds=seconds, memory=inference_memory(call) / MIB))
     return rows
 
 

@@ -186,10 +186,15 @@ class AttentionBias(nn.Module):
 
         def part(first: int, last: int) -> Tensor:
             row, column = divmod(first, per_row)
-            if last - first < per_row:
-                columns = by_column[:, column : column + last - first]
-                return _gather_rows(columns, dy[row : row + 1])
-            return _gather_rows(by_column, dy[row : last // per_row])
+            queries = min(last - first, per_row)
+            columns = by_column[:, column : column + queries]
+            # Row after row: the gradient of a selection adds whole lines, that of indices (in
+            # `_gather_rows`) single numbers, in one thread.
+            rows = [
+                columns.index_select(2, dy[y]).flatten(2)
+                for y in range(row, row + (last - first) // queries)
+            ]
+            return torch.cat(rows, dim=1)
 
         return part
 

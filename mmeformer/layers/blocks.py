@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmeformer.layers.norm_gelu import can_fuse, norm_gelu
+from mmeformer.layers.norm_gelu import can_fuse, conv_for_norm, norm_gelu, norm_gelu_conv
 
 
 class PointConv2d(nn.Conv2d):
@@ -130,11 +130,19 @@ def run_chain(layers: Sequence[ConvNorm], x: Tensor, scale: nn.Module | None = N
         return last(x, scale)
     again = None
     for layer in inner:
+        fused = _can_fuse(layer, x)
         with forget(x, again):
-            x = layer.conv(x)
-        x, again = _norm_act(layer, x)
-    with forget(x, again):
-        x = last.conv(x)
+            x = conv_for_norm(layer.conv, x) if fused else layer.conv(x)
+        if not fused:
+            x, again = _norm_act(layer, x)
+        elif layer is inner[-1] and isinstance(last.conv, PointConv2d):
+            x = norm_gelu_conv(layer.bn, x, layer.conv.bias, last.conv)
+            break
+        else:
+            x, again = norm_gelu(layer.bn, x, layer.conv.bias)
+    else:
+        with forget(x, again):
+            x = last.conv(x)
     return last.act(scaled_norm(last.bn, scale, x))
 
 
@@ -161,20 +169,31 @@ def scaled_norm(norm: nn.Module, scale: nn.Module | None, x: Tensor) -> Tensor:
 def _norm_act(layer: ConvNorm, x: Tensor) -> tuple[Tensor, Callable[[], Tensor] | None]:
     """The norm and activation of a layer, and a function that computes the result again."""
     norm, act = layer.bn, layer.act
-    if (
+    if _keeps_all() or not isinstance(act, nn.GELU):
+        # A rectifier's gradient needs the result itself.
+        return act(norm(x)), None
+    before = norm(x)
+    return act(before), (lambda: act(before.detach())) if before.requires_grad else None
+
+
+def _can_fuse(layer: ConvNorm, x: Tensor) -> bool:
+    """Whether norm and activation of a layer can be had in one; ``x`` is the layer's input."""
+    return (
+        isinstance(layer.act, nn.GELU)
+        and not _keeps_all()
+        and can_fuse(layer.bn, x)
+        and (x.requires_grad or layer.conv.weight.requires_grad)
+    )
+
+
+def _keeps_all() -> bool:
+    return (
         # A compiler decides by itself what to keep.
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         # A checkpointed block keeps nothing as it is.
         or _in_checkpoint.get()
-        # A rectifier's gradient needs the result itself.
-        or not isinstance(act, nn.GELU)
-    ):
-        return act(norm(x)), None
-    if x.requires_grad and can_fuse(norm, x):
-        return norm_gelu(norm, x)
-    before = norm(x)
-    return act(before), (lambda: act(before.detach())) if before.requires_grad else None
+    )
 
 
 def forget(after: Tensor, again: Callable[[], Tensor] | None) -> AbstractContextManager:

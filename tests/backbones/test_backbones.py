@@ -179,6 +179,23 @@ def test_out_indices(small_variant):
     assert all(p.grad is not None for p in backbone.parameters())
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 4, 1, 1), (1, 2, 1, 6), (2, 2, 2, 1)])
+def test_pooling_mixer(shape, memory_format):
+    block = efficientformer.PoolBlock(shape[1], 4, drop_path=0.0, layer_scale=0.5).double()
+    torch.nn.init.normal_(block.ls1.gamma)
+    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=memory_format)
+    x.requires_grad_()
+    wanted = x, block.ls1.gamma
+    mixed, expected = block._mix(x), x + block.ls1(pool(x) - x)
+    gradient = torch.randn_like(expected)
+    torch.testing.assert_close(mixed, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(mixed, wanted, gradient),
+        torch.autograd.grad(expected, wanted, gradient),
+    )
+
+
 def test_pooled_maps_are_not_kept(monkeypatch):
     kept = []
 

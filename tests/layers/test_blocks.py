@@ -19,7 +19,7 @@ from mmeformer.layers.blocks import (
     run_checkpointed,
     scaled_norm,
 )
-from mmeformer.layers.norm_gelu import norm_gelu
+from mmeformer.layers.norm_gelu import norm_gelu, norm_gelu_conv
 
 
 def plainly(layers, x):
@@ -79,12 +79,17 @@ def test_activations_are_not_kept(module):
 def test_with_channels_last_norms_are_not_kept_either(monkeypatch):
     kept = []
 
-    def spy(norm, x):
-        out, again = norm_gelu(norm, x)
+    def spy(norm, x, shift):
+        out, again = norm_gelu(norm, x, shift)
         kept.append(weakref.ref(out))
         return out, again
 
+    def spy_on_last(norm, x, shift, conv):
+        conv.register_forward_hook(lambda _, inputs, out: kept.append(weakref.ref(inputs[0])))
+        return norm_gelu_conv(norm, x, shift, conv)
+
     monkeypatch.setattr(blocks, "norm_gelu", spy)
+    monkeypatch.setattr(blocks, "norm_gelu_conv", spy_on_last)
     image = torch.randn(1, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     out = ConvMlp(3, 2, depthwise=True).train()(image.requires_grad_())
     gc.collect()
