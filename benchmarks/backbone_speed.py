@@ -37,12 +37,12 @@ from mmeformer.variants import VARIANTS
 MIB = 2**20
 
 
-def build(variant: str, image: torch.Tensor, **kwargs) -> nn.Module:
+def build(variant: str, image: torch.Tensor | None = None, **kwargs) -> nn.Module:
     """A backbone with the same random weights for the same variant and bias grid.
 
-    Its norms have the statistics that they meet with this image, as in a trained network. Otherwise
-    the maps grow from block to block, up to logits of a million, and nearly all attention then
-    consists of denormal numbers, which take a processor many times longer.
+    With an image its norms get the statistics that they meet there, as in a trained network. In
+    evaluation the maps would otherwise grow from block to block, up to logits of a million, and
+    nearly all attention consist of denormal numbers, which take a processor many times longer.
     """
     torch.manual_seed(0)
     row = VARIANTS[variant]
@@ -51,6 +51,8 @@ def build(variant: str, image: torch.Tensor, **kwargs) -> nn.Module:
     if row.family == "v2":
         kwargs["head_bias_keys"] = 49
     backbone = kind(row.arch, **kwargs).train()
+    if image is None:
+        return backbone
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -141,12 +143,12 @@ def one_training(variant: str, size: tuple[int, int], args: argparse.Namespace) 
     """
     image = torch.randn(1, 3, *size)
     if args.way == "reference's way":
-        model = ReferenceWay(build(variant, image, bias_resize="matrix"))
+        model = ReferenceWay(build(variant, bias_resize="matrix"))
     else:
         with_cp = args.way.endswith("with_cp")
         return_freed_memory() if with_cp else keep_freed_memory()
         grid = [max(1, side // 32) for side in size]
-        model = build(variant, image, bias_grid=grid, with_cp=with_cp)
+        model = build(variant, bias_grid=grid, with_cp=with_cp)
     model.train()
     # Brings in the code of the libraries.
     sum(level.mean() for level in model(image[..., :64, :64])).backward()

@@ -201,7 +201,9 @@ def test_commands_bring_the_environment_up_to_date_first(target):
 def test_tests_run_in_order_unless_asked_otherwise():
     assert make("-n", "test").splitlines()[-1] == '.venv/bin/python -m pytest -m "not slow"'
     parallel = make("-n", "test-all", "JOBS=3").splitlines()[-1]
-    assert parallel == "OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3"
+    assert (
+        parallel == "OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --hypothesis-profile=explore"
+    )
 
 
 def test_clean_keeps_data_and_results(tmp_path):

@@ -81,6 +81,12 @@ def _count_batch(norm: nn.BatchNorm2d) -> None:
 def _forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d):
     """GELU of the norm, and the norm as a factor and an offset per channel."""
     ctx.norm, ctx.by_batch = norm, norm.training or norm.running_mean is None
+    if ctx.by_batch and x.numel() == x.shape[1]:
+        # PyTorch's own norm says as much; from here it would put NaN into the running statistics.
+        raise ValueError(
+            f"a batch norm in training got a single value per channel, {tuple(x.shape)}: take "
+            "larger images, more of them per batch, or norm_eval=True"
+        )
     running = norm.running_mean, norm.running_var
     out, mean, inverse = torch.native_batch_norm(
         x, weight, bias, *running, ctx.by_batch, norm.momentum, norm.eps

@@ -102,6 +102,13 @@ def test_a_shift_before_batch_statistics_has_no_gradient():
     assert conv.weight.grad.abs().min() > 0
 
 
+def test_single_values_are_an_error():
+    norm, x = make((1, 4, 1, 1))
+    with pytest.raises(ValueError, match="single value per channel"):
+        norm_gelu(norm, x, torch.zeros(4, dtype=x.dtype))
+    assert norm.running_var.isfinite().all()
+
+
 def test_keeps_its_input_alone():
     norm, x = make((2, 16, 32, 32))
     x.requires_grad_()
