@@ -26,7 +26,7 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> bool:
-    """Have the C library give what tensors of 4 MiB and more took back to the system at once.
+    """Have the C library give what tensors of 2 MiB and more took back to the system at once.
 
     By default it keeps much of it in pieces that nothing else fits into: a training step with
     ``with_cp`` then takes three times the memory of its tensors. It costs page faults (see
@@ -35,7 +35,8 @@ def return_freed_memory() -> bool:
     Returns:
         Whether it was possible.
     """
-    return _mallopt(_M_MMAP_THRESHOLD, 2**22)
+    # Less than the pieces of attention (layers/attention.py), which come in many sizes.
+    return _mallopt(_M_MMAP_THRESHOLD, 2**21)
 
 
 def _mallopt(parameter: int, value: int) -> bool:

@@ -73,7 +73,7 @@ class PoolBlock(nn.Module):
             # onnxruntime holds maps in blocks of channels from one convolution to the next. For
             # sums and products it brings all three maps into order and the result back.
             share = gamma[:, None, None, None]
-            groups = len(gamma)
+            groups = self.mlp.fc1.conv.in_channels
             return F.conv2d(pool(x), share, groups=groups) + F.conv2d(x, 1 - share, groups=groups)
         if traced or x.dtype != gamma.dtype:
             return x + self.drop_path(self.ls1(pool(x) - x))
