@@ -31,7 +31,7 @@ from torch import nn
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.deploy import fold
 from mmeformer.deploy.profile import inference_memory
-from mmeformer.memory import keep_freed_memory, return_freed_memory
+from mmeformer.training.memory import keep_freed_memory, return_freed_memory
 from mmeformer.variants import VARIANTS
 
 MIB = 2**20

@@ -20,9 +20,9 @@ from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.registry import init_default_scope
 
-from mmeformer import engine
+from mmeformer import configs
 from mmeformer.deploy import fold
-from mmeformer.memory import keep_freed_memory
+from mmeformer.training.memory import keep_freed_memory
 
 RESNET = dict(
     type="ResNet",
@@ -38,8 +38,8 @@ RESNET = dict(
 def build(name: str):
     """Mask R-CNN with the backbone of a name."""
     variant = "efficientformerv2-s0" if name == "resnet50" else name.replace("_", "-")
-    config = engine.load_config(f"detection/mask-rcnn_{variant}_fpn_1x_coco.py").model
-    engine.drop_pretrained(config)
+    config = configs.load_config(f"detection/mask-rcnn_{variant}_fpn_1x_coco.py").model
+    configs.drop_pretrained(config)
     if name == "resnet50":
         config.backbone = RESNET
         config.neck.in_channels = [256, 512, 1024, 2048]

@@ -22,7 +22,8 @@ import torch
 from mmengine.fileio import dump, load
 from torch import nn
 
-from mmeformer import engine
+from mmeformer import configs
+from mmeformer.training import engine
 from mmeformer.backbones import EfficientFormerV2
 from mmeformer.synthetic.shapes import CLASSES, outline, write_coco_dataset
 
@@ -89,7 +90,7 @@ def train_detector(work_dir: Path, seed: int, checkpoint: Path | None, iteration
     curve = work_dir / "curve.json"
     if curve.is_file():
         return load(str(curve))
-    config = engine.load_config(
+    config = configs.load_config(
         CONFIG,
         {
             "train_cfg.max_iters": iterations,
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--pretrain-iterations", type=int, default=600)
     parser.add_argument("--iterations", type=int, default=300, help="of the detector")
     args = parser.parse_args()
-    layer_scale = engine.load_config(CONFIG).model.backbone.layer_scale_init_value
+    layer_scale = configs.load_config(CONFIG).model.backbone.layer_scale_init_value
     checkpoint = args.out / "pretrained.pth"
     if not checkpoint.is_file():
         accuracy = pretrain(checkpoint, args.pretrain_iterations, 64, 64, layer_scale)

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from mmengine.fileio import dump, load
 
-from mmeformer import engine
+from mmeformer import configs
+from mmeformer.training import engine
 from mmeformer.rotated import read_labels
 from mmeformer.synthetic.aerial import CLASSES, write_dota_dataset
 from mmeformer.variants import VARIANTS
@@ -27,8 +28,8 @@ QUICKSTART = "rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_quickstart.py"
 
 def build_config(variant: str, folder: Path, side: int, args: argparse.Namespace):
     """The quickstart's recipe with another backbone and data set."""
-    config = engine.load_config(QUICKSTART)
-    other = engine.load_config(
+    config = configs.load_config(QUICKSTART)
+    other = configs.load_config(
         f"rotated/rotated-gfl-le135_{variant.replace('_', '-')}_fpn_1x_dota.py"
     ).model
     scratch = dict(layer_scale_init_value=1.0, bias_grid=max(1, side // 32), init_cfg=None)

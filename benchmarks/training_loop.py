@@ -16,7 +16,8 @@ from pathlib import Path
 
 from mmengine.hooks import Hook
 
-from mmeformer import engine
+from mmeformer import configs
+from mmeformer.training import engine
 from mmeformer.quickstart import TASKS
 
 PARTS = {
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     args = parser.parse_args()
     quickstart = TASKS[args.task]
-    config = engine.load_config(quickstart.config)
+    config = configs.load_config(quickstart.config)
     quickstart.generate(Path(config.data_root))
     config.train_cfg.max_iters = config.train_cfg.val_interval = args.iterations + 2
     for key in ("val_dataloader", "val_cfg", "val_evaluator"):

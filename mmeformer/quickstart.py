@@ -11,7 +11,8 @@ from pathlib import Path
 
 from mmengine.logging import print_log
 
-from mmeformer import engine
+from mmeformer import configs
+from mmeformer.training import engine
 from mmeformer.synthetic.aerial import write_dota_dataset
 from mmeformer.synthetic.masks import write_mask_dataset
 from mmeformer.synthetic.shapes import write_coco_dataset
@@ -67,7 +68,7 @@ def run(task: str, work_dir: str | None = None, options: dict | None = None) -> 
         RuntimeError: a metric misses its goal.
     """
     quickstart = TASKS[task]
-    config = engine.load_config(quickstart.config, options)
+    config = configs.load_config(quickstart.config, options)
     config.work_dir = work_dir or f"work_dirs/quickstart-{task}"
     root = Path(config.data_root)
     root.parent.mkdir(parents=True, exist_ok=True)

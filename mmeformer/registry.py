@@ -42,5 +42,5 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor",
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
     scope="mmeformer",
-    locations=["mmeformer.optim"],
+    locations=["mmeformer.training.optim"],
 )

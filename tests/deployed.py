@@ -10,7 +10,7 @@ from mmengine.config import Config
 from torch import nn
 from trained_like import trained_like
 
-from mmeformer import engine
+from mmeformer import configs
 from mmeformer.deploy import export, models
 from mmeformer.deploy.export import Request
 
@@ -37,7 +37,7 @@ class Trained:
 
 def small_config(task: str) -> Config:
     """The task's quickstart with a tiny network, for pictures of 64 px."""
-    config = engine.load_config(QUICKSTARTS[task])
+    config = configs.load_config(QUICKSTARTS[task])
     model = config.model
     model.backbone.update(arch=ARCH)
     model.neck.update(

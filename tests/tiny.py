@@ -15,7 +15,8 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
-from mmeformer import engine
+from mmeformer import configs
+from mmeformer.training import engine
 from mmeformer.synthetic.aerial import write_dota_dataset
 from mmeformer.synthetic.masks import write_mask_dataset
 from mmeformer.synthetic.shapes import write_coco_dataset
@@ -45,7 +46,7 @@ def _schedule(config: Config, iterations: int) -> None:
 def detection(folder: Path, iterations: int = ITERATIONS) -> Config:
     """Mask R-CNN on shapes of 64 px below ``folder``, with random flips."""
     root = write_coco_dataset(folder / "coco", train=8, val=2, size=64)
-    config = engine.load_config("detection/mask-rcnn_efficientformerv2-s0_fpn_quickstart.py")
+    config = configs.load_config("detection/mask-rcnn_efficientformerv2-s0_fpn_quickstart.py")
     model = config.model
     model.backbone.update(arch=ARCH, drop_path_rate=0.2)
     model.neck.update(in_channels=list(ARCH["widths"]), out_channels=16)
@@ -65,7 +66,7 @@ def detection(folder: Path, iterations: int = ITERATIONS) -> Config:
 def segmentation(folder: Path, iterations: int = ITERATIONS) -> Config:
     """Semantic FPN on shapes of 64 px below ``folder``, with random flips."""
     root = write_mask_dataset(folder / "masks", train=8, val=2, size=64)
-    config = engine.load_config("segmentation/semantic-fpn_efficientformerv2-s0_quickstart.py")
+    config = configs.load_config("segmentation/semantic-fpn_efficientformerv2-s0_quickstart.py")
     model = config.model
     model.data_preprocessor.size = (64, 64)
     model.backbone.update(arch=ARCH, drop_path_rate=0.2)
@@ -80,7 +81,7 @@ def segmentation(folder: Path, iterations: int = ITERATIONS) -> Config:
 def rotated(folder: Path, iterations: int = ITERATIONS) -> Config:
     """Rotated GFL on scenes of 64 px below ``folder``, with random flips."""
     root = write_dota_dataset(folder / "aerial", train=8, val=2, size=64)
-    config = engine.load_config("rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_quickstart.py")
+    config = configs.load_config("rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_quickstart.py")
     model = config.model
     model.backbone.update(arch=ARCH, drop_path_rate=0.2)
     indices = model.backbone.get("out_indices", (0, 1, 2, 3))

@@ -1,12 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters, multiply-adds, memory and latency of a model, in one table.
-
-Examples:
-    profile.py efficientformerv2_s0
-    profile.py CONFIG --size 512 512 --modes eager folded onnxruntime
-    profile.py CONFIG --part backbone --size 800 1344 --rounds 5 --json profile.json
-"""
+"""Parameters, multiply-adds, memory and latency of a model, in one table."""
 
 import sys
 
@@ -22,7 +16,7 @@ if __name__ == "profile":
     sys.modules["profile"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["profile"])
 else:
-    from mmeformer.deploy.profile_command import main
+    from mmeformer.commands.profile import main
 
     if __name__ == "__main__":
-        sys.exit(main(description=__doc__))
+        sys.exit(main())

@@ -148,11 +148,11 @@ def graph_maker(metadata: Metadata, request: Request) -> Callable[..., Graph]:
     if metadata.task == "backbone":
         return lambda model, **kwargs: BackboneGraph(models.find_backbone(model), **kwargs)
     if metadata.task == "segmentation":
-        from mmeformer.deploy.segmentation import SegmentationGraph
+        from mmeformer.segmentation.graph import SegmentationGraph
 
         return partial(SegmentationGraph, any_output_size=request.target == "onnx")
     if metadata.task == "rotated":
-        from mmeformer.deploy.rotated import RotatedGraph, RotatedRawGraph
+        from mmeformer.rotated.graph import RotatedGraph, RotatedRawGraph
 
         return RotatedGraph if request.target == "onnx" else RotatedRawGraph
     if request.target == "coreml":
@@ -160,7 +160,7 @@ def graph_maker(metadata: Metadata, request: Request) -> Callable[..., Graph]:
             "CoreML has no operators to choose boxes and masks: export Mask R-CNN to ONNX, or its "
             "--part backbone to CoreML"
         )
-    from mmeformer.deploy.detection import DetectionGraph
+    from mmeformer.detection.graph import DetectionGraph
 
     return DetectionGraph
 

@@ -13,7 +13,7 @@ from mmengine.runner import load_checkpoint
 from mmengine.utils import import_modules_from_strings
 from torch import nn
 
-from mmeformer import engine
+from mmeformer import configs
 from mmeformer.backbones.base import PyramidBackbone
 from mmeformer.checkpoints import safe_load
 from mmeformer.runtime.metadata import Metadata
@@ -42,14 +42,14 @@ def build_model(config: Config, checkpoint: str | None = None) -> nn.Module:
     init_default_scope(config.get("default_scope", "mmengine"))
     if "custom_imports" in config:
         import_modules_from_strings(**config.custom_imports)
-    engine.drop_pretrained(config.model)
+    configs.drop_pretrained(config.model)
     model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
     if checkpoint is None:
         return model
     safe_load.install()
     try:
         loaded = load_checkpoint(
-            model, engine.existing_checkpoint(checkpoint), map_location="cpu", strict=True
+            model, configs.existing_checkpoint(checkpoint), map_location="cpu", strict=True
         )
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} is not of this config: {error}") from error

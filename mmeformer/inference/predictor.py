@@ -19,14 +19,14 @@ from mmengine.infer import BaseInferencer
 from mmengine.registry import DATASETS
 from torch import nn
 
-from mmeformer import engine
+from mmeformer import configs
 from mmeformer.checkpoints import safe_load
 from mmeformer.deploy.fold import fold
 from mmeformer.training.matching import require_match
 
 PREDICTORS = {
-    "mmdet": ("mmeformer.inference.detection", "DetectionPredictor"),
-    "mmseg": ("mmeformer.inference.segmentation", "SegmentationPredictor"),
+    "mmdet": ("mmeformer.detection.predictor", "DetectionPredictor"),
+    "mmseg": ("mmeformer.segmentation.predictor", "SegmentationPredictor"),
     "mmrotate": ("mmeformer.rotated.predictor", "RotatedPredictor"),
 }
 """By ``default_scope`` of the config; imported when needed, so that each task needs its own
@@ -212,10 +212,10 @@ def load_predictor(
     if score_thr is not None and not 0 <= score_thr < 1:
         raise ValueError(f"score threshold {score_thr} must be at least 0 and less than 1")
     device = _existing_device(device)
-    checkpoint = engine.existing_checkpoint(checkpoint)
+    checkpoint = configs.existing_checkpoint(checkpoint)
     config = Config(config.copy().to_dict(), filename=config.filename)
     # The weights come from the checkpoint, and images to predict on have no annotations.
-    engine.drop_pretrained(config.model)
+    configs.drop_pretrained(config.model)
     dataset = config.test_dataloader.dataset
     dataset.pipeline = [
         step

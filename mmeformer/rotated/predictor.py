@@ -9,7 +9,7 @@ import numpy as np
 from mmdet.apis import DetInferencer
 from mmengine.config import Config
 
-from mmeformer.inference.detection import set_score_thr
+from mmeformer.detection.predictor import set_score_thr
 from mmeformer.inference.predictor import (
     NAME_PIXELS,
     Predictor,

@@ -10,7 +10,7 @@ from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from torch.utils.data import Dataset
 
 from mmeformer.checks.images import decode_fault, is_local, quick_fault
-from mmeformer.training.errors import TrainingError
+from mmeformer.errors import TrainingError
 from mmeformer.training.randomness import SAMPLE, seed_all
 
 FILE_KEYS = ("img_path", "seg_map_path")

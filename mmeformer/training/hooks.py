@@ -16,9 +16,9 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmeformer.registry import HOOKS
-from mmeformer.training.checkpoints import POINTER
+from mmeformer.training.saving import POINTER
 from mmeformer.training.data import UNREADABLE
-from mmeformer.training.errors import TrainingError
+from mmeformer.errors import TrainingError
 
 
 @HOOKS.register_module()

@@ -14,7 +14,7 @@ from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import Runner as MMEngineRunner
 from torch.utils.data import DataLoader
 
-from mmeformer.training.checkpoints import (
+from mmeformer.training.saving import (
     PARTIAL,
     CheckpointHook,
     commit,
@@ -23,7 +23,7 @@ from mmeformer.training.checkpoints import (
     read_resumable,
 )
 from mmeformer.training.data import GuardedDataset
-from mmeformer.training.errors import TrainingError
+from mmeformer.errors import TrainingError
 from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, last_checkpoint
 from mmeformer.training.loops import EpochBasedTrainLoop
 from mmeformer.training.matching import require_match
@@ -36,7 +36,7 @@ class Runner(MMEngineRunner):
     - A resumed run draws the same data and random numbers as one that was never stopped
       (:mod:`mmeformer.training.randomness`, :mod:`mmeformer.training.loops`).
     - A checkpoint is whole or not there, and resuming takes the newest whole one
-      (:mod:`mmeformer.training.checkpoints`).
+      (:mod:`mmeformer.training.saving`).
     - Weights that do not belong to the model are an error (:mod:`mmeformer.training.matching`).
     - Unreadable files are left out, counted and named; a loss that is not finite stops the run
       (:mod:`mmeformer.training.hooks`).

@@ -4,7 +4,7 @@ import copy
 import pytest
 from deployed import exported
 
-from mmeformer import engine
+from mmeformer.training import engine
 from mmeformer.synthetic.aerial import write_dota_dataset
 from mmeformer.synthetic.masks import write_mask_dataset
 from mmeformer.synthetic.shapes import write_coco_dataset

@@ -257,7 +257,7 @@ class TestBadInput:
             self.run(trained("detection"), tmp_path / "model.mlpackage", request)
 
     def test_unsupported_detectors(self):
-        from mmeformer.deploy.detection import DetectionGraph
+        from mmeformer.detection.graph import DetectionGraph
 
         config = small_config("detection")
         config.model.test_cfg.rcnn.nms = dict(type="soft_nms", iou_threshold=0.5)

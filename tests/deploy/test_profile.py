@@ -13,7 +13,7 @@ from torch import nn
 from mmeformer.deploy import models
 from mmeformer.deploy import profile as profiling
 from mmeformer.deploy.export import Request, example_inputs, graph_maker
-from mmeformer.deploy.profile_command import main
+from mmeformer.commands.profile import main
 from mmeformer.paths import tools_dir
 from mmeformer.variants import VARIANTS
 

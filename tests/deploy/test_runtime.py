@@ -14,7 +14,7 @@ from deployed import exported
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmeformer import engine, runtime
+from mmeformer import configs, runtime
 from mmeformer.deploy import models
 from mmeformer.runtime.images import prepare
 from mmeformer.runtime.metadata import KEY, Metadata
@@ -71,10 +71,10 @@ def pixels(height: int, width: int) -> np.ndarray:
 def test_prepares_as_the_test_pipelines_do(task, size):
     """Against mmdet's and mmseg's own transforms and data preprocessors."""
     if task == "detection":
-        config = engine.load_config("detection/mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py")
+        config = configs.load_config("detection/mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py")
     else:
         name = "segmentation/semantic-fpn_efficientformerv2-s0_40k_ade20k-512x512.py"
-        config = engine.load_config(name)
+        config = configs.load_config(name)
     pipeline = [
         step
         for step in config.test_dataloader.dataset.pipeline

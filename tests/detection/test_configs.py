@@ -9,7 +9,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from mmeformer import engine
+from mmeformer import configs
+from mmeformer.training import device
 from mmeformer.layers.attention_bias import AttentionBias
 from mmeformer.layers.blocks import LayerScale
 from mmeformer.paths import config_dir
@@ -23,9 +24,9 @@ FULL = {
 
 
 def load(name):
-    config = engine.load_config(f"detection/{name}")
-    engine.drop_pretrained(config.model)
-    engine.prepare_device(config, "none")
+    config = configs.load_config(f"detection/{name}")
+    configs.drop_pretrained(config.model)
+    device.prepare_device(config, "none")
     init_default_scope(config.default_scope)
     return config
 
@@ -51,7 +52,7 @@ def test_children_state_only_what_differs(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_agrees_with_the_table(name):
-    config = engine.load_config(f"detection/{name}")
+    config = configs.load_config(f"detection/{name}")
     variant = variant_of(config)
     assert variant.name.replace("_", "-") in name
     assert tuple(config.model.neck.in_channels) == variant.architecture.widths

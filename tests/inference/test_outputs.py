@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from mmeformer.inference.instances import Mask
+from mmeformer.detection.instances import Mask
 from mmeformer.inference.outputs import (
     JsonResults,
     VideoWriter,

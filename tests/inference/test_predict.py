@@ -17,7 +17,7 @@ from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 from pycocotools.coco import COCO
 
-from mmeformer import engine
+from mmeformer import configs
 from mmeformer.inference import load_predictor
 from mmeformer.paths import tools_dir
 
@@ -69,7 +69,7 @@ def place(tmp_path_factory):
         config = make(folder, iterations=1)
         config.dump(folder / f"{task}.py")
         init_default_scope(config.default_scope)
-        engine.drop_pretrained(config.model)
+        configs.drop_pretrained(config.model)
         torch.manual_seed(0)
         model = MODELS.build(config.model)
         # Statistics and scales of a trained model, so that folding has something to fold.
@@ -169,7 +169,7 @@ def predictors(place):
     found = {}
     for task in tiny.TASKS:
         thr = None if task == "segmentation" else 0.0
-        config = engine.load_config(place / f"{task}.py")
+        config = configs.load_config(place / f"{task}.py")
         found[task] = load_predictor(config, str(place / f"{task}.pth"), score_thr=thr)
     return found
 
@@ -178,7 +178,7 @@ def test_detections_are_those_of_mmdet(place, predictors):
     from mmdet.apis import inference_detector, init_detector
 
     options = {"model.test_cfg.rcnn.score_thr": 0.0}
-    config = engine.load_config(place / "detection.py", options)
+    config = configs.load_config(place / "detection.py", options)
     model = init_detector(config, str(place / "detection.pth"), device="cpu")
     image = scene(128, 96, 1)
     expected = inference_detector(model, image).pred_instances
@@ -199,7 +199,7 @@ def test_detections_are_those_of_mmdet(place, predictors):
 def test_labels_are_those_of_mmseg(place, predictors):
     from mmseg.apis import inference_model, init_model
 
-    config = engine.load_config(place / "segmentation.py")
+    config = configs.load_config(place / "segmentation.py")
     model = init_model(config, str(place / "segmentation.pth"), device="cpu")
     for size in ((128, 96), (101, 67)):
         image = scene(*size)
@@ -213,11 +213,11 @@ def test_padding_of_the_data_preprocessor_is_taken_off(place):
     from mmseg.apis import inference_model, init_model
 
     options = {"model.data_preprocessor.test_cfg": dict(size=(160, 192))}
-    config = engine.load_config(place / "segmentation.py", options)
+    config = configs.load_config(place / "segmentation.py", options)
     checkpoint = str(place / "segmentation.pth")
     image = scene(128, 96, 1)
     expected = inference_model(init_model(config, checkpoint, device="cpu"), image)
-    config = engine.load_config(place / "segmentation.py", options)
+    config = configs.load_config(place / "segmentation.py", options)
     (found,) = load_predictor(config, checkpoint).predict_images([image])
     assert (found != expected.pred_sem_seg.data[0].numpy()).mean() < 1e-3
 
@@ -227,7 +227,7 @@ def test_rotated_boxes_are_those_of_mmdet(place, predictors):
     from mmdet.structures.bbox import get_box_tensor
 
     options = {"model.test_cfg.score_thr": 0.0}
-    config = engine.load_config(place / "rotated.py", options)
+    config = configs.load_config(place / "rotated.py", options)
     model = init_detector(config, str(place / "rotated.pth"), device="cpu")
     image = scene(128, 96, 1)
     expected = inference_detector(model, image).pred_instances
@@ -263,7 +263,7 @@ def test_score_threshold_of_the_model(place, predictors):
         image = scene(128, 96, 1)
         (everything,) = predictors[task].predict_images([image])
         thr = float(np.sort(everything.scores)[-4]) - 1e-6
-        config = engine.load_config(place / f"{task}.py")
+        config = configs.load_config(place / f"{task}.py")
         predictor = load_predictor(config, str(place / f"{task}.pth"), score_thr=thr)
         (sure,) = predictor.predict_images([image])
         kept = everything.scores > thr
@@ -338,7 +338,7 @@ def test_many_objects_are_drawn_without_names_in_several_goes(predictors, monkey
         "add_datasample",
         lambda *args, **kwargs: (goes.append(args), draw(*args, **kwargs)),
     )
-    monkeypatch.setattr("mmeformer.inference.detection.DRAWN_AT_ONCE", 30 * 600 * 600)
+    monkeypatch.setattr("mmeformer.detection.predictor.DRAWN_AT_ONCE", 30 * 600 * 600)
     predictor.draw(image, many)
     assert not predictor.inferencer.visualizer.names
     assert len(goes) == -(-len(many) // 30)
@@ -347,7 +347,7 @@ def test_many_objects_are_drawn_without_names_in_several_goes(predictors, monkey
 def test_masks_are_blended_as_by_mmengine():
     from mmdet.visualization import DetLocalVisualizer
 
-    from mmeformer.inference.detection import InstanceVisualizer
+    from mmeformer.detection.predictor import InstanceVisualizer
 
     image = scene(90, 60)
     masks = np.zeros((3, 60, 90), bool)
@@ -376,7 +376,7 @@ def test_mask_as_grey_values(place, tmp_path, predictors):
 
 @pytest.mark.parametrize("task", list(tiny.TASKS))
 def test_classes_of_weights_without_any(task, place):
-    config = engine.load_config(place / f"{task}.py")
+    config = configs.load_config(place / f"{task}.py")
     predictor = load_predictor(config, str(place / f"{task}_bare.pth"))
     assert predictor.classes == CLASSES[task]
     del config.test_dataloader.dataset.metainfo
@@ -386,7 +386,7 @@ def test_classes_of_weights_without_any(task, place):
 
 
 def test_the_config_is_left_as_it_is(place):
-    config = engine.load_config(place / "detection.py")
+    config = configs.load_config(place / "detection.py")
     before = Config(config.copy().to_dict()).pretty_text
     load_predictor(config, str(place / "detection.pth"), score_thr=0.7)
     assert Config(config.copy().to_dict()).pretty_text == before
@@ -437,7 +437,7 @@ def test_mistakes_are_one_readable_error(place, tmp_path, capfd, arguments, mess
 
 
 def test_a_fault_of_the_model_keeps_its_traceback(place, tmp_path, capfd, monkeypatch):
-    from mmeformer.inference.detection import DetectionPredictor
+    from mmeformer.detection.predictor import DetectionPredictor
 
     def _forward_batch(self, batch):
         raise RuntimeError("out of memory")
@@ -455,7 +455,7 @@ import sys
 for name in sys.argv[4].split(","):
     sys.modules[name] = None
 import cv2
-from mmeformer.engine import load_config
+from mmeformer.configs import load_config
 from mmeformer.inference import load_predictor
 predictor = load_predictor(load_config(sys.argv[1]), sys.argv[2])
 predictor.predict_images([cv2.imread(sys.argv[3])])

@@ -10,7 +10,8 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from mmrotate.structures.bbox import RotatedBoxes
 
-from mmeformer import engine
+from mmeformer import configs
+from mmeformer.training import device
 from mmeformer.paths import config_dir
 from mmeformer.variants import VARIANTS, find_variant
 
@@ -21,9 +22,9 @@ FAMILIES = {"mmeformer.EfficientFormer": "v1", "mmeformer.EfficientFormerV2": "v
 
 def load(name):
     """A config without its pretrained weights, which tests do not download."""
-    config = engine.load_config(f"rotated/{name}")
-    engine.drop_pretrained(config.model)
-    engine.prepare_device(config, "none")
+    config = configs.load_config(f"rotated/{name}")
+    configs.drop_pretrained(config.model)
+    device.prepare_device(config, "none")
     init_default_scope(config.default_scope)
     return config
 
@@ -73,7 +74,7 @@ def test_children_state_only_what_differs(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_agrees_with_the_table(name):
-    config = engine.load_config(f"rotated/{name}")
+    config = configs.load_config(f"rotated/{name}")
     backbone = config.model.backbone
     variant = find_variant(FAMILIES[backbone.type], backbone.arch)
     assert variant.name.replace("_", "-") in name
@@ -91,8 +92,8 @@ def test_config_agrees_with_the_table(name):
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "trainval" in name])
 def test_trainval_is_the_same_model_on_other_data(name):
-    other = engine.load_config(f"rotated/{name.replace('-trainval', '')}")
-    assert engine.load_config(f"rotated/{name}").model == other.model
+    other = configs.load_config(f"rotated/{name.replace('-trainval', '')}")
+    assert configs.load_config(f"rotated/{name}").model == other.model
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "trainval" not in name])

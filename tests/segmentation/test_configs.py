@@ -16,7 +16,8 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmeformer import engine
+from mmeformer import configs
+from mmeformer.training import device
 from mmeformer.paths import config_dir
 from mmeformer.variants import VARIANTS, find_variant
 
@@ -29,7 +30,7 @@ FAMILIES = {"mmeformer.EfficientFormer": "v1", "mmeformer.EfficientFormerV2": "v
 def load(name: str) -> Config:
     """A config without its pretrained weights, which tests do not download."""
     config = Config.fromfile(FOLDER / name)
-    engine.drop_pretrained(config.model)
+    configs.drop_pretrained(config.model)
     init_default_scope(config.default_scope)
     return config
 
@@ -111,7 +112,7 @@ def test_published_recipe(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_trains_a_step_and_predicts(name):
     config = load(name)
-    engine.prepare_device(config, "none")
+    device.prepare_device(config, "none")
     model = build(config)
     classes = config.model.decode_head.num_classes
     optimizer = build_optim_wrapper(model, config.optim_wrapper)
@@ -211,7 +212,7 @@ def test_custom_template_carries_its_settings_everywhere(tmp_path):
 def test_class_weights_count_labelled_pixels_only(tmp_path):
     """Against the sum over labelled pixels of weight times cross entropy, over that of weights."""
     config = edited_template(tmp_path, checkpoint="None", class_weight="[1.0, 3.0]")
-    engine.drop_pretrained(config.model)
+    configs.drop_pretrained(config.model)
     init_default_scope(config.default_scope)
     model = build(config).eval()
     data = collate([sample((64, 64), 2) for _ in range(2)])

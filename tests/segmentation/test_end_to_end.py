@@ -14,7 +14,8 @@ import torch
 from mmengine.config import Config
 from mmseg.apis import MMSegInferencer, inference_model, init_model
 
-from mmeformer import engine
+from mmeformer import configs
+from mmeformer.training import engine
 from mmeformer.paths import config_dir, tools_dir
 from mmeformer.synthetic.masks import CLASSES, write_mask_dataset
 
@@ -24,7 +25,7 @@ PALETTE = [[60, 60, 60], [220, 60, 60], [60, 160, 60], [70, 90, 220], [230, 190,
 
 def small_config(root: Path) -> Config:
     """The quickstart's config, with two iterations on the data in ``root``."""
-    config = engine.load_config(QUICKSTART)
+    config = configs.load_config(QUICKSTART)
     for name in ("train", "val", "test"):
         loader = config[f"{name}_dataloader"]
         loader.dataset.data_root = str(root)
@@ -61,7 +62,7 @@ def test_checkpoint_names_its_classes(trained):
 def test_evaluation(trained, tmp_path, mode, tta):
     file, checkpoint, _ = trained
     options = {"model.test_cfg.mode": mode, "model.test_cfg.crop_size": (40, 40)}
-    config = engine.load_config(file, {**options, "model.test_cfg.stride": (27, 27)})
+    config = configs.load_config(file, {**options, "model.test_cfg.stride": (27, 27)})
     config.test_dataloader.batch_size = 1
     config.work_dir = str(tmp_path)
     if tta:
@@ -89,7 +90,7 @@ def test_evaluation(trained, tmp_path, mode, tta):
 def test_augmented_probabilities_are_the_mean_of_the_views(trained):
     """Scores of the merged prediction against each view computed alone."""
     file, checkpoint, root = trained
-    config = engine.load_config(file)
+    config = configs.load_config(file)
     model = init_model(config, str(checkpoint), device="cpu")
     picture = cv2.imread(str(root / "images/validation/000000.png"))
     views = []
@@ -98,7 +99,7 @@ def test_augmented_probabilities_are_the_mean_of_the_views(trained):
         logits = inference_model(model, image).seg_logits.data
         views.append((logits.flip(-1) if flip else logits).softmax(dim=0))
 
-    config = engine.load_config(file)
+    config = configs.load_config(file)
     config.tta_pipeline[1].transforms[0] = [dict(type="Resize", scale=(64, 64), keep_ratio=True)]
     config.work_dir = str(root.parent / "tta")
     runner = engine.build_test_runner(config, str(checkpoint), tta=True)

@@ -15,7 +15,7 @@ for name in sys.argv[2].split(","):
     sys.modules[name] = None
 from mmengine.config import Config
 from mmengine.registry import DATASETS, HOOKS, MODELS, init_default_scope
-from mmeformer.engine import drop_pretrained
+from mmeformer.configs import drop_pretrained
 
 config = Config.fromfile(sys.argv[1])
 init_default_scope(config.default_scope)

@@ -16,7 +16,7 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from mmeformer.engine import drop_pretrained
+from mmeformer.configs import drop_pretrained
 from mmeformer.paths import config_dir
 
 NO_ATTENTION = dict(

@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend, register_backend
 from torch._dynamo.testing import CompileCounter
 
-from mmeformer import engine
+from mmeformer.training import engine
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.registry import HOOKS
 

@@ -16,8 +16,8 @@ from mmengine.fileio import LocalBackend
 
 from mmeformer.checkpoints.safe_load import CheckpointError
 from mmeformer.training import checkpoints, runner
-from mmeformer.training.checkpoints import PARTIAL, newest_resumable
-from mmeformer.training.errors import TrainingError
+from mmeformer.training.saving import PARTIAL, newest_resumable
+from mmeformer.errors import TrainingError
 
 pytestmark = pytest.mark.forks
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 
-from mmeformer import engine
+from mmeformer import configs
+from mmeformer.training import device, engine
 from mmeformer.paths import config_dir, tools_dir
 from mmeformer.synthetic.shapes import write_coco_dataset
 
@@ -21,26 +22,26 @@ TINY = dict(widths=(8, 16, 24, 32), depths=(1, 1, 2, 2), attention_blocks=(0, 0,
 class TestConfigs:
     def test_shipped_config_by_its_short_name(self):
         name = f"{V2_S0}_1x_coco.py"
-        short, long = engine.load_config(name), engine.load_config(config_dir() / name)
+        short, long = configs.load_config(name), configs.load_config(config_dir() / name)
         assert short.model == long.model
-        assert engine.load_config(f"configs/{name}").model == long.model
+        assert configs.load_config(f"configs/{name}").model == long.model
 
     def test_options_are_laid_over(self):
-        config = engine.load_config(f"{V2_S0}_1x_coco.py", {"train_dataloader.batch_size": 7})
+        config = configs.load_config(f"{V2_S0}_1x_coco.py", {"train_dataloader.batch_size": 7})
         assert config.train_dataloader.batch_size == 7
 
     def test_missing_config_names_near_ones(self):
         with pytest.raises(FileNotFoundError, match="mean .*v2-s0_fpn_1x_coco.py"):
-            engine.load_config("configs/detection/mask-rcnn_efficientformerv2-s0_1x_coco.py")
+            configs.load_config("configs/detection/mask-rcnn_efficientformerv2-s0_1x_coco.py")
 
     def test_work_dir(self):
         config = Config(dict(work_dir="mine"))
-        engine.choose_work_dir(config, "a/b.py", None)
+        configs.choose_work_dir(config, "a/b.py", None)
         assert config.work_dir == "mine"
-        engine.choose_work_dir(config, "a/b.py", "yours")
+        configs.choose_work_dir(config, "a/b.py", "yours")
         assert config.work_dir == "yours"
         config = Config(dict())
-        engine.choose_work_dir(config, "a/b.py", None)
+        configs.choose_work_dir(config, "a/b.py", None)
         assert config.work_dir == str(Path("work_dirs/b"))
 
     def test_drop_pretrained(self):
@@ -48,7 +49,7 @@ class TestConfigs:
             backbone=dict(init_cfg=dict(type="Pretrained", checkpoint="x")),
             heads=[dict(init_cfg=dict(type="Normal")), dict(layers=1)],
         )
-        engine.drop_pretrained(model)
+        configs.drop_pretrained(model)
         assert model == dict(backbone=dict(), heads=[dict(), dict(layers=1)])
 
     def test_auto_scale_lr_needs_a_base(self, tmp_path):
@@ -81,8 +82,8 @@ class TestConfigs:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is tested is the way without a GPU")
 class TestWithoutGpu:
     def test_amp_becomes_full_precision(self):
-        config = engine.load_config(f"{V2_S0.replace('s0', 's2')}_amp-1x_coco.py")
-        engine.prepare_device(config, "none")
+        config = configs.load_config(f"{V2_S0.replace('s0', 's2')}_amp-1x_coco.py")
+        device.prepare_device(config, "none")
         assert config.optim_wrapper.type == "OptimWrapper"
         assert "loss_scale" not in config.optim_wrapper
 
@@ -99,7 +100,7 @@ class TestWithoutGpu:
         )
         before = dict(os.environ)
         try:
-            engine.prepare_device(config, "slurm")
+            device.prepare_device(config, "slurm")
             assert started.__self__ == ["gloo"]
             assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
         finally:
@@ -118,7 +119,7 @@ def shapes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def small_config(shapes, tmp_path_factory):
     """The quickstart's detector, smaller, for two iterations of two images."""
-    config = engine.load_config(f"{V2_S0}_quickstart.py")
+    config = configs.load_config(f"{V2_S0}_quickstart.py")
     config.model.backbone.arch = TINY
     config.model.neck.in_channels = list(TINY["widths"])
     # Hardly trained, it must still report something to evaluate.

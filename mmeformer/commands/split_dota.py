@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Cut DOTA images and labels into patches; run it again to go on after an interruption.
 
@@ -23,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmeformer import cli
+from mmeformer.commands import cli
 
 # Seconds between lines of progress where the output is no terminal.
 LINE_EVERY = 30
@@ -142,10 +141,7 @@ def work(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    return cli.run(work, parse_args(argv))
-
-
-if __name__ == "__main__":
+    args = parse_args(argv)
     # Like Ctrl-C: the processes of the pool must not stay behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    return cli.run(work, args)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """Look for mistakes in a config's data sets before training on them.
 
@@ -12,7 +11,6 @@ Examples:
 
 import argparse
 import logging
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -20,7 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mmeformer import cli, engine
+from mmeformer import configs
+from mmeformer.commands import cli
 from mmeformer.checks.dataset import SPLITS, datasets_of, draw_samples, findings_of, location
 from mmeformer.checks.findings import ERROR, Finding
 
@@ -39,7 +38,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--first", type=int, default=3, metavar="N", help="places to name (%(default)s)"
     )
-    engine.add_config_options(parser)
+    cli.add_config_options(parser)
     args = cli.parse(parser, argv)
     if args.first < 1:
         parser.error(f"--first {args.first} must be at least 1")
@@ -64,7 +63,7 @@ def work(args: argparse.Namespace) -> int:
     """Check; returns the exit status."""
     # mmengine's notes on how it builds things are not what was asked for.
     logging.getLogger("mmengine").setLevel(logging.ERROR)
-    config = engine.load_config(args.config, args.cfg_options)
+    config = configs.load_config(args.config, args.cfg_options)
     out = Path(args.out or Path("work_dirs", f"check_{Path(args.config).stem}"))
     console = Console(soft_wrap=False)
     errors = 0
@@ -108,7 +107,3 @@ def _draw(dataset, config, target: Path, faulty: bool, console: Console) -> None
 def main(argv=None) -> int:
     """Run the command; returns the exit status."""
     return cli.run(work, parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,9 +16,10 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
-from mmeformer import cli, engine
+from mmeformer import configs
+from mmeformer.commands import cli
 from mmeformer.paths import tools_dir
-from mmeformer.training.errors import TrainingError
+from mmeformer.errors import TrainingError
 
 OUTPUTS = {".pth", ".pkl", ".partial", ".png", ".onnx", ".safetensors"}
 
@@ -45,7 +46,7 @@ def place(tmp_path_factory):
         config = make(folder, iterations=1)
         config.dump(folder / f"{task}.py")
         init_default_scope(config.default_scope)
-        engine.drop_pretrained(config.model)
+        configs.drop_pretrained(config.model)
         weights = MODELS.build(config.model).state_dict()
         torch.save(dict(meta={}, state_dict=weights), folder / f"{task}.pth")
     other = tiny.detection(folder)
@@ -301,7 +302,7 @@ def odd_images():
 def rotated(place, tmp_path):
     """A config of rotated detection whose training images are a copy."""
     root = Path(shutil.copytree(place / "aerial", tmp_path / "aerial"))
-    config = engine.load_config(place / "rotated.py")
+    config = configs.load_config(place / "rotated.py")
     config.train_dataloader.dataset.data_root = str(root)
     config.dump(tmp_path / "config.py")
     return tmp_path / "config.py", root / "train/images"

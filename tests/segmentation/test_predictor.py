@@ -12,7 +12,7 @@ from mmseg.visualization import SegLocalVisualizer
 from torch.nn import functional
 
 from mmeformer.inference import segmentation
-from mmeformer.inference.segmentation import cores, draw_labels, label_map, segment_windows
+from mmeformer.segmentation.predictor import cores, draw_labels, label_map, segment_windows
 from mmeformer.windows import windows
 
 

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of ``tools/profile.py``, which must import nothing itself; see there."""
+"""Parameters, multiply-adds, memory and latency of a model, in one table.
+
+Examples:
+    profile.py efficientformerv2_s0
+    profile.py CONFIG --size 512 512 --modes eager folded onnxruntime
+    profile.py CONFIG --part backbone --size 800 1344 --rounds 5 --json profile.json
+"""
 
 from __future__ import annotations
 
@@ -13,7 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmeformer import cli, engine
+from mmeformer import configs
+from mmeformer.commands import cli
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.deploy import models
 from mmeformer.deploy.export import Request, graph_maker
@@ -23,11 +30,11 @@ from mmeformer.variants import VARIANTS
 from mmeformer.version import __version__
 
 
-def parse_args(argv: list[str] | None, description: str | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="profile.py",
-        description=description,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -42,7 +49,7 @@ def parse_args(argv: list[str] | None, description: str | None) -> argparse.Name
     parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES, help="default: all")
     parser.add_argument("--rounds", type=int, default=10, help="runs of each mode")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
-    engine.add_config_options(parser)
+    cli.add_config_options(parser)
     args = cli.parse(parser, argv)
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: quartiles need more than one run")
@@ -63,7 +70,7 @@ def run(args: argparse.Namespace) -> tuple[Profile, dict]:
             "backbone", __version__, variant.name, (0.0,) * 3, (1.0,) * 3, True, size=size
         )
     else:
-        config = engine.load_config(args.config, args.cfg_options)
+        config = configs.load_config(args.config, args.cfg_options)
         model = models.build_model(config, args.checkpoint)
         metadata = models.describe(config, model, part=request.part, size=size, batch=args.batch)
     metadata = Metadata(**{**vars(metadata), "batch": args.batch})
@@ -125,6 +132,6 @@ def report(args: argparse.Namespace) -> None:
         unfinished.replace(args.json)
 
 
-def main(argv: list[str] | None = None, description: str | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    return cli.run(report, parse_args(argv, description))
+    return cli.run(report, parse_args(argv))

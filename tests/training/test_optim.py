@@ -4,7 +4,7 @@ from helpers import build_backbone
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-from mmeformer.optim import layer_index
+from mmeformer.training.optim import layer_index
 
 
 class Model(nn.Module):

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """Predict on images, folders, globs and videos with a trained model of any of the three tasks.
 
@@ -24,7 +23,8 @@ import warnings
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmeformer import cli, engine
+from mmeformer import configs
+from mmeformer.commands import cli
 
 # Seconds between lines of progress where the output is no terminal.
 LINE_EVERY = 30
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of segmentation: labels with colours (default), or as grey values",
     )
     parser.add_argument("--no-pictures", action="store_true", help="results only, which is faster")
-    engine.add_config_options(parser)
+    cli.add_config_options(parser)
     return cli.parse(parser, argv)
 
 
@@ -78,8 +78,8 @@ def work(args: argparse.Namespace) -> int:
         overlap=args.overlap,
         pictures=not args.no_pictures,
     )
-    config = engine.load_config(args.config, args.cfg_options)
-    engine.existing_checkpoint(args.checkpoint)
+    config = configs.load_config(args.config, args.cfg_options)
+    configs.existing_checkpoint(args.checkpoint)
     sources = inference.find_sources(
         args.inputs, exclude=[f"{args.out}/{folder}" for folder in FOLDERS]
     )
@@ -143,10 +143,7 @@ def _left(progress: Progress, task) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    return cli.run(work, parse_args(argv))
-
-
-if __name__ == "__main__":
+    args = parse_args(argv)
     # Like Ctrl-C: what is half-written must not stay behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    return cli.run(work, args)

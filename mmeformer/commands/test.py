@@ -1,11 +1,11 @@
-#!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate a checkpoint, or an ONNX file exported from one, of any config of the three tasks."""
 
 import argparse
-import sys
 
-from mmeformer import cli, engine
+from mmeformer import configs
+from mmeformer.commands import cli
+from mmeformer.training import device, engine
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -16,15 +16,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--out", metavar="FILE.pkl", help="file for all predictions")
     parser.add_argument("--show-dir", metavar="FOLDER", help="folder for pictures of predictions")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")
-    engine.add_common_arguments(parser)
+    cli.add_common_arguments(parser)
     return cli.parse(parser, argv)
 
 
 def work(args: argparse.Namespace) -> None:
     """Evaluate."""
-    engine.set_local_rank(args.local_rank)
-    config = engine.load_config(args.config, args.cfg_options)
-    engine.choose_work_dir(config, args.config, args.work_dir)
+    device.set_local_rank(args.local_rank)
+    config = configs.load_config(args.config, args.cfg_options)
+    configs.choose_work_dir(config, args.config, args.work_dir)
     runner = engine.build_test_runner(
         config,
         args.checkpoint,
@@ -39,7 +39,3 @@ def work(args: argparse.Namespace) -> None:
 def main(argv=None) -> int:
     """Run the command; returns the exit status."""
     return cli.run(work, parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,10 @@
-#!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """Generate data, train from scratch, evaluate and draw predictions, in minutes on two CPU cores."""
 
 import argparse
-import sys
 
-from mmeformer import cli, quickstart
+from mmeformer import quickstart
+from mmeformer.commands import cli
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -23,7 +22,3 @@ def main(argv=None) -> int:
         quickstart.run(args.task, args.work_dir)
 
     return cli.run(work, parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

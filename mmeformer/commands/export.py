@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """Export a trained model to ONNX or CoreML, checked against PyTorch before it is written.
 
@@ -10,9 +9,9 @@ Examples:
 """
 
 import argparse
-import sys
 
-from mmeformer import cli, engine
+from mmeformer import configs
+from mmeformer.commands import cli
 from mmeformer.deploy.export import Request, export
 
 
@@ -40,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--images", nargs="+", default=[], help="for the check; default: of the config's test data"
     )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
-    engine.add_config_options(parser)
+    cli.add_config_options(parser)
     args = cli.parse(parser, argv)
     if args.dynamic and args.batch != 1:
         parser.error("--batch is for --size: with --dynamic any batch will do")
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         preprocessing=args.with_preprocessing,
         half=args.fp16,
     )
-    config = engine.load_config(args.config, args.cfg_options)
+    config = configs.load_config(args.config, args.cfg_options)
     path = export(config, args.checkpoint, args.out, request, images=args.images, force=args.force)
     print(f"wrote {path} and {path.with_suffix('.json')}")
 
@@ -65,7 +64,3 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     return cli.run(run, parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

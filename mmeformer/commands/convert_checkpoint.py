@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Convert a checkpoint between the published formats and ours.
 
@@ -12,12 +11,11 @@ Examples:
 """
 
 import argparse
-import sys
 
 from rich.console import Console
 from rich.table import Table
 
-from mmeformer import cli
+from mmeformer.commands import cli
 from mmeformer.checkpoints.convert import TARGETS, convert
 from mmeformer.checkpoints.report import Report
 
@@ -54,7 +52,3 @@ def work(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     return cli.run(work, parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

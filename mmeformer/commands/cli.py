@@ -8,8 +8,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from mmengine.config import DictAction
+
 from mmeformer.checkpoints.safe_load import CheckpointError
-from mmeformer.training.errors import TrainingError
+from mmeformer.errors import TrainingError
 
 DELIBERATE = (CheckpointError, TrainingError)
 """Errors that say all there is to say, whenever they come."""
@@ -63,3 +65,40 @@ def one_text(error: Exception) -> str:
 
 def _before_work(error: Exception) -> bool:
     return not any(frame.name in WORK for frame in traceback.extract_tb(error.__traceback__))
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that ``tools/train.py`` and ``tools/test.py`` share."""
+    parser.add_argument("--work-dir", help="folder for logs and checkpoints")
+    add_config_options(parser)
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="how the processes were started (see tools/dist_train.sh, tools/slurm_train.sh)",
+    )
+    # torch.distributed.launch of PyTorch 2 gives --local-rank; torchrun sets the variable itself.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """The argument that changes settings of a config."""
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=_Settings,
+        metavar="KEY=VALUE",
+        help="settings laid over the config, such as train_dataloader.batch_size=4",
+    )
+
+
+class _Settings(DictAction):
+    """mmengine's ``KEY=VALUE``, with its exceptions made errors of the command line."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if wrong := [value for value in values if "=" not in value]:
+            parser.error(f"argument {option_string}: {wrong[0]!r} is not KEY=VALUE")
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (AssertionError, ValueError) as error:
+            parser.error(f"argument {option_string}: {error}")

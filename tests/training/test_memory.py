@@ -8,13 +8,13 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmeformer import engine
-from mmeformer.memory import keep_freed_memory
+from mmeformer.training import device
+from mmeformer.training.memory import keep_freed_memory
 
 # Page faults of ten tensors of 64 MB, made and freed one after the other.
 SCRIPT = """
 import resource, sys, torch
-from mmeformer.memory import keep_freed_memory
+from mmeformer.training.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for _ in range(10):
@@ -50,7 +50,7 @@ def test_large_tensors_get_the_same_memory_again():
 # MiB that stay resident when tensors of 16 MiB go and small ones between them stay.
 FREED = """
 import resource, sys, torch
-from mmeformer.memory import return_freed_memory
+from mmeformer.training.memory import return_freed_memory
 if sys.argv[1] == "return":
     assert return_freed_memory()
 torch.ones(2**22)  # the C library now takes such sizes from its heap
@@ -83,5 +83,5 @@ def test_checkpointed_training_returns_memory(monkeypatch):
     monkeypatch.setattr(engine, "return_freed_memory", lambda: called.append("return"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for backbone in (dict(with_cp=True), dict(with_cp=False), dict()):
-        engine.prepare_device(Config(dict(model=dict(backbone=backbone))), "none")
+        device.prepare_device(Config(dict(model=dict(backbone=backbone))), "none")
     assert called == ["return", "keep", "keep"]

@@ -15,7 +15,7 @@ from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 
-from mmeformer.inference.instances import Instances, Mask, merge_windows
+from mmeformer.detection.instances import Instances, Mask, merge_windows
 from mmeformer.inference.predictor import (
     NAME_PIXELS,
     SCORE_THR,
@@ -76,7 +76,7 @@ class _Inferencer(TrustedWeights, DetInferencer):
 
 
 class DetectionPredictor(Predictor):
-    """Results are :class:`mmeformer.inference.instances.Instances`."""
+    """Results are :class:`mmeformer.detection.instances.Instances`."""
 
     # A photograph shows its objects at any number of pixels, and is resized as in training; only
     # what is far larger than a photograph is taken at its own size.
@@ -167,7 +167,7 @@ def detect_windows(
         size, overlap, batch_size, progress: see :meth:`Predictor.predict_windows`.
 
     Returns:
-        Merged by :func:`mmeformer.inference.instances.merge_windows`.
+        Merged by :func:`mmeformer.detection.instances.merge_windows`.
     """
     height, width = image.shape[:2]
     places = windows(width, height, size, overlap)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config files: find, read and adjust them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmengine.config import Config
+
+from mmeformer.paths import config_dir
+
+
+def load_config(path: str | Path, options: Mapping | None = None) -> Config:
+    """Read a config file, with ``options`` (dotted keys) laid over it.
+
+    Args:
+        path: a file, or the path below ``configs/`` of a config that mmeformer ships, such as
+            ``detection/mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py``.
+        options: what ``--cfg-options`` gives.
+
+    Raises:
+        FileNotFoundError: neither exists; names the shipped configs that come nearest.
+        ValueError: it cannot be read; says why.
+    """
+    path = Path(path)
+    if not path.is_file():
+        shipped = config_dir() / str(path).removeprefix("configs/")
+        if not shipped.is_file():
+            raise FileNotFoundError(_missing_config(path))
+        path = shipped
+    try:
+        config = Config.fromfile(str(path))
+    except Exception as error:  # a config is a program, which may raise anything
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"config {path} cannot be read: {reason}") from error
+    if options:
+        config.merge_from_dict(dict(options))
+    return config
+
+
+def _missing_config(path: Path) -> str:
+    from difflib import get_close_matches
+
+    names = {
+        file.name: file.relative_to(config_dir())
+        for file in config_dir().rglob("*.py")
+        if "_base_" not in file.parts
+    }
+    near = get_close_matches(path.name, names, n=3, cutoff=0.4)
+    hint = "; did you mean " + " or ".join(f"configs/{names[n]}" for n in near) if near else ""
+    return f"config {path} does not exist{hint}"
+
+
+def choose_work_dir(config: Config, path: str | Path, work_dir: str | None) -> None:
+    """Set ``config.work_dir``: the given one, else the config's, else ``work_dirs/<file name>``."""
+    if work_dir is not None:
+        config.work_dir = work_dir
+    elif config.get("work_dir") is None:
+        config.work_dir = str(Path("work_dirs") / Path(path).stem)
+
+
+def drop_pretrained(model: dict) -> None:
+    """Remove every ``init_cfg`` of a model config, in place."""
+    for value in list(model.values()):
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, dict):
+                drop_pretrained(item)
+    model.pop("init_cfg", None)
+
+
+def existing_checkpoint(path: str) -> str:
+    """``path`` if it is a file or an address with a scheme (``https://...``).
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    if "://" not in path and not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    return path

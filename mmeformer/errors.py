@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that a user can fix. Command lines show their message alone, without a traceback."""
+
+
+class UserError(Exception):
+    """An error that the user can fix; its message says what is wrong, where, and what to do."""
+
+
+class TrainingError(UserError, RuntimeError):
+    """A run cannot go on; the message says why and what to do. Checkpoints stay as they are."""

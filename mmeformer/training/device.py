@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fit a run to the machine: GPU or CPU, and one process or many, however they were started."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import subprocess
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+
+from mmeformer.training.memory import keep_freed_memory, return_freed_memory
+
+
+def prepare_device(config: Config, launcher: str) -> None:
+    """Fit a config to the machine, so that one config serves GPUs, clusters and a plain CPU.
+
+    Without a GPU: processes talk over gloo (the group is made here, as mmengine's own start-up
+    asks for a CUDA device), batch norms are not synchronised (PyTorch has no such kernel for the
+    CPU), and mixed precision falls back to full precision with a warning.
+    """
+    config.launcher = launcher
+    if torch.cuda.is_available():
+        return
+    if config.model.get("backbone", {}).get("with_cp"):
+        # Whoever asks for that has time to spare, but no memory.
+        return_freed_memory()
+    else:
+        keep_freed_memory()
+    if config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
+        print_log("no GPU: training in full precision instead of AMP", "current")
+        config.optim_wrapper.type = "OptimWrapper"
+        for key in ("loss_scale", "dtype"):
+            config.optim_wrapper.pop(key, None)
+    if launcher == "none":
+        return
+    config.env_cfg.dist_cfg.backend = "gloo"
+    config.model_wrapper_cfg = ConfigDict(
+        type="MMDistributedDataParallel",
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=config.get("find_unused_parameters", False),
+    )
+    config.sync_bn = None
+    if config.get("model") is not None:
+        _unsynchronise_norms(config.model)
+    if launcher == "slurm":
+        _export_slurm_ranks()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+        # A thread of gloo that outlives the interpreter aborts the process after its work is done.
+        atexit.register(_leave_process_group)
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _unsynchronise_norms(node) -> None:
+    """Turn every ``SyncBN`` of a model config into ``BN``, in place."""
+    if isinstance(node, dict):
+        if node.get("type") == "SyncBN":
+            node["type"] = "BN"
+        for value in node.values():
+            _unsynchronise_norms(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            _unsynchronise_norms(value)
+
+
+def _export_slurm_ranks() -> None:
+    """Tell torch.distributed what Slurm knows, as torchrun would."""
+    environment = os.environ
+    if "SLURM_PROCID" not in environment:
+        raise ValueError(
+            "--launcher slurm works within a job of Slurm only (SLURM_PROCID is not set): use "
+            "tools/slurm_train.sh or tools/slurm_test.sh"
+        )
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment.setdefault("MASTER_PORT", "29500")
+    if "MASTER_ADDR" not in environment:
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", environment["SLURM_NODELIST"]],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        environment["MASTER_ADDR"] = hosts.stdout.split()[0]
+
+
+def set_local_rank(local_rank: int) -> None:
+    """Keep the rank that a launcher gave as an argument, unless it set the variable already."""
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
