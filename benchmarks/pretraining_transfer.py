@@ -23,9 +23,9 @@ from mmengine.fileio import dump, load
 from torch import nn
 
 from mmeformer import configs
-from mmeformer.training import engine
 from mmeformer.backbones import EfficientFormerV2
 from mmeformer.synthetic.shapes import CLASSES, outline, write_coco_dataset
+from mmeformer.training import engine
 
 CONFIG = "detection/mask-rcnn_efficientformerv2-s0_fpn_quickstart.py"
 METRICS = {"box AP50": "coco/bbox_mAP_50", "mask AP50": "coco/segm_mAP_50"}

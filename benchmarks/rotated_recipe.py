@@ -18,9 +18,9 @@ import numpy as np
 from mmengine.fileio import dump, load
 
 from mmeformer import configs
-from mmeformer.training import engine
 from mmeformer.rotated import read_labels
 from mmeformer.synthetic.aerial import CLASSES, write_dota_dataset
+from mmeformer.training import engine
 from mmeformer.variants import VARIANTS
 
 QUICKSTART = "rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_quickstart.py"

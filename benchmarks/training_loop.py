@@ -17,8 +17,8 @@ from pathlib import Path
 from mmengine.hooks import Hook
 
 from mmeformer import configs
-from mmeformer.training import engine
 from mmeformer.quickstart import TASKS
+from mmeformer.training import engine
 
 PARTS = {
     "data preprocessor": ("data_preprocessor", "forward"),

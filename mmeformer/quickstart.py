@@ -12,10 +12,10 @@ from pathlib import Path
 from mmengine.logging import print_log
 
 from mmeformer import configs
-from mmeformer.training import engine
 from mmeformer.synthetic.aerial import write_dota_dataset
 from mmeformer.synthetic.masks import write_mask_dataset
 from mmeformer.synthetic.shapes import write_coco_dataset
+from mmeformer.training import engine
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 
 from mmeformer import configs
-from mmeformer.training import engine
 from mmeformer.synthetic.aerial import write_dota_dataset
 from mmeformer.synthetic.masks import write_mask_dataset
 from mmeformer.synthetic.shapes import write_coco_dataset
+from mmeformer.training import engine
 
 ARCH = dict(widths=(8, 16, 24, 32), depths=(1, 1, 2, 2), attention_blocks=(0, 0, 1, 1))
 ITERATIONS = 8

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mmeformer import configs
-from mmeformer.commands import cli
 from mmeformer.checks.dataset import SPLITS, datasets_of, draw_samples, findings_of, location
 from mmeformer.checks.findings import ERROR, Finding
+from mmeformer.commands import cli
 
 
 def parse_args(argv=None) -> argparse.Namespace:

@@ -15,9 +15,9 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
-from mmeformer.commands import cli
 from mmeformer.checkpoints.convert import TARGETS, convert
 from mmeformer.checkpoints.report import Report
+from mmeformer.commands import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

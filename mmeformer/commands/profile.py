@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mmeformer import configs
-from mmeformer.commands import cli
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
+from mmeformer.commands import cli
 from mmeformer.deploy import models
 from mmeformer.deploy.export import Request, graph_maker
 from mmeformer.deploy.profile import MODES, Profile, profile

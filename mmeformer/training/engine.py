@@ -138,5 +138,3 @@ def _draw_predictions(config: Config, show_dir: str) -> None:
         config.visualizer.vis_backends = [dict(type="LocalVisBackend", img_save_dir=pictures)]
         # mmengine would hand out the visualizer that training left behind under its name.
         config.visualizer.name = f"visualizer of {pictures}"
-
-

@@ -15,10 +15,10 @@ from mmengine.dist import all_gather_object, all_reduce, get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmeformer.registry import HOOKS
-from mmeformer.training.saving import POINTER
-from mmeformer.training.data import UNREADABLE
 from mmeformer.errors import TrainingError
+from mmeformer.registry import HOOKS
+from mmeformer.training.data import UNREADABLE
+from mmeformer.training.saving import POINTER
 
 
 @HOOKS.register_module()

@@ -14,6 +14,12 @@ from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import Runner as MMEngineRunner
 from torch.utils.data import DataLoader
 
+from mmeformer.errors import TrainingError
+from mmeformer.training.data import GuardedDataset
+from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, last_checkpoint
+from mmeformer.training.loops import EpochBasedTrainLoop
+from mmeformer.training.matching import require_match
+from mmeformer.training.randomness import PositionSampler, StepSeedHook
 from mmeformer.training.saving import (
     PARTIAL,
     CheckpointHook,
@@ -22,12 +28,6 @@ from mmeformer.training.saving import (
     newest_resumable,
     read_resumable,
 )
-from mmeformer.training.data import GuardedDataset
-from mmeformer.errors import TrainingError
-from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, last_checkpoint
-from mmeformer.training.loops import EpochBasedTrainLoop
-from mmeformer.training.matching import require_match
-from mmeformer.training.randomness import PositionSampler, StepSeedHook
 
 
 class Runner(MMEngineRunner):

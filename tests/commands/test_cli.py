@@ -18,8 +18,8 @@ from PIL import Image
 
 from mmeformer import configs
 from mmeformer.commands import cli
-from mmeformer.paths import tools_dir
 from mmeformer.errors import TrainingError
+from mmeformer.paths import tools_dir
 
 OUTPUTS = {".pth", ".pkl", ".partial", ".png", ".onnx", ".safetensors"}
 

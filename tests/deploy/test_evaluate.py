@@ -4,10 +4,10 @@ import copy
 import pytest
 from deployed import exported
 
-from mmeformer.training import engine
 from mmeformer.synthetic.aerial import write_dota_dataset
 from mmeformer.synthetic.masks import write_mask_dataset
 from mmeformer.synthetic.shapes import write_coco_dataset
+from mmeformer.training import engine
 
 WRITERS = {
     "segmentation": write_mask_dataset,

@@ -10,10 +10,10 @@ from deployed import small_config
 from helpers import build_backbone
 from torch import nn
 
+from mmeformer.commands.profile import main
 from mmeformer.deploy import models
 from mmeformer.deploy import profile as profiling
 from mmeformer.deploy.export import Request, example_inputs, graph_maker
-from mmeformer.commands.profile import main
 from mmeformer.paths import tools_dir
 from mmeformer.variants import VARIANTS
 

@@ -10,10 +10,10 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from mmeformer import configs
-from mmeformer.training import device
 from mmeformer.layers.attention_bias import AttentionBias
 from mmeformer.layers.blocks import LayerScale
 from mmeformer.paths import config_dir
+from mmeformer.training import device
 from mmeformer.variants import VARIANTS
 
 CONFIGS = sorted(path.name for path in (config_dir() / "detection").glob("*.py"))

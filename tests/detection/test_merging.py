@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
 
-from mmeformer.detection.predictor import detect_windows, paste
 from mmeformer.detection.instances import Instances, Mask, merge_windows
+from mmeformer.detection.predictor import detect_windows, paste
 
 small = st.integers(1, 9)
 pixel_maps = st.tuples(small, small).flatmap(lambda shape: arrays(bool, shape))

@@ -11,8 +11,8 @@ from mmengine.structures import InstanceData
 from mmrotate.structures.bbox import RotatedBoxes
 
 from mmeformer import configs
-from mmeformer.training import device
 from mmeformer.paths import config_dir
+from mmeformer.training import device
 from mmeformer.variants import VARIANTS, find_variant
 
 CONFIGS = sorted(path.name for path in (config_dir() / "rotated").glob("*.py"))

@@ -17,8 +17,8 @@ from mmseg.structures import SegDataSample
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmeformer import configs
-from mmeformer.training import device
 from mmeformer.paths import config_dir
+from mmeformer.training import device
 from mmeformer.variants import VARIANTS, find_variant
 
 FOLDER = config_dir() / "segmentation"

@@ -15,9 +15,9 @@ from mmengine.config import Config
 from mmseg.apis import MMSegInferencer, inference_model, init_model
 
 from mmeformer import configs
-from mmeformer.training import engine
 from mmeformer.paths import config_dir, tools_dir
 from mmeformer.synthetic.masks import CLASSES, write_mask_dataset
+from mmeformer.training import engine
 
 QUICKSTART = "segmentation/semantic-fpn_efficientformerv2-s0_quickstart.py"
 PALETTE = [[60, 60, 60], [220, 60, 60], [60, 160, 60], [70, 90, 220], [230, 190, 50]]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mmseg.visualization import SegLocalVisualizer
 from torch.nn import functional
 
-from mmeformer.inference import segmentation
+from mmeformer.segmentation import predictor as segmentation
 from mmeformer.segmentation.predictor import cores, draw_labels, label_map, segment_windows
 from mmeformer.windows import windows
 

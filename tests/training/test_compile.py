@@ -16,9 +16,9 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend, register_backend
 from torch._dynamo.testing import CompileCounter
 
-from mmeformer.training import engine
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.registry import HOOKS
+from mmeformer.training import engine
 
 # As docs/finetuning.md says: the first size has a graph of its own, then one for sizes that differ
 # in one side, then one for any. Training and evaluation each count for themselves.

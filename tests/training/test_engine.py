@@ -11,9 +11,9 @@ import torch
 from mmengine.config import Config, ConfigDict
 
 from mmeformer import configs
-from mmeformer.training import device, engine
 from mmeformer.paths import config_dir, tools_dir
 from mmeformer.synthetic.shapes import write_coco_dataset
+from mmeformer.training import device, engine
 
 V2_S0 = "detection/mask-rcnn_efficientformerv2-s0_fpn"
 TINY = dict(widths=(8, 16, 24, 32), depths=(1, 1, 2, 2), attention_blocks=(0, 0, 1, 1))

@@ -12,9 +12,9 @@ import tiny
 import torch
 from mmengine.structures import BaseDataElement
 
+from mmeformer.errors import TrainingError
 from mmeformer.training import engine
 from mmeformer.training.data import UnreadableFileError
-from mmeformer.errors import TrainingError
 from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, _samples
 
 pytestmark = pytest.mark.forks

@@ -79,8 +79,8 @@ def test_large_tensors_leave_nothing_behind():
 
 def test_checkpointed_training_returns_memory(monkeypatch):
     called = []
-    monkeypatch.setattr(engine, "keep_freed_memory", lambda: called.append("keep"))
-    monkeypatch.setattr(engine, "return_freed_memory", lambda: called.append("return"))
+    monkeypatch.setattr(device, "keep_freed_memory", lambda: called.append("keep"))
+    monkeypatch.setattr(device, "return_freed_memory", lambda: called.append("return"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for backbone in (dict(with_cp=True), dict(with_cp=False), dict()):
         device.prepare_device(Config(dict(model=dict(backbone=backbone))), "none")

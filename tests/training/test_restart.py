@@ -15,9 +15,9 @@ import torch
 from mmengine.fileio import LocalBackend
 
 from mmeformer.checkpoints.safe_load import CheckpointError
-from mmeformer.training import checkpoints, runner
-from mmeformer.training.saving import PARTIAL, newest_resumable
 from mmeformer.errors import TrainingError
+from mmeformer.training import runner, saving
+from mmeformer.training.saving import PARTIAL, newest_resumable
 
 pytestmark = pytest.mark.forks
 
@@ -58,7 +58,7 @@ MOMENTS = {
     "written, but not yet renamed": (runner, "commit", 2, lambda *_: kill(), 2),
     "renamed, but not yet named as the last": (runner, "commit", 2, rename_and_kill, 2),
     "named as the last, old one still there": (
-        checkpoints.CheckpointHook,
+        saving.CheckpointHook,
         "_remove",
         1,
         lambda *_: kill(),
@@ -278,7 +278,7 @@ class TestSearch:
     def test_weights_alone_are_not_enough(self, work_dir):
         best = work_dir / "best_mIoU_iter_3.pth"
         with pytest.raises(CheckpointError, match="has no optimizer, message_hub"):
-            checkpoints.read_resumable(best)
+            saving.read_resumable(best)
 
 
 @pytest.mark.slow

@@ -1,0 +1,10 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Predict on images, folders, globs and videos with a trained model of any of the three tasks."""
+
+import sys
+
+from mmeformer.commands.predict import main
+
+if __name__ == "__main__":
+    sys.exit(main())

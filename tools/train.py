@@ -1,0 +1,10 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Train any config of the three tasks."""
+
+import sys
+
+from mmeformer.commands.train import main
+
+if __name__ == "__main__":
+    sys.exit(main())
