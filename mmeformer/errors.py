@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that a user can fix. Command lines show their message alone, without a traceback."""
+"""Errors that the user can fix, all of one base class.
+
+Command lines show their message alone, without a traceback.
+"""
 
 
 class UserError(Exception):
     """An error that the user can fix; its message says what is wrong, where, and what to do."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint cannot be used; the message names the file and says what to do."""
 
 
 class TrainingError(UserError, RuntimeError):

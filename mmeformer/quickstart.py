@@ -11,10 +11,7 @@ from pathlib import Path
 
 from mmengine.logging import print_log
 
-from mmeformer import configs
-from mmeformer.synthetic.aerial import write_dota_dataset
-from mmeformer.synthetic.masks import write_mask_dataset
-from mmeformer.synthetic.shapes import write_coco_dataset
+from mmeformer import configs, tasks
 from mmeformer.training import engine
 
 
@@ -33,25 +30,6 @@ class Quickstart:
     goals: dict[str, float]
 
 
-TASKS = {
-    "detection": Quickstart(
-        config="detection/mask-rcnn_efficientformerv2-s0_fpn_quickstart.py",
-        generate=write_coco_dataset,
-        goals={"coco/bbox_mAP_50": 0.6, "coco/segm_mAP_50": 0.6},
-    ),
-    "segmentation": Quickstart(
-        config="segmentation/semantic-fpn_efficientformerv2-s0_quickstart.py",
-        generate=write_mask_dataset,
-        goals={"mIoU": 60.0},  # mmseg counts in percent
-    ),
-    "rotated": Quickstart(
-        config="rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_quickstart.py",
-        generate=write_dota_dataset,
-        goals={"dota/AP50": 0.5},
-    ),
-}
-
-
 def run(task: str, work_dir: str | None = None, options: dict | None = None) -> dict[str, float]:
     """Run a quickstart and return its metrics.
 
@@ -59,7 +37,7 @@ def run(task: str, work_dir: str | None = None, options: dict | None = None) -> 
     validation images with ground truth (left) and predictions (right).
 
     Args:
-        task: a key of :data:`TASKS`.
+        task: a key of :data:`mmeformer.tasks.TASKS`.
         work_dir: default ``work_dirs/quickstart-<task>``.
         options: settings laid over the config (dotted keys).
 
@@ -67,7 +45,7 @@ def run(task: str, work_dir: str | None = None, options: dict | None = None) -> 
         FileExistsError: the data folder holds another data set.
         RuntimeError: a metric misses its goal.
     """
-    quickstart = TASKS[task]
+    quickstart = tasks.load(tasks.TASKS[task].quickstart)
     config = configs.load_config(quickstart.config, options)
     config.work_dir = work_dir or f"work_dirs/quickstart-{task}"
     root = Path(config.data_root)

@@ -15,16 +15,24 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import TASK_UTILS as MMENGINE_TASK_UTILS
 from mmengine.registry import VISUALIZERS as MMENGINE_VISUALIZERS
+from mmengine.registry import WEIGHT_INITIALIZERS as MMENGINE_WEIGHT_INITIALIZERS
 from mmengine.registry import Registry
 
 from mmeformer.checkpoints import safe_load
 
-# mmengine would unpickle checkpoints without restriction. mmdet's and mmseg's inferencers read them
-# before they build a model, so it must not wait for our backbones to be imported.
+# mmengine would unpickle checkpoints without restriction. mmdet's and mmseg's inferencers read a
+# checkpoint before they build a model, so this cannot wait for the first backbone; and every module
+# that registers something imports this file.
 safe_load.install()
 
 MODELS = Registry(
     "model", parent=MMENGINE_MODELS, scope="mmeformer", locations=["mmeformer.backbones"]
+)
+WEIGHT_INITIALIZERS = Registry(
+    "weight initializer",
+    parent=MMENGINE_WEIGHT_INITIALIZERS,
+    scope="mmeformer",
+    locations=["mmeformer.checkpoints.load"],
 )
 DATASETS = Registry("dataset", parent=MMENGINE_DATASETS, scope="mmeformer")
 METRICS = Registry("metric", parent=MMENGINE_METRICS, scope="mmeformer")

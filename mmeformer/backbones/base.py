@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmeformer.checkpoints.load import with_strict_pretrained
 from mmeformer.layers.blocks import Stem, run_checkpointed
 from mmeformer.variants import Architecture, find_variant
 
@@ -34,6 +33,21 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     total = sum(depths)
     rates = iter([rate * index / max(total - 1, 1) for index in range(total)])
     return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def strict_pretrained(init_cfg: Mapping | Sequence[Mapping] | None) -> list[dict]:
+    """Copy ``init_cfg`` with every ``Pretrained`` made ``mmeformer.Pretrained`` and put last.
+
+    mmengine's own loads whatever happens to fit, and only files in our names.
+    """
+    entries = [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg or []
+    pretrained, others = [], []
+    for entry in entries:
+        if entry["type"] in ("Pretrained", PretrainedInit):
+            pretrained.append({**entry, "type": "mmeformer.Pretrained"})
+        else:
+            others.append(dict(entry))
+    return [*others, *pretrained]
 
 
 class Stage(nn.Module):
@@ -151,7 +165,7 @@ class PyramidBackbone(BaseModule):
         raise NotImplementedError
 
     def init_weights(self) -> None:
-        """Published initialisation (linear layers: normal, std 0.02), then ``init_cfg``.
+        """Initialize as published (linear layers: normal, std 0.02), then by ``init_cfg``.
 
         ``dict(type="Pretrained", checkpoint=...)`` takes a local path, an address or
         ``timm://<model>.<tag>``, in any published format, and loads all of it or raises
@@ -167,7 +181,7 @@ class PyramidBackbone(BaseModule):
                     nn.init.trunc_normal_(module.weight, std=0.02)
                     nn.init.zeros_(module.bias)
         configured = self.init_cfg
-        self.init_cfg = with_strict_pretrained(configured)
+        self.init_cfg = strict_pretrained(configured)
         try:
             super().init_weights()
         finally:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import PretrainedInit, update_init_info
+from mmengine.model import update_init_info
 from torch import Tensor, nn
 
 from mmeformer.checkpoints import safe_load
@@ -18,6 +18,7 @@ from mmeformer.checkpoints.report import NEW_COUNTERS, NEW_NORMS, Report
 from mmeformer.checkpoints.safe_load import CheckpointError
 from mmeformer.checkpoints.translate import TABLE, Translation, fits, identify, skeleton, to_native
 from mmeformer.layers.attention_bias import resize_offset_table
+from mmeformer.registry import WEIGHT_INITIALIZERS
 from mmeformer.variants import VARIANTS
 
 NOT_BUILT = "stages and pyramid levels that the model leaves out (out_indices)"
@@ -28,10 +29,11 @@ LISTED = 20
 """How many tensors of a kind an error lists."""
 
 
-class StrictPretrained:
-    """Initialiser behind ``init_cfg=dict(type="Pretrained", checkpoint=...)`` of our backbones.
+@WEIGHT_INITIALIZERS.register_module()
+class Pretrained:
+    """Initializer ``mmeformer.Pretrained``: loads a checkpoint of any published format.
 
-    mmengine's own loads whatever happens to fit and knows no format but our own names.
+    Our backbones use it for every ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
 
     Args:
         checkpoint: local path, address, or ``timm://efficientformerv2_s0.snap_dist_in1k``.
@@ -57,16 +59,6 @@ class StrictPretrained:
         load_pretrained(module, self.checkpoint, self.prefix, self.map_location, self.allow_partial)
         if hasattr(module, "_params_init_info"):
             update_init_info(module, init_info=f"{type(self).__name__}: {self.checkpoint}")
-
-
-def with_strict_pretrained(init_cfg: Mapping | list | None) -> list[dict]:
-    """``init_cfg`` with every ``Pretrained`` entry replaced by ours and put last."""
-    if not init_cfg:
-        return []
-    entries = [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
-    pretrained = [entry for entry in entries if entry["type"] in ("Pretrained", PretrainedInit)]
-    others = [entry for entry in entries if entry not in pretrained]
-    return [*others, *({**entry, "type": StrictPretrained} for entry in pretrained)]
 
 
 def load_pretrained(

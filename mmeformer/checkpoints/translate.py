@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.checkpoints.formats import NO_PLACE, Format
 from mmeformer.variants import VARIANTS, Architecture, Variant
 
@@ -107,9 +108,6 @@ def skeleton(family: str, arch, bias_grid=7) -> dict[str, tuple[int, ...]]:
         arch: as in the backbone's constructor.
         bias_grid: as there.
     """
-    # The backbones import this package to load their weights.
-    from mmeformer.backbones import EfficientFormer, EfficientFormerV2
-
     with torch.device("meta"):
         backbone = {"v1": EfficientFormer, "v2": EfficientFormerV2}[family](
             arch, bias_grid=bias_grid

@@ -3,14 +3,14 @@
 
 import argparse
 
-from mmeformer import quickstart
+from mmeformer import quickstart, tasks
 from mmeformer.commands import cli
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """The command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=sorted(quickstart.TASKS))
+    parser.add_argument("task", choices=list(tasks.TASKS))
     parser.add_argument("--work-dir", help="default: work_dirs/quickstart-TASK")
     return cli.parse(parser, argv)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,10 @@ from mmengine.infer import BaseInferencer
 from mmengine.registry import DATASETS
 from torch import nn
 
-from mmeformer import configs
+from mmeformer import configs, tasks
 from mmeformer.checkpoints import safe_load
 from mmeformer.deploy.fold import fold
 from mmeformer.training.matching import require_match
-
-PREDICTORS = {
-    "mmdet": ("mmeformer.detection.predictor", "DetectionPredictor"),
-    "mmseg": ("mmeformer.segmentation.predictor", "SegmentationPredictor"),
-    "mmrotate": ("mmeformer.rotated.predictor", "RotatedPredictor"),
-}
-"""By ``default_scope`` of the config; imported when needed, so that each task needs its own
-packages only."""
 
 SCORE_THR = 0.3
 SMALLEST_PICTURE, LARGEST_PICTURE = 640, 4096
@@ -203,11 +194,11 @@ def load_predictor(
         ValueError: an argument out of range or not of this task; a device that is not there; a
             config that is none of a model of the three tasks.
     """
-    scope = config.get("default_scope")
-    if scope not in PREDICTORS or "model" not in config or "test_dataloader" not in config:
+    task = tasks.of_config(config)
+    if missing := [key for key in ("model", "test_dataloader") if key not in config]:
         raise ValueError(
-            f"config {config.filename or ''} is not one of a detector or segmentor: it needs "
-            f"model, test_dataloader and a default_scope out of {', '.join(PREDICTORS)}"
+            f"config {config.filename or ''} cannot be used to predict: missing "
+            f"{', '.join(missing)}"
         )
     if score_thr is not None and not 0 <= score_thr < 1:
         raise ValueError(f"score threshold {score_thr} must be at least 0 and less than 1")
@@ -223,9 +214,7 @@ def load_predictor(
         if "Annotations" not in step.type and "ConvertBoxType" not in step.type
     ]
     safe_load.install()
-    module, name = PREDICTORS[scope]
-    kind = getattr(import_module(module), name)
-    return kind.from_config(
+    return tasks.load(task.predictor).from_config(
         config, checkpoint, device=device, score_thr=score_thr, mask_format=mask_format
     )
 

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write files so that they are whole or not there, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_STEM_LENGTH = 40
+"""Characters of a file's stem that its draft repeats; file systems limit the length of names."""
+
+
+@contextmanager
+def replacing(path: str | Path, sync: bool = False) -> Iterator[Path]:
+    """Write a file or a folder under a temporary name, and rename it when it is complete.
+
+    If the block fails, the draft is removed and an existing file stays as it was. A killed process
+    leaves a hidden draft (see :func:`is_draft`), which nothing reads and no later write meets.
+
+    Args:
+        path: file or folder to write. Missing parent folders are made. A link is followed. An
+            existing file or folder is replaced, a folder with all its content. Devices and pipes
+            cannot be replaced and are written to directly.
+        sync: wait until the content has reached the disk, so that ``path`` is whole even after a
+            power failure.
+
+    Yields:
+        The draft: a path beside ``path`` with the same suffix, where nothing exists yet. The block
+        makes a file or a folder there.
+
+    Raises:
+        OSError: it cannot be written; names ``path``.
+    """
+    target = Path(path).expanduser()
+    if target.exists() and not target.is_file() and not target.is_dir():
+        yield target
+        return
+    target = Path(os.path.realpath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = _name_beside(target)
+    try:
+        yield draft
+        if sync:
+            _sync(draft)
+        _move(draft, target)
+        if sync and os.name == "posix":
+            _sync_entry(target.parent)
+    except OSError as error:
+        if error.filename is None or os.fspath(error.filename) != str(draft):
+            raise
+        # The user knows nothing of the draft.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        _remove(draft)
+
+
+def write_text(path: str | Path, text: str, sync: bool = False) -> None:
+    """Write a text file in UTF-8; see :func:`replacing`."""
+    with replacing(path, sync) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: str | Path, data: bytes, sync: bool = False) -> None:
+    """Write a file of bytes; see :func:`replacing`."""
+    with replacing(path, sync) as draft:
+        draft.write_bytes(data)
+
+
+def is_draft(path: str | Path) -> bool:
+    """Whether a name is that of a draft: of a file that is being written, or never was finished."""
+    return re.fullmatch(r"\..*\.draft-[0-9a-f]{8}(\..*)?", Path(path).name) is not None
+
+
+def _name_beside(target: Path) -> Path:
+    stem = target.stem[:_STEM_LENGTH]
+    return target.with_name(f".{stem}.draft-{secrets.token_hex(4)}{target.suffix}")
+
+
+def _move(draft: Path, target: Path) -> None:
+    if not (draft.is_dir() and target.is_dir()):
+        os.replace(draft, target)
+        return
+    # A folder cannot be renamed onto one that has content.
+    old = _name_beside(target)
+    os.rename(target, old)
+    try:
+        os.rename(draft, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or all of a folder, is on the disk."""
+    if path.is_dir():
+        for entry in path.iterdir():
+            _sync(entry)
+        if os.name == "posix":
+            _sync_entry(path)
+    else:
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+
+
+def _sync_entry(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk (POSIX only)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

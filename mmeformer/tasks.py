@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One row per task. Nothing else in the project names the tasks one by one.
+
+A task is one row here, one room (``mmeformer/<name>/``) with what it alone needs, and its configs.
+Rows name functions and classes as ``"module:name"``; :func:`load` imports them at first use, so
+that each task needs its own libraries only. This module imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+BACKBONE = "backbone"
+"""Stands where a task's name stands for exports of the bare backbone."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the shared rooms need to know of a task.
+
+    Args:
+        name: as on command lines and in exported files.
+        scope: ``default_scope`` of its configs.
+        libraries: import names of the libraries it needs beyond mmengine and mmcv.
+        predictor: subclass of :class:`mmeformer.inference.predictor.Predictor`.
+        graph: subclass of :class:`mmeformer.deploy.graphs.Graph` for ONNX.
+        coreml_graph: the same for CoreML; None where CoreML lacks operators for it.
+        decoder: function from the outputs of an exported file to results; see
+            :mod:`mmeformer.runtime.decoders`.
+        stretches: whether an image is stretched to the size of a fixed-size export; else it keeps
+            its ratio and is padded.
+        quickstart: an instance of :class:`mmeformer.quickstart.Quickstart`.
+        datasets: data sets with the checks of ``tools/check_dataset.py``, as configs name them.
+    """
+
+    name: str
+    scope: str
+    libraries: tuple[str, ...]
+    predictor: str
+    graph: str
+    coreml_graph: str | None
+    decoder: str
+    stretches: bool
+    quickstart: str
+    datasets: tuple[str, ...]
+
+
+_ROWS = (
+    Task(
+        name="detection",
+        scope="mmdet",
+        libraries=("mmdet",),
+        predictor="mmeformer.detection.predictor:DetectionPredictor",
+        graph="mmeformer.detection.graph:DetectionGraph",
+        coreml_graph=None,
+        decoder="mmeformer.runtime.decoders:decode_detections",
+        stretches=False,
+        quickstart="mmeformer.detection.quickstart:QUICKSTART",
+        datasets=("mmeformer.CocoDataset",),
+    ),
+    Task(
+        name="segmentation",
+        scope="mmseg",
+        libraries=("mmseg",),
+        predictor="mmeformer.segmentation.predictor:SegmentationPredictor",
+        graph="mmeformer.segmentation.graph:SegmentationGraph",
+        coreml_graph="mmeformer.segmentation.graph:FixedSizeSegmentationGraph",
+        decoder="mmeformer.runtime.decoders:decode_segmentation",
+        # Attention would see padding.
+        stretches=True,
+        quickstart="mmeformer.segmentation.quickstart:QUICKSTART",
+        datasets=("mmeformer.SegmentationDataset", "mmeformer.ADE20KDataset"),
+    ),
+    Task(
+        name="rotated",
+        scope="mmrotate",
+        libraries=("mmdet", "mmrotate", "shapely"),
+        predictor="mmeformer.rotated.predictor:RotatedPredictor",
+        graph="mmeformer.rotated.graph:RotatedGraph",
+        coreml_graph="mmeformer.rotated.graph:RotatedRawGraph",
+        decoder="mmeformer.runtime.decoders:decode_rotated",
+        stretches=False,
+        quickstart="mmeformer.rotated.quickstart:QUICKSTART",
+        datasets=("mmeformer.DOTADataset",),
+    ),
+)
+
+TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
+"""Every task by name."""
+
+
+def load(reference: str) -> Any:
+    """Import what a row names as ``"module:name"``."""
+    module, _, name = reference.partition(":")
+    return getattr(import_module(module), name)
+
+
+def of_config(config: Mapping) -> Task:
+    """The task of a config, by its ``default_scope``.
+
+    Raises:
+        ValueError: no task has this scope; names those there are.
+    """
+    scope = config.get("default_scope")
+    for task in TASKS.values():
+        if task.scope == scope:
+            return task
+    known = ", ".join(f"{task.scope} ({task.name})" for task in TASKS.values())
+    raise ValueError(
+        f"config {getattr(config, 'filename', None) or ''} has default_scope {scope!r}; set it to "
+        f"one of {known}"
+    )
