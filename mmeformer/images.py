@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image files, read and written wholly or not at all."""
+"""Read and write image files: whole, or an error."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
+
+from mmeformer.files import write_bytes
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path) -> NDArray[np.uint8]:
     """Read an image as ``(H, W, 3)`` uint8, blue, green, red.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it cannot be decoded, or not wholly, or is too large for OpenCV (2^30 pixels).
+        FileNotFoundError: the file does not exist.
+        ValueError: it cannot be decoded, is incomplete, or is too large for OpenCV (2^30 pixels).
     """
     data = Path(path).read_bytes()
     try:
@@ -22,18 +25,18 @@ def read_image(path: str | Path) -> np.ndarray:
     except cv2.error as error:
         raise ValueError(
             f"{path} cannot be read by OpenCV, whose limits are 2^20 pixels per side and 2^30 in "
-            f"all (see its OPENCV_IO_MAX_IMAGE_PIXELS): {error}"
+            f"total (see its OPENCV_IO_MAX_IMAGE_PIXELS): {error}"
         ) from error
-    # A JPEG that was cut off is decoded without an error, grey where data is missing.
+    # A truncated JPEG is decoded without an error, gray where data is missing.
     is_whole = not data.startswith(b"\xff\xd8") or b"\xff\xd9" in data[-65536:]
     if image is None or not is_whole:
         raise ValueError(
             f"{path} cannot be read as an image: it is damaged, incomplete or of an unknown format"
         )
-    return image
+    return np.asarray(image, np.uint8)
 
 
-def write_image(path: str | Path, image: np.ndarray) -> None:
+def write_image(path: str | Path, image: NDArray[np.uint8]) -> None:
     """Write an image in the format of the file's suffix; an existing file is replaced.
 
     Args:
@@ -45,6 +48,4 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     path = Path(path)
     if not cv2.haveImageWriter(f"a{path.suffix}"):
         raise ValueError(f"{path}: no image format has this suffix; use .png or .jpg")
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(cv2.imencode(path.suffix, image)[1].tobytes())
-    unfinished.replace(path)
+    write_bytes(path, cv2.imencode(path.suffix, image)[1].tobytes())

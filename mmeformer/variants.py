@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published variants: one frozen row each. Nothing else in the project repeats these numbers
-except the ``in_channels`` literals of the configs, which a test compares with this table.
+"""The published variants, one frozen row each.
+
+No other file repeats these numbers, except the ``in_channels`` literals of the configs, which a
+test compares with this table.
 
 Sources: V1 is arXiv 2206.01191 (table 1 and appendix), V2 is arXiv 2212.08059 (tables 1 and 2), and
 the reference implementation (repository snap-research/EfficientFormer, ``models/``).
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 STRIDES = (4, 8, 16, 32)
 """Stride of each pyramid level, in pixels; the same for every variant."""
@@ -17,12 +20,12 @@ STRIDES = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is needed to build a backbone of either family.
+    """The sizes of a backbone of either family.
 
     Args:
         widths: channels of the four stages.
         depths: number of blocks of the four stages.
-        attention_blocks: how many of the last blocks of each stage have attention.
+        attention_blocks: number of blocks with attention of the four stages; they are the last.
         mlp_ratios: expansion ratio of the MLP of every block, one tuple per stage.
         drop_path_rate: stochastic depth rate of the last block.
         layer_scale_init_value: initial value of every layer scale.
@@ -47,7 +50,7 @@ class Architecture:
         ):
             if depth < 1 or not 0 <= count <= depth:
                 raise ValueError(
-                    f"stage {stage}: {depth} blocks of which {count} with attention is impossible"
+                    f"stage {stage}: {depth} blocks of which {count} with attention is invalid"
                 )
             if len(ratios) != depth:
                 raise ValueError(
@@ -57,18 +60,22 @@ class Architecture:
             raise ValueError(f"widths must be positive and even, but are {self.widths!r}")
 
     @classmethod
-    def from_mapping(cls, arch: Mapping) -> Architecture:
-        """Build from a config's dict; a scalar ``mlp_ratios`` (or one per stage) is spread.
+    def from_mapping(cls, arch: Mapping[str, Any]) -> Architecture:
+        """Build from a config's dict.
+
+        Args:
+            arch: field -> value. ``mlp_ratios`` may also be one number, or one per stage; without
+                it every ratio is 4.
 
         Raises:
-            ValueError: unknown or missing keys, or lengths that do not fit.
+            ValueError: unknown or missing keys, or invalid values.
         """
         known = set(cls.__dataclass_fields__)
         required = {"widths", "depths", "attention_blocks"}
         if unknown := set(arch) - known:
-            raise ValueError(f"unknown keys {sorted(unknown)} in arch; known are {sorted(known)}")
+            raise ValueError(f"arch: unknown keys {sorted(unknown)}; known are {sorted(known)}")
         if missing := required - set(arch):
-            raise ValueError(f"arch lacks {sorted(missing)}")
+            raise ValueError(f"arch: missing keys {sorted(missing)}; known are {sorted(known)}")
         values = dict(arch)
         depths = tuple(values["depths"])
         ratios = values.get("mlp_ratios", 4.0)
@@ -93,7 +100,7 @@ class Variant:
         name: name used in files and model cards, such as ``efficientformerv2_s0``.
         family: ``"v1"`` or ``"v2"``.
         arch: short name within the family, such as ``s0``.
-        architecture: what is built.
+        architecture: the sizes to build.
         params: published parameters of the classifier with both heads, in millions.
         macs: published multiply-adds of the classifier at 224 x 224 px, in billions.
         top1: published ImageNet-1k top-1 accuracy, in percent (longest schedule).
@@ -108,7 +115,16 @@ class Variant:
     top1: float
 
 
-def _v1(arch, widths, depths, attention, params, macs, top1, layer_scale=1e-5) -> Variant:
+def _v1(
+    arch: str,
+    widths: tuple[int, ...],
+    depths: tuple[int, ...],
+    attention: int,
+    params: float,
+    macs: float,
+    top1: float,
+    layer_scale: float = 1e-5,
+) -> Variant:
     return Variant(
         name=f"efficientformer_{arch}",
         family="v1",
@@ -126,8 +142,18 @@ def _v1(arch, widths, depths, attention, params, macs, top1, layer_scale=1e-5) -
     )
 
 
-def _v2(arch, widths, depths, attention, ratios, drop_path, params, macs, top1) -> Variant:
-    spelled = tuple((4.0,) * depth for depth in depths[:2]) + tuple(
+def _v2(
+    arch: str,
+    widths: tuple[int, ...],
+    depths: tuple[int, ...],
+    attention: int,
+    ratios: tuple[str, str],
+    drop_path: float,
+    params: float,
+    macs: float,
+    top1: float,
+) -> Variant:
+    mlp_ratios = tuple((4.0,) * depth for depth in depths[:2]) + tuple(
         tuple(float(digit) for digit in stage) for stage in ratios
     )
     return Variant(
@@ -138,7 +164,7 @@ def _v2(arch, widths, depths, attention, ratios, drop_path, params, macs, top1) 
             widths=widths,
             depths=depths,
             attention_blocks=(0, 0, attention, attention),
-            mlp_ratios=spelled,
+            mlp_ratios=mlp_ratios,
             drop_path_rate=drop_path,
         ),
         params=params,
@@ -165,10 +191,10 @@ VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
 
 
 def find_variant(family: str, arch: str) -> Variant:
-    """The row of ``arch`` in ``family`` (``"v1"`` or ``"v2"``).
+    """Return the variant ``arch`` of ``family`` (``"v1"`` or ``"v2"``).
 
     Raises:
-        ValueError: no such row; names the rows there are.
+        ValueError: there is no such variant; names those that exist.
     """
     rows = {row.arch: row for row in _ROWS if row.family == family}
     key = str(arch).lower()

@@ -69,8 +69,8 @@ def test_finding():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(width=3), "unknown keys"),
-        (dict(depths=None), "lacks"),
+        (dict(width=3), r"arch: unknown keys \['width'\]"),
+        (dict(depths=None), "missing keys"),
         (dict(widths=(8, 8, 8)), "widths must have 4 entries"),
         (dict(widths=(8, 8, 8, 7)), "positive and even"),
         (dict(attention_blocks=(0, 0, 0, 2)), "stage 3: 1 blocks of which 2"),

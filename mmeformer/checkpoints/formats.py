@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published checkpoint formats, and how to tell which one a state dict has.
+"""The published checkpoint formats, and how to recognize the one of a state dict.
 
 A format is one function from our tensor names to its own, one from our shapes to its own, and the
 named rules by which tensors that a backbone has no place for are dropped. Everything else in this
-package works on any format; adding one touches this list and one new file.
+package works on any format: a new one is a new file and an entry here.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _NORM_LEAVES = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 
 @dataclass(frozen=True)
 class Format:
-    """One way to name and shape the tensors of a backbone.
+    """Names and shapes that a format gives to the tensors of a backbone.
 
     Args:
-        title: for reports.
+        title: name of the format in reports.
         name: (our name, family, architecture) -> its name; injective.
         layout: (our name, our tensor, family) -> its tensor, a reshape.
-        families: the families it exists for.
-        pyramid_norms: whether V1's norms of the pyramid levels have a place in it.
-        drops: (pattern of its names, rule), for tensors that are no part of a backbone.
+        families: the families that it exists for.
+        pyramid_norms: whether it has V1's norms of the pyramid levels.
+        drops: (pattern of its names, rule) of tensors that are not part of a backbone.
     """
 
     title: str
@@ -112,8 +112,8 @@ HUGGINGFACE = Format(
     ),
 )
 
-# Patterns of names that tell a format, the telling ones first. Where none of the first marks is
-# there (a piece of a V2 file without attention), timm's names and ours are the same anyway.
+# Patterns of names that occur in one format, most specific first. The last one also matches a part
+# of a V2 file of timm without attention, where timm's names and ours are the same.
 _MARKS = (
     (r"efficientformer\.(patch_embed|encoder)\..+", HUGGINGFACE),
     (r"network\.\d+\..+\.attention_biases_seg", REFERENCE_DOWNSTREAM),
@@ -125,10 +125,9 @@ _MARKS = (
 
 
 def detect(names: Iterable[str]) -> Format | None:
-    """The format of a backbone's state dict with these tensor names (no prefix), or None."""
+    """Recognize the format of a backbone by its tensor names (no prefix); None if it is unknown."""
     names = list(names)
     for pattern, form in _MARKS:
-        mark = re.compile(pattern)
-        if any(mark.fullmatch(name) for name in names):
+        if any(re.fullmatch(pattern, name) for name in names):
             return form
     return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor names of Hugging Face transformers (V1 only; ``models/efficientformer``, up to 4.x).
 
-Stages and the downsamples between them are numbered through, as in the reference, but the last
-stage stands apart with its blocks on maps and those on tokens in lists of their own.
+Stages and the downsamples between them share one numbering, as in the reference. The last stage is
+separate, with one list of the blocks on maps and another of the blocks on tokens.
 """
 
 from __future__ import annotations
@@ -39,38 +39,38 @@ _LAST_STAGE = 3
 
 
 def huggingface_name(name: str, family: str, architecture: Architecture) -> str:
-    """Name that transformers gives to our tensor ``name`` (as in ``backbone.state_dict()``).
+    """Return the name in transformers of our tensor ``name`` (as in ``backbone.state_dict()``).
 
     Raises:
-        KeyError: not a tensor of transformers' model (the pyramid norms are ours alone; V2 and
-            attention before the last stage do not exist there).
+        KeyError: transformers' model has no such tensor (it has no pyramid norms, no V2 and no
+            attention before the last stage).
     """
     if family != "v1" or any(architecture.attention_blocks[:_LAST_STAGE]):
         raise KeyError(name)
     if match := re.fullmatch(r"stem\.(\w+\.\w+)\.(\w+)", name):
         return f"efficientformer.patch_embed.{_STEM[match[1]]}.{match[2]}"
     if match := re.fullmatch(r"stages\.(\d)\.downsample\.(\w+)\.(\w+)", name):
-        place = 2 * int(match[1]) - 1
+        number = 2 * int(match[1]) - 1
         rest = f"{_DOWNSAMPLE[match[2]]}.{match[3]}"
-        return f"efficientformer.encoder.intermediate_stages.{place}.{rest}"
+        return f"efficientformer.encoder.intermediate_stages.{number}.{rest}"
     if match := re.fullmatch(r"stages\.(\d)\.blocks\.(\d+)\.(.+)", name):
         stage, position = int(match[1]), int(match[2])
         first_on_tokens = architecture.depths[stage] - architecture.attention_blocks[stage]
         kind = "meta4D_layers"
         if position >= first_on_tokens:
             kind, position = "meta3D_layers", position - first_on_tokens
-        place = "last_stage" if stage == _LAST_STAGE else f"intermediate_stages.{2 * stage}"
-        return f"efficientformer.encoder.{place}.{kind}.blocks.{position}.{_block_name(match[3])}"
+        parent = "last_stage" if stage == _LAST_STAGE else f"intermediate_stages.{2 * stage}"
+        return f"efficientformer.encoder.{parent}.{kind}.blocks.{position}.{_block_name(match[3])}"
     raise KeyError(name)
 
 
 def _block_name(rest: str) -> str:
     if rest in _BLOCK:
         return _BLOCK[rest]
-    part, leaf = rest.rsplit(".", 1)
-    return f"{_BLOCK[part]}.{leaf}"
+    module, leaf = rest.rsplit(".", 1)
+    return f"{_BLOCK[module]}.{leaf}"
 
 
 def huggingface_layout(name: str, tensor: Tensor, family: str) -> Tensor:
-    """Our tensor ``name`` in transformers' shape: bias tables are flat, (heads, rows * columns)."""
+    """Reshape our tensor as in transformers: bias tables are flat, (heads, rows * columns)."""
     return tensor.flatten(1) if name.endswith(".attention_bias.table") else tensor

@@ -11,20 +11,30 @@ from mmengine.logging import print_log
 from mmengine.model import update_init_info
 from torch import Tensor, nn
 
+from mmeformer.backbones.base import PyramidBackbone
 from mmeformer.checkpoints import safe_load
-from mmeformer.checkpoints.contents import Contents, check_values, take_apart
 from mmeformer.checkpoints.formats import REFERENCE_DOWNSTREAM
+from mmeformer.checkpoints.parse import ParsedCheckpoint, check_values, parse_checkpoint
 from mmeformer.checkpoints.report import NEW_COUNTERS, NEW_NORMS, Report
-from mmeformer.checkpoints.translate import TABLE, Translation, fits, identify, skeleton, to_native
+from mmeformer.checkpoints.safe_load import MapLocation
+from mmeformer.checkpoints.translate import (
+    TABLE,
+    Translation,
+    VariantMatch,
+    backbone_shapes,
+    fits,
+    identify_variant,
+    to_native,
+    variant_name,
+)
 from mmeformer.errors import CheckpointError
 from mmeformer.layers.attention_bias import resize_offset_table
 from mmeformer.registry import WEIGHT_INITIALIZERS
-from mmeformer.variants import VARIANTS
 
 NOT_BUILT = "stages and pyramid levels that the model leaves out (out_indices)"
 MISSING = "missing in the file"
 UNEXPLAINED = "in the file, but no part of the model"
-MISSHAPEN = "of another shape"
+WRONG_SHAPE = "of another shape"
 LISTED = 20
 """How many tensors of a kind an error lists."""
 
@@ -37,7 +47,7 @@ class Pretrained:
 
     Args:
         checkpoint: local path, address, or ``timm://efficientformerv2_s0.snap_dist_in1k``.
-        prefix: where the backbone is inside the file; None finds it.
+        prefix: start of the backbone's names in the file; None finds it.
         map_location: device to read the file to, as in ``torch.load``.
         allow_partial: load what fits and report the rest instead of raising.
     """
@@ -46,7 +56,7 @@ class Pretrained:
         self,
         checkpoint: str,
         prefix: str | None = None,
-        map_location="cpu",
+        map_location: MapLocation = "cpu",
         allow_partial: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
@@ -65,7 +75,7 @@ def load_pretrained(
     backbone: nn.Module,
     checkpoint: str,
     prefix: str | None = None,
-    map_location="cpu",
+    map_location: MapLocation = "cpu",
     allow_partial: bool = False,
 ) -> Report:
     """Load a checkpoint into a backbone and log one block that accounts for every tensor.
@@ -74,15 +84,21 @@ def load_pretrained(
         backbone: an ``EfficientFormer`` or ``EfficientFormerV2``.
         checkpoint: local path (``.pth``, ``.bin``, ``.safetensors``), address, or
             ``timm://<model>.<tag>``.
-        prefix: where the backbone is inside the file, such as ``"backbone."``; None finds it.
+        prefix: start of the backbone's names in the file, such as ``"backbone."``; None finds it.
         map_location: device to read the file to, as in ``torch.load``.
         allow_partial: load what fits and report the rest as problems instead of raising.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: the file cannot be read, or anything in it is missing or unexplained; the
-            backbone is then untouched.
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file cannot be read, or a tensor is missing, has the wrong shape or is
+            unknown; the backbone is then unchanged.
+        TypeError: ``backbone`` is not one of ours.
     """
+    if not isinstance(backbone, PyramidBackbone):
+        raise TypeError(
+            f"{type(backbone).__name__} is neither an EfficientFormer nor an EfficientFormerV2: "
+            "use mmengine's load_checkpoint"
+        )
     content = safe_load.load(checkpoint, map_location)
     report = load_content(backbone, content, str(checkpoint), prefix, allow_partial)
     level = logging.WARNING if report.needs_attention else logging.INFO
@@ -91,86 +107,91 @@ def load_pretrained(
 
 
 def load_content(
-    backbone: nn.Module,
-    content: Mapping,
+    backbone: PyramidBackbone,
+    content: Mapping[str, object],
     source: str,
     prefix: str | None = None,
     allow_partial: bool = False,
 ) -> Report:
-    """As :func:`load_pretrained`, from a dict that was already read; logs nothing."""
-    contents = take_apart(content, source, prefix)
-    model = describe(backbone)
-    likeness = identify(contents.backbone, contents.form)
+    """Load a checkpoint that was already read; as :func:`load_pretrained`, but logs nothing."""
+    parsed = parse_checkpoint(content, source, prefix)
+    model = variant_name(backbone)
+    held = identify_variant(parsed.backbone, parsed.format)
     report = Report(
         title=f"loaded into {model}",
         source=source,
-        format=contents.form.title,
-        variant=likeness.variant.name if likeness and likeness.complete else None,
+        format=parsed.format.title,
+        variant=held.variant.name if held and held.complete else None,
     )
     wanted = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
-    found = _translate(backbone, contents, wanted)
+    found = _translate(backbone, parsed, wanted)
     check_values(
-        {contents.prefix + found.origin[name]: tensor for name, tensor in found.tensors.items()},
+        {parsed.prefix + found.origin[name]: tensor for name, tensor in found.tensors.items()},
         source,
     )
-    _account_for_drops(report, contents, found, wanted)
-    tensors, problems = _fit(report, contents, found, wanted)
+    _record_dropped(report, parsed, found, wanted)
+    tensors, problems = _match_tensors(report, parsed, found, wanted)
     if problems and not allow_partial:
-        raise CheckpointError(_explain(source, model, likeness, problems))
+        raise CheckpointError(_mismatch_message(source, model, held, problems))
     if not tensors:
         raise CheckpointError(f"{source}: not one tensor fits {model}; nothing to load")
     report.unused = problems
-    _advise(report, contents, backbone)
+    _warn_of_lost_scores(report, parsed, backbone)
     backbone.load_state_dict({**backbone.state_dict(), **tensors}, strict=True)
     return report
 
 
-def describe(backbone: nn.Module) -> str:
-    """Name of the published variant that a backbone is, or its class."""
-    for variant in VARIANTS.values():
-        theirs, ours = variant.architecture, backbone.architecture
-        if variant.family == backbone.family and all(
-            getattr(theirs, part) == getattr(ours, part)
-            for part in ("widths", "depths", "attention_blocks", "mlp_ratios")
-        ):
-            return variant.name
-    return f"{type(backbone).__name__} of a size of its own"
-
-
 def _translate(
-    backbone: nn.Module, contents: Contents, wanted: Mapping[str, tuple[int, ...]]
+    backbone: PyramidBackbone, parsed: ParsedCheckpoint, wanted: Mapping[str, tuple[int, ...]]
 ) -> Translation:
-    if backbone.family not in contents.form.families:
-        return Translation(unexplained=list(contents.backbone))
-    everything = {**skeleton(backbone.family, backbone.arch, backbone.bias_grid), **wanted}
+    if backbone.family not in parsed.format.families:
+        return Translation(unexplained=list(parsed.backbone))
+    all_stages = backbone_shapes(backbone.family, backbone.arch, backbone.bias_grid)
     return to_native(
-        contents.backbone, contents.form, backbone.family, backbone.architecture, everything
+        parsed.backbone,
+        parsed.format,
+        backbone.family,
+        backbone.architecture,
+        {**all_stages, **wanted},
     )
 
 
-def _account_for_drops(
-    report: Report, contents: Contents, found: Translation, wanted: Mapping
+def _record_dropped(
+    report: Report,
+    parsed: ParsedCheckpoint,
+    found: Translation,
+    wanted: Mapping[str, tuple[int, ...]],
 ) -> None:
-    prefix = contents.prefix
+    """Report what is not loaded on purpose, and take it out of ``found``."""
+    prefix = parsed.prefix
     for rule, names in found.dropped.items():
         report.drop(rule, [prefix + name for name in names])
     not_built = [name for name in found.tensors if name not in wanted]
     report.drop(NOT_BUILT, [prefix + found.origin[name] for name in not_built])
     for name in not_built:
         del found.tensors[name]
-    if contents.others:
-        report.drop(contents.others_rule(), contents.others)
-    if "ema_state_dict" in contents.entries:
+    if parsed.other_tensors:
+        report.drop(parsed.other_parts(), parsed.other_tensors)
+    if "ema_state_dict" in parsed.other_entries:
         # mmengine's EMAHook saves the averages as the model's weights, the others beside them.
         report.notes.append("the weights are the moving averages (EMA) of the training")
-    if contents.entries:
-        report.notes.append(f"entries of the file that are not read: {', '.join(contents.entries)}")
+    if parsed.other_entries:
+        report.notes.append(
+            f"entries of the file that are not read: {', '.join(parsed.other_entries)}"
+        )
 
 
-def _fit(
-    report: Report, contents: Contents, found: Translation, wanted: Mapping[str, tuple[int, ...]]
+def _match_tensors(
+    report: Report,
+    parsed: ParsedCheckpoint,
+    found: Translation,
+    wanted: Mapping[str, tuple[int, ...]],
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """What to load, and reason -> names of what does not fit; fills in the report."""
+    """Select what to load and fill in the report.
+
+    Returns:
+        Our name -> tensor to load, and reason -> names of what does not fit.
+    """
     tensors: dict[str, Tensor] = {}
     problems: dict[str, list[str]] = {}
     for name, shape in wanted.items():
@@ -184,8 +205,8 @@ def _fit(
             continue
         tensor = found.tensors[name]
         if not fits(name, tensor, shape):
-            place = contents.prefix + found.origin[name]
-            problems.setdefault(MISSHAPEN, []).append(
+            place = parsed.prefix + found.origin[name]
+            problems.setdefault(WRONG_SHAPE, []).append(
                 f"{place} {tuple(tensor.shape)} where {name} is {shape}"
             )
             continue
@@ -193,25 +214,29 @@ def _fit(
             report.cast.add(str(tensor.dtype).removeprefix("torch."))
             tensor = tensor.float()
         if name.endswith(TABLE) and tuple(tensor.shape) != shape:
-            report.resized.append((name, tuple(tensor.shape[1:]), shape[1:]))
-            tensor = resize_offset_table(tensor, shape[1:])
+            _, rows, columns = tensor.shape
+            _, new_rows, new_columns = shape
+            report.resized.append((name, (rows, columns), (new_rows, new_columns)))
+            tensor = resize_offset_table(tensor, (new_rows, new_columns))
         tensors[name] = tensor
     if found.unexplained:
         problems[UNEXPLAINED] = [
-            f"{contents.prefix}{name} {tuple(contents.backbone[name].shape)}"
+            f"{parsed.prefix}{name} {tuple(parsed.backbone[name].shape)}"
             for name in found.unexplained
         ]
     report.loaded = list(tensors)
     return tensors, problems
 
 
-def _explain(source: str, model: str, likeness, problems: Mapping[str, list[str]]) -> str:
-    if likeness is None:
+def _mismatch_message(
+    source: str, model: str, held: VariantMatch | None, problems: Mapping[str, list[str]]
+) -> str:
+    if held is None:
         first = f"this file holds no published variant, the model is {model}."
-    elif likeness.variant.name == model and not likeness.complete:
-        first = f"this file holds only {likeness}: it is incomplete or of a changed model."
+    elif held.variant.name == model and not held.complete:
+        first = f"this file holds only {held}: it is incomplete or from a modified model."
     else:
-        first = f"this file holds {likeness}, the model is {model}."
+        first = f"this file holds {held}, the model is {model}."
     lines = [f"{source} was not loaded: {first}"]
     for reason, names in problems.items():
         lines.append(f"{len(names)} tensors {reason}:")
@@ -219,14 +244,16 @@ def _explain(source: str, model: str, likeness, problems: Mapping[str, list[str]
         if len(names) > LISTED:
             lines.append(f"  and {len(names) - LISTED} more")
     lines.append(
-        "Build the model that the file was made for, or take the file made for this model. To load "
-        "only what fits, say allow_partial=True in init_cfg."
+        "Build the model that the file was made for, or use a file made for this model. To load "
+        "only what fits, set allow_partial=True in init_cfg."
     )
     return "\n".join(lines)
 
 
-def _advise(report: Report, contents: Contents, backbone: nn.Module) -> None:
-    if contents.form is not REFERENCE_DOWNSTREAM:
+def _warn_of_lost_scores(
+    report: Report, parsed: ParsedCheckpoint, backbone: PyramidBackbone
+) -> None:
+    if parsed.format is not REFERENCE_DOWNSTREAM:
         return
     if report.resized:
         _, grid, _ = next(entry for entry in report.resized if ".blocks." in entry[0])

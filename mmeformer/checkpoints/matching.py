@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a checkpoint belongs to a model.
+"""Check that a checkpoint belongs to a model.
 
 mmengine loads what happens to fit and logs the rest, so that a wrong file ends in a score of zero.
 """
@@ -11,16 +11,19 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from mmeformer.checkpoints.contents import check_values, take_apart
-from mmeformer.checkpoints.load import describe
-from mmeformer.checkpoints.translate import identify
+from mmeformer.backbones.base import PyramidBackbone
+from mmeformer.checkpoints.parse import check_values, parse_checkpoint
+from mmeformer.checkpoints.translate import identify_variant, variant_name
 from mmeformer.errors import CheckpointError
 
-NAMED = 3
+LISTED = 3
+"""How many tensors of a kind an error lists."""
 
 
-def require_match(model: nn.Module, checkpoint: Mapping, source: str, part: str = "") -> None:
-    """Raise unless the file has every tensor of the model, in its shape and with sound numbers.
+def require_match(
+    model: nn.Module, checkpoint: Mapping[str, object], source: str, part: str = ""
+) -> None:
+    """Raise unless a checkpoint holds every tensor of a model, with its shape and finite values.
 
     Args:
         model: may be wrapped (DDP, test-time augmentation).
@@ -29,55 +32,58 @@ def require_match(model: nn.Module, checkpoint: Mapping, source: str, part: str 
         part: compare only names that begin with this, such as ``"backbone."``.
 
     Raises:
-        CheckpointError: names the first tensors that are missing or of another shape, and what the
-            file seems to hold instead; or one that holds NaN or is not of floating point numbers.
+        CheckpointError: tensors are missing or have another shape, and what the file seems to hold
+            instead; or a tensor holds NaN or is not floating point. Names the first of them.
     """
-    while hasattr(model, "module"):
-        model = model.module
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
     state = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state, Mapping):
-        raise CheckpointError(f"{source} has no state dict: it is not the file you want")
-    state = {re.sub(r"^module\.", "", str(name)): tensor for name, tensor in state.items()}
-    shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
+        raise CheckpointError(f"{source} has no state dict: use a file that holds one")
+    tensors = {
+        re.sub(r"^module\.", "", str(name)): tensor
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor)
+    }
     ours = model.state_dict()
     wanted = {name: tuple(tensor.shape) for name, tensor in ours.items() if name.startswith(part)}
-    missing = [name for name in wanted if name not in shapes]
-    misshapen = [
-        f"{name} {shapes[name]} in place of {shape}"
+    missing = [name for name in wanted if name not in tensors]
+    wrong_shape = [
+        f"{name} {tuple(tensors[name].shape)} instead of {shape}"
         for name, shape in wanted.items()
-        if name in shapes and shapes[name] != shape
+        if name in tensors and tuple(tensors[name].shape) != shape
     ]
-    if not missing and not misshapen:
-        numbers = {
-            name: state[name]
+    if not missing and not wrong_shape:
+        weights = {
+            name: tensors[name]
             for name, tensor in ours.items()
-            if tensor.is_floating_point() and isinstance(state.get(name), Tensor)
+            if tensor.is_floating_point() and name in tensors
         }
-        check_values(numbers, source)
+        check_values(weights, source)
         return
     problems = [
-        f"{len(names)} tensors are {kind} ({', '.join(names[:NAMED])}"
-        f"{', ...' if len(names) > NAMED else ''})"
-        for kind, names in (("missing in it", missing), ("of another shape", misshapen))
+        f"{len(names)} tensors {kind} ({', '.join(names[:LISTED])}"
+        f"{', ...' if len(names) > LISTED else ''})"
+        for kind, names in (("are missing", missing), ("have another shape", wrong_shape))
         if names
     ]
     raise CheckpointError(
-        f"{source} is not of this config's model: {'; '.join(problems)}"
-        f"{_kinship(model, checkpoint)}. Take the checkpoint that was trained with this config, "
-        "or the config of this checkpoint; tools/convert_checkpoint.py converts files of the "
-        "reference implementation"
+        f"{source} does not fit this config's model: {'; '.join(problems)}"
+        f"{_compare_backbones(model, checkpoint)}. Use the checkpoint that was trained with this "
+        "config, or the config of this checkpoint; tools/convert_checkpoint.py converts files of "
+        "the reference implementation"
     )
 
 
-def _kinship(model: nn.Module, checkpoint: Mapping) -> str:
-    """What backbones the file and the model have, as far as they differ and can be told."""
+def _compare_backbones(model: nn.Module, checkpoint: Mapping[str, object]) -> str:
+    """Name the variants of the file and of the model where they differ, as a clause or ``""``."""
     try:
-        contents = take_apart(checkpoint, "")
-        found = identify(contents.backbone, contents.form)
+        parsed = parse_checkpoint(checkpoint, "")
     except CheckpointError:
-        return "; it holds none of our backbones"
+        return "; it holds no EfficientFormer"
+    held = identify_variant(parsed.backbone, parsed.format)
     backbone = getattr(model, "backbone", None)
-    if found is None or not hasattr(backbone, "architecture"):
+    if held is None or not isinstance(backbone, PyramidBackbone):
         return ""
-    expected = describe(backbone)
-    return "" if str(found) == expected else f"; it holds {found}, the model has {expected}"
+    expected = variant_name(backbone)
+    return "" if str(held) == expected else f"; it holds {held}, the model has {expected}"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor names of the reference implementation (snap-research/EfficientFormer).
 
-The reference numbers its stages and the downsamples between them through: stage ``i`` is
-``network.{2 i}``, the downsample before it ``network.{2 i - 1}``. In V1 a parameterless layer that
-turns the map into tokens takes a place of its own among the blocks of the last stage.
+The reference gives its stages and the downsamples between them one numbering: stage ``i`` is
+``network.{2 i}``, the downsample before it ``network.{2 i - 1}``. In V1, a layer without parameters
+that flattens the map to tokens is counted among the blocks of the last stage.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CONV_MLP = {
 
 
 def reference_name(name: str, family: str, architecture: Architecture, downstream: bool) -> str:
-    """Name that the reference gives to our tensor ``name`` (as in ``backbone.state_dict()``).
+    """Return the reference's name of our tensor ``name`` (as in ``backbone.state_dict()``).
 
     Args:
         name: such as ``stages.2.blocks.4.token_mixer.q.conv.weight``.
@@ -41,7 +41,7 @@ def reference_name(name: str, family: str, architecture: Architecture, downstrea
             train under ``attention_biases_seg``; the classifier's are ``attention_biases``.
 
     Raises:
-        KeyError: not a tensor of ours.
+        KeyError: our backbones have no such tensor.
     """
     if match := re.fullmatch(r"stem\.(\w+\.\w+)\.(\w+)", name):
         return f"{_STEM[match[1]]}.{match[2]}"
@@ -62,7 +62,7 @@ def reference_name(name: str, family: str, architecture: Architecture, downstrea
 
 
 def reference_layout(name: str, tensor: Tensor, family: str) -> Tensor:
-    """Our tensor ``name`` in the reference's shape.
+    """Reshape our tensor as in the reference.
 
     Bias tables are flat there, (heads, rows * columns), and V2's layer scales are (C, 1, 1).
     """
@@ -76,9 +76,11 @@ def reference_layout(name: str, tensor: Tensor, family: str) -> Tensor:
 def _downsample_name(rest: str, attentive: bool, downstream: bool) -> str:
     if rest.startswith("attn."):
         return "attn." + _attention_name(rest.removeprefix("attn."), downstream)
-    part, leaf = re.fullmatch(r"(?:conv\.)?(conv|bn)\.(\w+)", rest).groups()
+    match = re.fullmatch(r"(?:conv\.)?(conv|bn)\.(\w+)", rest)
+    if match is None:
+        raise KeyError(rest)
     names = {"conv": "conv", "bn": "bn"} if attentive else {"conv": "proj", "bn": "norm"}
-    return f"{names[part]}.{leaf}"
+    return f"{names[match[1]]}.{match[2]}"
 
 
 def _block_name(rest: str, downstream: bool) -> str:
@@ -94,8 +96,8 @@ def _block_name(rest: str, downstream: bool) -> str:
 def _attention_name(rest: str, downstream: bool) -> str:
     if rest == "attention_bias.table":
         return "attention_biases_seg" if downstream else "attention_biases"
-    # A convolution and its norm are entries 0 and 1 of a sequence; before the output projection
-    # stands the activation.
+    # A convolution and its norm are entries 0 and 1 of a sequence; the output projection has the
+    # activation before them.
     rest = re.sub(r"^proj\.conv\.", "proj.1.", rest)
     rest = re.sub(r"^proj\.bn\.", "proj.2.", rest)
     rest = re.sub(r"^q\.local\.", "q.local.0.", rest)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened to every tensor of a checkpoint, in words."""
+"""The report of a checkpoint: what happened to every tensor."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ from dataclasses import dataclass, field
 NEW_NORMS = "pyramid norms, which ImageNet checkpoints do not have: they keep their initial values"
 NEW_COUNTERS = "counters of batch norms, which the file leaves out: they keep their values"
 SHOWN = 8
+"""How many names a line lists."""
 
 
 def shorten(items: Sequence[str], shown: int = SHOWN) -> str:
-    """The first few items and how many more there are."""
+    """Join the first few items, and say how many more there are."""
     more = len(items) - shown
     return ", ".join(items[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass
 class Report:
-    """Account of a checkpoint: every tensor is in exactly one of these places.
+    """What happened to every tensor of a checkpoint: each is in exactly one of these lists.
 
     Args:
         title: what was done, such as ``"loaded into efficientformerv2_s0"``.
         source: the file or address.
         format: title of the format found.
         variant: name of the published variant found, or None.
-        loaded: our names of the tensors that were taken over.
-        dropped: rule -> names in the file.
+        loaded: our names of the tensors that were loaded or converted.
+        dropped: rule -> names in the file of tensors that are left out.
         new: reason -> our names of tensors that the file does not hold.
         resized: (our name, grid of the file, grid of the model) of every bias table resized.
-        cast: number types of the file that were converted to those of the model.
-        unused: problems that were let pass on request: reason -> names with shapes.
-        notes: what else is worth knowing.
-        warnings: what probably needs attention.
+        cast: data types in the file that were cast to float32.
+        unused: reason -> names and shapes of tensors that do not fit; only with ``allow_partial``.
+        notes: further facts.
+        warnings: facts that probably need attention.
     """
 
     title: str
@@ -50,19 +51,19 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def drop(self, rule: str, names: Iterable[str]) -> None:
-        """Add names to a rule; none leaves the rule out."""
+        """Record that ``names`` were dropped by ``rule``."""
         if names := list(names):
             self.dropped.setdefault(rule, []).extend(names)
 
     def rows(self) -> list[tuple[str, int | None, str]]:
-        """(heading, number of tensors or None, details) in the order to be read."""
+        """Return (heading, number of tensors or None, details) of every line."""
         rows: list[tuple[str, int | None, str]] = [
             ("source", None, self.source),
             ("format", None, self.format),
         ]
         if self.variant:
             rows.append(("variant", None, self.variant))
-        rows.append(("taken over", len(self.loaded), "tensors of the backbone"))
+        rows.append(("loaded", len(self.loaded), "tensors of the backbone"))
         for rule, names in self.dropped.items():
             rows.append(("dropped", len(names), f"{rule}: {shorten(names)}"))
         for reason, names in self.new.items():
@@ -72,7 +73,7 @@ class Report:
             grids = " -> ".join(f"{height} x {width}" for height, width in change)
             rows.append(("resized", len(names), f"bias tables {grids}: {shorten(names, 2)}"))
         if self.cast:
-            rows.append(("converted", None, f"from {', '.join(sorted(self.cast))}"))
+            rows.append(("cast", None, f"to float32 from {', '.join(sorted(self.cast))}"))
         for reason, names in self.unused.items():
             rows.append(("PROBLEM", len(names), f"{reason}: {shorten(names)}"))
         rows += [("note", None, note) for note in self.notes]
@@ -81,7 +82,7 @@ class Report:
 
     @property
     def needs_attention(self) -> bool:
-        """Whether anything was let pass or warned of."""
+        """Whether there are warnings, or tensors that do not fit."""
         return bool(self.unused or self.warnings)
 
     def __str__(self) -> str:

@@ -13,13 +13,13 @@ _TABLE = ".attention_bias.table"
 
 
 def timm_name(name: str, family: str, architecture: Architecture) -> str:
-    """Name that timm gives to our tensor ``name`` (as in ``backbone.state_dict()``).
+    """Return timm's name of our tensor ``name`` (as in ``backbone.state_dict()``).
 
-    Our names follow timm's V2. Its V1 is older: convolutions and norms lie side by side, and the
-    layer that turns the map into tokens takes a place of its own among the blocks.
+    Our names follow timm's V2. In its V1, which is older, convolutions and norms are siblings, and
+    the layer that flattens the map to tokens is counted among the blocks.
 
     Raises:
-        KeyError: not a tensor of timm's model (the pyramid norms are ours alone).
+        KeyError: timm's model has no such tensor (it has no pyramid norms).
     """
     if not name.startswith(("stem.", "stages.")):
         raise KeyError(name)
@@ -39,5 +39,5 @@ def timm_name(name: str, family: str, architecture: Architecture) -> str:
 
 
 def timm_layout(name: str, tensor: Tensor, family: str) -> Tensor:
-    """Our tensor ``name`` in timm's shape: bias tables are flat, (heads, rows * columns)."""
+    """Reshape our tensor as in timm: bias tables are flat, (heads, rows * columns)."""
     return tensor.flatten(1) if name.endswith(_TABLE) else tensor

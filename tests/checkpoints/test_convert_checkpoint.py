@@ -16,9 +16,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from mmeformer.checkpoints import safe_load
-from mmeformer.checkpoints.convert import convert, converted
+from mmeformer.checkpoints.convert import convert, convert_content
 from mmeformer.checkpoints.load import load_content
-from mmeformer.checkpoints.translate import skeleton
+from mmeformer.checkpoints.translate import backbone_shapes
 from mmeformer.errors import CheckpointError
 from mmeformer.paths import config_dir, tools_dir
 from mmeformer.variants import VARIANTS
@@ -147,7 +147,7 @@ def test_published_models_of_every_variant_fit_the_configs_and_return(task, vari
     with torch.device("meta"):
         model = build_model(variant, task)
     published = published_model(variant, task, model, value)
-    ours, report = converted(published, "published.pth", "native")
+    ours, report = convert_content(published, "published.pth", "native")
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert {name: tuple(t.shape) for name, t in ours["state_dict"].items()} == wanted
     assert report.variant == variant.name
@@ -155,7 +155,7 @@ def test_published_models_of_every_variant_fit_the_configs_and_return(task, vari
     placed = sum(map(len, report.dropped.values())) + len(report.loaded) + len(old_names(task))
     assert placed == len(published["state_dict"])
 
-    back, _ = converted(ours, "ours.pth", "reference")
+    back, _ = convert_content(ours, "ours.pth", "reference")
     dropped = {name for names in report.dropped.values() for name in names}
     assert set(back["state_dict"]) == set(published["state_dict"]) - dropped
     for name, tensor in back["state_dict"].items():
@@ -169,10 +169,10 @@ def test_the_reference_is_told_that_it_resizes_differently():
     backbone = build_backbone(S0, bias_grid=25)
     state = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
     state["neck.lateral_convs.0.conv.weight"] = torch.ones(1)
-    content, report = converted({"state_dict": state}, "ours.pth", "reference")
+    content, report = convert_content({"state_dict": state}, "ours.pth", "reference")
     assert any("bias_resize='matrix'" in warning for warning in report.warnings)
     assert "backbone.network.5.attn.attention_biases_seg" in content["state_dict"]
-    content, report = converted({"state_dict": state}, "ours.pth", "timm")
+    content, report = convert_content({"state_dict": state}, "ours.pth", "timm")
     assert not any(name.startswith(("backbone.", "neck.")) for name in content["state_dict"])
     assert report.dropped == {
         "other parts of the model (neck)": ["neck.lateral_convs.0.conv.weight"]
@@ -235,14 +235,14 @@ def test_ours_into_timm(small_variant, tool, tmp_path):
 
 @pytest.mark.parametrize("to", ["reference", "timm"])
 def test_backbones_of_every_variant_there_and_back(to, variant):
-    shapes = skeleton(variant.family, variant.arch)
+    shapes = backbone_shapes(variant.family, variant.arch)
     ours = {
         name: torch.tensor(float(number)).expand(shape)
         for number, (name, shape) in enumerate(shapes.items())
         if not name.startswith("norms.")
     }
     norms = {name: torch.ones(shape) for name, shape in shapes.items() if name not in ours}
-    there, report = converted({**ours, **norms}, "ours.pth", to)
+    there, report = convert_content({**ours, **norms}, "ours.pth", to)
     assert report.loaded == list(ours) and sum(map(len, report.dropped.values())) == len(norms)
     state = there["model" if to == "reference" else "state_dict"]
     if to == "reference":
@@ -250,7 +250,7 @@ def test_backbones_of_every_variant_there_and_back(to, variant):
         left = {name for name in published - set(state)}
         assert set(state) <= published
         assert all(re.match(r"(norm|head|dist_head)\.|.*_idxs$", name) for name in left)
-    back, _ = converted(there, "there.pth", "native")
+    back, _ = convert_content(there, "there.pth", "native")
     assert set(back["state_dict"]) == set(ours)
     for name, tensor in back["state_dict"].items():
         first = (0,) * tensor.dim()
@@ -343,7 +343,7 @@ def test_a_new_file_has_the_usual_rights(source, tmp_path):
 @pytest.mark.parametrize(
     "change, match",
     [
-        (lambda state: state.pop("stem.conv1.conv.weight"), "only whole backbones"),
+        (lambda state: state.pop("stem.conv1.conv.weight"), "only complete backbones"),
         (lambda state: state.update(extra=torch.ones(2)), r"no part of it: extra \(2,\)"),
         (
             lambda state: state["stem.conv1.conv.bias"].fill_(float("nan")),
@@ -368,7 +368,7 @@ def test_bad_numbers_in_a_head_are_refused_too():
     state = {f"backbone.{k}": v for k, v in build_backbone(S0).state_dict().items()}
     state["neck.convs.0.weight"] = torch.tensor([float("inf")])
     with pytest.raises(CheckpointError, match="neck.convs.0.weight has 1 of 1 values"):
-        converted(state, "bad.pth", "native")
+        convert_content(state, "bad.pth", "native")
 
 
 def test_bad_arguments_are_named(source, tool, tmp_path):

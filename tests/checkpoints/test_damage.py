@@ -67,14 +67,14 @@ def test_damaged_files(whole, tmp_path_factory, data):
     assert same(content, CONTENT)
 
 
-def test_a_part_marked_as_a_folder(whole, tmp_path):
-    """torch would give a tensor of memory that nothing was written to."""
+def test_a_member_marked_as_a_folder(whole, tmp_path):
+    """torch would return a tensor of uninitialized memory."""
     path = tmp_path / "damaged.pth"
     damaged = bytearray(whole)
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-        (part,) = (item for item in archive.infolist() if item.filename.endswith("data/0"))
-    # The last mention of a part is its line in the table of contents, with attributes before it.
-    damaged[whole.rindex(part.filename.encode()) - 8] |= 0x10
+        (member,) = (item for item in archive.infolist() if item.filename.endswith("data/0"))
+    # A member's name occurs last in the archive's directory, after the member's attributes.
+    damaged[whole.rindex(member.filename.encode()) - 8] |= 0x10
     path.write_bytes(damaged)
     with pytest.raises(CheckpointError, match="data/0 is marked as a folder"):
         safe_load.read(path)

@@ -10,7 +10,12 @@ from golden_weights import manifest
 from timm.models.efficientformer import checkpoint_filter_fn
 
 from mmeformer.checkpoints import formats
-from mmeformer.checkpoints.translate import from_native, identify, skeleton, to_native
+from mmeformer.checkpoints.translate import (
+    backbone_shapes,
+    from_native,
+    identify_variant,
+    to_native,
+)
 from mmeformer.variants import VARIANTS, Architecture
 
 MANIFEST_FORMATS = {
@@ -56,7 +61,7 @@ def bias_grid(form):
 def test_every_published_name_is_mapped_once_or_dropped_by_rule(name, form):
     variant = VARIANTS[name]
     form_found, state = published(name, form)
-    shapes = skeleton(variant.family, variant.arch, bias_grid(form))
+    shapes = backbone_shapes(variant.family, variant.arch, bias_grid(form))
     found = to_native(state, form_found, variant.family, variant.architecture, shapes)
 
     assert found.unexplained == []
@@ -76,11 +81,11 @@ def test_every_published_name_is_mapped_once_or_dropped_by_rule(name, form):
 def test_round_trip_is_a_bijection(name, form):
     variant = VARIANTS[name]
     form_found, state = published(name, form)
-    shapes = skeleton(variant.family, variant.arch, bias_grid(form))
+    shapes = backbone_shapes(variant.family, variant.arch, bias_grid(form))
     arguments = form_found, variant.family, variant.architecture
     found = to_native(state, *arguments, shapes)
-    back, homeless = from_native(found.tensors, *arguments)
-    assert homeless == {}
+    back, no_place = from_native(found.tensors, *arguments)
+    assert no_place == {}
     assert set(back) == set(found.origin.values())
     for key, tensor in back.items():
         assert tensor.shape == state[key].shape and number(tensor) == number(state[key]), key
@@ -93,15 +98,15 @@ def test_round_trip_is_a_bijection(name, form):
 def test_format_and_variant_are_found_by_looking(name, form):
     expected, state = published(name, form)
     assert formats.detect(state) is expected
-    likeness = identify(state, expected)
-    assert likeness.complete and likeness.variant.name == name
+    found = identify_variant(state, expected)
+    assert found.complete and found.variant.name == name
 
 
 def test_our_own_format_is_found_by_looking(variant):
-    shapes = skeleton(variant.family, variant.arch)
+    shapes = backbone_shapes(variant.family, variant.arch)
     state = {key: torch.tensor(0.0).expand(shape) for key, shape in shapes.items()}
     assert formats.detect(state) is formats.NATIVE
-    assert identify(state, formats.NATIVE).variant is variant
+    assert identify_variant(state, formats.NATIVE).variant is variant
 
 
 def test_dropped_rules_are_named_as_published():
@@ -110,7 +115,11 @@ def test_dropped_rules_are_named_as_published():
         expected, state = published("efficientformerv2_s0", form)
         variant = VARIANTS["efficientformerv2_s0"]
         found = to_native(
-            state, expected, "v2", variant.architecture, skeleton("v2", "s0", bias_grid(form))
+            state,
+            expected,
+            "v2",
+            variant.architecture,
+            backbone_shapes("v2", "s0", bias_grid(form)),
         )
         counts[form] = {rule: len(keys) for rule, keys in found.dropped.items()}
     assert counts == {
@@ -122,7 +131,7 @@ def test_dropped_rules_are_named_as_published():
 @pytest.mark.parametrize("name", [name for name in VARIANTS if VARIANTS[name].family == "v1"])
 def test_names_agree_with_timms_own_converter(name):
     variant = VARIANTS[name]
-    for key in skeleton("v1", variant.arch):
+    for key in backbone_shapes("v1", variant.arch):
         if key.startswith("norms."):
             continue
         arguments = key, "v1", variant.architecture
@@ -139,7 +148,7 @@ def test_a_rule_never_swallows_a_tensor_of_the_backbone(variant):
     for form in (*MANIFEST_FORMATS.values(), formats.TIMM):
         if variant.family not in form.families:
             continue
-        for name in skeleton(variant.family, variant.arch):
+        for name in backbone_shapes(variant.family, variant.arch):
             if form.holds(name):
                 foreign = form.name(name, variant.family, variant.architecture)
                 assert form.rule(foreign) is None, foreign

@@ -62,8 +62,8 @@ def timm_weights(model):
     }
 
 
-def initialised(variant, path, **kwargs):
-    """A backbone of ``variant`` initialised from ``path`` by init_cfg."""
+def initialized(variant, path, **kwargs):
+    """A backbone of ``variant`` initialized from ``path`` by init_cfg."""
     init_cfg = dict(type="Pretrained", checkpoint=str(path), **kwargs.pop("init", {}))
     backbone = build_backbone(variant, init_cfg=init_cfg, **kwargs)
     backbone.init_weights()
@@ -86,7 +86,7 @@ def assert_untouched(backbone, before):
 def test_reference_classification_gives_the_golden_features(small_variant, tmp_path):
     path = tmp_path / "reference.pth"
     torch.save({"model": published_state_dict(small_variant.name, "classification")}, path)
-    backbone = initialised(small_variant, path).eval()
+    backbone = initialized(small_variant, path).eval()
     backbone.norms.clear()
     output = backbone(image(224, 224))[3]
     assert relative_error(output, golden(small_variant.name)["classification/stage3"]) < 1e-5
@@ -95,7 +95,7 @@ def test_reference_classification_gives_the_golden_features(small_variant, tmp_p
 @torch.no_grad()
 def test_timm_weights_give_timms_features(variant):
     model = timm.create_model(variant.name, pretrained=False).eval()
-    # As initialised, layer scales of 1e-5 and zero biases would hide attention from the test.
+    # As initialized, layer scales of 1e-5 and zero biases would hide attention from the test.
     for name, tensor in model.state_dict().items():
         if name.endswith(("gamma", "running_var")):
             tensor.uniform_(0.5, 1.5)
@@ -123,7 +123,7 @@ def test_hugging_face_weights_give_its_logits(tmp_path):
     state = published_state_dict(L1.name, "huggingface")
     path = tmp_path / "pytorch_model.bin"
     torch.save(state, path)
-    backbone = initialised(L1, path).eval()
+    backbone = initialized(L1, path).eval()
     backbone.norms.clear()
     tokens = backbone(image(224, 224))[3].flatten(2).transpose(1, 2)
     normed = torch.nn.functional.layer_norm(
@@ -147,7 +147,7 @@ def test_reference_detector_gives_the_golden_pyramid(small_variant, form, grid, 
     state["neck.lateral_convs.0.conv.weight"] = torch.ones(1)
     path = tmp_path / "detector.pth"
     torch.save({"state_dict": state, "meta": {"CLASSES": ("cat",)}, "optimizer": {}}, path)
-    backbone = initialised(small_variant, path, bias_grid=grid, bias_resize="matrix").eval()
+    backbone = initialized(small_variant, path, bias_grid=grid, bias_resize="matrix").eval()
     for level, output in enumerate(backbone(image(*size))):
         stored = golden(small_variant.name)[f"{form}/stage{level}"]
         assert relative_error(output, stored) < 1e-5
@@ -161,7 +161,7 @@ def test_our_own_files_round_trip(small_variant, suffix, tmp_path):
         torch.save(source.state_dict(), path)
     else:
         safetensors.torch.save_file(source.state_dict(), path)
-    target = initialised(small_variant, path, bias_grid=(5, 9))
+    target = initialized(small_variant, path, bias_grid=(5, 9))
     assert_untouched(target, snapshot(source))
 
 
@@ -173,7 +173,7 @@ def test_whole_models_of_ours(prefix, tmp_path):
         state[prefix.replace("backbone", "neck") + "convs.0.weight"] = torch.ones(2)
     path = tmp_path / "model.pth"
     torch.save({"state_dict": state, "meta": {"epoch": 3}, "optimizer": {"state": {}}}, path)
-    target = initialised(S0, path)
+    target = initialized(S0, path)
     assert_untouched(target, snapshot(source))
 
 
@@ -186,11 +186,11 @@ def test_backbone_deep_inside_needs_its_prefix(tmp_path):
     }
     path = tmp_path / "pair.pth"
     torch.save({"state_dict": state}, path)
-    with pytest.raises(CheckpointError, match="name the place with prefix"):
-        initialised(S0, path)
+    with pytest.raises(CheckpointError, match="set prefix="):
+        initialized(S0, path)
     with pytest.raises(CheckpointError, match="no tensor whose name starts with prefix 'head.'"):
-        initialised(S0, path, init=dict(prefix="head"))
-    target = initialised(S0, path, init=dict(prefix="student.backbone"))
+        initialized(S0, path, init=dict(prefix="head"))
+    target = initialized(S0, path, init=dict(prefix="student.backbone"))
     assert_untouched(target, snapshot(source))
 
 
@@ -213,7 +213,7 @@ def test_custom_size_and_map_location_through_the_registry(tmp_path):
     assert target.init_cfg == config["init_cfg"]
 
 
-def test_initialisation_without_weights_is_as_before():
+def test_initialization_without_weights_is_as_before():
     backbone = EfficientFormer(TINY, init_cfg=dict(type="Constant", layer="Conv2d", val=3.0))
     backbone.init_weights()
     assert (backbone.stem.conv1.conv.weight == 3).all()
@@ -247,7 +247,7 @@ def test_timm_name_from_an_offline_cache(file, offline_hub):
     fill_cache(
         offline_hub, f"timm/{S0.name}.snap_dist_in1k", file, lambda path: save(weights, path)
     )
-    backbone = initialised(S0, f"timm://{S0.name}.snap_dist_in1k")
+    backbone = initialized(S0, f"timm://{S0.name}.snap_dist_in1k")
     ours = backbone.state_dict()["stages.3.downsample.attn.attention_bias.table"]
     theirs = weights["stages.3.downsample.attn.attention_biases"]
     assert torch.equal(ours.flatten(1), theirs)
@@ -255,9 +255,9 @@ def test_timm_name_from_an_offline_cache(file, offline_hub):
 
 def test_timm_name_without_network_or_cache_says_what_to_do(offline_hub):
     with pytest.raises(CheckpointError, match="download model.safetensors elsewhere"):
-        initialised(S0, f"timm://{S0.name}.snap_dist_in1k")
+        initialized(S0, f"timm://{S0.name}.snap_dist_in1k")
     with pytest.raises(CheckpointError, match="unknown to timm"):
-        initialised(S0, "timm://efficientformerv3_s0.best")
+        initialized(S0, "timm://efficientformerv3_s0.best")
 
 
 def test_a_bad_file_in_the_cache_runs_nothing(offline_hub, tmp_path):
@@ -274,7 +274,7 @@ def test_a_bad_file_in_the_cache_runs_nothing(offline_hub, tmp_path):
         lambda path: torch.save({"a": Payload()}, path),
     )
     with pytest.raises(CheckpointError, match="weights_only=True blocked loading"):
-        initialised(S0, f"timm://{S0.name}.snap_dist_in1k")
+        initialized(S0, f"timm://{S0.name}.snap_dist_in1k")
     assert not marker.exists()
 
 
@@ -286,7 +286,7 @@ def test_a_damaged_file_in_the_cache_is_named(offline_hub):
         lambda path: path.write_bytes(b"\x80"),
     )
     with pytest.raises(CheckpointError, match="timm://efficientformerv2_s0.*could neither be read"):
-        initialised(S0, f"timm://{S0.name}.snap_dist_in1k")
+        initialized(S0, f"timm://{S0.name}.snap_dist_in1k")
 
 
 def test_address_is_downloaded_once_into_torchs_cache(tmp_path, monkeypatch):
@@ -302,7 +302,7 @@ def test_address_is_downloaded_once_into_torchs_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     url = "https://example.org/weights/there.pth?download=1"
     for _ in range(2):
-        assert_untouched(initialised(S0, url), snapshot(source))
+        assert_untouched(initialized(S0, url), snapshot(source))
     assert fetched == [url]
     with pytest.raises(CheckpointError, match="names no file"):
         safe_load.load("https://example.org/")
@@ -349,7 +349,7 @@ def test_report_is_one_log_block(log, tmp_path):
     state = published_state_dict(L1.name, "classification")
     path = tmp_path / "l1.pth"
     torch.save({"model": {k: v.half() for k, v in state.items()}, "epoch": 299}, path)
-    initialised(L1, path, bias_grid=(25, 42))
+    initialized(L1, path, bias_grid=(25, 42))
     blocks = [record for record in log if "Checkpoint loaded" in record.getMessage()]
     assert len(blocks) == 1 and blocks[0].levelno == logging.INFO
     text = blocks[0].getMessage()
@@ -358,13 +358,13 @@ def test_report_is_one_log_block(log, tmp_path):
         f"source     {path}",
         "format     reference implementation, classification",
         "variant    efficientformer_l1",
-        "taken over 274 tensors of the backbone",
+        "loaded     274 tensors of the backbone",
         "dropped    4 classifier heads: head.weight, head.bias, dist_head.weight, dist_head.bias",
         "dropped    2 final norm of the classifier: norm.weight, norm.bias",
         "new        8 pyramid norms",
         "resized    1 bias tables 7 x 7 -> 25 x 42: "
         "stages.3.blocks.3.token_mixer.attention_bias.table",
-        "converted  from float16",
+        "cast       to float32 from float16",
         "note       entries of the file that are not read: epoch",
     ):
         assert f"  {line}" in text or text.startswith(line), (line, text)
@@ -376,7 +376,7 @@ def test_reference_downstream_warns_where_published_scores_are_lost(log, tmp_pat
     path = tmp_path / "detector.pth"
     state = published_state_dict(S0.name, "detection")
     torch.save({"state_dict": {f"backbone.{k}": v for k, v in state.items()}}, path)
-    backbone = initialised(S0, path, bias_grid=16)
+    backbone = initialized(S0, path, bias_grid=16)
     record = next(r for r in log if "Checkpoint loaded" in r.getMessage())
     assert record.levelno == logging.WARNING
     assert "bias_grid=(25, 25)" in record.getMessage()
@@ -385,7 +385,7 @@ def test_reference_downstream_warns_where_published_scores_are_lost(log, tmp_pat
     table = backbone.stages[3].blocks[-1].token_mixer.attention_bias.table
     assert table.shape == (8, 16, 16)
     log.clear()
-    initialised(S0, path, bias_grid=25, bias_resize="matrix")
+    initialized(S0, path, bias_grid=25, bias_resize="matrix")
     record = next(r for r in log if "Checkpoint loaded" in r.getMessage())
     assert record.levelno == logging.INFO and "WARNING" not in record.getMessage()
 
@@ -476,7 +476,7 @@ def test_half_a_file_is_called_incomplete(small_variant):
     assert "tensors missing in the file" in message and "more" in message
 
 
-def test_one_missing_one_strange_and_one_misshapen_tensor_are_listed():
+def test_missing_unknown_and_wrongly_shaped_tensors_are_listed():
     state = build_backbone(S0).state_dict()
     del state["stages.0.blocks.0.ls2.gamma"]
     state["stages.0.blocks.0.extra.weight"] = torch.ones(3, 4)
@@ -498,8 +498,8 @@ def test_partial_loading_only_on_request_and_reported(log, tmp_path):
     path = tmp_path / "changed.pth"
     torch.save(state, path)
     with pytest.raises(CheckpointError):
-        initialised(S0, path)
-    backbone = initialised(S0, path, init=dict(allow_partial=True))
+        initialized(S0, path)
+    backbone = initialized(S0, path, init=dict(allow_partial=True))
     assert torch.equal(backbone.stem.conv1.conv.weight, source.stem.conv1.conv.weight)
     record = next(r for r in log if "Checkpoint loaded" in r.getMessage())
     assert record.levelno == logging.WARNING
@@ -554,8 +554,8 @@ def test_weights_of_another_type(change, kind):
         ({}, "holds no tensors"),
         ({"epoch": 3, "lr": 0.1}, "has no state dict"),
         ({"state_dict": {"a": "text"}}, "something else: a"),
-        ({"layer1.0.conv1.weight": torch.ones(2)}, "no EfficientFormer in a format known here"),
-        ({"backbone.layer1.weight": torch.ones(2)}, "no EfficientFormer in a format known here"),
+        ({"layer1.0.conv1.weight": torch.ones(2)}, "no EfficientFormer in a known format"),
+        ({"backbone.layer1.weight": torch.ones(2)}, "no EfficientFormer in a known format"),
     ],
 )
 def test_files_without_a_backbone(content, match):
@@ -587,7 +587,7 @@ def test_pretrained_biases_are_kept_by_displacement(small_variant, size, bias_gr
     weights = timm_weights(model)
     path = tmp_path / "timm.pth"
     torch.save(weights, path)
-    backbone = initialised(small_variant, path, bias_grid=bias_grid).eval()
+    backbone = initialized(small_variant, path, bias_grid=bias_grid).eval()
     last = len(backbone.stages[3].blocks) - 1
     shift = 1 if small_variant.family == "v1" else 0
     stages = backbone.stages

@@ -218,7 +218,7 @@ def test_refused_through_tools_test(malicious, marker, tmp_path):
     assert not marker.exists()
 
 
-# --- files that are no checkpoints ---------------------------------------------------------------
+# --- files that are not checkpoints --------------------------------------------------------------
 
 
 def good_zip():
@@ -243,7 +243,7 @@ BROKEN = {
     "random pickle": (lambda: b"\x80\x02" + random_bytes(), "is refused|damaged"),
     "random archive": (lambda: b"PK\x03\x04" + random_bytes(), "damaged or incomplete"),
     "web page": (lambda: b"\n<!DOCTYPE html><html>404", "is a web page"),
-    "pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+    "pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     "empty": (lambda: b"", "is empty"),
     "text": (lambda: b"hello", "neither a PyTorch nor a safetensors file"),
 }
@@ -251,7 +251,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.parametrize("through", ["read", "init_cfg", "mmengine"])
-def test_files_that_are_no_checkpoints(kind, through, tmp_path, monkeypatch):
+def test_files_that_are_not_checkpoints(kind, through, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make, match = BROKEN[kind]
     path = tmp_path / "bad.pth"
@@ -276,7 +276,7 @@ def test_flipped_bytes_in_an_archive_are_noticed(tmp_path, monkeypatch):
         safe_load.read(path)
 
 
-def test_programs_and_lists_are_no_checkpoints(tmp_path):
+def test_programs_and_lists_are_not_checkpoints(tmp_path):
     path = tmp_path / "program.pth"
     torch.jit.script(torch.nn.Linear(2, 2)).save(path)
     with pytest.raises(CheckpointError, match="is a TorchScript program"):
@@ -294,7 +294,7 @@ def test_programs_and_lists_are_no_checkpoints(tmp_path):
 
 def test_collections_that_mmengine_would_unpickle_are_refused():
     for name in ("s3://bucket/a.pth", "pavi://a.pth", "cluster:petrel://a.pth"):
-        with pytest.raises(CheckpointError, match="Download the file and give its local path"):
+        with pytest.raises(CheckpointError, match="Download the file and use its local path"):
             CheckpointLoader.load_checkpoint(name)
     with pytest.raises(CheckpointError, match="unknown to mmengine"):
         CheckpointLoader.load_checkpoint("open-mmlab://nothing")

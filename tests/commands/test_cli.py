@@ -124,8 +124,12 @@ CASES = [
     ("test", "{p}/detection.py {p}/truncated.pth " + WORK, "truncated.pth is damaged"),
     ("test", "{p}/detection.py {p}/page.pth " + WORK, "page.pth is a web page"),
     ("test", "{p}/detection.py {p}/picture.pth " + WORK, "picture.pth is neither"),
-    ("test", "{p}/detection.py {p}/other.pth " + WORK, "other.pth is not of this config's model"),
-    ("test", "{p}/detection.py {p}/segmentation.pth " + WORK, "segmentation.pth is not of this"),
+    (
+        "test",
+        "{p}/detection.py {p}/other.pth " + WORK,
+        "other.pth does not fit this",
+    ),
+    ("test", "{p}/detection.py {p}/segmentation.pth " + WORK, "segmentation.pth does not fit this"),
     (
         "test",
         "{p}/detection.py {p}/nan.pth " + WORK,
