@@ -144,6 +144,69 @@ def test_refused_through_init_detector(malicious, marker):
     assert not marker.exists()
 
 
+# Importing the libraries takes most of the time of a fresh process, so copies of one are used.
+FRESH = """
+import importlib, json, os, sys, traceback
+
+for library in sys.argv[1:]:
+    importlib.import_module(library + ".apis")
+assert not any(name.partition(".")[0] == "mmeformer" for name in sys.modules)
+print("ready", flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if not child:
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.chdir(os.path.dirname(request["log"]))
+        sys.argv = request["argv"]
+        status = 70
+        try:
+            exec(request["code"], {"__name__": "__main__"})
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh_process():
+    """Runs code where the libraries are imported, but nothing of ours.
+
+    (code, arguments, log file) -> (exit status, output).
+    """
+    libraries = [name for name in ("mmdet", "mmseg") if importlib.util.find_spec(name)]
+    paths = [str(tools_dir().parent), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", FRESH, *libraries]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+
+        def run(code, arguments, log):
+            request = dict(code=code, argv=["program", *map(str, arguments)], log=str(log))
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            status = process.stdout.readline()
+            assert status, "the process died"
+            return int(status), log.read_text()
+
+        # Imports print, too.
+        assert any(line == "ready\n" for line in iter(process.stdout.readline, ""))
+        yield run
+        process.stdin.close()
+
+
 INFERENCER = """
 import importlib, sys
 library, name, config, checkpoint = sys.argv[1:]
@@ -166,19 +229,26 @@ getattr(importlib.import_module(library + ".apis"), name)(config, checkpoint, de
         ),
     ],
 )
-def test_refused_through_inferencers(library, name, config, malicious, marker):
-    """In a process that imports nothing of ours: these read the file before they build a model."""
+def test_refused_through_inferencers(
+    library, name, config, malicious, marker, fresh_process, tmp_path
+):
+    """These read the file before they build a model, which is what imports our package."""
     pytest.importorskip(library)
-    arguments = [library, name, str(config_dir() / config), str(malicious)]
-    done = subprocess.run(
-        [sys.executable, "-c", INFERENCER, *arguments], capture_output=True, text=True, timeout=300
-    )
+    arguments = [library, name, config_dir() / config, malicious]
+    status, output = fresh_process(INFERENCER, arguments, tmp_path / "log")
     assert not marker.exists()
-    assert done.returncode != 0
-    assert "malicious.pth is refused" in done.stderr, done.stderr[-2000:]
+    assert status != 0
+    assert "malicious.pth is refused" in output, output[-2000:]
 
 
-def test_refused_through_tools_test(malicious, marker, tmp_path):
+RUN_SCRIPT = """
+import runpy, sys
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_refused_through_tools_test(malicious, marker, fresh_process, tmp_path):
     """The command itself, with data good enough that the checkpoint is all that is wrong."""
     pytest.importorskip("mmdet")
     (tmp_path / "val2017").mkdir()
@@ -195,26 +265,21 @@ def test_refused_through_tools_test(malicious, marker, tmp_path):
             )
         )
     )
-    root = tools_dir().parent
-    command = [
-        sys.executable,
-        str(tools_dir() / "test.py"),
+    arguments = [
+        tools_dir() / "test.py",
         "detection/mask-rcnn_efficientformerv2-s0_fpn_quickstart.py",
-        str(malicious),
+        malicious,
         "--work-dir",
-        str(tmp_path / "work"),
+        tmp_path / "work",
         "--cfg-options",
         f"test_dataloader.dataset.data_root={tmp_path}/",
         f"test_evaluator.ann_file={tmp_path}/annotations/instances_val2017.json",
         "test_dataloader.num_workers=0",
         "test_dataloader.persistent_workers=False",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
-    )
-    assert done.returncode != 0
-    assert "malicious.pth is refused" in done.stderr, done.stderr[-2000:]
+    status, output = fresh_process(RUN_SCRIPT, arguments, tmp_path / "log")
+    assert status == 1
+    assert "malicious.pth is refused" in output, output[-2000:]
     assert not marker.exists()
 
 
