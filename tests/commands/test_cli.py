@@ -107,7 +107,11 @@ CASES = [
         "{p}/detection.py " + WORK + " --cfg-options train_dataloader.dataset.data_root=/gone",
         "/gone/annotations/instances_train2017.json does not exist",
     ),
-    ("train", "{p}/detection.py " + WORK + " --cfg-options load_from={p}/other.pth", "of another"),
+    (
+        "train",
+        "{p}/detection.py " + WORK + " --cfg-options load_from={p}/other.pth",
+        "have another shape",
+    ),
     ("train", "{p}/detection.py " + WORK + " --cfg-options load_from={p}/nan.pth", "NaN"),
     ("train", "{p}/detection.py --launcher teleport", "invalid choice"),
     ("train", "{p}/detection.py --launcher slurm " + WORK, "within a job of Slurm only"),
