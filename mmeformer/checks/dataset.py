@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, VISUALIZERS, init_default_scope
 
 from mmeformer.checks.findings import Finding
+from mmeformer.files import write_bytes
 
 SPLITS = ("train", "val", "test")
 DRAWN = 16
@@ -120,7 +120,7 @@ def draw_samples(dataset: BaseDataset, config: Config, target: Path) -> int:
             )
             tiles.append(_tile(cv2.imread(str(picture))))
     if tiles:
-        _write_png(target, _grid(tiles))
+        write_bytes(target, cv2.imencode(".png", _grid(tiles))[1].tobytes())
     return len(tiles)
 
 
@@ -140,13 +140,6 @@ def _grid(tiles: list[np.ndarray]) -> np.ndarray:
     blank = np.full_like(tiles[0], 60)
     tiles = tiles + [blank] * (-len(tiles) % columns)
     return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
-
-
-def _write_png(path: Path, image: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(cv2.imencode(".png", image)[1].tobytes())
-    os.replace(partial, path)
 
 
 def findings_of(dataset: BaseDataset, full: bool = False) -> list[Finding]:

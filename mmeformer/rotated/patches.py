@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,6 +23,7 @@ import cv2
 import numpy as np
 import shapely
 
+from mmeformer.files import is_draft, write_bytes, write_text
 from mmeformer.images import read_image
 from mmeformer.rotated.dota import (
     IMAGE_SUFFIXES,
@@ -36,7 +36,7 @@ from mmeformer.rotated.dota import (
 from mmeformer.windows import Window, crop, windows
 
 MANIFEST = "split.jsonl"
-_UNFINISHED = ".unfinished"
+_FOLDERS = ("images", "annfiles")
 # Beyond the values of DOTA's own files, as DOTA's development kit marks what it cut.
 TRUNCATED = 2
 _PATCH_NAME = re.compile(r"(?P<image>.+)__(?P<size>\d+)__(?P<x>\d+)___(?P<y>\d+)")
@@ -204,19 +204,13 @@ def cut_image(job: Job, target: Path, settings: CutSettings) -> Outcome:
                 # Labels first: an image without labels would count as one without objects.
                 if (target / "annfiles").is_dir():
                     lines = [format_label(o.polygon, o.name, o.difficult) + "\n" for o in found]
-                    _write(target / "annfiles" / f"{name}.txt", "".join(lines).encode())
+                    write_text(target / "annfiles" / f"{name}.txt", "".join(lines))
                 encoded = cv2.imencode(f".{settings.suffix}", patch)[1]
-                _write(target / "images" / f"{name}.{settings.suffix}", encoded.tobytes())
+                write_bytes(target / "images" / f"{name}.{settings.suffix}", encoded.tobytes())
                 names.append(name)
     except (OSError, ValueError, cv2.error) as error:
         return Outcome(job, [], str(error))
     return Outcome(job, names, None)
-
-
-def _write(path: Path, data: bytes) -> None:
-    unfinished = path.parent.parent / _UNFINISHED / path.name
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
 
 
 def _start_worker() -> None:
@@ -318,11 +312,10 @@ class Split:
         return done
 
     def _is_unused(self) -> bool:
-        """Whether the target is an empty folder, or what an interruption left before the manifest
-        was there: empty folders of this tool."""
-        ours = ("images", "annfiles", _UNFINISHED)
+        """Whether the target is an empty folder, or holds only what a run leaves that was killed
+        before its manifest was written: empty folders and a draft of the manifest."""
         return self.target.is_dir() and all(
-            path.name in ours and path.is_dir() and {p.name for p in path.iterdir()} <= {MANIFEST}
+            is_draft(path) or (path.name in _FOLDERS and path.is_dir() and not any(path.iterdir()))
             for path in self.target.iterdir()
         )
 
@@ -351,14 +344,13 @@ class Split:
             concurrent.futures.process.BrokenProcessPool: a process was killed, as happens when
                 memory runs out. What was finished stays finished.
         """
-        if self._has_labels:
-            (self.target / "annfiles").mkdir(parents=True, exist_ok=True)
-        for folder in ("images", _UNFINISHED):
+        for folder in _FOLDERS if self._has_labels else _FOLDERS[:1]:
             (self.target / folder).mkdir(parents=True, exist_ok=True)
+        self._remove_drafts()
         for name in self._stale:
             for file in self._files(name):
                 file.unlink(missing_ok=True)
-        self._mend_manifest()
+        self._fix_manifest()
         with open(self.target / MANIFEST, "a", encoding="utf-8") as manifest:
             for outcome in self._outcomes(workers):
                 if outcome.error is None:
@@ -370,15 +362,19 @@ class Split:
                     manifest.write(json.dumps(record) + "\n")
                     manifest.flush()
                 yield outcome
-        shutil.rmtree(self.target / _UNFINISHED)
 
-    def _mend_manifest(self) -> None:
-        """Begin the manifest, or remove the line that an interruption left unfinished."""
-        path, unfinished = self.target / MANIFEST, self.target / _UNFINISHED / MANIFEST
+    def _remove_drafts(self) -> None:
+        """Remove the files that a killed run left unfinished."""
+        for folder in (self.target, *(self.target / name for name in _FOLDERS)):
+            for path in folder.glob(".*"):
+                if is_draft(path):
+                    path.unlink()
+
+    def _fix_manifest(self) -> None:
+        """Begin the manifest, or remove a last line that was not finished."""
+        path = self.target / MANIFEST
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        text = text[: text.rfind("\n") + 1] or json.dumps(self._header) + "\n"
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        write_text(path, text[: text.rfind("\n") + 1] or json.dumps(self._header) + "\n")
 
     def _outcomes(self, workers: int) -> Iterator[Outcome]:
         if workers == 1:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+from mmeformer.files import replacing
 
 CLASSES = ("circle", "rectangle", "triangle", "star")
 MIN_VISIBLE_SHARE = 0.3
@@ -148,12 +148,10 @@ def generate_once(root: Path, recipe: dict, write: Callable[[Path], None]) -> Pa
         raise FileExistsError(
             f"{root} exists and is not the data set asked for; move it away or remove it"
         )
-    building = root.with_name(f"{root.name}.{os.getpid()}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    write(building)
-    (building / marker.name).write_text(json.dumps(recipe))
-    building.rename(root)
+    with replacing(root) as draft:
+        draft.mkdir()
+        write(draft)
+        (draft / marker.name).write_text(json.dumps(recipe))
     return root
 
 

@@ -15,15 +15,14 @@ from mmengine.runner import Runner as MMEngineRunner
 from torch.utils.data import DataLoader
 
 from mmeformer.errors import TrainingError
+from mmeformer.files import replacing
 from mmeformer.training.data import GuardedDataset
 from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, last_checkpoint
 from mmeformer.training.loops import EpochBasedTrainLoop
 from mmeformer.training.matching import require_match
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
 from mmeformer.training.saving import (
-    PARTIAL,
     CheckpointHook,
-    commit,
     find_unfinite,
     newest_resumable,
     read_resumable,
@@ -161,12 +160,11 @@ class Runner(MMEngineRunner):
         if "://" in str(out_dir):
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
             return
-        partial, target = Path(out_dir, filename + PARTIAL), Path(out_dir, filename)
+        target = Path(out_dir, filename)
         try:
-            super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
-            commit(partial, target)
+            with replacing(target, sync=True) as draft:
+                super().save_checkpoint(str(draft.parent), draft.name, *args, **kwargs)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 reason = "the disk is full: make room"
             else:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,36 +14,13 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mmeformer.checkpoints import safe_load
-from mmeformer.checkpoints.safe_load import CheckpointError
+from mmeformer.errors import CheckpointError
+from mmeformer.files import is_draft, write_text
 
-PARTIAL = ".partial"
-"""Ending of files that are being written."""
 POINTER = "last_checkpoint"
 """File of mmengine in the work directory that names the latest checkpoint."""
 RESUMABLE = ("meta", "state_dict", "optimizer", "message_hub")
 """What a checkpoint must hold to go on from it."""
-
-
-def commit(partial: Path, target: Path) -> None:
-    """Give a written file its name, once its content has reached the disk.
-
-    Afterwards ``target`` is the old file or the whole new one, also after a power failure.
-    """
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file as :func:`commit` does."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text)
-    commit(partial, path)
 
 
 def read_resumable(path: str | Path) -> dict:
@@ -102,8 +78,8 @@ def _candidates(work_dir: Path) -> Iterator[Path]:
             named = [Path(text)]
             folders = [named[0].parent, work_dir] if named[0].name != text else folders
     found = [path for folder in dict.fromkeys(folders) for path in folder.glob("*.pth")]
-    # The best model is saved without what a training needs.
-    found = [path for path in found if not path.name.startswith("best_")]
+    # The best model is saved without optimizer; drafts may be incomplete.
+    found = [path for path in found if not path.name.startswith("best_") and not is_draft(path)]
     found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     yield from dict.fromkeys(path for path in [*named, *found] if path.is_file())
 
@@ -116,11 +92,13 @@ class CheckpointHook(MMEngineCheckpointHook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Remove what a killed run was writing."""
+        """Remove the files that a killed run left unfinished."""
         super().before_train(runner)
-        if is_main_process() and Path(self.out_dir).is_dir():
-            for path in Path(self.out_dir).glob(f"*{PARTIAL}"):
-                path.unlink()
+        if is_main_process():
+            for folder in {Path(self.out_dir), Path(runner.work_dir)}:
+                for path in folder.glob(".*"):
+                    if is_draft(path) and path.is_file():
+                        path.unlink()
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         outdated = []
@@ -145,7 +123,7 @@ class CheckpointHook(MMEngineCheckpointHook):
             **self.args,
         )
         if is_main_process():
-            write_text(Path(runner.work_dir, POINTER), self.last_ckpt)
+            write_text(Path(runner.work_dir, POINTER), self.last_ckpt, sync=True)
             for known in outdated:
                 self._remove(
                     self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(known))

@@ -21,7 +21,7 @@ from mmeformer.commands import cli
 from mmeformer.errors import TrainingError
 from mmeformer.paths import tools_dir
 
-OUTPUTS = {".pth", ".pkl", ".partial", ".png", ".onnx", ".safetensors"}
+OUTPUTS = {".pth", ".pkl", ".png", ".onnx", ".safetensors"}
 
 
 def command(name):

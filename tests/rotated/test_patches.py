@@ -17,6 +17,7 @@ import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmeformer.files import is_draft
 from mmeformer.paths import tools_dir
 from mmeformer.rotated import DOTADataset
 from mmeformer.rotated.dota import DotaObject, format_label, read_labels
@@ -238,22 +239,23 @@ def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     # What a kill leaves: half a line of the manifest, a half-written file, patches not listed.
     with open(target / "split.jsonl", "a") as manifest:
         manifest.write('{"image": "c", "finger')
-    (target / ".unfinished" / "c__64__0___0.png").write_bytes(b"half")
+    (target / "images" / ".c__64__0___0.draft-0123abcd.png").write_bytes(b"half")
     (target / "images" / "c__64__0___0.png").write_bytes(b"old")
     again = Split([(source / "images", source / "labelTxt")], target, settings)
     assert again.finished == 2 and [job.name for job in again.pending] == list("cdef")
     list(again.run())
     assert contents(target) == contents(tmp_path / "whole")
-    assert not (target / ".unfinished").exists()
+    assert not [path for path in target.rglob("*") if is_draft(path)]
 
 
 def test_a_kill_before_the_manifest_is_there(tmp_path):
     source = write_source(tmp_path / "DOTA", {"a.png": (100, 70)})
     target, settings = tmp_path / "cut", CutSettings(size=64, overlap=16)
-    for folder in ("images", "annfiles", ".unfinished"):
+    for folder in ("images", "annfiles"):
         (target / folder).mkdir(parents=True)
-    (target / ".unfinished" / "split.jsonl").write_text('{"sett')
+    (target / ".split.draft-0123abcd.jsonl").write_text('{"sett')
     (outcome,) = split(source, target, settings)
+    assert not [path for path in target.rglob("*") if is_draft(path)]
     assert len(outcome.patches) == len(list((target / "images").iterdir()))
     # A folder of the same name with something in it is not ours.
     (tmp_path / "other" / "images").mkdir(parents=True)

@@ -76,4 +76,4 @@ def test_second_call_writes_nothing(tmp_path):
     before = marker.stat().st_mtime_ns
     assert write_coco_dataset(tmp_path / "e", 1, 1, 64) == root
     assert marker.stat().st_mtime_ns == before
-    assert not list(tmp_path.glob("*.partial"))
+    assert list(tmp_path.iterdir()) == [root]

@@ -14,10 +14,10 @@ import tiny
 import torch
 from mmengine.fileio import LocalBackend
 
-from mmeformer.checkpoints.safe_load import CheckpointError
-from mmeformer.errors import TrainingError
+from mmeformer import files
+from mmeformer.errors import CheckpointError, TrainingError
 from mmeformer.training import runner, saving
-from mmeformer.training.saving import PARTIAL, newest_resumable
+from mmeformer.training.saving import newest_resumable
 
 pytestmark = pytest.mark.forks
 
@@ -47,16 +47,17 @@ def write_half_and_kill(self, content, path):
     kill()
 
 
-def rename_and_kill(partial, target):
-    os.replace(partial, target)
+def rename_and_kill(draft, target):
+    os.replace(draft, target)
     kill()
 
 
-# What is replaced, at its how-manieth call, by what; the iterations that were then done for good.
+# The function replaced, at which of its calls, by what; the iterations that were then done for
+# good. Each save moves two files to their names: the checkpoint, then `last_checkpoint`.
 MOMENTS = {
     "half of the second checkpoint written": (LocalBackend, "put", 2, write_half_and_kill, 2),
-    "written, but not yet renamed": (runner, "commit", 2, lambda *_: kill(), 2),
-    "renamed, but not yet named as the last": (runner, "commit", 2, rename_and_kill, 2),
+    "written, but not yet renamed": (files, "_move", 3, lambda *_: kill(), 2),
+    "renamed, but not yet named as the last": (files, "_move", 3, rename_and_kill, 2),
     "named as the last, old one still there": (
         saving.CheckpointHook,
         "_remove",
@@ -107,10 +108,12 @@ def test_killed_while_saving(folder, unbroken, tmp_path, monkeypatch, moment):
         tiny.train(config, tmp_path)
 
     assert tiny.fork(run) == [-signal.SIGKILL]
+    named = Path((tmp_path / "last_checkpoint").read_text()).name
+    assert named == f"iter_{done}.pth"
     losses = tiny.train(config, tmp_path, resume="auto")
     assert sorted(losses) == list(range(done, tiny.ITERATIONS))
     assert tiny.equal(unbroken("segmentation"), losses)
-    assert not list(tmp_path.glob(f"*{PARTIAL}"))
+    assert not [path for path in tmp_path.iterdir() if files.is_draft(path)]
 
 
 @pytest.mark.parametrize(
@@ -264,6 +267,14 @@ class TestSearch:
     @pytest.mark.parametrize("text", ["", "nonsense\x00", "/no/such/file.pth"])
     def test_damaged_name(self, work_dir, text):
         (work_dir / "last_checkpoint").write_text(text)
+        assert newest_resumable(work_dir)[0].name == "iter_3.pth"
+
+    def test_drafts_are_no_checkpoints(self, work_dir):
+        """A killed run may leave one that is newer than all checkpoints, whole or not."""
+        draft = work_dir / ".iter_4.draft-0123abcd.pth"
+        shutil.copy(work_dir / "iter_3.pth", draft)
+        assert files.is_draft(draft)
+        (work_dir / "last_checkpoint").unlink()
         assert newest_resumable(work_dir)[0].name == "iter_3.pth"
 
     def test_nothing_there(self, tmp_path):
