@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmeformer.checkpoints.formats import Format, detect
 from mmeformer.checkpoints.report import shorten
-from mmeformer.checkpoints.safe_load import CheckpointError
+from mmeformer.errors import CheckpointError
 
 # Containers: mmengine, mmcv and timm; the reference and DeiT.
 _CONTAINERS = ("state_dict", "model")

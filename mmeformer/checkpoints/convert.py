@@ -25,7 +25,6 @@ from mmeformer.checkpoints.formats import (
     Format,
 )
 from mmeformer.checkpoints.report import Report, shorten
-from mmeformer.checkpoints.safe_load import CheckpointError
 from mmeformer.checkpoints.translate import (
     TABLE,
     Translation,
@@ -34,6 +33,7 @@ from mmeformer.checkpoints.translate import (
     skeleton,
     to_native,
 )
+from mmeformer.errors import CheckpointError
 from mmeformer.variants import Variant
 from mmeformer.version import __version__
 

@@ -15,8 +15,8 @@ from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.contents import Contents, check_values, take_apart
 from mmeformer.checkpoints.formats import REFERENCE_DOWNSTREAM
 from mmeformer.checkpoints.report import NEW_COUNTERS, NEW_NORMS, Report
-from mmeformer.checkpoints.safe_load import CheckpointError
 from mmeformer.checkpoints.translate import TABLE, Translation, fits, identify, skeleton, to_native
+from mmeformer.errors import CheckpointError
 from mmeformer.layers.attention_bias import resize_offset_table
 from mmeformer.registry import WEIGHT_INITIALIZERS
 from mmeformer.variants import VARIANTS

@@ -35,14 +35,12 @@ from mmengine.runner.checkpoint import (
 )
 from timm.models import get_pretrained_cfg, load_state_dict_from_hf
 
+from mmeformer.errors import CheckpointError
+
 TIMM = "timm://"
 
 _FOLDER = 0x10
 """Mark of a folder among the attributes of a ZIP archive's part."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the message names the file and what to do about it."""
 
 
 def _statistic(owner: type, name: str) -> Callable:

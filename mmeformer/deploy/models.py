@@ -16,8 +16,8 @@ from torch import nn
 from mmeformer import configs
 from mmeformer.backbones.base import PyramidBackbone
 from mmeformer.checkpoints import safe_load
+from mmeformer.checkpoints.matching import require_match
 from mmeformer.runtime.metadata import Metadata
-from mmeformer.training.matching import require_match
 from mmeformer.variants import STRIDES
 from mmeformer.version import __version__
 

@@ -20,8 +20,8 @@ from torch import nn
 
 from mmeformer import configs, tasks
 from mmeformer.checkpoints import safe_load
+from mmeformer.checkpoints.matching import require_match
 from mmeformer.deploy.fold import fold
-from mmeformer.training.matching import require_match
 
 SCORE_THR = 0.3
 SMALLEST_PICTURE, LARGEST_PICTURE = 640, 4096

@@ -14,12 +14,12 @@ from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import Runner as MMEngineRunner
 from torch.utils.data import DataLoader
 
+from mmeformer.checkpoints.matching import require_match
 from mmeformer.errors import TrainingError
 from mmeformer.files import replacing
 from mmeformer.training.data import GuardedDataset
 from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, last_checkpoint
 from mmeformer.training.loops import EpochBasedTrainLoop
-from mmeformer.training.matching import require_match
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
 from mmeformer.training.saving import (
     CheckpointHook,
@@ -36,7 +36,7 @@ class Runner(MMEngineRunner):
       (:mod:`mmeformer.training.randomness`, :mod:`mmeformer.training.loops`).
     - A checkpoint is whole or not there, and resuming takes the newest whole one
       (:mod:`mmeformer.training.saving`).
-    - Weights that do not belong to the model are an error (:mod:`mmeformer.training.matching`).
+    - Weights that do not belong to the model are an error (:mod:`mmeformer.checkpoints.matching`).
     - Unreadable files are left out, counted and named; a loss that is not finite stops the run
       (:mod:`mmeformer.training.hooks`).
 

@@ -18,8 +18,8 @@ from mmengine.registry import MODELS, DefaultScope
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.convert import convert, converted
 from mmeformer.checkpoints.load import load_content
-from mmeformer.checkpoints.safe_load import CheckpointError
 from mmeformer.checkpoints.translate import skeleton
+from mmeformer.errors import CheckpointError
 from mmeformer.paths import config_dir, tools_dir
 from mmeformer.variants import VARIANTS
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmeformer.checkpoints import safe_load
-from mmeformer.checkpoints.safe_load import CheckpointError
+from mmeformer.errors import CheckpointError
 from mmeformer.training.saving import newest_resumable
 
 CONTENT = dict(

@@ -27,7 +27,7 @@ from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.checkpoints import formats, safe_load
 from mmeformer.checkpoints.load import NOT_BUILT, load_content, load_pretrained
 from mmeformer.checkpoints.report import NEW_COUNTERS, NEW_NORMS
-from mmeformer.checkpoints.safe_load import CheckpointError
+from mmeformer.errors import CheckpointError
 from mmeformer.variants import VARIANTS
 
 S0 = VARIANTS["efficientformerv2_s0"]

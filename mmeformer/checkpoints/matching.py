@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mmeformer.checkpoints.contents import check_values, take_apart
 from mmeformer.checkpoints.load import describe
-from mmeformer.checkpoints.safe_load import CheckpointError
 from mmeformer.checkpoints.translate import identify
+from mmeformer.errors import CheckpointError
 
 NAMED = 3
 
