@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training checkpoints that are whole or not there, and the search for the one to resume from."""
+"""Save training checkpoints safely, and find the one to resume from."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from mmeformer.files import is_draft, write_text
 POINTER = "last_checkpoint"
 """File of mmengine in the work directory that names the latest checkpoint."""
 RESUMABLE = ("meta", "state_dict", "optimizer", "message_hub")
-"""What a checkpoint must hold to go on from it."""
+"""Entries that a checkpoint needs to resume from it."""
 
 
 def read_resumable(path: str | Path) -> dict:
-    """Read a checkpoint of training, from a file or an address.
+    """Read a training checkpoint from a file or URL.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: it is damaged, or holds a model only.
+        FileNotFoundError: the file does not exist.
+        CheckpointError: it is damaged, or has only the weights of a model.
     """
     content = safe_load.load(path)
     if missing := [key for key in RESUMABLE if key not in content]:
         raise CheckpointError(
-            f"{path} has no {', '.join(missing)}: it holds a model, not the state of a training. "
+            f"{path} has no {', '.join(missing)}: it has a model, not the state of a training. "
             "Resume from an epoch_*.pth or iter_*.pth, or start from its weights with "
             "--cfg-options load_from=..."
         )
@@ -41,13 +41,16 @@ def read_resumable(path: str | Path) -> dict:
 
 
 def newest_resumable(work_dir: str | Path) -> tuple[Path, dict] | None:
-    """The checkpoint to go on from, and its content (on the CPU).
+    """Find the checkpoint to resume from.
 
-    The one that ``last_checkpoint`` names if it is whole, else the newest that is; what is damaged
-    is named in a warning. None if the work directory has no checkpoints.
+    That is the one that ``last_checkpoint`` names if it is complete, else the newest complete one.
+    Damaged files are logged as warnings.
+
+    Returns:
+        The file and its content on the CPU, or None if the work directory has no checkpoints.
 
     Raises:
-        CheckpointError: there are checkpoints, but not one can be used.
+        CheckpointError: there are checkpoints, but none can be used.
     """
     damaged = []
     for path in _candidates(Path(work_dir)):
@@ -61,18 +64,18 @@ def newest_resumable(work_dir: str | Path) -> tuple[Path, dict] | None:
     if damaged:
         raise CheckpointError(
             f"none of the {len(damaged)} checkpoints in {work_dir} can be resumed from; the first "
-            f"of them: {damaged[0]}. To start anew, train without --resume"
+            f"of them: {damaged[0]}. To start from the beginning, train without --resume"
         )
     return None
 
 
 def _candidates(work_dir: Path) -> Iterator[Path]:
-    """Files to resume from, the likeliest first."""
+    """Files to resume from, in the order to try them."""
     folders = [work_dir]
     named: list[Path] = []
     pointer = work_dir / POINTER
     if pointer.is_file() and (text := pointer.read_text().strip()):
-        # The folder may have been moved or copied since; what is here goes before what is there.
+        # The folder may have been moved or copied: prefer files here to those at the old path.
         named = [work_dir / Path(text).name]
         if not named[0].is_file():
             named = [Path(text)]
@@ -85,10 +88,11 @@ def _candidates(work_dir: Path) -> Iterator[Path]:
 
 
 class CheckpointHook(MMEngineCheckpointHook):
-    """mmengine's hook, which removes an old checkpoint only when the new one is on the disk.
+    """mmengine's hook that removes an old checkpoint only after the new one is on the disk.
 
-    mmengine makes room first: who is killed then, or runs out of disk, is left without. Arguments
-    are those of mmengine; :class:`mmeformer.training.runner.Runner` puts it in its place.
+    mmengine removes first, so that a kill or a full disk at that moment leaves no checkpoint.
+    Arguments are those of mmengine. :class:`mmeformer.training.runner.Runner` uses it in place of
+    mmengine's.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -132,7 +136,7 @@ class CheckpointHook(MMEngineCheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if not self.save_best:
             return
-        # What mmengine does not see it does not remove.
+        # Hide the previous best from mmengine, which would remove it before saving.
         before = self._best()
         self._set_best({})
         super()._save_best_checkpoint(runner, metrics)
@@ -162,8 +166,8 @@ class CheckpointHook(MMEngineCheckpointHook):
             self.file_backend.remove(path)
 
 
-def find_unfinite(state: dict) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity."""
+def find_nonfinite(state: dict) -> list[str]:
+    """Names of the tensors that have NaN or infinite values."""
     return [
         name
         for name, tensor in state.items()

@@ -87,7 +87,11 @@ CASES = [
     ("train", "{p}/name.py " + WORK, "name.py cannot be read: .*gone.py"),
     ("train", "{p}/text.txt " + WORK, "text.txt cannot be read: Only py"),
     ("train", "{p} " + WORK, "does not exist"),
-    ("train", "{p}/bare.py " + WORK, "bare.py is no config of a training: .*train_dataloader"),
+    (
+        "train",
+        "{p}/bare.py " + WORK,
+        "bare.py is not a training config: missing .*train_data",
+    ),
     ("train", "{p}/segmentation.py --work-dir {p}/text.txt/work", "text.txt"),
     ("train", "{p}/segmentation.py --resume {p}/gone.pth " + WORK, "gone.pth does not exist"),
     ("train", "{p}/segmentation.py --resume {p}/truncated.pth " + WORK, "truncated.pth is damaged"),
@@ -110,7 +114,7 @@ CASES = [
     ("train", "{p}/detection.py " + WORK + " --cfg-options load_from={p}/other.pth", "of another"),
     ("train", "{p}/detection.py " + WORK + " --cfg-options load_from={p}/nan.pth", "NaN"),
     ("train", "{p}/detection.py --launcher teleport", "invalid choice"),
-    ("train", "{p}/detection.py --launcher slurm " + WORK, "within a job of Slurm only"),
+    ("train", "{p}/detection.py --launcher slurm " + WORK, "only in a Slurm job"),
     ("train", "{p}/detection.py --cfg-options nonsense", "'nonsense' is not KEY=VALUE"),
     ("train", "{p}/detection.py --cfg-options a=[1,(2]", "argument --cfg-options: .*brackets"),
     (
@@ -178,7 +182,7 @@ CASES = [
     (
         "split_dota",
         "{p}/aerial/train {p}/text.txt/patches --labels annfiles --workers 1",
-        "text.txt/patches/annfiles: Not a directory",
+        "text.txt/patches/images: Not a directory",
     ),
     ("predict", "{p}/gone.py {p}/detection.pth {p}/a.png --out {out}", "gone.py does not exist"),
     ("predict", "{p}/detection.py {p}/other.pth {p}/a.png --out {out}", "other.pth"),
