@@ -202,7 +202,7 @@ def test_several_folders_and_test_sets(tmp_path):
         Split([pairs[0], (second / "images", None)], tmp_path / "x", settings)
     with pytest.raises(ValueError, match="have the same name"):
         Split([pairs[0], pairs[0]], tmp_path / "x", settings)
-    with pytest.raises(ValueError, match="no label file in .* has the name of an image"):
+    with pytest.raises(ValueError, match="no label file in .* belongs to an image"):
         Split([(first / "images", second / "labelTxt")], tmp_path / "x", settings)
     assert not (tmp_path / "x").exists()
 
@@ -289,14 +289,14 @@ def test_processes_give_the_same_as_one(tmp_path):
 def test_other_folders_and_other_settings_are_left_alone(tmp_path):
     source = write_source(tmp_path / "DOTA", {"a.png": (100, 70)})
     pairs = [(source / "images", source / "labelTxt")]
-    with pytest.raises(FileExistsError, match="DOTA is there already and was not made by"):
+    with pytest.raises(FileExistsError, match="DOTA exists and was not made by"):
         Split(pairs, source, CutSettings())
     split(source, tmp_path / "cut", CutSettings(size=64, overlap=16))
     before = contents(tmp_path / "cut")
-    with pytest.raises(FileExistsError, match='cut otherwise.*"size": 64.*"size": 32'):
+    with pytest.raises(FileExistsError, match='cut with other arguments.*"size": 64.*"size": 32'):
         Split(pairs, tmp_path / "cut", CutSettings(size=32, overlap=16))
     other = write_source(tmp_path / "other", {"a.png": (100, 70)}, seed=1)
-    with pytest.raises(FileExistsError, match="cut otherwise"):
+    with pytest.raises(FileExistsError, match="cut with other arguments"):
         split(other, tmp_path / "cut", CutSettings(size=64, overlap=16))
     assert contents(tmp_path / "cut") == before
 
@@ -345,7 +345,7 @@ def test_command_names_unreadable_images_and_goes_on(tmp_path, capsys):
     (source / "images" / "b.png").write_bytes(whole)
     (source / "labelTxt" / "c.txt").write_text(HEADER)
     assert command.main(arguments) == 0
-    assert "2 images were cut before, 2 are left" in capsys.readouterr().out
+    assert "2 images were cut before, 2 remain" in capsys.readouterr().out
     assert len(list((tmp_path / "cut" / "images").iterdir())) == 16
 
 
@@ -372,7 +372,7 @@ def test_interrupting_the_command_leaves_whole_patches(tmp_path, signal_number):
             assert process.poll() is None
             time.sleep(0.05)
         os.kill(process.pid, signal_number)
-        assert "run the same command again to go on" in process.communicate(timeout=60)[1]
+        assert "run the same command again to continue" in process.communicate(timeout=60)[1]
     assert process.returncode == 130
     done = len(manifest.read_text().splitlines()) - 1
     assert 2 <= done < 60

@@ -7,7 +7,7 @@ import numpy as np
 from mmeformer.segmentation.checks import check_pairs
 from mmeformer.synthetic.masks import (
     CLASSES,
-    NOT_LABELLED,
+    UNLABELED,
     draw_masked_scene,
     write_mask_dataset,
 )
@@ -49,7 +49,7 @@ def test_labels_cover_the_shapes():
                 assert (mask[instance.mask] == 1 + instance.label).all()
             else:
                 hidden += int(instance.mask.any())
-                assert (mask[instance.mask] == NOT_LABELLED).all()
+                assert (mask[instance.mask] == UNLABELED).all()
         assert (mask[~covered] == 0).all()
     assert hidden, "the rule for hidden shapes was never put to the test"
 

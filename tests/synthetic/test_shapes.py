@@ -64,7 +64,7 @@ def test_foreign_folder_is_left_alone(tmp_path):
     root = tmp_path / "mine"
     root.mkdir()
     (root / "photo.png").write_text("precious")
-    with pytest.raises(FileExistsError, match="mine exists and is not the data set"):
+    with pytest.raises(FileExistsError, match="mine exists and is not the requested data set"):
         write_coco_dataset(root, 1, 1, 64)
     assert (root / "photo.png").read_text() == "precious"
 
