@@ -290,12 +290,12 @@ class TestRun:
 
 
 def odd_images():
-    """Name -> function that writes an unusual but whole image."""
-    grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    """Name -> function that writes an unusual but valid image."""
+    gray = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
     return {
-        "grey.png": lambda path: Image.fromarray((grey >> 4).astype(np.uint8)).save(path),
+        "gray.png": lambda path: Image.fromarray((gray >> 4).astype(np.uint8)).save(path),
         "rgba.png": lambda path: Image.new("RGBA", (64, 64), (9, 9, 9, 4)).save(path),
-        "deep.png": lambda path: Image.fromarray(grey).save(path),
+        "deep.png": lambda path: Image.fromarray(gray).save(path),
         "cmyk.jpg": lambda path: Image.new("CMYK", (64, 64), (9, 9, 9, 4)).save(path),
         "pixel.png": lambda path: Image.new("RGB", (1, 1)).save(path),
         "strip.png": lambda path: Image.new("RGB", (20000, 20)).save(path),
@@ -312,7 +312,7 @@ def rotated(place, tmp_path):
     return tmp_path / "config.py", root / "train/images"
 
 
-def test_odd_images_are_taken(rotated, tmp_path, capfd):
+def test_odd_images_are_accepted(rotated, tmp_path, capfd):
     config, images = rotated
     for name, write in odd_images().items():
         write(images / name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each mistake in a COCO file and its images is found and named; sound data is left alone."""
+"""Each error in a COCO file and its images is found and named; correct data passes."""
 
 import json
 import re
@@ -129,8 +129,8 @@ def test_a_box_and_a_mask_can_both_be_wrong(content, tmp_path):
 def test_run_lengths_are_those_of_pycocotools(mask):
     lengths = run_lengths(compressed(mask)["counts"])
     assert lengths.min() >= 0
-    colours = np.arange(len(lengths)) % 2
-    assert np.array_equal(np.repeat(colours, lengths), mask.flatten(order="F"))
+    colors = np.arange(len(lengths)) % 2
+    assert np.array_equal(np.repeat(colors, lengths), mask.flatten(order="F"))
     assert np.array_equal(run_lengths(lengths.tolist()), lengths)
 
 
@@ -212,7 +212,7 @@ def damaged_text(text):
 @settings(max_examples=150)
 @given(data=st.data())
 def test_damaged_annotations_never_pass_silently(tmp_path_factory, data):
-    """Whatever stands in one place instead: the checks end, and mmdet reads what they pass."""
+    """With any value in one place, the checks finish and mmdet reads what they accept."""
     folder = tmp_path_factory.getbasetemp() / "fuzz"
     folder.mkdir(exist_ok=True)
     cv2.imwrite(str(folder / "0.jpg"), np.full((30, 40, 3), 90, np.uint8))

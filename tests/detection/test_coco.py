@@ -84,7 +84,7 @@ def test_no_images(root, tmp_path):
         build(root, edited(root, tmp_path, images=[], annotations=[]))
 
 
-def test_unlabelled_test_set_is_fine(root, tmp_path):
+def test_unlabeled_test_set_is_accepted(root, tmp_path):
     path = edited(root, tmp_path, annotations=None)
     assert len(build(root, path, test_mode=True)) == 4
     with pytest.raises(ValueError, match="no annotations"):

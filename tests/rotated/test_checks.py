@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each mistake in DOTA label files is found and named; sound data is left alone."""
+"""Each error in DOTA label files is found and named; correct data passes."""
 
 import cv2
 import numpy as np

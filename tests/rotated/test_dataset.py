@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DOTA data set: what it reads, and that no mistake ends in a silent zero."""
+"""The DOTA data set reads valid data, and errors in it never end in a silent score of zero."""
 
 import time
 
@@ -78,10 +78,10 @@ def test_empty_images_are_negatives_or_filtered(root):
     assert len(build(root, filter_cfg=dict(filter_empty_gt=True), test_mode=True)) == 6
 
 
-def test_suffix_and_unlabelled_images(root):
+def test_suffix_and_unlabeled_images(root):
     assert [item["img_id"] for item in build(root, img_suffix="png")] == ["a", "e"]
-    unlabelled = build(root, ann_file="")
-    assert [item["instances"] for item in unlabelled] == [[]] * 6
+    unlabeled = build(root, ann_file="")
+    assert [item["instances"] for item in unlabeled] == [[]] * 6
 
 
 def test_pipeline_makes_rotated_boxes(root):

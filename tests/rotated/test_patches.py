@@ -44,8 +44,8 @@ def write_source(folder, sizes, objects=12, seed=0):
         cv2.imwrite(str(folder / "images" / name), image)
         lines = []
         for number in range(objects):
-            centre = generator.uniform(0, (width, height))
-            rectangle = (centre, generator.uniform(4, 30, 2), generator.uniform(0, 180))
+            center = generator.uniform(0, (width, height))
+            rectangle = (center, generator.uniform(4, 30, 2), generator.uniform(0, 180))
             polygon = cv2.boxPoints(rectangle)
             lines.append(format_label(polygon, f"class{number % 3}", number % 2))
         stem = name.rsplit(".", 1)[0]
@@ -103,7 +103,7 @@ def test_share_inside_is_that_of_the_outline(data, window):
         assert share == pytest.approx(expected, abs=1e-6)
 
 
-def test_share_of_objects_without_area_is_decided_by_the_centre():
+def test_share_of_objects_without_area_is_decided_by_the_center():
     line = np.array([[0, 5], [10, 5], [0, 5], [10, 5]], float)
     shares = share_inside(np.stack([line, line + [7, 0], line + [60, 0]]), (0, 0, 12, 12))
     np.testing.assert_array_equal(shares, [1, 1, 0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each mistake in masks and images is found and named; sound data is left alone."""
+"""Each error in masks and images is found and named; correct data passes."""
 
 import numpy as np
 import pytest

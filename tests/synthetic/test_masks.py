@@ -55,7 +55,7 @@ def test_labels_cover_the_shapes():
 
 
 def test_pictures_are_what_the_masks_say(tmp_path):
-    """A shape has one flat colour plus noise, so a label map off by a pixel would show."""
+    """A shape has one flat color plus noise, so a label map off by a pixel would show."""
     root = write_mask_dataset(tmp_path / "data", 4, 1, 96)
     spread = []
     for path in sorted((root / "images/training").iterdir()):
@@ -64,7 +64,7 @@ def test_pictures_are_what_the_masks_say(tmp_path):
         for label in range(1, len(CLASSES)):
             count, parts = cv2.connectedComponents((mask == label).astype(np.uint8))
             for part in range(1, count):
-                colours = image[parts == part]
-                spread.append(np.abs(colours - np.median(colours, axis=0)).mean())
-    # Two touching shapes of one kind are one part of two colours, so not every part is flat.
+                colors = image[parts == part]
+                spread.append(np.abs(colors - np.median(colors, axis=0)).mean())
+    # Two touching shapes of one kind are one part of two colors, so not every part is flat.
     assert np.median(spread) < 10

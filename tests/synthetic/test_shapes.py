@@ -39,10 +39,10 @@ def test_annotations_describe_the_pictures(tmp_path):
         x, y, w, h = ann["bbox"]
         assert (x, y, x + w, y + h) == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
         assert ann["area"] == mask.sum() == coco_mask.area(coco.annToRLE(ann))
-        # One flat colour plus noise: the mask is the shape that was painted.
+        # One flat color plus noise: the mask is the shape that was painted.
         name = coco.imgs[ann["image_id"]]["file_name"]
-        colour = cv2.imread(str(root / "train2017" / name))[mask.astype(bool)].astype(float)
-        assert np.abs(colour - np.median(colour, axis=0)).mean() < 10
+        color = cv2.imread(str(root / "train2017" / name))[mask.astype(bool)].astype(float)
+        assert np.abs(color - np.median(color, axis=0)).mean() < 10
 
 
 def test_shapes_occlude():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that was killed at any moment goes on as if nothing had happened."""
+"""A run that was killed at any moment resumes as if it had not been interrupted."""
 
 import errno
 import functools
@@ -74,22 +74,22 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unbroken(folder):
-    """A function from task to the losses of a run that nobody disturbed."""
+def uninterrupted(folder):
+    """Function that returns the losses of an uninterrupted run of a task."""
 
     @functools.cache
     def losses(task):
-        return tiny.train(tiny.TASKS[task](folder), folder / f"unbroken-{task}")
+        return tiny.train(tiny.TASKS[task](folder), folder / f"uninterrupted-{task}")
 
     return losses
 
 
-def test_random_numbers_matter(folder, unbroken):
+def test_random_numbers_matter(folder, uninterrupted):
     """The comparisons below mean something: another seed gives other losses from the start."""
     config = tiny.segmentation(folder, iterations=1)
     config.randomness.seed = 2
     other = tiny.train(config, folder / "other-seed")
-    assert not tiny.equal(unbroken("segmentation"), other)
+    assert not tiny.equal(uninterrupted("segmentation"), other)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_random_numbers_matter(folder, unbroken):
         for index, name in enumerate(MOMENTS)
     ],
 )
-def test_killed_while_saving(folder, unbroken, tmp_path, monkeypatch, moment):
+def test_killed_while_saving(folder, uninterrupted, tmp_path, monkeypatch, moment):
     owner, name, number, action, done = MOMENTS[moment]
     config = tiny.segmentation(folder)
 
@@ -112,7 +112,7 @@ def test_killed_while_saving(folder, unbroken, tmp_path, monkeypatch, moment):
     assert named == f"iter_{done}.pth"
     losses = tiny.train(config, tmp_path, resume="auto")
     assert sorted(losses) == list(range(done, tiny.ITERATIONS))
-    assert tiny.equal(unbroken("segmentation"), losses)
+    assert tiny.equal(uninterrupted("segmentation"), losses)
     assert not [path for path in tmp_path.iterdir() if files.is_draft(path)]
 
 
@@ -128,7 +128,7 @@ def test_killed_while_saving(folder, unbroken, tmp_path, monkeypatch, moment):
         ),
     ],
 )
-def test_killed_between_steps(folder, unbroken, tmp_path, task, workers):
+def test_killed_between_steps(folder, uninterrupted, tmp_path, task, workers):
     config = tiny.TASKS[task](folder)
     assert tiny.fork(lambda rank: tiny.train(config, tmp_path, at={5: kill})) == [-signal.SIGKILL]
     # Neither the number of workers nor a validation in between changes what is drawn.
@@ -136,7 +136,7 @@ def test_killed_between_steps(folder, unbroken, tmp_path, task, workers):
     config.train_cfg.val_interval = 6
     losses = tiny.train(config, tmp_path, resume="auto")
     assert sorted(losses) == [4, 5, 6, 7]
-    assert tiny.equal(unbroken(task), losses)
+    assert tiny.equal(uninterrupted(task), losses)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_epochs_with_batches_by_aspect_ratio(folder, tmp_path, by_epoch, killed_
     config.train_dataloader.sampler = dict(type="DefaultSampler", shuffle=True)
     config.train_dataloader.batch_sampler = dict(type="AspectRatioBatchSampler")
     config.default_hooks.checkpoint.update(by_epoch=by_epoch, interval=1 if by_epoch else 2)
-    expected = tiny.train(config, tmp_path / "unbroken")
+    expected = tiny.train(config, tmp_path / "uninterrupted")
     assert sorted(expected) == list(range(8))
     tiny.fork(lambda rank: tiny.train(config, tmp_path / "killed", at={killed_at: kill}))
     losses = tiny.train(config, tmp_path / "killed", resume="auto")
@@ -175,18 +175,18 @@ def test_two_processes(folder, tmp_path, task):
         content = json.loads(Path(work_dir, f"losses-{rank}.json").read_text())
         return {int(iteration): loss for iteration, loss in content.items()}
 
-    assert run(tmp_path / "unbroken") == [0, 0]
+    assert run(tmp_path / "uninterrupted") == [0, 0]
     assert run(tmp_path / "killed", at={4: kill}) == [-signal.SIGKILL] * 2
     assert run(tmp_path / "killed", resume="auto") == [0, 0]
     for rank in (0, 1):
         resumed = losses(tmp_path / "killed", rank)
         assert sorted(resumed) == [4, 5]
-        assert tiny.equal(losses(tmp_path / "unbroken", rank), resumed)
+        assert tiny.equal(losses(tmp_path / "uninterrupted", rank), resumed)
 
 
 @pytest.mark.slow
 def test_random_seed_is_taken_over(folder, tmp_path):
-    """Without a seed in the config mmengine draws one, which a resumed run must not draw anew."""
+    """Without a seed in the config mmengine draws one, which a resumed run must keep."""
     config = tiny.segmentation(folder, iterations=4)
     config.randomness = dict(seed=None)
     expected = tiny.train(config, tmp_path)
@@ -205,7 +205,7 @@ class TestDiskFull:
         Path(path).write_bytes(content[: len(content) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def test_checkpoints_before_stay(self, folder, unbroken, tmp_path, monkeypatch):
+    def test_checkpoints_before_stay(self, folder, uninterrupted, tmp_path, monkeypatch):
         config = tiny.segmentation(folder)
         with monkeypatch.context() as patch:
             patch.setattr(LocalBackend, "put", at_call(2, self.write_half)(LocalBackend.put))
@@ -214,7 +214,7 @@ class TestDiskFull:
         assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_2.pth"]
         assert Path((tmp_path / "last_checkpoint").read_text()).name == "iter_2.pth"
         losses = tiny.train(config, tmp_path, resume="auto")
-        assert tiny.equal(unbroken("segmentation"), losses) and len(losses) == 6
+        assert tiny.equal(uninterrupted("segmentation"), losses) and len(losses) == 6
 
 
 class TestSearch:
