@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmeformer.commands import cli
+from mmeformer.errors import UserError
 
 # Seconds between lines of progress if the output is not a terminal.
 LINE_EVERY = 30
@@ -127,7 +128,7 @@ def work(args: argparse.Namespace) -> int:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return cli.INTERRUPTED
     except BrokenProcessPool as error:
-        raise RuntimeError(
+        raise UserError(
             "a process was killed, probably because memory ran out; run the same command with "
             "fewer --workers to continue"
         ) from error

@@ -130,7 +130,7 @@ def _draw_predictions(config: Config, show_dir: str) -> None:
     hook = config.default_hooks.get("visualization")
     if hook is None or hook.get("type", "").split(".")[-1] not in VISUALIZATION_HOOKS:
         raise ValueError(
-            f"pictures of predictions need default_hooks.visualization in the config, one of "
+            "pictures of predictions need default_hooks.visualization in the config, one of "
             f"{' or '.join(VISUALIZATION_HOOKS)}"
         )
     hook.draw = True

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mmeformer import configs
 from mmeformer.commands import cli
-from mmeformer.errors import TrainingError
+from mmeformer.errors import CheckpointError, TrainingError, UserError
 from mmeformer.paths import tools_dir
 
 OUTPUTS = {".pth", ".pkl", ".png", ".onnx", ".safetensors"}
@@ -254,9 +254,10 @@ class TestRun:
         error = capsys.readouterr().err
         assert "Traceback" in error and error.endswith("error: a bug in someone's model\n")
 
-    def test_deliberate_stop_needs_none(self, capsys):
+    @pytest.mark.parametrize("kind", [UserError, CheckpointError, TrainingError])
+    def test_errors_for_users_have_no_traceback(self, capsys, kind):
         def run_iter(args):
-            raise TrainingError("the loss is not finite")
+            raise kind("the loss is not finite")
 
         assert cli.run(run_iter, self.Arguments) == 1
         assert capsys.readouterr().err == "error: the loss is not finite\n"
