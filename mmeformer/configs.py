@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Config files: find, read and adjust them."""
+"""Find, read and adjust config files."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mmeformer.paths import config_dir
 
 
 def load_config(path: str | Path, options: Mapping | None = None) -> Config:
-    """Read a config file, with ``options`` (dotted keys) laid over it.
+    """Read a config file.
 
     Args:
-        path: a file, or the path below ``configs/`` of a config that mmeformer ships, such as
+        path: a file, or the path below ``configs/`` of a shipped config, such as
             ``detection/mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py``.
-        options: what ``--cfg-options`` gives.
+        options: settings to override, by dotted key (``--cfg-options``).
 
     Raises:
-        FileNotFoundError: neither exists; names the shipped configs that come nearest.
+        FileNotFoundError: neither exists; names shipped configs with similar names.
         ValueError: it cannot be read; says why.
     """
     path = Path(path)
@@ -31,7 +31,7 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
         path = shipped
     try:
         config = Config.fromfile(str(path))
-    except Exception as error:  # a config is a program, which may raise anything
+    except Exception as error:  # a config is a program and may raise anything
         reason = error.msg if isinstance(error, SyntaxError) else error
         raise ValueError(f"config {path} cannot be read: {reason}") from error
     if options:
@@ -53,7 +53,7 @@ def _missing_config(path: Path) -> str:
 
 
 def choose_work_dir(config: Config, path: str | Path, work_dir: str | None) -> None:
-    """Set ``config.work_dir``: the given one, else the config's, else ``work_dirs/<file name>``."""
+    """Set ``config.work_dir``: ``work_dir``, else the config's own, else ``work_dirs/<name>``."""
     if work_dir is not None:
         config.work_dir = work_dir
     elif config.get("work_dir") is None:
@@ -70,10 +70,10 @@ def drop_pretrained(model: dict) -> None:
 
 
 def existing_checkpoint(path: str) -> str:
-    """``path`` if it is a file or an address with a scheme (``https://...``).
+    """Return ``path`` if it is an existing file or a URL (``https://...``).
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
     """
     if "://" not in path and not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")

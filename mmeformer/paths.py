@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the shipped configs and command lines lie, in a checkout and in an installed wheel."""
+"""Folders of the shipped configs and command lines, in a checkout and in an installed wheel."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def _find(folder: str, package: Path) -> Path:
-    # A wheel carries them inside the package; a checkout (and an editable install) beside it. The
-    # checkout is known by its setup.py, so that a stranger's site-packages/tools is never taken.
+    # A wheel has them inside the package; a checkout (and an editable install) beside it. Only a
+    # checkout has setup.py there, so that another project's site-packages/tools is never used.
     if (package.parent / "setup.py").is_file():
         candidate = package.parent / folder
     else:
@@ -22,26 +22,26 @@ def _find(folder: str, package: Path) -> Path:
 
 
 def config_dir() -> Path:
-    """Folder that holds ``_base_``, ``detection``, ``segmentation`` and ``rotated``.
+    """Folder of the configs: ``_base_`` and one folder per task.
 
     Returns:
-        Absolute path: ``configs`` of the source checkout (also for editable installs) or of the
-        installed wheel (``mmeformer/.mim/configs``).
+        Absolute path: ``configs`` of the checkout (also for editable installs), or
+        ``mmeformer/.mim/configs`` of the installed wheel.
 
     Raises:
-        FileNotFoundError: the folder is missing; the message says how to mend it.
+        FileNotFoundError: the folder is missing; the message says how to fix it.
     """
     return _find("configs", _PACKAGE)
 
 
 def tools_dir() -> Path:
-    """Folder that holds ``train.py``, ``test.py`` and the other command lines.
+    """Folder of ``train.py``, ``test.py`` and the other command lines.
 
     Returns:
-        Absolute path: ``tools`` of the source checkout (also for editable installs) or of the
-        installed wheel (``mmeformer/.mim/tools``).
+        Absolute path: ``tools`` of the checkout (also for editable installs), or
+        ``mmeformer/.mim/tools`` of the installed wheel.
 
     Raises:
-        FileNotFoundError: the folder is missing; the message says how to mend it.
+        FileNotFoundError: the folder is missing; the message says how to fix it.
     """
     return _find("tools", _PACKAGE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job of a task on data made here: generate, train, evaluate, draw."""
+"""Quickstart of a task: generate data, train, evaluate and draw predictions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mmeformer.training import engine
 
 @dataclass(frozen=True)
 class Quickstart:
-    """One task's quickstart.
+    """Quickstart of one task.
 
     Args:
         config: path below ``configs/``.
-        generate: writes the data set into a folder, or finds it complete there.
-        goals: metric name -> least value that counts as success.
+        generate: function that writes the data set into a folder, unless it is there already.
+        goals: metric name -> smallest value that counts as success.
     """
 
     config: str
@@ -33,16 +33,16 @@ class Quickstart:
 def run(task: str, work_dir: str | None = None, options: dict | None = None) -> dict[str, float]:
     """Run a quickstart and return its metrics.
 
-    The work directory gets logs and checkpoint, ``loss_curve.png`` and, in ``pictures/``, the
-    validation images with ground truth (left) and predictions (right).
+    Writes logs, checkpoint and ``loss_curve.png`` to the work directory, and the validation images
+    with ground truth (left) and predictions (right) to ``pictures/`` in it.
 
     Args:
         task: a key of :data:`mmeformer.tasks.TASKS`.
         work_dir: default ``work_dirs/quickstart-<task>``.
-        options: settings laid over the config (dotted keys).
+        options: settings of the config to override, by dotted key.
 
     Raises:
-        FileExistsError: the data folder holds another data set.
+        FileExistsError: the data folder has another data set.
         RuntimeError: a metric misses its goal.
     """
     quickstart = tasks.load(tasks.TASKS[task].quickstart)
@@ -68,7 +68,7 @@ def run(task: str, work_dir: str | None = None, options: dict | None = None) -> 
 
 
 def draw_loss_curve(scalars: Path, picture: Path) -> None:
-    """Plot every loss of mmengine's ``scalars.json`` over the iterations."""
+    """Plot all losses of mmengine's ``scalars.json`` against the iteration."""
     import matplotlib
 
     matplotlib.use("Agg")

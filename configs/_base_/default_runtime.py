@@ -1,4 +1,4 @@
-# Hooks, logging and environment that all tasks share; `default_scope` is set per task.
+# Hooks, logging and environment of all tasks; each task sets `default_scope`.
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=50),
@@ -6,7 +6,7 @@ default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=3, save_best="auto"),
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )
-# The backend becomes gloo by itself where there is no GPU.
+# Without a GPU the backend becomes gloo.
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),

@@ -1,6 +1,6 @@
 _base_ = "default_runtime.py"
 default_scope = "mmdet"
-# The COCO data set with its checks and test-time augmentation with masks.
+# COCO data set with checks, and test-time augmentation with masks.
 custom_imports = dict(imports=["mmeformer.detection"], allow_failed_imports=False)
 default_hooks = dict(
     checkpoint=dict(save_best="coco/bbox_mAP", rule="greater"),

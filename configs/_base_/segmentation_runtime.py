@@ -1,6 +1,6 @@
 _base_ = "default_runtime.py"
 default_scope = "mmseg"
-# The data sets with their checks before training.
+# Data sets with checks before training.
 custom_imports = dict(imports=["mmeformer.segmentation"], allow_failed_imports=False)
 default_hooks = dict(
     logger=dict(log_metric_by_epoch=False),
@@ -8,6 +8,6 @@ default_hooks = dict(
     visualization=dict(type="SegVisualizationHook"),
 )
 custom_hooks = [dict(type="mmeformer.SegNumClassCheckHook")]
-# Without a name each run gets a visualizer, and with it a folder for its curves, of its own.
+# Without a name, each run gets its own visualizer and so its own folder for curves.
 visualizer = dict(type="SegLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")])
 log_processor = dict(by_epoch=False)

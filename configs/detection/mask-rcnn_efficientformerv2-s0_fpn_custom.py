@@ -2,16 +2,16 @@
 _base_ = "mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py"
 
 # ---- always changed -------------------------------------------------------------------------
-data_root = "data/my_dataset/"  # holds train2017/, val2017/ and annotations/instances_*.json
+data_root = "data/my_dataset/"  # has train2017/, val2017/ and annotations/instances_*.json
 classes = ("cat", "dog")  # the category names of the annotation files, in their order
 checkpoint = "timm://efficientformerv2_s0.snap_dist_in1k"  # backbone weights; None: from scratch
 
 # ---- often changed --------------------------------------------------------------------------
-scale = (1333, 800)  # images are resized to fit into this many pixels, longer side first
+scale = (1333, 800)  # images are resized to fit into this size; longer side first
 batch_size = 2  # per GPU
 learning_rate = 1e-4  # from pretrained weights, small batches; from scratch about 5e-4
-anchor_scale = 8  # anchors start at 4 times as many pixels; 4 for objects of 10 to 30 px
-rois_per_image = 512  # boxes the heads learn from; fewer are faster, 128 is plenty on a CPU
+anchor_scale = 8  # smallest anchors: 4 times this, in px; 4 for objects of 10 to 30 px
+rois_per_image = 512  # boxes to train the heads on; fewer are faster, 128 is enough on a CPU
 epochs = 24
 warmup_iters = 100
 num_workers = 2
@@ -20,10 +20,10 @@ num_workers = 2
 scratch = checkpoint is None
 model = dict(
     backbone=dict(
-        # From scratch the batch norms must learn and the blocks must count from the start.
+        # From scratch, train the batch norms and start with large layer scales.
         norm_eval=not scratch,
         layer_scale_init_value=0.5 if scratch else None,
-        # Pictures larger than in training (ImageNet's 7 x 7 keys, or these) then work.
+        # Lets images be larger than in training (ImageNet's 7 x 7 keys, or this scale).
         head_bias_keys=(scale[0] // 32) * (scale[1] // 32) if scratch else 49,
         init_cfg=None if scratch else dict(type="Pretrained", checkpoint=checkpoint),
     ),

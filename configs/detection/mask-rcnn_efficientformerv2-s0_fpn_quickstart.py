@@ -1,5 +1,5 @@
-# The 1x config cut down to what two CPU cores learn from scratch in minutes, on generated shapes
-# of 128 px (`make quickstart`). Not a recipe for real data: see the custom template beside it.
+# The 1x config, reduced so that two CPU cores can train it from scratch in minutes on generated
+# shapes of 128 px (`make quickstart`). For real data use the template ..._custom.py.
 _base_ = "mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py"
 
 data_root = "data/quickstart-shapes/"
@@ -7,7 +7,7 @@ classes = ("circle", "rectangle", "triangle", "star")
 size = (128, 128)
 max_iters = 420
 
-# From scratch: train the batch norms, add some to the neck, let the blocks speak from the start.
+# From scratch: train the batch norms, add some to the neck, start with large layer scales.
 # For two cores: half the channels in neck and heads, fewer proposals.
 width = 128
 roi_extractor = dict(out_channels=width)

@@ -2,15 +2,15 @@
 _base_ = "rotated-gfl-le135_efficientformerv2-s0_fpn_1x_dota.py"
 
 # ---- always changed -------------------------------------------------------------------------
-data_root = "data/my_dataset/"  # holds train/ and val/, each with images/ and annfiles/
+data_root = "data/my_dataset/"  # has train/ and val/, each with images/ and annfiles/
 classes = ("ship", "plane")  # the class names of the label files
 checkpoint = "timm://efficientformerv2_s0.snap_dist_in1k"  # backbone weights; None: from scratch
 
 # ---- often changed --------------------------------------------------------------------------
-size = (1024, 1024)  # of the patches that tools/split_dota.py cut
+size = (1024, 1024)  # size of the patches from tools/split_dota.py
 batch_size = 2  # per GPU
 learning_rate = 1e-4  # from pretrained weights, small batches; from scratch about 1e-3
-anchor_scale = 4  # anchors start at 8 times as many pixels
+anchor_scale = 4  # smallest anchors: 8 times this, in px
 epochs = 24
 warmup_iters = 100
 num_workers = 2
@@ -19,7 +19,7 @@ num_workers = 2
 scratch = checkpoint is None
 model = dict(
     backbone=dict(
-        # From scratch the batch norms must learn and the blocks must count from the start.
+        # From scratch, train the batch norms and start with large layer scales.
         norm_eval=not scratch,
         layer_scale_init_value=0.5 if scratch else None,
         bias_grid=[max(1, side // 32) for side in size],

@@ -1,5 +1,5 @@
-# The full GFL config cut down to what two CPU cores learn from scratch in minutes, on generated scenes of
-# 128 px (`make quickstart-rotated`). Not a recipe for real data: see the custom template beside it.
+# The full GFL config, reduced so that two CPU cores can train it from scratch in minutes on
+# generated scenes of 128 px (`make quickstart-rotated`). For real data use the template ..._custom.py.
 _base_ = "rotated-gfl-le135_efficientformerv2-s0_fpn_qfl-dfl-1x_dota.py"
 
 data_root = "data/quickstart-aerial/"
@@ -10,7 +10,7 @@ metainfo = dict(
 size = (128, 128)
 max_iters = 1000
 
-# From scratch: train the batch norms, add some to the neck, let the blocks speak from the start.
+# From scratch: train the batch norms, add some to the neck, start with large layer scales.
 # For two cores: half the channels in neck and head, and half the depth of its towers.
 width = 128
 model = dict(

@@ -2,20 +2,20 @@
 _base_ = "semantic-fpn_efficientformerv2-s0_40k_ade20k-512x512.py"
 
 # ---- always changed -------------------------------------------------------------------------
-data_root = "data/my_dataset/"  # holds images/ and annotations/, each training/ and validation/
+data_root = "data/my_dataset/"  # has images/ and annotations/, each training/ and validation/
 metainfo = dict(classes=("road", "car"), palette=[[128, 64, 128], [0, 0, 142]])  # in label order
 checkpoint = "timm://efficientformerv2_s0.snap_dist_in1k"  # backbone weights; None: from scratch
 
 # ---- often changed --------------------------------------------------------------------------
-# True: the masks hold 0 for "other" and 1, 2, ... for the classes. False: 0, 1, ... Either way
-# 255 means "not labelled".
+# True: masks have 0 for "other" and 1, 2, ... for the classes. False: 0, 1, ... for the classes.
+# In both cases 255 means "unlabeled".
 reduce_zero_label = False
 img_suffix = ".jpg"
 seg_map_suffix = ".png"
-scale = (2048, 512)  # images are resized to fit into this many pixels, longer side first
-crop_size = (512, 512)  # of training, height first; no more than the shorter side of most images
+scale = (2048, 512)  # images are resized to fit into this size; longer side first
+crop_size = (512, 512)  # in training, height first; at most the shorter side of most images
 batch_size = 4  # per GPU
-class_weight = None  # such as [1.0, 3.0]: how much a pixel of each class counts in the loss
+class_weight = None  # such as [1.0, 3.0]: weight of each class in the loss
 learning_rate = 2e-4
 max_iters = 8000
 warmup_iters = 200
@@ -27,22 +27,22 @@ num_classes = len(metainfo["classes"])
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(
-        # From scratch the batch norms must learn and the blocks must count from the start.
+        # From scratch, train the batch norms and start with large layer scales.
         norm_eval=not scratch,
         layer_scale_init_value=0.5 if scratch else None,
         bias_grid=tuple(-(-side // 32) for side in crop_size),
-        # Pictures larger than in training (ImageNet's 7 x 7 keys, or the crops) then work.
+        # Lets images be larger than in training (ImageNet's 7 x 7 keys, or the crops).
         head_bias_keys=(crop_size[0] // 32) * (crop_size[1] // 32) if scratch else 49,
         init_cfg=None if scratch else dict(type="Pretrained", checkpoint=checkpoint),
     ),
     neck=dict(norm_cfg=dict(type="SyncBN") if scratch else None),
     decode_head=dict(
         num_classes=num_classes,
-        # The mean over labelled pixels only; with class weights mmseg's loss always is.
+        # Mean over labeled pixels only, as mmseg's loss with class weights always is.
         loss_decode=dict(avg_non_ignore=class_weight is None, class_weight=class_weight),
     ),
-    # V2's talking heads add a constant per key, so that whole pictures much larger than the crops of
-    # training come out wrong; windows are as large as those. See docs/segmentation.md.
+    # V2's talking heads add a constant per key, so whole images much larger than the training crops
+    # give wrong results. Windows have the size of the crops. See docs/segmentation.md.
     test_cfg=dict(
         mode="slide", crop_size=crop_size, stride=tuple(side * 2 // 3 for side in crop_size)
     ),

@@ -1,5 +1,5 @@
-# The 40k config cut down to what two CPU cores learn from scratch in minutes, on generated shapes
-# of 128 px (`make quickstart-seg`). Not a recipe for real data: see the custom template beside it.
+# The 40k config, reduced so that two CPU cores can train it from scratch in minutes on generated
+# shapes of 128 px (`make quickstart-seg`). For real data use the template ..._custom.py.
 _base_ = "semantic-fpn_efficientformerv2-s0_40k_ade20k-512x512.py"
 
 data_root = "data/quickstart-masks/"
@@ -10,7 +10,7 @@ metainfo = dict(
 size = (128, 128)
 max_iters = 500
 
-# From scratch: train the batch norms, add some to the neck, let the blocks speak from the start.
+# From scratch: train the batch norms, add some to the neck, start with large layer scales.
 model = dict(
     data_preprocessor=dict(size=size),
     backbone=dict(norm_eval=False, layer_scale_init_value=0.5, bias_grid=4, init_cfg=None),

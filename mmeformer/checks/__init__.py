@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a data set: found before it is trained on."""
+"""Checks that find errors in a data set before a model is trained on it."""

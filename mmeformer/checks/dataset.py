@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check the data sets that a config names, and draw samples of them with their labels."""
+"""Build the data sets of a config for checking, and draw samples of them with their labels."""
 
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,22 +14,24 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, VISUALIZERS, init_default_scope
 
-from mmeformer.checks.findings import Finding
+from mmeformer.checks.interface import CheckedDataset
+from mmeformer.files import write_bytes
+from mmeformer.tasks import TASKS
 
 SPLITS = ("train", "val", "test")
 DRAWN = 16
-"""Samples in a grid of pictures."""
+"""Number of samples in a picture."""
 TILE = 320
-"""Side of one of them in pixels."""
-# What loads an image and its labels; all else in a pipeline changes them.
+"""Side of one sample in pixels."""
+# Transforms that load an image and its labels; all others change them.
 KEPT_TRANSFORMS = ("Load", "ConvertBoxType", "Pack")
 
 
 def datasets_of(config: Config, split: str) -> list[BaseDataset]:
-    """The data sets of a split, not yet read; several where the config concatenates them.
+    """Build the data sets of a split without reading them; several if the config has a wrapper.
 
     Raises:
-        ValueError: the config has no such split, or a data set that cannot be checked.
+        ValueError: the config has no such split, or a data set that has no checks.
     """
     loader = config.get(f"{split}_dataloader")
     if loader is None:
@@ -45,12 +46,13 @@ def datasets_of(config: Config, split: str) -> list[BaseDataset]:
             if transform["type"].split(".")[-1].startswith(KEPT_TRANSFORMS)
         ]
         dataset = DATASETS.build({**settings, "pipeline": pipeline, "lazy_init": True})
-        if not hasattr(dataset, "findings"):
+        if not isinstance(dataset, CheckedDataset):
+            known = [name for task in TASKS.values() for name in task.datasets]
             raise ValueError(
                 f"data set {settings['type']} of {config.filename} cannot be checked: use "
-                "mmeformer.CocoDataset, SegmentationDataset, ADE20KDataset or DOTADataset"
+                f"{' or '.join(known)}"
             )
-        # Drawing must not stop at what the check reports.
+        # Samples are drawn even if the data set has errors.
         dataset.checked = False
         datasets.append(dataset)
     return datasets
@@ -67,21 +69,21 @@ def _flat(settings: dict) -> Iterator[dict]:
 
 
 def location(dataset: BaseDataset) -> str:
-    """Where a data set lies: its annotation file or folder, or its images."""
+    """Annotation file or folder of a data set, or else its image folder."""
     return str(dataset.ann_file or next(iter(dataset.data_prefix.values())))
 
 
 def draw_samples(dataset: BaseDataset, config: Config, target: Path) -> int:
     """Draw up to :data:`DRAWN` samples with their labels into one PNG file.
 
-    They lie at equal distances in the data set; those with labels are preferred.
+    The samples are spread evenly over the data set; those with labels come first.
 
     Returns:
-        The number of samples drawn; 0 writes no file.
+        The number of samples drawn; with 0 no file is written.
 
     Raises:
         OSError: the file cannot be written.
-        Exception: whatever the data set raises about annotations that cannot be read.
+        Exception: any error of the data set about annotations that cannot be read.
     """
     dataset.full_init()
     order = np.linspace(0, len(dataset) - 1, min(len(dataset), 10 * DRAWN)).astype(int).tolist()
@@ -103,10 +105,10 @@ def draw_samples(dataset: BaseDataset, config: Config, target: Path) -> int:
             try:
                 sample = dataset.pipeline(dataset.get_data_info(index))
             except (OSError, AssertionError, ValueError, cv2.error):
-                # Files that the check has named.
+                # The check reports these files.
                 continue
             labels = sample["data_samples"]
-            # mmdet's visualizer takes plain numbers only.
+            # mmdet's visualizer takes tensors only, not box objects.
             if "gt_instances" in labels and hasattr(labels.gt_instances.bboxes, "tensor"):
                 labels.gt_instances.bboxes = labels.gt_instances.bboxes.tensor
             picture = Path(folder, "picture.png")
@@ -120,12 +122,12 @@ def draw_samples(dataset: BaseDataset, config: Config, target: Path) -> int:
             )
             tiles.append(_tile(cv2.imread(str(picture))))
     if tiles:
-        _write_png(target, _grid(tiles))
+        write_bytes(target, cv2.imencode(".png", _grid(tiles))[1].tobytes())
     return len(tiles)
 
 
 def _tile(image: np.ndarray) -> np.ndarray:
-    """A picture (TILE, TILE, 3) that holds the whole image."""
+    """The whole image, resized and padded to (TILE, TILE, 3)."""
     scale = TILE / max(image.shape[:2])
     width, height = (max(1, round(side * scale)) for side in image.shape[1::-1])
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
@@ -140,19 +142,3 @@ def _grid(tiles: list[np.ndarray]) -> np.ndarray:
     blank = np.full_like(tiles[0], 60)
     tiles = tiles + [blank] * (-len(tiles) % columns)
     return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
-
-
-def _write_png(path: Path, image: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(cv2.imencode(".png", image)[1].tobytes())
-    os.replace(partial, path)
-
-
-def findings_of(dataset: BaseDataset, full: bool = False) -> list[Finding]:
-    """All that is wrong with a data set; with ``full`` every image is decoded.
-
-    Raises:
-        FileNotFoundError: a folder or the annotation file is missing.
-    """
-    return dataset.findings(limit=None, decode=full)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the checks of all tasks report, and when it keeps a training from beginning."""
+"""Findings that the data-set checks of all tasks report, and when they stop a training."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mmengine.logging import print_log
 ERROR = "error"
 WARNING = "warning"
 MAX_LEFT_OUT = 0.01
-"""Share of a training set that may be left out of the training for its mistakes."""
+"""Share of a training set that training may leave out because of errors."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a data set.
+    """An error or a flaw of a data set.
 
     Args:
         severity: ``"error"`` (training would crash or learn nonsense) or ``"warning"``.
-        kind: short name of the mistake, the same for every file that has it.
-        path: the file, or the folder where no single file is to blame.
-        message: what is wrong and how to mend it.
+        kind: short name of the problem, the same for every file that has it.
+        path: the file, or the folder if no single file is the cause.
+        message: what is wrong and how to fix it.
     """
 
     severity: str
@@ -37,12 +37,12 @@ class Finding:
 
 
 def errors_first(findings: Sequence[Finding]) -> list[Finding]:
-    """The findings, in their order, errors before warnings."""
+    """Sort errors before warnings; otherwise the order stays."""
     return sorted(findings, key=lambda finding: finding.severity != ERROR)
 
 
-def describe(findings: Sequence[Finding], per_kind: int = 5) -> str:
-    """Findings as text, one a line; of each kind the first ``per_kind`` and how many more."""
+def format_findings(findings: Sequence[Finding], per_kind: int = 5) -> str:
+    """Findings as text, one per line: the first ``per_kind`` of each kind and the number left."""
     total = Counter(finding.kind for finding in findings)
     shown: Counter[str] = Counter()
     lines = []
@@ -56,20 +56,22 @@ def describe(findings: Sequence[Finding], per_kind: int = 5) -> str:
 
 
 def stop_on_errors(findings: Sequence[Finding], left_out: Mapping[str, int]) -> None:
-    """Raise if a data set has errors; log what else was found.
+    """Raise if a data set has errors; log its warnings.
 
     Args:
-        findings: of the data set.
-        left_out: kinds that training leaves out by itself, and how many things (images, boxes)
-            there are. At most :data:`MAX_LEFT_OUT` of them are no reason to stop.
+        findings: findings of the data set.
+        left_out: kinds of errors whose images or boxes training leaves out by itself, with the
+            total number of images or boxes. Up to :data:`MAX_LEFT_OUT` of them are only logged.
 
     Raises:
-        ValueError: with the errors, files and mends.
+        ValueError: the data set has errors; lists files and fixes.
     """
     counts = Counter(finding.kind for finding in findings)
     few = {kind for kind, total in left_out.items() if counts[kind] <= MAX_LEFT_OUT * total}
     errors = [item for item in findings if item.severity == ERROR and item.kind not in few]
     if errors:
-        raise ValueError(f"the data set has errors:\n{describe(errors)}")
+        raise ValueError(f"the data set has errors:\n{format_findings(errors)}")
     if findings:
-        print_log(f"the data set has flaws:\n{describe(findings)}", "current", logging.WARNING)
+        print_log(
+            f"the data set has flaws:\n{format_findings(findings)}", "current", logging.WARNING
+        )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether image files are whole, and what is in them."""
+"""Check that image files are complete, and read their headers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ from PIL import Image
 
 from mmeformer.checks.findings import ERROR, WARNING, Finding
 
-# EXIF: the picture is stored lying on its side. OpenCV turns it when it is read.
+# EXIF: the image is stored rotated by 90 degrees. OpenCV rotates it back when reading.
 ORIENTATION_TAG = 274
 SIDEWAYS = (5, 6, 7, 8)
-# What Pillow raises for files that are cut off, no pictures, or larger than it will read.
+# Errors of Pillow for files that are truncated, no images, or too large.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
@@ -28,11 +28,11 @@ CUT_OFF = "is cut off; copy it again"
 
 @dataclass(frozen=True)
 class ImageFile:
-    """What the header of an image file says.
+    """Header of an image file.
 
     Args:
-        height, width: in pixels, as OpenCV reads it (turned as its EXIF orientation says).
-        mode: Pillow's name of the kind of pixels, such as ``RGB``, ``L`` or ``I;16``.
+        height, width: in pixels, as OpenCV reads it (after the EXIF rotation).
+        mode: Pillow's name of the pixel format, such as ``RGB``, ``L`` or ``I;16``.
     """
 
     height: int
@@ -41,15 +41,15 @@ class ImageFile:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path lies on this machine's disks, and not behind an address."""
+    """Whether a path is a local file and not a URL."""
     return "://" not in str(path)
 
 
 def quick_fault(path: str) -> str | None:
-    """Why a local image cannot be whole, or None; reads a few bytes at both ends.
+    """Why a local image is missing or incomplete, or None; reads a few bytes at both ends.
 
-    OpenCV decodes files that are cut off: the rest of the picture is grey. JPEG and PNG files say
-    where they end, which tells such a file without decoding it. Other formats pass here.
+    OpenCV decodes truncated files and leaves the rest of the image gray. JPEG and PNG files have an
+    end marker, so that truncation shows without decoding. Other formats pass.
     """
     try:
         with open(path, "rb") as file:
@@ -63,7 +63,7 @@ def quick_fault(path: str) -> str | None:
         return "does not exist"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    # Some cameras and editors write more after the end: then the whole file has to be looked at.
+    # Some cameras and editors write more data after the end marker: then read the whole file.
     if start == PNG_START and not end.endswith(PNG_END):
         return None if PNG_END in Path(path).read_bytes() else CUT_OFF
     if start.startswith(JPEG_START) and not end.endswith(JPEG_END):
@@ -72,7 +72,7 @@ def quick_fault(path: str) -> str | None:
 
 
 def decode_fault(path: str) -> str | None:
-    """Why a local image cannot be decoded, or None; decodes it as training does."""
+    """Why a local image cannot be decoded, or None; decodes it as in training."""
     if fault := quick_fault(path) or _pillow_fault(path):
         return fault
     try:
@@ -84,11 +84,11 @@ def decode_fault(path: str) -> str | None:
 
 
 def read_header(path: str) -> ImageFile:
-    """Size and kind of a local image.
+    """Read the size and pixel format of a local image.
 
     Raises:
-        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: it is no image, or too
-            large (:data:`UNREADABLE`).
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: the file is no image, or
+            too large (:data:`UNREADABLE`).
     """
     with Image.open(path) as image:
         width, height = image.size
@@ -98,33 +98,57 @@ def read_header(path: str) -> ImageFile:
 
 
 def in_threads(function, items: Sequence) -> list:
-    """``[function(item) for item in items]``, several at a time; for work on files."""
+    """``[function(item) for item in items]`` in several threads; for file access."""
     with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool:
         return list(pool.map(function, items))
 
 
 def find_missing(paths: Sequence[str]) -> list[Finding]:
-    """Name local images that do not exist; lists their folders, which is quick on any disk."""
-    there: dict[str, set[str]] = {}
+    """Findings about local images that do not exist.
+
+    Lists folders instead of testing each file, which is faster on network disks.
+    """
+    existing: dict[str, set[str]] = {}
     findings = []
     for path in paths:
         folder, name = os.path.split(path)
-        if folder not in there:
-            there[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in there[folder]:
+        if folder not in existing:
+            existing[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in existing[folder]:
             findings.append(
-                Finding(ERROR, "missing image", path, "does not exist; add it or take it out")
+                Finding(ERROR, "missing image", path, "does not exist; add it or remove its entry")
             )
     return findings
 
 
-def check_image(path: str, size: tuple[int, int] | None = None, decode: bool = False):
-    """The :class:`Finding` about an image that exists, or None.
+def check_images(
+    paths: Sequence[str],
+    sizes: Mapping[str, tuple[int, int]] | None = None,
+    decode: bool = False,
+) -> list[Finding]:
+    """Findings about existing images; see :func:`check_image`.
+
+    Args:
+        paths: local files.
+        sizes: (height, width) in pixels by path, as the labels give it.
+        decode: decode the images in full.
+    """
+
+    def check(path: str) -> Finding | None:
+        return check_image(path, None if sizes is None else sizes[path], decode)
+
+    return [finding for finding in in_threads(check, paths) if finding is not None]
+
+
+def check_image(
+    path: str, size: tuple[int, int] | None = None, decode: bool = False
+) -> Finding | None:
+    """The finding about an existing image, or None.
 
     Args:
         path: a local file.
-        size: (height, width) in pixels that the labels say it has.
-        decode: read all of it, not only its ends and its header.
+        size: (height, width) in pixels, as the labels give it.
+        decode: decode the image in full instead of reading its header and both ends.
     """
     if fault := decode_fault(path) if decode else quick_fault(path):
         return Finding(ERROR, "unreadable image", path, fault)
@@ -138,15 +162,15 @@ def check_image(path: str, size: tuple[int, int] | None = None, decode: bool = F
             "wrong size",
             path,
             f"is {header.width} x {header.height} px, but its labels are for {size[1]} x "
-            f"{size[0]} px; correct width and height, or take the image that was labelled",
+            f"{size[0]} px; correct width and height, or use the image that was labeled",
         )
     if header.mode.startswith(("I", "F")):
         return Finding(
             WARNING,
             "deep image",
             path,
-            f"has more than 8 bits per channel ({header.mode}); it is read as 8 bits, of 16 the "
-            "upper ones, so that dark scales become black. Convert it with a scale of your choice",
+            f"has more than 8 bits per channel ({header.mode}); it is read as 8 bits (of 16 bits "
+            "the upper 8), so that dark images become black. Convert it to 8 bits yourself",
         )
     return None
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look for mistakes in a config's data sets before training on them.
+"""Check the data sets of a config before training on them.
 
-Prints a table of what was found and the first places of each, and draws samples with their labels.
+Prints a table of findings with the first places of each kind, and draws samples with their labels.
 The exit status is 1 if there are errors.
 
 Examples:
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmeformer import configs
-from mmeformer.checks.dataset import SPLITS, datasets_of, draw_samples, findings_of, location
+from mmeformer.checks.dataset import SPLITS, datasets_of, draw_samples, location
 from mmeformer.checks.findings import ERROR, Finding
 from mmeformer.commands import cli
 
@@ -29,14 +29,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="config file, or its path below mmeformer's configs/")
+    cli.add_config(parser)
     parser.add_argument(
         "--split", nargs="+", choices=SPLITS, default=["train", "val"], help="default: train val"
     )
     parser.add_argument("--full", action="store_true", help="decode every image")
     parser.add_argument("--out", help="folder for pictures; default: work_dirs/check_<config>")
     parser.add_argument(
-        "--first", type=int, default=3, metavar="N", help="places to name (%(default)s)"
+        "--first", type=int, default=3, metavar="N", help="places to list per kind (%(default)s)"
     )
     cli.add_config_options(parser)
     args = cli.parse(parser, argv)
@@ -46,7 +46,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def as_table(findings: list[Finding], title: str, first: int) -> Table:
-    """Findings by kind, with the first places of each."""
+    """Table of findings by kind, with the first ``first`` places of each."""
     kinds = defaultdict(list)
     for finding in findings:
         kinds[finding.severity, finding.kind].append(finding)
@@ -61,7 +61,7 @@ def as_table(findings: list[Finding], title: str, first: int) -> Table:
 
 def work(args: argparse.Namespace) -> int:
     """Check; returns the exit status."""
-    # mmengine's notes on how it builds things are not what was asked for.
+    # Keep mmengine's messages about building out of the output.
     logging.getLogger("mmengine").setLevel(logging.ERROR)
     config = configs.load_config(args.config, args.cfg_options)
     out = Path(args.out or Path("work_dirs", f"check_{Path(args.config).stem}"))
@@ -71,7 +71,7 @@ def work(args: argparse.Namespace) -> int:
         datasets = datasets_of(config, split)
         for number, dataset in enumerate(datasets, start=1):
             started = time.monotonic()
-            findings = findings_of(dataset, args.full)
+            findings = dataset.findings(decode=args.full)
             seconds = time.monotonic() - started
             bad = sum(finding.severity == ERROR for finding in findings)
             errors += bad
@@ -96,8 +96,8 @@ def _draw(dataset, config, target: Path, faulty: bool, console: Console) -> None
     except Exception as error:
         if not faulty:
             raise
-        # The table says what is wrong with the annotations.
-        console.print(f"no pictures: {cli.one_text(error)}", markup=False)
+        # The table already says what is wrong with the annotations.
+        console.print(f"no samples drawn: {cli.one_text(error)}", markup=False)
     else:
         console.print(
             f"{drawn} samples drawn: {target}" if drawn else "no sample can be drawn", markup=False

@@ -1,37 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every command line does with errors: one readable line, no traceback unless asked for."""
+"""Arguments and errors of command lines: an error is one line, without a traceback."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 
-from mmeformer.checkpoints.safe_load import CheckpointError
-from mmeformer.errors import TrainingError
+from mmeformer import configs
+from mmeformer.errors import UserError
 
-DELIBERATE = (CheckpointError, TrainingError)
-"""Errors that say all there is to say, whenever they come."""
-# Functions of mmengine's loops, PyTorch's loader and prediction in which the work itself is done.
+# Functions of mmengine's loops, PyTorch's data loader and prediction that do the work itself.
 WORK = ("run_iter", "_next_data", "_forward_batch")
 INTERRUPTED = 130
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read a command line, to which ``--debug`` is added."""
+    """Add ``--debug`` to a parser and parse the command line."""
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser.parse_args(argv)
 
 
 def run(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
-    """Do a command's work and return its exit status: 0, or what ``work`` returns; 1 for errors.
+    """Run a command; returns the exit status: 1 after an error, else what ``work`` returns, or 0.
 
-    An error becomes one line that begins with ``error:``. Its traceback is printed with ``--debug``
-    and, before that line, if steps of training or testing were under way: that is no mistake in the
-    input, and after days nobody should have to run it again.
+    An error is printed as one line that begins with ``error:``. Its traceback comes before that
+    line with ``--debug``, and also if the error is no :class:`~mmeformer.errors.UserError` and came
+    in the middle of training, testing or prediction: then the input is rarely the cause, and a long
+    run should not have to be repeated to see where it failed.
     """
     try:
         return work(args) or 0
@@ -39,17 +39,17 @@ def run(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if args.debug or not (isinstance(error, DELIBERATE) or _before_work(error)):
+        if args.debug or not (isinstance(error, UserError) or _before_work(error)):
             traceback.print_exc()
         print(f"error: {one_text(error)}", file=sys.stderr)
         return 1
 
 
 def one_text(error: Exception) -> str:
-    """What an error says, without the tracebacks of workers; its type where that is needed."""
+    """Text of an error without tracebacks of data workers, with its type if the text is unclear."""
     text = str(error).strip()
     if isinstance(error, KeyError) and len(error.args) == 1:
-        # The text of a KeyError has quotes around it and its line breaks escaped.
+        # str() of a KeyError adds quotes and escapes line breaks.
         text = str(error.args[0]).strip()
     if "Original Traceback" in text:
         text = text.splitlines()[-1].split(": ", 1)[-1]
@@ -58,7 +58,7 @@ def one_text(error: Exception) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         text = f"{error.filename}, line {error.lineno}: {error.msg}"
     if not text or isinstance(error, (AssertionError, AttributeError, KeyError, TypeError)):
-        # Not written for people: say at least what kind of mistake it is.
+        # Such texts are not written for users: add the type.
         return f"{type(error).__name__}: {text or 'no message'} (more with --debug)"
     return text
 
@@ -67,8 +67,13 @@ def _before_work(error: Exception) -> bool:
     return not any(frame.name in WORK for frame in traceback.extract_tb(error.__traceback__))
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that ``tools/train.py`` and ``tools/test.py`` share."""
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names a config."""
+    parser.add_argument("config", help="config file, or its path below mmeformer's configs/")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing share; :func:`prepare_run` reads them."""
     parser.add_argument("--work-dir", help="folder for logs and checkpoints")
     add_config_options(parser)
     parser.add_argument(
@@ -77,23 +82,31 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="how the processes were started (see tools/dist_train.sh, tools/slurm_train.sh)",
     )
-    # torch.distributed.launch of PyTorch 2 gives --local-rank; torchrun sets the variable itself.
+    # torch.distributed.launch passes --local-rank; torchrun sets LOCAL_RANK instead.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
+def prepare_run(args: argparse.Namespace) -> Config:
+    """Read the config of a command line, with its settings, work directory and local rank."""
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    config = configs.load_config(args.config, args.cfg_options)
+    configs.choose_work_dir(config, args.config, args.work_dir)
+    return config
+
+
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """The argument that changes settings of a config."""
+    """Add the option that changes settings of a config."""
     parser.add_argument(
         "--cfg-options",
         nargs="+",
         action=_Settings,
         metavar="KEY=VALUE",
-        help="settings laid over the config, such as train_dataloader.batch_size=4",
+        help="override settings of the config, such as train_dataloader.batch_size=4",
     )
 
 
 class _Settings(DictAction):
-    """mmengine's ``KEY=VALUE``, with its exceptions made errors of the command line."""
+    """mmengine's ``KEY=VALUE``; invalid text is an error of the command line."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         if wrong := [value for value in values if "=" not in value]:

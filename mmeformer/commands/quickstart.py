@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generate data, train from scratch, evaluate and draw predictions, in minutes on two CPU cores."""
+"""Generate data, train from scratch, evaluate and draw predictions; minutes on two CPU cores."""
 
 import argparse
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cut DOTA images and labels into patches; run it again to go on after an interruption.
+"""Cut DOTA images and labels into patches. After an interruption the same command continues.
 
-SRC is a folder as DOTA unpacks it: images/ and labelTxt/ (original label files, header lines
-included). DST gets images/ and annfiles/.
+SRC is a folder of the unpacked DOTA data set: images/ and labelTxt/ (the original label files).
+Writes images/ and annfiles/ to DST.
 
 Examples:
     split_dota.py data/DOTA/train data/split_ss_dota/train
@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmeformer.commands import cli
+from mmeformer.errors import UserError
 
-# Seconds between lines of progress where the output is no terminal.
+# Seconds between lines of progress if the output is not a terminal.
 LINE_EVERY = 30
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """The command line's arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,28 +48,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[1.0],
         metavar="RATE",
-        help="cut windows of SIZE / RATE pixels for each one, to be resized when read (1)",
+        help="cut windows of SIZE / RATE pixels for each rate; training resizes them (1)",
     )
     parser.add_argument(
         "--iof",
         type=float,
         default=0.7,
-        help="least share of an object inside its patch (%(default)s)",
+        help="smallest share of an object's area inside a patch (%(default)s)",
     )
     parser.add_argument(
         "--truncated",
         choices=["drop", "difficult"],
         default="drop",
-        help="objects with a smaller share: leave out, or keep as difficult 2 (%(default)s)",
+        help="objects with a smaller share: drop, or keep as difficult 2 (%(default)s)",
     )
-    parser.add_argument("--drop-empty", action="store_true", help="no patches without objects")
-    parser.add_argument("--no-pad", action="store_true", help="leave small images as they are")
+    parser.add_argument("--drop-empty", action="store_true", help="skip patches without objects")
+    parser.add_argument("--no-pad", action="store_true", help="do not pad small images")
     parser.add_argument("--suffix", default="png", help="format of the patches (%(default)s)")
     parser.add_argument(
         "--workers",
         type=int,
         default=min(8, os.cpu_count() or 1),
-        help="processes, each of which holds one image (%(default)s)",
+        help="processes; each holds one image in memory (%(default)s)",
     )
     args = cli.parse(parser, argv)
     if args.workers < 1:
@@ -78,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def work(args: argparse.Namespace) -> int:
     """Cut; returns the exit status."""
-    # Only now: --help and mistakes in the arguments need not wait for shapely and OpenMMLab.
+    # Imported here so that --help and errors in arguments do not wait for OpenMMLab.
     from mmeformer.rotated.patches import CutSettings, Split
 
     console = Console()
@@ -102,8 +103,8 @@ def work(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{error} (see --images, --labels, --no-labels)") from error
     total = len(split.pending)
     if split.finished:
-        console.print(f"{split.finished} images were cut before, {total} are left")
-    patches, failed, told = 0, [], time.monotonic()
+        console.print(f"{split.finished} images were cut before, {total} remain")
+    patches, failed, printed = 0, [], time.monotonic()
     columns = TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     outcomes = split.run(args.workers)
     try:
@@ -117,19 +118,19 @@ def work(args: argparse.Namespace) -> int:
                     console.print(
                         f"{outcome.job.name}: {outcome.error}", markup=False, soft_wrap=True
                     )
-                if not console.is_terminal and time.monotonic() > told + LINE_EVERY:
-                    told = time.monotonic()
+                if not console.is_terminal and time.monotonic() > printed + LINE_EVERY:
+                    printed = time.monotonic()
                     left = progress.tasks[0].time_remaining
                     left = "" if left is None else f", {left / 60:.0f} min left"
                     console.print(f"{done} of {total} images{left}")
     except KeyboardInterrupt:
         outcomes.close()
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return cli.INTERRUPTED
     except BrokenProcessPool as error:
-        raise RuntimeError(
+        raise UserError(
             "a process was killed, probably because memory ran out; run the same command with "
-            "fewer --workers to go on"
+            "fewer --workers to continue"
         ) from error
     console.print(f"{patches} patches of {total - len(failed)} images in {args.target}")
     if failed:
@@ -142,6 +143,6 @@ def work(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parse_args(argv)
-    # Like Ctrl-C: the processes of the pool must not stay behind.
+    # Treat SIGTERM like Ctrl-C, so that the worker processes end too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return cli.run(work, args)

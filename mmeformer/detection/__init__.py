@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What detection needs beyond mmdet; importing this package registers it and needs mmdet."""
+"""Detection and instance segmentation: additions to mmdet. Importing this registers them."""
 
 from mmeformer.detection.coco import CocoDataset
 from mmeformer.detection.tta import InstanceTTAModel

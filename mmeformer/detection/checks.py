@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes in COCO annotation files and their images."""
+"""Checks of COCO annotation files and their images."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import numpy as np
 
 from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first
-from mmeformer.checks.images import check_image, find_missing, in_threads
+from mmeformer.checks.images import check_images, find_missing
 
 LEFT_OUT = ("empty box", "inverted box", "box outside image", "short polygon")
-"""Kinds of annotations that mmdet leaves out of training without a word."""
+"""Kinds of annotations that mmdet silently leaves out of training."""
 LIST_KEYS = ("images", "annotations", "categories")
-# A box that reaches beyond its image by less is a rounded one.
+# Pixels: a box may reach this far beyond its image, by rounding.
 TOLERANCE = 1.0
 NUMBER = (int, float)
 
@@ -35,18 +34,18 @@ def check_coco(
 ) -> list[Finding]:
     """Check an annotation file and its images.
 
-    All annotations are looked at, and whether every image exists; of the first ``limit`` images
-    the ends and the header are read.
+    Checks all annotations and that every image exists, and reads the header and both ends of the
+    first ``limit`` images.
 
     Args:
-        content: what the JSON file holds.
+        content: content of the JSON file.
         path: the file, for messages.
-        image_dir: folder that ``file_name`` starts from.
+        image_dir: folder to which ``file_name`` is relative.
         classes: names of the classes to train.
-        training: every class ought to occur.
+        training: warn about classes that do not occur.
         masks: every object needs a mask, as in instance segmentation.
         limit: number of images to read; None reads all.
-        decode: read these images in full.
+        decode: decode these images in full.
 
     Returns:
         Findings, errors first; kinds: ``not COCO``, ``bad entry``, ``repeated id``, ``unknown
@@ -76,20 +75,19 @@ def check_coco(
             continue
         number, image_id = annotation["id"], annotation["image_id"]
         if number in seen:
-            wrong("repeated id", f"two annotations have the id {number}; number them anew")
+            wrong("repeated id", f"two annotations have the id {number}; renumber them")
         seen.add(number)
         image = images.get(image_id)
         if image is None:
-            wrong(
-                "unknown image", f"annotation {number} is of image {image_id}, which is not listed"
-            )
+            message = f"annotation {number} belongs to image {image_id}, which `images` lacks"
+            wrong("unknown image", message)
             continue
         category = categories.get(annotation["category_id"])
         if category is None:
             wrong(
                 "unknown category",
                 f"annotation {number} ({image['file_name']}) has category_id "
-                f"{annotation['category_id']}, which `categories` does not list",
+                f"{annotation['category_id']}, which `categories` lacks",
             )
             continue
         if category["name"] not in classes:
@@ -104,11 +102,12 @@ def check_coco(
     for name, count in others.items():
         wrong(
             "unused category",
-            f"{count} annotations of {name!r} are no class of the config",
+            f"{count} annotations are of {name!r}, which is not a class of the config",
             WARNING,
         )
     if training and (unused := [name for name in classes if not instances[name]]):
-        wrong("unused class", f"no usable annotation is of {unused}: it cannot be learned", WARNING)
+        message = f"{unused} have no usable annotation and cannot be learned"
+        wrong("unused class", message, WARNING)
     findings += _check_images(images.values(), image_dir, limit, decode)
     return errors_first(findings)
 
@@ -119,26 +118,19 @@ def _check_images(images, image_dir: str, limit: int | None, decode: bool) -> li
         for image in images
     }
     missing = find_missing(list(sizes))
-    gone = {finding.path for finding in missing}
-    there = [path for path in sizes if path not in gone][:limit]
-
-    def check(path: str, decode: bool) -> Finding | None:
-        return check_image(path, sizes[path], decode)
-
-    read = in_threads(partial(check, decode=decode), there)
-    return missing + [finding for finding in read if finding is not None]
+    absent = {finding.path for finding in missing}
+    existing = [path for path in sizes if path not in absent][:limit]
+    return missing + check_images(existing, sizes, decode)
 
 
 def _by_id(entries: list, name: str, fault_of, wrong) -> dict:
-    """Entries by id, without those that have a fault."""
+    """Valid entries by id."""
     known: dict = {}
     for index, entry in enumerate(entries):
         if fault := fault_of(entry):
             wrong("bad entry", f"{name} {index} of the file {fault}; export it again")
         elif entry["id"] in known:
-            wrong(
-                "repeated id", f"two entries ({name}) have the id {entry['id']}; number them anew"
-            )
+            wrong("repeated id", f"two entries ({name}) have the id {entry['id']}; renumber them")
         else:
             known[entry["id"]] = entry
     return known
@@ -184,7 +176,7 @@ def _annotation_fault(entry) -> str | None:
     if not _is_number(entry.get("area")):
         return f"{where} has area {entry.get('area')!r} instead of a number"
     if entry.get("iscrowd", 0) not in (0, 1, None):
-        # Any text, "0" too, would count as a crowd, which training ignores.
+        # Any text, even "0", would count as a crowd, which training ignores.
         return f"{where} has iscrowd {entry['iscrowd']!r} instead of 0 or 1"
     return None
 
@@ -195,9 +187,7 @@ def _box_finding(annotation: Mapping, image: Mapping) -> tuple[str, str, str] | 
         text = f"bbox {annotation['bbox']} has a negative side; COCO wants x, y, width, height"
         return "inverted box", text, ERROR
     if width < 1 or height < 1 or annotation["area"] <= 0:
-        text = (
-            f"bbox {annotation['bbox']}, area {annotation['area']}: less than a pixel; take it out"
-        )
+        text = f"bbox {annotation['bbox']}, area {annotation['area']}: less than a pixel; remove it"
         return "empty box", text, ERROR
     right, bottom = image["width"], image["height"]
     if min(x + width, right) <= max(x, 0) or min(y + height, bottom) <= max(y, 0):
@@ -207,7 +197,7 @@ def _box_finding(annotation: Mapping, image: Mapping) -> tuple[str, str, str] | 
     if beyond > TOLERANCE:
         text = f"bbox {annotation['bbox']} reaches {beyond:g} px beyond its {right} x {bottom} px"
         if width > x and height > y and width <= right + TOLERANCE and height <= bottom + TOLERANCE:
-            text += "; are these two corners? COCO wants x, y, width, height"
+            text += "; if these are two corners: COCO wants x, y, width, height"
         return "box beyond image", text, WARNING
     return None
 
@@ -222,7 +212,7 @@ def _mask_finding(annotation: Mapping, image: Mapping, needed: bool) -> tuple[st
     elif isinstance(mask, Mapping):
         size = [image["height"], image["width"]]
         if mask.get("size") != size or not isinstance(mask.get("counts"), (str, list)):
-            text = f"the mask is of {mask.get('size')} px (height, width), its image of {size} px"
+            text = f"the mask has size {mask.get('size')} (height, width), its image {size} px"
             return "mask size", text, ERROR
         lengths = run_lengths(mask["counts"])
         if lengths is None or lengths.min() < 0 or lengths.sum() != size[0] * size[1]:
@@ -239,14 +229,14 @@ def _polygon_finding(polygons: list, image: Mapping) -> tuple[str, str, str] | N
             text = "segmentation is not a list of polygons of finite numbers"
             return "bad entry", text, ERROR
         if len(polygon) % 2 or len(polygon) < 6:
-            text = f"a polygon has {len(polygon)} numbers: fewer than three points, or half a one"
+            text = f"a polygon has {len(polygon)} numbers; it needs an even number, at least 6"
             return "short polygon", text, ERROR
         for start, side in enumerate((image["width"], image["height"])):
             low, high = min(polygon[start::2]), max(polygon[start::2])
             if low < -side or high > 2 * side:
                 text = (
-                    f"a polygon reaches from {low:g} to {high:g} px where the image has {side}; "
-                    "pycocotools can crash on such a one"
+                    f"a polygon reaches from {low:g} to {high:g} px, but the image has {side} px; "
+                    "pycocotools can crash on it"
                 )
                 return "mask outside image", text, ERROR
     return None
@@ -256,12 +246,12 @@ def run_lengths(counts: str | list) -> np.ndarray | None:
     """Run lengths of a COCO mask: background, object, background, ... in pixels.
 
     Args:
-        counts: a list, or text with six bits per character. In it a number is written five bits at
-            a time, lowest first, and from the fourth on as difference to the one two before
-            (``rleFrString`` in cocodataset/cocoapi: ``common/maskApi.c``).
+        counts: a list, or text with six bits per character. The text holds each number five bits at
+            a time, lowest first; from the fourth number on, the difference to the number two before
+            (``rleFrString`` in cocodataset/cocoapi, ``common/maskApi.c``).
 
     Returns:
-        (runs,) int64, or None if that is not what ``counts`` holds.
+        (runs,) int64, or None if ``counts`` is invalid.
     """
     if isinstance(counts, list):
         if not counts or not all(type(number) is int and number < 2**32 for number in counts):

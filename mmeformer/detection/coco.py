@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmdet's COCO data set, with the mistakes that otherwise end in a silent zero made errors."""
+"""mmdet's COCO data set with checks of its annotation file and images."""
 
 from __future__ import annotations
 
@@ -9,49 +9,38 @@ from pathlib import Path
 from mmdet.datasets import CocoDataset as MMDetCocoDataset
 from mmdet.datasets.api_wrappers import COCO
 
+from mmeformer.checks.classes import class_names
 from mmeformer.checks.findings import ERROR, Finding, stop_on_errors
+from mmeformer.checks.interface import CheckedDataset
 from mmeformer.detection.checks import LEFT_OUT, check_coco
 from mmeformer.registry import DATASETS
 
-# What training leaves out by itself; see mmeformer.training.data.
+# Images that training leaves out by itself; see mmeformer/training/data.py.
 UNREADABLE_KINDS = ("missing image", "unreadable image")
-# What pycocotools raises for files of another kind.
+# Errors of pycocotools for files that are not COCO JSON.
 BROKEN = (json.JSONDecodeError, UnicodeDecodeError, KeyError, AssertionError, TypeError)
 
 
 @DATASETS.register_module()
-class CocoDataset(MMDetCocoDataset):
-    """mmdet's ``CocoDataset`` that checks the annotation file against the class names.
+class CocoDataset(CheckedDataset, MMDetCocoDataset):
+    """mmdet's ``CocoDataset`` that checks its annotation file and images.
 
-    mmdet drops annotations whose category is not among ``metainfo["classes"]`` without a word, and
-    numbers the classes in the order of the file whatever order the config has, so that a misspelt
-    or shuffled list trains on nothing or shows wrong names. All annotations and the first
-    :attr:`CHECKED_FILES` images are looked at, see :mod:`mmeformer.detection.checks`; warnings are
-    logged. Arguments are those of mmdet; images must be local.
+    mmdet silently drops annotations whose category is not in ``metainfo["classes"]``, and numbers
+    the classes in the order of the file, not of the config. A misspelled or reordered list then
+    trains on nothing or shows wrong names. This class checks all annotations and the first
+    :attr:`CHECKED_FILES` images (:mod:`mmeformer.detection.checks`) and logs warnings. Arguments
+    are those of mmdet; images must be local.
 
     Raises:
         FileNotFoundError: the annotation file is missing.
-        ValueError: it is not COCO JSON, holds no images or (unless ``test_mode`` and there is no
-            ``annotations`` entry, as for a test set without labels) no annotations, its
-            categories are not the config's classes, or annotations or images have errors, more of
-            them than training may leave out. The message names the file and the mend.
+        ValueError: the file is not COCO JSON; it has no images; it has no annotations (allowed with
+            ``test_mode`` if the entry ``annotations`` is missing, as in a test set without labels);
+            its categories are not the config's classes; or annotations or images have errors, more
+            than training may leave out. The message names the file and the fix.
     """
 
-    CHECKED_FILES = 500
-    """Images that are looked into at the start."""
-
-    checked = True
-    """Whether to look for errors at the start; ``tools/check_dataset.py`` does so itself."""
-
     def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
-        """What is wrong with the annotations and the images, of which ``limit`` (None: all) are
-        read; in full with ``decode``.
-
-        Serves a data set that is built with ``lazy_init=True``.
-
-        Raises:
-            FileNotFoundError: the annotation file is missing.
-        """
+        """Everything that is wrong; see :class:`~mmeformer.checks.interface.CheckedDataset`."""
         self._require_file(self.ann_file)
         try:
             content = json.loads(Path(self.ann_file).read_bytes())
@@ -80,7 +69,7 @@ class CocoDataset(MMDetCocoDataset):
             )
 
     def COCOAPI(self, path: str) -> COCO:  # noqa: N802 (overrides mmdet's attribute)
-        """Open an annotation file after checking it; called by mmdet's ``load_data_list``."""
+        """Open and check an annotation file; mmdet's ``load_data_list`` calls this."""
         self._require_file(path)
         try:
             coco = COCO(path)
@@ -92,10 +81,10 @@ class CocoDataset(MMDetCocoDataset):
         self._check_categories(coco, path)
         if not coco.imgs:
             raise ValueError(f"annotation file {path} lists no images; export it again")
-        unlabelled_test_set = self.test_mode and "annotations" not in coco.dataset
-        if not coco.anns and not unlabelled_test_set:
+        unlabeled_test_set = self.test_mode and "annotations" not in coco.dataset
+        if not coco.anns and not unlabeled_test_set:
             raise ValueError(
-                f"annotation file {path} lists {len(coco.imgs)} images but not one annotation; "
+                f"annotation file {path} lists {len(coco.imgs)} images but no annotations; "
                 "export it again with its annotations"
             )
         if self.checked:
@@ -107,21 +96,15 @@ class CocoDataset(MMDetCocoDataset):
         return coco
 
     def _check_categories(self, coco: COCO, path: str) -> None:
-        classes = self.metainfo.get("classes")
-        if isinstance(classes, str):
-            raise ValueError(
-                f"metainfo classes is the text {classes!r}; a single class needs a comma: "
-                f"classes = ({classes!r},)"
-            )
+        wanted = list(class_names(self.metainfo.get("classes")))
         in_file = [category["name"] for category in coco.dataset.get("categories", [])]
-        wanted = list(classes)
         if missing := [name for name in wanted if name not in in_file]:
             raise ValueError(
                 f"classes {missing} of the config are not among the categories of {path}, "
                 f"which are {in_file}; correct `classes` in the config"
             )
-        # mmdet's COCO files hold their categories in the order of the class list; another order
-        # in the config would be ignored in training and show wrong names afterwards.
+        # mmdet takes the order of the file. Another order in the config would have no effect on
+        # training and show wrong names afterwards.
         order = [name for name in in_file if name in wanted]
         if order != wanted:
             raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quickstart of this task; :mod:`mmeformer.quickstart` runs it."""
+"""Quickstart of detection; :mod:`mmeformer.quickstart` runs it."""
 
 from mmeformer.quickstart import Quickstart
 from mmeformer.synthetic.shapes import write_coco_dataset

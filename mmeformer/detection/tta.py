@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test-time augmentation of instance segmentation, which mmdet has for boxes only."""
+"""Test-time augmentation for instance segmentation; mmdet has it for boxes only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _FLIP_DIMS = {"horizontal": (-1,), "vertical": (-2,), "diagonal": (-2, -1)}
 
 @MODELS.register_module()
 class InstanceTTAModel(DetTTAModel):
-    """mmdet's ``DetTTAModel`` (scales and flips, merged by NMS) that keeps the instances' masks.
+    """mmdet's ``DetTTAModel`` (scales and flips, merged by NMS) with masks.
 
-    Each merged box keeps the mask of the view it came from, flipped back. ``tta_cfg`` has ``nms``
-    and ``max_per_img``, as in mmdet.
+    Each box keeps the mask of its view, flipped back. ``tta_cfg`` has ``nms`` and ``max_per_img``,
+    as in mmdet.
     """
 
     def _merge_single_sample(self, data_samples: list[DetDataSample]) -> DetDataSample:
@@ -43,7 +43,7 @@ class InstanceTTAModel(DetTTAModel):
         if len(boxes):
             boxes_with_scores, keep = batched_nms(boxes, scores, labels, self.tta_cfg["nms"])
             keep = keep[: self.tta_cfg["max_per_img"]]
-            # Soft NMS changes scores, so they are taken from its output.
+            # Soft NMS changes the scores, so take them from its output.
             boxes_with_scores = boxes_with_scores[: len(keep)]
             boxes, scores = boxes_with_scores[:, :4], boxes_with_scores[:, 4]
             labels, masks = labels[keep], masks[keep]
@@ -54,7 +54,7 @@ class InstanceTTAModel(DetTTAModel):
 
 
 def _flip_back(masks: Tensor, sample: DetDataSample) -> Tensor:
-    """Masks (N, H, W) of a flipped view, as they lie in the original image."""
+    """Masks (N, H, W) of a view, flipped back to the orientation of the image."""
     if not sample.metainfo.get("flip", False):
         return masks
     return masks.flip(_FLIP_DIMS[sample.metainfo["flip_direction"]])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotated object detection: head, assignment and losses, and data, evaluation and inference.
+"""Rotated object detection: head, assigner, losses, data set, metric and prediction.
 
-The only part of the package that imports mmrotate. Importing it registers the modules, so configs
-of rotated detectors say ``custom_imports = dict(imports=["mmeformer.rotated"])``.
+Only this package imports mmrotate. Importing it registers its modules, so configs of rotated
+detectors have ``custom_imports = dict(imports=["mmeformer.rotated"])``.
 """
 
 try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ATSS for rotated boxes that computes the IoU of the candidates only."""
+"""ATSS assignment for rotated boxes; computes the IoU of candidates only."""
 
 import torch
 from mmdet.models.task_modules.assigners import AssignResult, BaseAssigner
@@ -11,9 +11,9 @@ from mmeformer.registry import TASK_UTILS
 
 __all__ = ["RotatedATSSAssigner"]
 
-# Stands for "no IoU" and "never a candidate"; the value that mmdet's and mmrotate's assigners use.
+# "No IoU" and "never a candidate", as in mmdet's and mmrotate's assigners.
 _INF = 100_000_000
-# Centre distances held at a time: 16 MiB in float32.
+# Largest number of center distances in memory: 16 MiB in float32.
 _MAX_PAIRS = 2**22
 
 
@@ -21,28 +21,27 @@ _MAX_PAIRS = 2**22
 class RotatedATSSAssigner(BaseAssigner):
     """Adaptive training sample selection for rotated priors and boxes.
 
-    For each box, the ``topk`` priors of every level with the nearest centres are its candidates.
-    Those whose IoU with the box is at least the mean plus the standard deviation of all its
-    candidates' IoU, and whose centre lies inside the box, are positive. A prior claimed by several
-    boxes goes to the one with the highest IoU.
+    For each box, the ``topk`` priors of every level with the nearest centers are candidates. A
+    candidate is positive if its center is inside the box and its IoU with the box is at least the
+    mean plus the standard deviation over the box's candidates. A prior that is positive for several
+    boxes goes to the box with the highest IoU.
 
-    The result equals that of ``mmrotate.RotatedATSSAssigner``, which computes the IoU of every
-    prior with every box. Here it is computed for the candidates alone (45 per box with five
-    levels), and centre distances are held for a few boxes at a time, so memory does not grow with
-    the product of priors and boxes.
+    The result equals that of ``mmrotate.RotatedATSSAssigner``, which computes the IoU of all priors
+    with all boxes. This class computes it for candidates only (45 per box with five levels) and
+    center distances for a few boxes at a time, so that memory does not grow with the product of
+    priors and boxes.
 
     Source: Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via
-    Adaptive Training Sample Selection", CVPR 2020, algorithm 1; behaviour of
+    Adaptive Training Sample Selection", CVPR 2020, algorithm 1;
     mmrotate/models/task_modules/assigners/rotated_atss_assigner.py in mmrotate 1.x.
 
     Args:
-        topk (int): Candidates per level and box. Defaults to 9.
-        iou_calculator (dict): Config of the IoU calculator; called with ``is_aligned=True`` on the
-            candidates, and with ``mode="iof"`` where boxes are to be ignored. Defaults to
-            mmrotate's.
-        ignore_iof_thr (float): A prior with more than this share of its area inside one of the
-            ignored boxes is ignored: neither positive nor negative, unless a level has so few
-            priors that it still becomes positive. Not above 0: no prior is ignored. Defaults to -1.
+        topk: candidates per level and box.
+        iou_calculator: config of the IoU calculator; called with ``is_aligned=True``, and with
+            ``mode="iof"`` for boxes to ignore. None means mmrotate's.
+        ignore_iof_thr: a prior with more than this share of its area inside a box to ignore is
+            ignored: neither positive nor negative, unless its level has so few priors that it
+            becomes positive anyway. If not above 0, no prior is ignored.
     """
 
     def __init__(
@@ -67,19 +66,18 @@ class RotatedATSSAssigner(BaseAssigner):
         """Assign a box, the background or nothing to each prior of one image.
 
         Args:
-            pred_instances (InstanceData): ``priors``: RotatedBoxes ``(P, 5)`` in pixels and
-                radians, level after level.
-            num_level_priors (list[int]): Priors of each level; they add up to P.
-            gt_instances (InstanceData): ``bboxes``: RotatedBoxes ``(G, 5)``; ``labels``: ``(G,)``.
-            gt_instances_ignore (InstanceData, optional): ``bboxes``: RotatedBoxes to ignore.
+            pred_instances: ``priors``: RotatedBoxes (P, 5) in pixels and radians, level by level.
+            num_level_priors: number of priors per level; the sum is P.
+            gt_instances: ``bboxes``: RotatedBoxes (G, 5); ``labels``: (G,).
+            gt_instances_ignore: ``bboxes``: RotatedBoxes to ignore.
 
         Returns:
-            AssignResult: ``gt_inds`` ``(P,)``: 1-based index of the box, 0 for background, -1 for
-            ignored; ``max_overlaps`` ``(P,)``: IoU with that box, -1e8 without one; ``labels``
-            ``(P,)``: class of that box, -1 without one.
+            ``gt_inds`` (P,): 1-based index of the box, 0 for background, -1 for ignored;
+            ``max_overlaps`` (P,): IoU with that box, -1e8 if there is none; ``labels`` (P,): class
+            of that box, -1 if there is none.
 
         Raises:
-            ValueError: If ``num_level_priors`` does not add up to the number of priors.
+            ValueError: ``num_level_priors`` does not add up to the number of priors.
         """
         priors, boxes = pred_instances.priors, gt_instances.bboxes
         num_priors, num_boxes = len(priors), len(boxes)
@@ -109,7 +107,7 @@ class RotatedATSSAssigner(BaseAssigner):
         inside = candidates.find_inside_points(centers, is_aligned=True, eps=0.01)
         positive &= inside.view_as(positive)
 
-        # Of the boxes that claim a prior, the one with the highest IoU, then the first one.
+        # Each prior goes to the box with the highest IoU, or to the first of several.
         prior_inds, box_inds = prior_inds[positive], box_inds[positive]
         overlaps = overlaps[positive]
         max_overlaps = overlaps.new_full((num_priors,), -_INF)
@@ -129,7 +127,7 @@ class RotatedATSSAssigner(BaseAssigner):
         num_level_priors: list[int],
         ignored: Tensor,
     ) -> Tensor:
-        """Indices ``(K, G)`` of the ``topk`` nearest priors of every level for each box."""
+        """Indices (K, G) of the ``topk`` nearest priors of every level for each box."""
         candidates = []
         start = 0
         for count in num_level_priors:
@@ -137,7 +135,7 @@ class RotatedATSSAssigner(BaseAssigner):
             far = ignored[start : start + count]
             nearest = []
             for chunk in box_centers.split(max(1, _MAX_PAIRS // max(1, count))):
-                # In place, as these are the largest tensors of the assignment.
+                # In place: these are the largest tensors of the assignment.
                 distances = (chunk[:, :1] - x).square_()
                 distances.add_((chunk[:, 1:] - y).square_()).sqrt_()
                 distances[:, far] = _INF
@@ -147,14 +145,14 @@ class RotatedATSSAssigner(BaseAssigner):
         return torch.cat(candidates)
 
     def _ignored_priors(self, priors: RotatedBoxes, ignore: InstanceData | None) -> Tensor:
-        """Mask ``(P,)`` of the priors inside boxes that are to be ignored."""
+        """Mask (P,) of the priors inside boxes to ignore."""
         mask = torch.zeros(len(priors), dtype=torch.bool, device=priors.tensor.device)
         if ignore is None or self.ignore_iof_thr <= 0:
             return mask
         boxes, centers = ignore.bboxes.tensor, priors.centers
         radii = priors.tensor[:, 2:4].norm(dim=1) / 2
         for box in boxes:
-            # Most priors are too far away: their circumscribed circle does not reach the box's.
+            # Skip distant priors, whose circumscribed circle does not reach that of the box.
             reach = radii + box[2:4].norm() / 2
             near = ((centers - box[:2]).norm(dim=1) <= reach).nonzero().squeeze(1)
             iof = self.iou_calculator(

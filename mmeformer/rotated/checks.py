@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes in DOTA label files and their images."""
+"""Checks of DOTA label files and their images."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first
-from mmeformer.checks.images import check_image, in_threads
+from mmeformer.checks.images import check_images
 from mmeformer.rotated.dota import DotaObject, read_labels
 
-# Pixels: a box narrower than this has no area to learn from.
+# Pixels: a narrower box has no area to learn from.
 THIN = 1e-3
 
 
@@ -29,17 +28,18 @@ def check_dota(
     limit: int | None = None,
     decode: bool = False,
 ) -> list[Finding]:
-    """Check label files and images, both by file name without suffix.
+    """Check label files and images.
 
-    All label files are read; of the first ``limit`` images the ends and the header.
+    Reads all label files, and the header and both ends of the first ``limit`` images.
 
     Args:
-        images, labels: as :func:`mmeformer.rotated.dota.list_images` and ``list_labels`` give them.
+        images, labels: files by name without suffix; see
+            :func:`mmeformer.rotated.dota.list_images` and ``list_labels``.
         classes: names of the classes.
-        dropped_classes: names that are left out on purpose.
-        training: every class ought to occur.
+        dropped_classes: names whose objects are left out on purpose.
+        training: warn about classes that do not occur.
         limit: number of images to read; None reads all.
-        decode: read these images in full.
+        decode: decode these images in full.
 
     Returns:
         Findings, errors first; kinds: ``bad label line``, ``unknown class``, ``empty box``,
@@ -75,11 +75,10 @@ def check_dota(
     ]
     if labels and training and (unused := [name for name in classes if not counts[name]]):
         folder = str(next(iter(labels.values())).parent)
-        text = f"no usable object is of {unused}: it cannot be learned"
+        text = f"{unused} have no usable object and cannot be learned"
         findings.append(Finding(WARNING, "unused class", folder, text))
     paths = [str(path) for path in images.values()][:limit]
-    read = in_threads(partial(check_image, decode=decode), paths)
-    return errors_first(findings + [finding for finding in read if finding is not None])
+    return errors_first(findings + check_images(paths, decode=decode))
 
 
 def _object_finding(
@@ -89,7 +88,7 @@ def _object_finding(
     if item.name in dropped:
         return None
     if item.name not in classes:
-        text = f"{where}: {item.name!r} is no class of the config; correct it, the config, or set "
+        text = f"{where}: {item.name!r} is not a class of the config; correct one of them, or set "
         return Finding(ERROR, "unknown class", path, text + "metainfo.dropped_classes")
     if is_thin(item):
         return Finding(ERROR, "empty box", path, f"{where}: the corners enclose no area; remove it")
@@ -105,7 +104,7 @@ def is_thin(item: DotaObject) -> bool:
 
 
 def _crosses(polygon: np.ndarray) -> bool:
-    """Whether opposite sides of a quadrangle (4, 2) cross."""
+    """Whether opposite sides of a quadrilateral (4, 2) cross."""
     a, b, c, d = polygon
     return _sides_cross(a, b, c, d) or _sides_cross(b, c, d, a)
 

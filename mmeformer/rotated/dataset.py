@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmrotate's DOTA data set, with the mistakes that otherwise end in a silent zero made errors."""
+"""mmrotate's DOTA data set with checks of its label files and images."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.logging import print_log
 from mmrotate.datasets import DOTADataset as MMRotateDOTADataset
 from mmrotate.visualization.palette import get_palette
 
+from mmeformer.checks.classes import class_names, require_classes, require_color_per_class
 from mmeformer.checks.findings import Finding, stop_on_errors
-from mmeformer.checks.images import check_image, in_threads
+from mmeformer.checks.images import check_images
+from mmeformer.checks.interface import CheckedDataset
 from mmeformer.registry import DATASETS
 from mmeformer.rotated.checks import check_dota, is_thin
 from mmeformer.rotated.dota import (
@@ -24,25 +25,25 @@ from mmeformer.rotated.dota import (
 
 
 @DATASETS.register_module()
-class DOTADataset(MMRotateDOTADataset):
-    """mmrotate's ``DOTADataset`` for original and cut label files and for own classes.
+class DOTADataset(CheckedDataset, MMRotateDOTADataset):
+    """mmrotate's ``DOTADataset`` for original and patch label files and for own classes.
 
-    Images lead, in alphabetical order: one without a label file, or with an empty one, has no
-    objects (``filter_cfg=dict(filter_empty_gt=True)`` leaves it out of training). Header lines are
-    passed over. Objects without area and objects with ``difficult > diff_thr`` are ignored in
-    training and evaluation. Label files without an image, classes without an object and the like
-    are logged. Files must be local.
+    Lists the images in alphabetical order. An image without a label file, or with an empty one, has
+    no objects (``filter_cfg=dict(filter_empty_gt=True)`` leaves it out of training). Header lines
+    are skipped. Objects without area and objects with ``difficult > diff_thr`` are ignored in
+    training and evaluation. Label files without an image, classes without an object and similar
+    flaws are logged. Files must be local.
 
     Args:
         diff_thr: as in mmrotate; the default ignores no difficult object.
-        img_suffix: only images with this suffix; None takes png, jpg, tif and bmp, mixed.
+        img_suffix: list only images with this suffix; None lists png, jpg, tif and bmp.
         **kwargs: as in mmrotate. ``metainfo`` may have ``dropped_classes``: names in the label
             files whose objects are left out on purpose. ``ann_file=""`` means no labels.
 
     Raises:
-        FileNotFoundError: a folder is missing or holds no file of its kind.
-        ValueError: bad label lines; class names that are not among ``classes``; not one object in
-            all label files; malformed classes or palette. The message names file, line and mend.
+        FileNotFoundError: a folder is missing, or has no file of its kind.
+        ValueError: a label line is invalid; a class name is not in ``classes``; the label files
+            have no objects; classes or palette are invalid. The message names file, line and fix.
     """
 
     def __init__(self, diff_thr: int = 100, img_suffix: str | None = None, **kwargs) -> None:
@@ -51,47 +52,34 @@ class DOTADataset(MMRotateDOTADataset):
     @classmethod
     def _load_metainfo(cls, metainfo: dict | None = None) -> dict:
         loaded = super()._load_metainfo(metainfo)
-        classes = _names(loaded, "classes")
+        classes = class_names(loaded.get("classes"))
         loaded["classes"] = classes
-        dropped = _names(loaded, "dropped_classes")
-        if not classes:
-            raise ValueError("the data set has no class names; set metainfo=dict(classes=(...))")
+        dropped = class_names(loaded.get("dropped_classes"), "dropped_classes")
+        require_classes(classes)
         if repeated := [name for name, count in Counter(classes).items() if count > 1]:
             raise ValueError(f"metainfo classes has {repeated} twice; remove one")
         if both := sorted(set(classes) & set(dropped)):
             raise ValueError(f"{both} are in metainfo classes and in dropped_classes; choose one")
         if "palette" not in (metainfo or {}):
-            # Own classes, in part or wholly: what is known keeps its colour.
+            # Known classes keep their color; new ones get others.
             known = dict(zip(cls.METAINFO["classes"], cls.METAINFO["palette"], strict=True))
             others = get_palette("random", len(classes))
             loaded["palette"] = [
                 known.get(name, tuple(map(int, other)))
                 for name, other in zip(classes, others, strict=True)
             ]
-        elif len(loaded["palette"]) != len(classes):
-            raise ValueError(
-                f"metainfo palette has {len(loaded['palette'])} colours for {len(classes)} classes "
-                f"{list(classes)}; give one (red, green, blue) for each, or none"
-            )
-        # mmrotate takes a tuple for one colour.
-        loaded["palette"] = [tuple(colour) for colour in loaded["palette"]]
+        else:
+            require_color_per_class(loaded["palette"], classes)
+        # mmrotate takes a tuple of colors for a single color.
+        loaded["palette"] = [tuple(color) for color in loaded["palette"]]
         return loaded
 
-    CHECKED_FILES = 500
-    """Images that are looked into at the start."""
-
-    checked = True
-    """Whether to look at the images at the start; ``tools/check_dataset.py`` does so itself."""
-
     def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
-        """What is wrong with the labels and the images, of which ``limit`` (None: all) are read;
-        in full with ``decode``.
-
-        Serves a data set that is built with ``lazy_init=True``.
+        """Everything that is wrong; see :class:`~mmeformer.checks.interface.CheckedDataset`.
 
         Raises:
-            FileNotFoundError: a folder is missing or holds no file of its kind.
-            ValueError: two images differ in their suffix only.
+            FileNotFoundError: a folder is missing, or has no file of its kind.
+            ValueError: two images differ only in their suffix.
         """
         return check_dota(
             list_images(self.data_prefix["img_path"], self.img_suffix),
@@ -104,12 +92,11 @@ class DOTADataset(MMRotateDOTADataset):
         )
 
     def _check_images(self, paths: list[str]) -> None:
-        found = in_threads(check_image, paths[: self.CHECKED_FILES])
         left_out = {} if self.test_mode else {"unreadable image": len(paths)}
-        stop_on_errors([finding for finding in found if finding is not None], left_out)
+        stop_on_errors(check_images(paths[: self.CHECKED_FILES]), left_out)
 
     def load_data_list(self) -> list[dict]:
-        """One item per image: ``img_id`` (file name without suffix), ``file_name``, ``img_path``
+        """One entry per image: ``img_id`` (file name without suffix), ``file_name``, ``img_path``
         and ``instances``, each with ``bbox`` (8 numbers: corners in pixels), ``bbox_label`` and
         ``ignore_flag``."""
         images = list_images(self.data_prefix["img_path"], self.img_suffix)
@@ -139,7 +126,7 @@ class DOTADataset(MMRotateDOTADataset):
         wanted = [stem for stem in images if stem in files]
         if not wanted:
             raise ValueError(
-                f"no label file in {self.ann_file} has the name of an image in "
+                f"no label file in {self.ann_file} belongs to an image in "
                 f"{self.data_prefix['img_path']}; correct ann_file or data_prefix.img_path"
             )
         classes = self.metainfo["classes"]
@@ -149,7 +136,7 @@ class DOTADataset(MMRotateDOTADataset):
         counts = Counter(item.name for items in read for item in items)
         if not counts:
             raise ValueError(
-                f"the {len(wanted)} label files of {self.ann_file} have not one object of "
+                f"the {len(wanted)} label files of {self.ann_file} have no object of "
                 f"{list(classes)}; nothing could be learned or evaluated. For images without "
                 "labels, set ann_file=''"
             )
@@ -163,22 +150,15 @@ class DOTADataset(MMRotateDOTADataset):
             for item in items
             if is_thin(item)
         ]
-        for what, places in (
-            ("images have no label file and count as without objects", images.keys() - files),
+        for flaw, places in (
+            (
+                "images have no label file and count as without objects",
+                images.keys() - files,
+            ),
             ("label files have no image", files.keys() - images),
             ("classes have no object", [n for n in self.metainfo["classes"] if n not in counts]),
             ("objects have no area and are ignored", thin),
         ):
             if places:
                 example = sorted(places)[0]
-                print_log(f"{self.ann_file}: {len(places)} {what}, such as {example}", "current")
-
-
-def _names(metainfo: dict, key: str) -> Sequence[str]:
-    names = metainfo.get(key, ())
-    if isinstance(names, str):
-        raise ValueError(
-            f"metainfo {key} is the text {names!r}; a single class needs a comma: "
-            f"{key} = ({names!r},)"
-        )
-    return tuple(names)
+                print_log(f"{self.ann_file}: {len(places)} {flaw}, such as {example}", "current")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOTA's label files and image folders, read strictly; needs no mmrotate.
+"""Read and write DOTA label files, and list image folders; does not need mmrotate.
 
 A label file has one line per object, ``x1 y1 x2 y2 x3 y3 x4 y4 class difficult``, in pixels, and
 may begin with the lines ``imagesource:...`` and ``gsd:...`` (Xia et al., DOTA, arXiv 1711.10398;
-the format is described on the data set's page, captain-whu.github.io/DOTA).
+format: captain-whu.github.io/DOTA).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class DotaObject(NamedTuple):
     """One line of a label file.
 
     Args:
-        polygon: ``(4, 2)`` float64, corners in pixels.
-        name: class.
+        polygon: (4, 2) float64, corners in pixels.
+        name: class name.
         difficult: 0 means not difficult.
-        line: number of the line in its file, from 1.
+        line: line number in the file, from 1.
     """
 
     polygon: np.ndarray
@@ -38,14 +38,14 @@ class DotaObject(NamedTuple):
 
 
 def read_labels(path: str | Path) -> list[DotaObject]:
-    """Read one label file; header lines and empty lines are passed over.
+    """Read one label file; skips header lines and empty lines.
 
-    The flag ``difficult`` may be missing (0 then), as in some tools' exports.
+    If the flag ``difficult`` is missing, as in exports of some tools, it is 0.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is not UTF-8 text or has bad lines; names the file, the lines and what is
-            wrong with them.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not UTF-8 text or has invalid lines; names the file, the lines and
+            what is wrong with them.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -61,7 +61,9 @@ def read_labels(path: str | Path) -> list[DotaObject]:
         except ValueError as error:
             bad.append(f"line {number}: {error}: {text.strip()[:100]!r}")
     if bad:
-        raise ValueError(f"label file {path} has bad lines; correct them:\n  " + _some(bad, "\n  "))
+        raise ValueError(
+            f"label file {path} has invalid lines; correct them:\n  " + _some(bad, "\n  ")
+        )
     return objects
 
 
@@ -69,7 +71,7 @@ def _parse(fields: list[str], line: int) -> DotaObject:
     if len(fields) not in (9, 10):
         raise ValueError(
             f"{len(fields)} fields instead of 'x1 y1 x2 y2 x3 y3 x4 y4 class difficult' (separated "
-            "by spaces, so a class name has none)"
+            "by spaces; class names cannot contain spaces)"
         )
     try:
         corners = [float(field) for field in fields[:8]]
@@ -79,23 +81,23 @@ def _parse(fields: list[str], line: int) -> DotaObject:
         raise ValueError("the first 8 fields must be finite")
     difficult = fields[9] if len(fields) == 10 else "0"
     if not (difficult.isascii() and difficult.isdigit()):
-        raise ValueError(f"difficult is {difficult!r} and must be a whole number from 0")
+        raise ValueError(f"difficult must be an integer of at least 0, but is {difficult!r}")
     return DotaObject(np.array(corners).reshape(4, 2), fields[8], int(difficult), line)
 
 
 def _some(items: Collection[str], separator: str = ", ") -> str:
-    """The first few of many, and how many more there are."""
+    """The first items, and the number of the others."""
     shown = separator.join(list(items)[:_SHOWN])
     return shown + (f"{separator}and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
 
 
 def format_label(polygon: np.ndarray, name: str, difficult: int) -> str:
-    """One line of a label file, without its end; :func:`read_labels` gives the same object back.
+    """Format one line of a label file, without line end, as :func:`read_labels` reads it.
 
     Args:
-        polygon: ``(4, 2)`` in pixels; written to 1e-2 px.
-        name: class, without white space.
-        difficult: from 0.
+        polygon: (4, 2) in pixels; rounded to 0.01 px.
+        name: class name without spaces.
+        difficult: at least 0.
     """
     corners = " ".join(f"{round(float(value), 2):.10g}" for value in np.reshape(polygon, 8))
     return f"{corners} {name} {difficult}"
@@ -104,11 +106,11 @@ def format_label(polygon: np.ndarray, name: str, difficult: int) -> str:
 def read_label_files(
     paths: Iterable[Path], classes: Collection[str], dropped_classes: Collection[str] = ()
 ) -> list[list[DotaObject]]:
-    """Read label files whose class names must be known.
+    """Read label files and check their class names.
 
     Args:
-        paths: the files.
-        classes: names to keep.
+        paths: label files.
+        classes: names of the classes to keep.
         dropped_classes: names whose objects are left out on purpose.
 
     Returns:
@@ -116,8 +118,8 @@ def read_label_files(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: bad lines (see :func:`read_labels`), or names that are in neither list, with the
-            place where each occurs first.
+        ValueError: a file has invalid lines (see :func:`read_labels`), or class names that are in
+            neither list; names the first place of each.
     """
     known, dropped = set(classes), set(dropped_classes)
     files, bad, unknown = [], [], {}
@@ -139,7 +141,7 @@ def read_label_files(
             for name, places in sorted(unknown.items())
         )
         raise ValueError(
-            f"the label files have classes that the config does not:\n  {found}\nThe config has "
+            f"the label files have classes that the config lacks:\n  {found}\nThe config has "
             f"{list(classes)}. Correct the labels or metainfo.classes; to leave these objects out "
             f"on purpose, set metainfo.dropped_classes={tuple(sorted(unknown))}"
         )
@@ -147,16 +149,15 @@ def read_label_files(
 
 
 def list_images(folder: str | Path, suffix: str | None = None) -> dict[str, Path]:
-    """Image files of a folder by name without suffix, in alphabetical order.
+    """List the images of a folder by name without suffix, in alphabetical order.
 
     Args:
-        folder: not searched any deeper; hidden files are passed over.
-        suffix: with or without its dot, capitals or not; None takes all of
-            :data:`IMAGE_SUFFIXES`.
+        folder: folder; subfolders and hidden files are skipped.
+        suffix: suffix with or without dot, in any case; None means all of :data:`IMAGE_SUFFIXES`.
 
     Raises:
         FileNotFoundError: the folder is missing, or has no such file.
-        ValueError: two files differ in their suffix only, so that labels would fit both.
+        ValueError: two files differ only in their suffix, so that a label file would fit both.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -171,18 +172,18 @@ def list_images(folder: str | Path, suffix: str | None = None) -> dict[str, Path
             others.add(ending)
         elif stem in images:
             raise ValueError(
-                f"{images[stem]} and {folder / name} differ in their suffix only; rename one"
+                f"{images[stem]} and {folder / name} differ only in their suffix; rename one"
             )
         else:
             images[stem] = folder / name
     if not images:
-        there = f"; the files there end in {sorted(others)}" if others else ", which is empty"
-        raise FileNotFoundError(f"no image ({', '.join(wanted)}) in folder {folder}{there}")
+        found = f"; the files there end in {sorted(others)}" if others else ", which is empty"
+        raise FileNotFoundError(f"no image ({', '.join(wanted)}) in folder {folder}{found}")
     return images
 
 
 def list_labels(folder: str | Path) -> dict[str, Path]:
-    """Label files (``.txt``) of a folder by name without suffix, in alphabetical order.
+    """List the label files (``.txt``) of a folder by name without suffix, in alphabetical order.
 
     Raises:
         FileNotFoundError: the folder is missing, or has no such file.

@@ -40,53 +40,52 @@ _INIT = dict(
 
 @MODELS.register_module()
 class RotatedGFLHead(AnchorHead):
-    """Dense head whose rotated boxes are expectations of distributions.
+    """Dense head that predicts rotated boxes as expectations of distributions.
 
-    Two towers of convolutions, shared by all levels, end in class scores and in the logits of five
-    distributions per location: dx, dy, dw, dh and the angle relative to one square upright anchor.
+    Two towers of convolutions, shared by all levels, predict class scores and, per location, the
+    logits of five distributions: dx, dy, dw, dh and angle relative to one square upright anchor.
 
-    The losses decide between two settings:
+    The losses select one of two settings:
 
-    - Published setting of EfficientFormer's DOTA models (default): ``loss_cls`` is a focal loss,
+    - Published setting of EfficientFormer's DOTA models (default): ``loss_cls`` is a focal loss and
       ``loss_bbox`` the rotated IoU loss, both averaged over the positives; no ``loss_dfl``.
     - Generalized focal loss: ``loss_cls=dict(type="mmdet.QualityFocalLoss", ...)`` learns the IoU
-      of the predicted box as the score, and the box losses are weighted by the predicted score;
+      of the predicted box as score, and box losses are weighted by the predicted score;
       ``loss_dfl=dict(type="mmdet.DistributionFocalLoss", loss_weight=0.25)`` shapes the
       distributions.
 
     Names and arguments follow mmdet's ``GFLHead`` and mmrotate's ``RotatedRetinaHead``. Losses and
     boxes are computed in float32, also under autocast. Without positives the box losses are 0 and
-    all parameters still receive a gradient.
+    all parameters still get a gradient.
 
     Source: Li et al., "Generalized Focal Loss", NeurIPS 2020.
 
     Args:
-        num_classes (int): Number of classes, without background.
-        in_channels (int): Channels of each level of the neck.
-        feat_channels (int): Channels of the towers. Defaults to 256.
-        stacked_convs (int): Convolutions per tower. Defaults to 4.
-        conv_cfg (dict, optional): Config of the towers' convolutions. Defaults to None.
-        norm_cfg (dict): Config of the towers' norms. Defaults to group norm with 32 groups.
-        anchor_generator (dict): Rotated anchors, one per location. Defaults to angle 0, side 4
-            times the stride, strides 8 to 128.
-        bbox_coder (dict): Coder of five deltas against an anchor. Defaults to mmrotate's: centre
-            offsets in the anchor's own axes, logarithms of size ratios, angle in le135.
-        reg_max (int): Number of intervals of each distribution. Defaults to 8.
-        delta_range (tuple[float, float]): Range of dx, dy, dw, dh. Defaults to (-2, 2).
-        angle_range (tuple[float, float]): Range of the angle in radians. Defaults to (-5, 2).
-        loss_cls (dict): Sigmoid classification loss.
-        loss_bbox (dict): Loss of decoded boxes ``(N, 5)`` in pixels and radians.
-        loss_dfl (dict, optional): Loss of the distributions. Defaults to None.
-        train_cfg (dict, optional): ``assigner``; ``allowed_border`` in pixels by which an anchor's
-            centre may leave the image, -1 for any (default); ``pos_weight``, weight of the
-            positives in ``loss_cls``, -1 for 1 (default).
-        test_cfg (dict, optional): ``nms_pre``, ``min_bbox_size``, ``score_thr``, ``nms``,
-            ``max_per_img``.
-        init_cfg (dict): Initialization. Defaults to a normal distribution of std 0.01, and a class
-            bias for a prior probability of 0.01.
+        num_classes: number of classes, without background.
+        in_channels: channels of each level of the neck.
+        feat_channels: channels of the towers.
+        stacked_convs: convolutions per tower.
+        conv_cfg: config of the towers' convolutions.
+        norm_cfg: config of the towers' norms; default group norm with 32 groups.
+        anchor_generator: rotated anchors, one per location; default angle 0, side 4 times the
+            stride, strides 8 to 128.
+        bbox_coder: coder of five deltas relative to an anchor; default mmrotate's: center offsets
+            along the anchor's axes, logarithms of size ratios, angle in le135.
+        reg_max: number of intervals of each distribution.
+        delta_range: range of dx, dy, dw, dh.
+        angle_range: range of the angle in radians.
+        loss_cls: sigmoid classification loss.
+        loss_bbox: loss of decoded boxes (N, 5) in pixels and radians.
+        loss_dfl: loss of the distributions, or None.
+        train_cfg: ``assigner``; ``allowed_border``: pixels by which an anchor's center may be
+            outside the image, -1 (default) for any number; ``pos_weight``: weight of positives in
+            ``loss_cls``, -1 (default) for 1.
+        test_cfg: ``nms_pre``, ``min_bbox_size``, ``score_thr``, ``nms``, ``max_per_img``.
+        init_cfg: initialization; default normal with std 0.01, and class biases for a prior
+            probability of 0.01.
 
     Raises:
-        ValueError: If the loss is not a sigmoid one, or a location has more than one anchor.
+        ValueError: ``loss_cls`` is not a sigmoid loss, or a location has more than one anchor.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class RotatedGFLHead(AnchorHead):
             init_cfg=init_cfg,
         )
         if not self.use_sigmoid_cls:
-            raise ValueError("loss_cls must have use_sigmoid=True: the scores are sigmoids")
+            raise ValueError("loss_cls needs use_sigmoid=True: the scores are sigmoids")
         self.integral = RotatedIntegral(reg_max, delta_range, angle_range)
         self.loss_dfl = None if loss_dfl is None else MODELS.build(loss_dfl)
 
@@ -154,19 +153,19 @@ class RotatedGFLHead(AnchorHead):
         )
 
     def forward(self, x: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        """Scores and box distributions of all levels.
+        """Compute scores and box distributions of all levels.
 
         Args:
-            x (tuple[Tensor]): Levels ``(B, in_channels, H_i, W_i)``.
+            x: levels (B, in_channels, H_i, W_i).
 
         Returns:
-            tuple: ``cls_scores``, list of logits ``(B, num_classes, H_i, W_i)``; ``bbox_preds``,
-            list of logits ``(B, 5 * (reg_max + 1), H_i, W_i)``.
+            ``cls_scores``, list of logits (B, num_classes, H_i, W_i); ``bbox_preds``, list of
+            logits (B, 5 * (reg_max + 1), H_i, W_i).
         """
         return multi_apply(self.forward_single, x)
 
     def forward_single(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and box distributions of one level; shapes as in :meth:`forward`."""
+        """Compute scores and box distributions of one level; shapes as in :meth:`forward`."""
         return self.gfl_cls(self.cls_convs(x)), self.gfl_reg(self.reg_convs(x))
 
     def loss_by_feat(
@@ -177,24 +176,23 @@ class RotatedGFLHead(AnchorHead):
         batch_img_metas: list[dict],
         batch_gt_instances_ignore: list[InstanceData] | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of a batch.
+        """Compute the losses of a batch.
 
         Args:
-            cls_scores, bbox_preds (list[Tensor]): Outputs of :meth:`forward`.
-            batch_gt_instances (list[InstanceData]): Per image ``bboxes``, RotatedBoxes ``(G, 5)``
-                in pixels and radians, and ``labels`` ``(G,)``. G may be 0.
-            batch_img_metas (list[dict]): Per image ``img_shape`` and ``pad_shape``.
-            batch_gt_instances_ignore (list[InstanceData], optional): Per image ``bboxes`` to
-                ignore.
+            cls_scores, bbox_preds: outputs of :meth:`forward`.
+            batch_gt_instances: per image ``bboxes``, RotatedBoxes (G, 5) in pixels and radians, and
+                ``labels`` (G,). G may be 0.
+            batch_img_metas: per image ``img_shape`` and ``pad_shape``.
+            batch_gt_instances_ignore: per image ``bboxes`` to ignore.
 
         Returns:
-            dict: ``loss_cls``, ``loss_bbox`` and, if set, ``loss_dfl``; scalars.
+            ``loss_cls``, ``loss_bbox`` and, if it is set, ``loss_dfl``; scalars.
         """
         sizes = [scores.shape[-2:] for scores in cls_scores]
         device = cls_scores[0].device
         anchor_list, valid_flag_list = self.get_anchors(sizes, batch_img_metas, device=device)
         anchors = cat_boxes(anchor_list[0])
-        # The assigner as well: mmrotate turns points by matrix products, which autocast rounds.
+        # Includes the assigner: mmrotate rotates points by matrix products, which autocast rounds.
         with torch.autocast(device.type, enabled=False):
             labels, label_weights, bbox_targets = self.get_targets(
                 anchors,
@@ -207,7 +205,7 @@ class RotatedGFLHead(AnchorHead):
             scores = _flatten(cls_scores)
             positive = ((labels >= 0) & (labels < self.num_classes)).nonzero().squeeze(1)
             num_positive = reduce_mean(scores.new_tensor(float(len(positive)))).clamp(min=1)
-            # Without positives these have no rows: the losses are then 0 and their gradient too.
+            # Without positives these are empty, so that losses and gradients are 0.
             logits = _flatten(bbox_preds)[positive]
             pos_anchors = anchors[positive % len(anchors)]
             pos_targets = bbox_targets[positive]
@@ -248,21 +246,20 @@ class RotatedGFLHead(AnchorHead):
         batch_img_metas: list[dict],
         batch_gt_instances_ignore: list[InstanceData] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Targets of all anchors of a batch.
+        """Compute the targets of all anchors of a batch.
 
         Args:
-            anchors (RotatedBoxes): ``(A, 5)``, level after level, the same for every image.
-            num_level_anchors (list[int]): Anchors of each level.
-            valid_flag_list (list[Tensor]): Per image ``(A,)``, whether an anchor's location lies
-                within the padded image.
-            batch_gt_instances, batch_img_metas, batch_gt_instances_ignore: As in
+            anchors: (A, 5), level by level, the same for every image.
+            num_level_anchors: number of anchors per level.
+            valid_flag_list: per image (A,), whether the anchor's location is inside the padded
+                image.
+            batch_gt_instances, batch_img_metas, batch_gt_instances_ignore: as in
                 :meth:`loss_by_feat`.
 
         Returns:
-            tuple: ``labels`` ``(B * A,)``, class or ``num_classes`` for background;
-            ``label_weights`` ``(B * A,)``, 0 for anchors that count neither as object nor as
-            background; ``bbox_targets`` ``(B * A, 5)`` in pixels and radians, 0 for all but the
-            positives.
+            ``labels`` (B * A,): class, or ``num_classes`` for background; ``label_weights``
+            (B * A,): 0 for anchors that are neither object nor background; ``bbox_targets``
+            (B * A, 5) in pixels and radians, 0 for all but the positives.
         """
         if batch_gt_instances_ignore is None:
             batch_gt_instances_ignore = [None] * len(batch_img_metas)
@@ -313,15 +310,15 @@ class RotatedGFLHead(AnchorHead):
     def predict_by_feat(
         self, cls_scores: list[Tensor], bbox_preds: list[Tensor], *args, **kwargs
     ) -> list[InstanceData]:
-        """Boxes of a batch after NMS.
+        """Predict the boxes of a batch, after NMS.
 
         Args:
-            cls_scores, bbox_preds (list[Tensor]): Outputs of :meth:`forward`.
-            *args, **kwargs: As in mmdet's ``BaseDenseHead.predict_by_feat``.
+            cls_scores, bbox_preds: outputs of :meth:`forward`.
+            *args, **kwargs: as in mmdet's ``BaseDenseHead.predict_by_feat``.
 
         Returns:
-            list[InstanceData]: Per image ``bboxes`` ``(N, 5)`` in pixels and radians (le135),
-            ``scores`` ``(N,)`` and ``labels`` ``(N,)``, the best first.
+            Per image ``bboxes`` (N, 5) in pixels and radians (le135), ``scores`` (N,) and
+            ``labels`` (N,), sorted by score.
         """
         with torch.autocast(cls_scores[0].device.type, enabled=False):
             deltas = []
@@ -334,6 +331,6 @@ class RotatedGFLHead(AnchorHead):
 
 
 def _flatten(maps: list[Tensor]) -> Tensor:
-    """Levels ``(B, C, H_i, W_i)`` as float32 rows ``(B * A, C)``: by image, level, row, column."""
+    """Levels (B, C, H_i, W_i) as float32 rows (B * A, C): by image, level, row, column."""
     rows = [level.permute(0, 2, 3, 1).flatten(1, 2) for level in maps]
     return torch.cat(rows, 1).flatten(0, 1).float()

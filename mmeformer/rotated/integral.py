@@ -10,24 +10,22 @@ __all__ = ["RotatedIntegral"]
 
 
 class RotatedIntegral(nn.Module):
-    """Turns the logits of the head into the five deltas of a rotated box, and targets into bins.
+    """Integral that turns logits of the head into the five deltas of a rotated box.
 
-    Each delta is the expectation of a softmax over ``reg_max + 1`` points evenly spaced over its
-    range. It is the counterpart of mmdet's ``Integral``, whose points are 0, 1, ... ``reg_max`` for
-    four distances.
+    Each delta is the expectation of a softmax over ``reg_max + 1`` points, evenly spaced over its
+    range. mmdet's ``Integral`` does so for four distances, with the points 0, 1, ... ``reg_max``.
 
     Source: Li et al., "Generalized Focal Loss: Learning Qualified and Distributed Bounding Boxes
     for Dense Object Detection", NeurIPS 2020, section 3.2.
 
     Args:
-        reg_max (int): Number of intervals between the points. Defaults to 8.
-        delta_range (tuple[float, float]): First and last point of dx, dy (in anchor sides) and of
-            dw, dh (logarithms of ratios). Defaults to (-2, 2).
-        angle_range (tuple[float, float]): First and last point of the angle in radians. Defaults to
-            (-5, 2).
+        reg_max: number of intervals between the points.
+        delta_range: first and last point of dx, dy (in anchor sides) and of dw, dh (logarithms of
+            ratios).
+        angle_range: first and last point of the angle in radians.
 
     Raises:
-        ValueError: If ``reg_max`` is not positive or a range is not increasing.
+        ValueError: ``reg_max`` is not positive, or a range does not increase.
     """
 
     def __init__(
@@ -45,20 +43,19 @@ class RotatedIntegral(nn.Module):
         self.reg_max = reg_max
         ranges = [delta_range] * 4 + [angle_range]
         points = torch.stack([torch.linspace(*ends, reg_max + 1) for ends in ranges])
-        # Constants of the config, not of the checkpoint.
+        # Not in checkpoints: the values follow from the config.
         self.register_buffer("points", points, persistent=False)
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Expected deltas.
+        """Compute the expected deltas.
 
         Args:
-            logits (Tensor): ``(N, 5 * (reg_max + 1))``: the points of dx, then of dy, dw, dh,
-            angle.
+            logits: (N, 5 * (reg_max + 1)): points of dx, then of dy, dw, dh and the angle.
 
         Returns:
-            Tensor: ``(N, 5)``, within the ranges.
+            (N, 5), within the ranges.
         """
-        # A product and a sum, as autocast would compute a matrix product in half precision.
+        # Not a matrix product, which autocast would compute in half precision.
         probabilities = logits.reshape(-1, *self.points.shape).softmax(-1)
         return (probabilities * self.points).sum(-1)
 
@@ -66,13 +63,11 @@ class RotatedIntegral(nn.Module):
         """Positions of target deltas on the scale of the points, for the distribution focal loss.
 
         Args:
-            deltas (Tensor): ``(N, 5)``. An angle outside its range is taken half a turn further,
-                where it describes the same box; what is still outside is moved to the end of the
-                range.
+            deltas: (N, 5). An angle outside its range is shifted by pi, which is the same box;
+                deltas that are still outside are clamped to the range.
 
         Returns:
-            Tensor: ``(N, 5)`` from 0 to just below ``reg_max`` (the loss reads the next point as
-            well).
+            (N, 5) from 0 to just below ``reg_max``, as the loss reads the next point as well.
         """
         low, high = self.points[:, 0], self.points[:, -1]
         angle = deltas[:, 4]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotated IoU loss that runs on every device."""
+"""Rotated IoU loss for all devices."""
 
 import torch
 from mmdet.models.losses.utils import weighted_loss
@@ -20,7 +20,7 @@ _MODES = {
 
 @weighted_loss
 def _rotated_iou_loss(pred: Tensor, target: Tensor, mode: str, eps: float) -> Tensor:
-    """Loss ``(N,)`` of each pair of boxes ``(N, 5)``; the decorator weights and reduces it."""
+    """Loss (N,) of pairs of boxes (N, 5); the decorator weights and reduces it."""
     return _MODES[mode](rotated_iou(pred, target).clamp(min=eps))
 
 
@@ -28,25 +28,24 @@ def _rotated_iou_loss(pred: Tensor, target: Tensor, mode: str, eps: float) -> Te
 class RotatedIoULoss(nn.Module):
     """IoU loss of aligned pairs of rotated boxes.
 
-    Arguments and values as ``mmrotate.RotatedIoULoss``, whose operator has no CPU kernel and is
-    known for NaN at touching and degenerate boxes. Here value and gradient are finite everywhere,
-    in float32 under autocast.
+    Arguments and values as in ``mmrotate.RotatedIoULoss``, whose operator has no CPU kernel and can
+    return NaN for touching and degenerate boxes. Here value and gradient are always finite. They
+    are computed in float32, also under autocast.
 
-    A pair with less than ``eps`` IoU has the constant loss of ``eps`` and no gradient: nothing says
-    in which direction to move, and towards zero the gradient of the logarithm grows without bound.
-    With ATSS the anchor's centre lies inside its box, so predictions start with an overlap.
+    A pair with an IoU below ``eps`` has the constant loss of ``eps`` and no gradient: there is no
+    direction to move in, and the gradient of the logarithm is unbounded near zero. With ATSS the
+    center of the anchor is inside its box, so that predictions start with an overlap.
 
     Source: Yu et al., "UnitBox: An Advanced Object Detection Network", ACM MM 2016 (the logarithm).
 
     Args:
-        mode (str): ``"log"``: ``-log(IoU)``; ``"linear"``: ``1 - IoU``; ``"square"``:
-            ``1 - IoU ** 2``. Defaults to ``"log"``.
-        eps (float): Smallest IoU that counts. Defaults to 1e-6.
-        reduction (str): ``"none"``, ``"mean"`` or ``"sum"``. Defaults to ``"mean"``.
-        loss_weight (float): Factor of the loss. Defaults to 1.
+        mode: ``"log"``: ``-log(IoU)``; ``"linear"``: ``1 - IoU``; ``"square"``: ``1 - IoU ** 2``.
+        eps: lower bound of the IoU.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        loss_weight: factor of the loss.
 
     Raises:
-        ValueError: If ``mode`` is unknown.
+        ValueError: ``mode`` is unknown.
     """
 
     def __init__(
@@ -72,18 +71,18 @@ class RotatedIoULoss(nn.Module):
         avg_factor: float | Tensor | None = None,
         reduction_override: str | None = None,
     ) -> Tensor:
-        """Weighted and reduced loss.
+        """Compute the weighted and reduced loss.
 
         Args:
-            pred (Tensor): ``(N, 5)``: cx, cy, w, h in pixels, angle in radians. N may be 0: with an
-                ``avg_factor`` the loss is then 0 and its gradient too.
-            target (Tensor): ``(N, 5)``.
-            weight (Tensor, optional): ``(N,)``, or ``(N, 5)`` of which each row's mean is taken.
-            avg_factor (float | Tensor, optional): Divisor of the sum, in place of the mean.
-            reduction_override (str, optional): In place of ``reduction``.
+            pred: (N, 5): cx, cy, w, h in pixels, angle in radians. If N is 0 and ``avg_factor`` is
+                given, loss and gradient are 0.
+            target: (N, 5).
+            weight: (N,), or (N, 5), of which the mean of each row is used.
+            avg_factor: divisor of the sum, instead of the mean.
+            reduction_override: replaces ``reduction``.
 
         Returns:
-            Tensor: Scalar, or ``(N,)`` without reduction.
+            Scalar, or (N,) without reduction.
         """
         if weight is not None and weight.dim() > 1:
             weight = weight.mean(-1)

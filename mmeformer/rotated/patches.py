@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cut a DOTA data set into patches; what ``tools/split_dota.py`` runs.
+"""Cut a DOTA data set into patches; ``tools/split_dota.py`` is the command line.
 
 Patches and their names, ``NAME__SIZE__X___Y``, are those of mmrotate's ``img_split.py``, so that
-its tools can read them and the other way round. That one cannot go on after an interruption, and
-passes over label lines that it does not understand.
+each can read the other's. That script cannot resume and silently skips invalid label lines.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,6 +22,7 @@ import cv2
 import numpy as np
 import shapely
 
+from mmeformer.files import is_draft, write_bytes, write_text
 from mmeformer.images import read_image
 from mmeformer.rotated.dota import (
     IMAGE_SUFFIXES,
@@ -36,15 +35,14 @@ from mmeformer.rotated.dota import (
 from mmeformer.windows import Window, crop, windows
 
 MANIFEST = "split.jsonl"
-_UNFINISHED = ".unfinished"
-# Beyond the values of DOTA's own files, as DOTA's development kit marks what it cut.
+_FOLDERS = ("images", "annfiles")
+# Flag of truncated objects in DOTA's development kit; DOTA's own files have 0 and 1.
 TRUNCATED = 2
 _PATCH_NAME = re.compile(r"(?P<image>.+)__(?P<size>\d+)__(?P<x>\d+)___(?P<y>\d+)")
 
 
 class PatchName(NamedTuple):
-    """What the name of a patch says: its image, the side of its window and the offset, in pixels of
-    the image."""
+    """Parsed name of a patch: image, side of the window and offset, in pixels of the image."""
 
     image: str
     size: int
@@ -56,40 +54,40 @@ class PatchName(NamedTuple):
 
 
 def parse_patch_name(name: str) -> PatchName:
-    """The parts of ``NAME__SIZE__X___Y``; NAME itself may contain ``__``.
+    """Parse ``NAME__SIZE__X___Y``; NAME itself may contain ``__``.
 
     Raises:
-        ValueError: the name is not of this form.
+        ValueError: the name does not have this form.
     """
     match = _PATCH_NAME.fullmatch(name)
     if match is None:
         raise ValueError(
             f"{name!r} is not the name of a patch (NAME__SIZE__X___Y); cut the images with "
-            "tools/split_dota.py, or do not merge"
+            "tools/split_dota.py, or turn merging off"
         )
     return PatchName(match["image"], *(int(match[key]) for key in ("size", "x", "y")))
 
 
 @dataclass(frozen=True)
 class CutSettings:
-    """How images are cut.
+    """Settings of cutting.
 
     Args:
-        size: side of a window at rate 1, pixels.
-        overlap: of neighbouring windows at rate 1, pixels.
-        rates: for each one, windows of ``size / rate`` and ``overlap / rate`` pixels are cut from
-            the image as it is; the pipeline then resizes them (mmrotate's convention: a rate of 0.5
-            shows objects at half their size).
+        size: side of a window at rate 1, in pixels.
+        overlap: overlap of neighboring windows at rate 1, in pixels.
+        rates: for each rate, windows of ``size / rate`` pixels with an overlap of
+            ``overlap / rate`` are cut from the unscaled image; the training pipeline resizes them
+            (mmrotate's convention: at rate 0.5, objects appear at half their size).
         iof: an object belongs to a patch if at least this share of its area lies inside. It keeps
             all its corners, also those outside, and its difficult flag.
-        truncated: what happens to objects of which less lies inside: ``drop`` (mmrotate's
-            ``img_split.py``) or ``difficult``: kept with the flag 2 (DOTA's development kit).
-        keep_empty: whether patches without objects are written.
-        pad: fill up windows of images that are smaller.
+        truncated: objects with a smaller share are dropped (``drop``, as in mmrotate's
+            ``img_split.py``) or kept with the flag 2 (``difficult``, as in DOTA's development kit).
+        keep_empty: write patches without objects too.
+        pad: pad windows of images that are smaller.
         suffix: file format of patches.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of range.
     """
 
     size: int = 1024
@@ -117,22 +115,22 @@ class CutSettings:
             windows(1, 1, size, overlap)
 
     def scales(self) -> list[tuple[int, int]]:
-        """Size and overlap of the windows of every rate, in pixels of the image."""
+        """Size and overlap of the windows for each rate, in pixels of the image."""
         return [(int(self.size / rate), int(self.overlap / rate)) for rate in self.rates]
 
 
 def share_inside(polygons: np.ndarray, window: Window) -> np.ndarray:
     """Share of the area of quadrilaterals that lies inside a window (IoF).
 
-    Corners are taken as a convex outline, in whatever order they are given. What has no area counts
-    by its centre.
+    Takes the convex hull of the corners, in any order. A quadrilateral without area is inside if
+    its center is.
 
     Args:
-        polygons: ``(N, 4, 2)`` in pixels.
+        polygons: (N, 4, 2) in pixels.
         window: see :mod:`mmeformer.windows`.
 
     Returns:
-        ``(N,)`` float64 from 0 to 1.
+        (N,) float64 from 0 to 1.
     """
     start, end = np.array(window[:2]), np.array(window[2:])
     low, high = polygons.min(1), polygons.max(1)
@@ -142,16 +140,16 @@ def share_inside(polygons: np.ndarray, window: Window) -> np.ndarray:
         outlines = shapely.convex_hull(shapely.multipoints(polygons[cut]))
         area = shapely.area(outlines)
         inside = shapely.area(shapely.intersection(outlines, shapely.box(*window)))
-        centre = polygons[cut].mean(1)
-        by_centre = ((centre >= start) & (centre <= end)).all(1)
-        share[cut] = np.where(area > 0, inside / np.where(area > 0, area, 1), by_centre)
+        center = polygons[cut].mean(1)
+        by_center = ((center >= start) & (center <= end)).all(1)
+        share[cut] = np.where(area > 0, inside / np.where(area > 0, area, 1), by_center)
     return share
 
 
 def objects_inside(
     objects: Sequence[DotaObject], window: Window, settings: CutSettings
 ) -> list[DotaObject]:
-    """Objects of one patch, their corners counted from the corner of the window."""
+    """Objects of one patch, with corners relative to the corner of the window."""
     if not objects:
         return []
     polygons = np.stack([item.polygon for item in objects])
@@ -168,7 +166,7 @@ def objects_inside(
 
 
 class Job(NamedTuple):
-    """One image to be cut: its name, its files and their sizes and times of change."""
+    """An image to cut: its name, its files, and their sizes and modification times."""
 
     name: str
     image: Path
@@ -177,7 +175,7 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of a :class:`Job`: the names of its patches, or an error."""
+    """Result of a :class:`Job`: the names of its patches, or an error."""
 
     job: Job
     patches: list[str]
@@ -185,9 +183,9 @@ class Outcome(NamedTuple):
 
 
 def cut_image(job: Job, target: Path, settings: CutSettings) -> Outcome:
-    """Cut one image and write its patches below ``target``, each file whole or not at all.
+    """Cut one image and write its patches below ``target``; existing files are replaced.
 
-    A data set without labels gets no label files. Files that are there are replaced.
+    Label files are written only if ``target`` has the folder ``annfiles``.
     """
     try:
         objects = [] if job.label is None else read_labels(job.label)
@@ -201,53 +199,47 @@ def cut_image(job: Job, target: Path, settings: CutSettings) -> Outcome:
                     continue
                 name = str(PatchName(job.name, size, *window[:2]))
                 patch = crop(image, window, size if settings.pad else None)
-                # Labels first: an image without labels would count as one without objects.
+                # Labels first: an image without a label file would count as without objects.
                 if (target / "annfiles").is_dir():
                     lines = [format_label(o.polygon, o.name, o.difficult) + "\n" for o in found]
-                    _write(target / "annfiles" / f"{name}.txt", "".join(lines).encode())
+                    write_text(target / "annfiles" / f"{name}.txt", "".join(lines))
                 encoded = cv2.imencode(f".{settings.suffix}", patch)[1]
-                _write(target / "images" / f"{name}.{settings.suffix}", encoded.tobytes())
+                write_bytes(target / "images" / f"{name}.{settings.suffix}", encoded.tobytes())
                 names.append(name)
     except (OSError, ValueError, cv2.error) as error:
         return Outcome(job, [], str(error))
     return Outcome(job, names, None)
 
 
-def _write(path: Path, data: bytes) -> None:
-    unfinished = path.parent.parent / _UNFINISHED / path.name
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
-
-
 def _start_worker() -> None:
-    # Ctrl-C is for the parent, which lets images that were begun be finished.
+    # The parent handles Ctrl-C and waits for the images in progress.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(1)
 
 
 class Split:
-    """One data set being cut into one folder, over as many runs as it takes.
+    """Cuts one data set into one folder and can resume after an interruption.
 
-    The folder gets ``images/`` and, unless the data set has no labels, ``annfiles/``. Its manifest
-    has the settings and, for every finished image, the patches; what it lists is not cut again
-    unless the image or its labels changed or a patch is missing.
+    Writes ``images/`` and, if the data set has labels, ``annfiles/``. The manifest has the settings
+    and the patches of every finished image. These are cut again only if the image or its labels
+    changed, or a patch is missing.
 
     Args:
-        sources: pairs of image folder and label folder (None: no labels), in which images without
-            a label file count as without objects.
+        sources: pairs of image folder and label folder (None: no labels). Images without a label
+            file count as without objects.
         target: a folder that is empty, does not exist, or was begun with the same arguments.
-        settings: how to cut.
+        settings: settings of cutting.
 
     Attributes:
-        pending (list[Job]): images left to be cut.
-        finished (int): images that an earlier run cut.
+        pending (list[Job]): images to cut.
+        finished (int): number of images that an earlier run cut.
 
     Raises:
-        FileNotFoundError: a folder of ``sources`` is missing or has no file of its kind.
-        FileExistsError: ``target`` holds something else, or patches made with other arguments.
-        ValueError: an image name occurs in two folders, or some folders have labels only, or no
-            label file fits an image, or the manifest is damaged.
+        FileNotFoundError: a folder of ``sources`` is missing, or has no file of its kind.
+        FileExistsError: ``target`` has other files, or patches made with other arguments.
+        ValueError: two folders have an image of the same name; only some folders have labels; no
+            label file fits an image; or the manifest is damaged.
     """
 
     def __init__(
@@ -282,7 +274,7 @@ class Split:
             labels = {} if label_folder is None else list_labels(label_folder)
             if labels and not labels.keys() & images.keys():
                 raise ValueError(
-                    f"no label file in {label_folder} has the name of an image in {image_folder}"
+                    f"no label file in {label_folder} belongs to an image in {image_folder}"
                 )
             for name, path in images.items():
                 if name in jobs:
@@ -297,13 +289,13 @@ class Split:
         if not path.is_file():
             if self.target.exists() and not self._is_unused():
                 raise FileExistsError(
-                    f"{self.target} is there already and was not made by this tool; choose another "
-                    "folder, or empty it"
+                    f"{self.target} exists and was not made by this tool; choose another folder, "
+                    "or empty it"
                 )
             return {}
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         try:
-            # What follows the last line end was being written when a run was interrupted.
+            # An interrupted run may have left an unfinished line after the last line end.
             header, *records = [json.loads(line) for line in lines[:-1]]
             done = {r["image"]: (r["fingerprint"], r["patches"]) for r in records}
         except (ValueError, KeyError, TypeError) as error:
@@ -312,17 +304,16 @@ class Split:
             ) from error
         if header != self._header:
             raise FileExistsError(
-                f"{self.target} holds patches cut otherwise; choose another folder, or delete it. "
-                f"There: {json.dumps(header)}. Now: {json.dumps(self._header)}"
+                f"{self.target} has patches cut with other arguments; choose another folder, or "
+                f"delete it. There: {json.dumps(header)}. Now: {json.dumps(self._header)}"
             )
         return done
 
     def _is_unused(self) -> bool:
-        """Whether the target is an empty folder, or what an interruption left before the manifest
-        was there: empty folders of this tool."""
-        ours = ("images", "annfiles", _UNFINISHED)
+        """Whether the target is an empty folder, or has only what a run leaves that was killed
+        before it wrote the manifest: empty folders and a draft of the manifest."""
         return self.target.is_dir() and all(
-            path.name in ours and path.is_dir() and {p.name for p in path.iterdir()} <= {MANIFEST}
+            is_draft(path) or (path.name in _FOLDERS and path.is_dir() and not any(path.iterdir()))
             for path in self.target.iterdir()
         )
 
@@ -339,26 +330,25 @@ class Split:
         return files
 
     def run(self, workers: int = 1) -> Iterator[Outcome]:
-        """Cut what is :attr:`pending`; patches of images that changed or are gone are deleted.
+        """Cut the :attr:`pending` images; delete patches of images that changed or are gone.
 
         Args:
-            workers: processes; 1 works in this one. Each holds one image.
+            workers: number of processes; 1 means this process. Each holds one image in memory.
 
         Yields:
-            An outcome per image, as they come. An error of one image does not stop the others.
+            One outcome per image, in the order of completion. An error does not stop the others.
 
         Raises:
-            concurrent.futures.process.BrokenProcessPool: a process was killed, as happens when
-                memory runs out. What was finished stays finished.
+            concurrent.futures.process.BrokenProcessPool: a process was killed, for example because
+                memory ran out. Finished images stay finished.
         """
-        if self._has_labels:
-            (self.target / "annfiles").mkdir(parents=True, exist_ok=True)
-        for folder in ("images", _UNFINISHED):
+        for folder in _FOLDERS if self._has_labels else _FOLDERS[:1]:
             (self.target / folder).mkdir(parents=True, exist_ok=True)
+        self._remove_drafts()
         for name in self._stale:
             for file in self._files(name):
                 file.unlink(missing_ok=True)
-        self._mend_manifest()
+        self._fix_manifest()
         with open(self.target / MANIFEST, "a", encoding="utf-8") as manifest:
             for outcome in self._outcomes(workers):
                 if outcome.error is None:
@@ -370,22 +360,26 @@ class Split:
                     manifest.write(json.dumps(record) + "\n")
                     manifest.flush()
                 yield outcome
-        shutil.rmtree(self.target / _UNFINISHED)
 
-    def _mend_manifest(self) -> None:
-        """Begin the manifest, or remove the line that an interruption left unfinished."""
-        path, unfinished = self.target / MANIFEST, self.target / _UNFINISHED / MANIFEST
+    def _remove_drafts(self) -> None:
+        """Remove the files that a killed run left unfinished."""
+        for folder in (self.target, *(self.target / name for name in _FOLDERS)):
+            for path in folder.glob(".*"):
+                if is_draft(path):
+                    path.unlink()
+
+    def _fix_manifest(self) -> None:
+        """Begin the manifest, or remove an unfinished last line."""
+        path = self.target / MANIFEST
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        text = text[: text.rfind("\n") + 1] or json.dumps(self._header) + "\n"
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        write_text(path, text[: text.rfind("\n") + 1] or json.dumps(self._header) + "\n")
 
     def _outcomes(self, workers: int) -> Iterator[Outcome]:
         if workers == 1:
             for job in self.pending:
                 yield cut_image(job, self.target, self.settings)
             return
-        # A forked process need not import OpenMMLab again, which takes seconds.
+        # A forked process does not have to import OpenMMLab again, which takes seconds.
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("fork" if "fork" in methods else None)
         with ProcessPoolExecutor(workers, context, _start_worker) as pool:

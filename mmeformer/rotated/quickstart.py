@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quickstart of this task; :mod:`mmeformer.quickstart` runs it."""
+"""Quickstart of rotated detection; :mod:`mmeformer.quickstart` runs it."""
 
 from mmeformer.quickstart import Quickstart
 from mmeformer.synthetic.aerial import write_dota_dataset

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What segmentation needs beyond mmseg; importing this package registers it and needs mmseg."""
+"""Semantic segmentation: additions to mmseg. Importing this package registers them."""
 
 from mmeformer.segmentation.datasets import ADE20KDataset, SegmentationDataset
 from mmeformer.segmentation.hooks import SegNumClassCheckHook

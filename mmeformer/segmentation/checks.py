@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes in images and label masks that would end in a crash or, worse, in a silent low score.
-
-Pure functions from file names to findings: the data sets of this package run them on the first
-files before every training, and whoever wants to know everything runs them without a limit.
-"""
+"""Checks of images and label masks, for errors that cause crashes or silently low scores."""
 
 from __future__ import annotations
 
@@ -28,7 +24,7 @@ from mmeformer.checks.images import (
 
 @dataclass(frozen=True)
 class _Labels:
-    """What one pair of files holds: label value -> pixels, or why it could not be read."""
+    """Content of one mask: label value -> number of pixels, or why it could not be read."""
 
     image: str
     mask: str
@@ -48,23 +44,23 @@ def check_pairs(
 ) -> list[Finding]:
     """Check images and their label masks.
 
-    That every mask exists is checked for all pairs; for the first ``limit`` pairs the mask is read
-    in full and of the image the header (its size) and the end. Masks are read as mmseg reads them.
+    Checks that all masks exist. Of the first ``limit`` pairs reads the whole mask, as mmseg reads
+    it, and the header and the end of the image.
 
     Args:
         pairs: paths of images and masks.
         classes: names of the classes, in the order of their labels.
-        reduce_zero_label: value 0 means "other" and the classes have the values 1, 2, ...; without
-            it they have 0, 1, ...
-        ignore_index: value of pixels that are not labelled.
-        training: the files are a training set, so that every class ought to occur.
+        reduce_zero_label: value 0 means "other" and the classes have the values 1, 2, ...; if False
+            they have 0, 1, ...
+        ignore_index: value of unlabeled pixels.
+        training: warn about classes that do not occur.
         limit: number of pairs to read; None reads all.
-        decode: read the images in full, too.
+        decode: decode the images in full too.
 
     Returns:
         Findings, errors first; kinds: ``missing mask``, ``unreadable image``, ``unreadable mask``,
-        ``colour mask``, ``size mismatch``, ``label out of range``, ``0/255 masks``,
-        ``reduce_zero_label``, ``nothing labelled``, ``unused class``.
+        ``color mask``, ``size mismatch``, ``label out of range``, ``0/255 masks``,
+        ``reduce_zero_label``, ``nothing labeled``, ``unused class``.
     """
     exists = in_threads(os.path.isfile, [mask for _, mask in pairs])
     readable = [pair for pair, found in zip(pairs, exists, strict=True) if found][:limit]
@@ -74,7 +70,7 @@ def check_pairs(
             ERROR,
             "missing mask",
             image,
-            f"has no mask: {mask} does not exist; add it, take the image out, or correct "
+            f"has no mask: {mask} does not exist; add it, remove the image, or correct "
             "seg_map_suffix",
         )
         for (image, mask), found in zip(pairs, exists, strict=True)
@@ -86,7 +82,7 @@ def check_pairs(
         classes,
         reduce_zero_label,
         ignore_index,
-        # Only who has seen every mask of a training set may miss a class in it.
+        # Only if all masks of a training set were read can a class be said to be missing.
         complete=training and len(read) == len(pairs),
     )
     return errors_first(findings)
@@ -95,7 +91,7 @@ def check_pairs(
 def find_masks_without_image(
     pairs: Iterable[tuple[str, str]], mask_dir: str, suffix: str
 ) -> list[Finding]:
-    """Name the masks below ``mask_dir`` (files ending in ``suffix``) that belong to no pair."""
+    """Findings about masks below ``mask_dir`` (files ending in ``suffix``) that are in no pair."""
     known = {os.path.normpath(mask) for _, mask in pairs}
     return [
         Finding(
@@ -110,7 +106,7 @@ def find_masks_without_image(
 
 
 def _read_pair(pair: tuple[str, str], decode: bool) -> _Labels:
-    """Label values of a mask, or what is wrong with the pair of files."""
+    """Read the label values of a mask, and check the pair of files."""
     image, mask = pair
 
     def wrong(kind: str, path: str, message: str) -> _Labels:
@@ -130,10 +126,10 @@ def _read_pair(pair: tuple[str, str], decode: bool) -> _Labels:
         return wrong("unreadable mask", mask, f"cannot be read ({error}); export it again")
     if labels.ndim != 2:
         return wrong(
-            "colour mask",
+            "color mask",
             mask,
-            f"has shape {labels.shape}: a picture of the labels in colours; "
-            "save one channel that holds the label of each pixel",
+            f"has shape {labels.shape}, so its pixels are colors; save one channel that holds the "
+            "label of each pixel",
         )
     if not (np.issubdtype(labels.dtype, np.integer) or labels.dtype == bool):
         return wrong(
@@ -144,7 +140,7 @@ def _read_pair(pair: tuple[str, str], decode: bool) -> _Labels:
             "size mismatch",
             mask,
             f"is {labels.shape[1]} x {labels.shape[0]} px, but its image {image} is "
-            f"{image_size[1]} x {image_size[0]} px; make them the same pixel for pixel",
+            f"{image_size[1]} x {image_size[0]} px; make them the same size",
         )
     if labels.dtype in (np.uint8, bool):
         counts = np.bincount(labels.astype(np.uint8).reshape(-1), minlength=256)
@@ -162,7 +158,7 @@ def _check_labels(
     ignore_index: int,
     complete: bool,
 ) -> list[Finding]:
-    """Findings about the values in masks that could be read."""
+    """Findings about the values in readable masks."""
     if not read:
         return []
     first = 1 if reduce_zero_label else 0
@@ -178,8 +174,8 @@ def _check_labels(
                 ERROR,
                 "0/255 masks",
                 example.mask,
-                f"holds, like all {len(read)} masks read, no values but 0 and {ignore_index}, and "
-                f"{ignore_index} means 'not labelled': nothing but value 0 would be learned. Save "
+                f"holds, like all {len(read)} masks read, only 0 and {ignore_index}, and "
+                f"{ignore_index} means 'unlabeled': only value 0 would be learned. Save "
                 f"{ignore_index} as 1 (or as the label of {classes[-1]!r})",
             )
         ]
@@ -193,7 +189,7 @@ def _check_labels(
                 example.mask,
                 f"holds the value {len(classes)}, but {len(classes)} classes have the values 0 to "
                 f"{len(classes) - 1}. If value 0 means 'other' and {len(classes)} is "
-                f"{classes[-1]!r}, set reduce_zero_label=True; else a class is missing in "
+                f"{classes[-1]!r}, set reduce_zero_label=True; otherwise a class is missing in "
                 "`classes`",
             )
         )
@@ -206,24 +202,24 @@ def _check_labels(
     findings += [
         Finding(
             WARNING,
-            "nothing labelled",
+            "nothing labeled",
             item.mask,
             f"holds only {' and '.join(map(str, sorted(item.counts)))}: no pixel of any class; "
-            "correct the mask or take it out",
+            "correct the mask or remove it",
         )
         for item in read
         if not item.counts.keys() & set(labels) and not item.counts.keys() & beyond
     ]
     unused = [name for value, name in zip(labels, classes, strict=True) if value not in seen]
-    # All classes but the last, and value 0: the very picture of masks that count from 0.
+    # Value 0 and all classes but the last: masks that count from 0 look like this.
     if reduce_zero_label and len(classes) > 1 and 0 in seen and unused == [classes[-1]]:
         findings.append(
             Finding(
                 ERROR if complete else WARNING,
                 "reduce_zero_label",
                 str(Path(read[0].mask).parent),
-                f"none of the {len(read)} masks read holds {labels[-1]} ({classes[-1]!r} with "
-                "reduce_zero_label=True), but value 0, which would be ignored, occurs. If 0 is "
+                f"none of the {len(read)} masks read has {labels[-1]} ({classes[-1]!r} with "
+                "reduce_zero_label=True), but 0, which would be ignored, occurs. If 0 is "
                 f"{classes[0]!r}, set reduce_zero_label=False; if 0 means 'other', "
                 f"{classes[-1]!r} has no pixels here",
             )
@@ -234,7 +230,7 @@ def _check_labels(
                 WARNING,
                 "unused class",
                 str(Path(read[0].mask).parent),
-                f"no mask has a pixel of {unused}: they cannot be learned; correct `classes`, "
+                f"{unused} have no pixel in any mask and cannot be learned; correct `classes`, "
                 "their order or the masks",
             )
         )
@@ -247,11 +243,11 @@ def _out_of_range(item: _Labels, beyond: set[int], labels: range, ignore_index: 
     pixels = sum(item.counts[value] for value in wrong)
     hint = "correct the mask, or `classes` in the config"
     if item.mask.lower().endswith((".jpg", ".jpeg")):
-        hint = "JPEG changes values when it compresses; save masks as PNG"
+        hint = "JPEG compression changes values; save masks as PNG"
     return Finding(
         ERROR,
         "label out of range",
         item.mask,
         f"holds {values} ({pixels} pixels), but labels go from {labels[0]} to {labels[-1]}, and "
-        f"{ignore_index} means 'not labelled'; {hint}",
+        f"{ignore_index} means 'unlabeled'; {hint}",
     )

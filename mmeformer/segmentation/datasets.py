@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmseg's data sets of image and mask files, checked before they are trained on."""
+"""mmseg's data sets of images and label masks, with checks of both."""
 
 from __future__ import annotations
 
@@ -8,32 +8,28 @@ import os
 from mmseg.datasets import ADE20KDataset as MMSegADE20KDataset
 from mmseg.datasets import BaseSegDataset
 
+from mmeformer.checks.classes import class_names, require_classes, require_color_per_class
 from mmeformer.checks.findings import Finding, stop_on_errors
+from mmeformer.checks.interface import CheckedDataset
 from mmeformer.registry import DATASETS
 from mmeformer.segmentation.checks import check_pairs, find_masks_without_image
 
 
-class CheckedFiles(BaseSegDataset):
-    """A ``BaseSegDataset`` that looks at its files before it hands out the first one.
+class CheckedSegDataset(CheckedDataset, BaseSegDataset):
+    """A ``BaseSegDataset`` that checks its files before it returns samples.
 
-    That every image has a mask is checked for all files; sizes and values (see
-    :func:`mmeformer.segmentation.checks.check_pairs`) for the first :attr:`CHECKED_FILES`. Warnings
-    are logged. Arguments are those of mmseg; files must be local.
+    Checks that every image has a mask, and sizes and values of the first :attr:`CHECKED_FILES`
+    pairs (:func:`mmeformer.segmentation.checks.check_pairs`); about 3 s for 500 images of
+    683 x 512 px. Warnings are logged. Arguments are those of mmseg; files must be local.
 
     Raises:
-        FileNotFoundError: a folder is missing, or holds no file with the suffix.
-        ValueError: the files have errors, or the class names or the palette are malformed. The
-            message names files and mends.
+        FileNotFoundError: a folder is missing, or has no file with the suffix.
+        ValueError: the files have errors, or class names or palette are invalid. The message names
+            files and fixes.
     """
 
-    CHECKED_FILES = 500
-    """Files whose content is checked at the start: about 3 s for 500 pictures of 683 x 512 px."""
-
-    checked = True
-    """Whether to look at the files at the start; ``tools/check_dataset.py`` does so itself."""
-
     def load_data_list(self) -> list[dict]:
-        """mmseg's list of files, after the checks."""
+        """Check the files and list them as mmseg does."""
         self._check_folders()
         data_list = super().load_data_list()
         if not data_list:
@@ -45,13 +41,9 @@ class CheckedFiles(BaseSegDataset):
         return data_list
 
     def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
-        """What is wrong with the files, of which ``limit`` (None: all) are read.
+        """Everything that is wrong; see :class:`~mmeformer.checks.interface.CheckedDataset`.
 
-        Serves a data set that is built with ``lazy_init=True``. With ``decode`` the images are read
-        in full, not only the masks.
-
-        Raises:
-            FileNotFoundError: a folder is missing.
+        Masks are always read in full.
         """
         self._check_folders()
         return self._findings(super().load_data_list(), limit, decode)
@@ -64,7 +56,7 @@ class CheckedFiles(BaseSegDataset):
         ]
         if not pairs:  # a test set without masks
             return []
-        # With a subset of known classes the masks still hold the labels of all of them.
+        # If the config selects some known classes, the masks still have the labels of all.
         classes = self.METAINFO.get("classes") or self.metainfo["classes"]
         findings = check_pairs(
             pairs,
@@ -75,7 +67,7 @@ class CheckedFiles(BaseSegDataset):
             limit=limit,
             decode=decode,
         )
-        # A list of names may leave out files on purpose.
+        # A list of files may leave out masks on purpose.
         if not self.ann_file:
             findings += find_masks_without_image(
                 pairs, self.data_prefix["seg_map_path"], self.seg_map_suffix
@@ -94,37 +86,28 @@ class CheckedFiles(BaseSegDataset):
     def _no_images(self) -> str:
         folder = self.data_prefix["img_path"]
         suffixes = sorted({os.path.splitext(name)[1] for name in os.listdir(folder)} - {""})
-        there = f"; the files there end in {suffixes}" if suffixes else ""
-        return f"no file in {folder} ends in {self.img_suffix!r}{there}; correct img_suffix"
+        found = f"; the files there end in {suffixes}" if suffixes else ""
+        return f"no file in {folder} ends in {self.img_suffix!r}{found}; correct img_suffix"
 
     @classmethod
     def _load_metainfo(cls, metainfo: dict | None = None) -> dict:
         loaded = super()._load_metainfo(metainfo)
-        classes, palette = loaded.get("classes"), loaded.get("palette")
-        if not classes:
-            raise ValueError("the data set has no class names; set metainfo=dict(classes=(...))")
-        if isinstance(classes, str):
-            raise ValueError(
-                f"metainfo classes is the text {classes!r}; a single class needs a comma: "
-                f"classes = ({classes!r},)"
-            )
-        if palette and not cls.METAINFO.get("classes") and len(palette) != len(classes):
-            raise ValueError(
-                f"metainfo palette has {len(palette)} colours for {len(classes)} classes "
-                f"{list(classes)}; give one (red, green, blue) for each, or none"
-            )
+        classes = class_names(loaded.get("classes"))
+        require_classes(classes)
+        if (palette := loaded.get("palette")) and not cls.METAINFO.get("classes"):
+            require_color_per_class(palette, classes)
         return loaded
 
 
 @DATASETS.register_module()
-class SegmentationDataset(CheckedFiles):
-    """Images and masks in two folders, with the classes and palette of the config.
+class SegmentationDataset(CheckedSegDataset):
+    """Images and masks in two folders, with classes and palette from the config.
 
-    A mask has the name of its image and ``seg_map_suffix``; see :class:`CheckedFiles`. Without a
-    palette mmseg chooses colours.
+    A mask has the name of its image with ``seg_map_suffix``; see :class:`CheckedSegDataset`.
+    Without a palette mmseg chooses colors.
     """
 
 
 @DATASETS.register_module()
-class ADE20KDataset(CheckedFiles, MMSegADE20KDataset):
-    """ADE20K (150 classes); see :class:`CheckedFiles`."""
+class ADE20KDataset(CheckedSegDataset, MMSegADE20KDataset):
+    """ADE20K (150 classes); see :class:`CheckedSegDataset`."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks at the start of training that need both the model and the data set."""
+"""Checks at the start of a run that need both the model and the data set."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mmeformer.registry import HOOKS
 
 @HOOKS.register_module()
 class SegNumClassCheckHook(Hook):
-    """Compare the heads' ``num_classes`` with the classes of the data set, as mmdet's hook does.
+    """Compare ``num_classes`` of the heads with the classes of the data set, as mmdet's hook does.
 
-    Without it a head with too few classes ends in an assertion of the loss on the GPU, and one with
-    too many trains outputs that no pixel ever asks for.
+    Without it, a head with too few classes fails in an assertion on the GPU, and a head with too
+    many trains outputs that no label uses.
 
     Raises:
-        ValueError: they differ; the message names the head and both numbers.
+        ValueError: the numbers differ; names the head and both.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -36,7 +36,7 @@ class SegNumClassCheckHook(Hook):
     def _check(runner: Runner, dataset) -> None:
         classes = dataset.metainfo["classes"]
         model = runner.model
-        # DDP and test-time augmentation both hold the model in `module`.
+        # DDP and test-time augmentation keep the model in `module`.
         while hasattr(model, "module"):
             model = model.module
         for name, module in model.named_modules():

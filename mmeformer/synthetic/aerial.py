@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes seen from above with turned objects, many of them elongated and densely packed.
+"""Generated aerial scenes with rotated objects, many of them elongated and densely packed.
 
-Written in DOTA's layout of patches: ``images/`` and ``annfiles/`` with DOTA-v1.0 label files.
+Written as DOTA patches: ``images/`` and ``annfiles/`` with DOTA-v1.0 label files.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from mmeformer.synthetic.shapes import generate_once
 
 CLASSES = ("ship", "vehicle", "plane", "court")
 ASPECTS = (4.0, 2.0, 1.3, 1.8)
-"""Length over width of each class."""
+"""Length / width of each class."""
 LENGTHS = ((0.19, 0.34), (0.14, 0.2), (0.2, 0.34), (0.24, 0.4))
-"""Range of each class's length, as a share of the image's side."""
+"""Range of the length of each class, as a share of the image side."""
 EMPTY_SHARE = 0.04
 """Share of images without objects."""
 
@@ -38,11 +38,11 @@ class RotatedObject:
 
 
 def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[RotatedObject]]:
-    """A random image (size, size, 3) uint8 BGR and its objects; none overlaps another.
+    """Draw a random image (size, size, 3) uint8 BGR with objects that do not overlap.
 
     Ships and vehicles may lie side by side in a row, a few pixels apart.
     """
-    image = _ground(rng, size)
+    image = _background(rng, size)
     taken = np.zeros((size, size), dtype=np.uint8)
     objects: list[RotatedObject] = []
     groups = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(3, 8))
@@ -52,42 +52,42 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[Ro
         width = length / ASPECTS[label]
         count = int(rng.integers(1, 5)) if label < 2 else 1
         angle = rng.uniform(0, 2 * math.pi)
-        centre = rng.uniform(0.1 * size, 0.9 * size, 2)
+        center = rng.uniform(0.1 * size, 0.9 * size, 2)
         pitch = width + rng.uniform(1.5, 3.5)
         across = np.array([-math.sin(angle), math.cos(angle)])
-        colour = _standing_out(rng, image, centre)
+        color = _other_color(rng, image, center)
         for place in range(count):
-            corners = _corners(centre + across * pitch * place, length, width, angle)
+            corners = _corners(center + across * pitch * place, length, width, angle)
             if corners.min() < 1 or corners.max() > size - 2 or _covers(taken, corners):
                 continue
-            _draw(image, label, corners, colour)
+            _draw(image, label, corners, color)
             cv2.fillPoly(taken, [np.round(corners).astype(np.int32)], 1)
             objects.append(RotatedObject(label, corners))
     noisy = image + rng.normal(0, 6, image.shape)
     return noisy.clip(0, 255).astype(np.uint8), objects
 
 
-def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Two soft colours in blotches (size, size, 3) uint8."""
+def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A background of two similar colors in blotches, (size, size, 3) uint8."""
     blotches = cv2.resize(rng.random((5, 5)), (size, size), interpolation=cv2.INTER_CUBIC)
     share = blotches.clip(0, 1)[..., None]
     base = rng.uniform(40, 170, 3)
     return (base + share * rng.uniform(-35, 35, 3)).clip(0, 255).astype(np.uint8)
 
 
-def _standing_out(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """A random colour (3,) that differs from the ground at ``centre``."""
-    behind = image[int(centre[1]), int(centre[0])].astype(float)
-    colour = rng.uniform(20, 255, 3)
-    while np.abs(colour - behind).max() < 70:
-        colour = rng.uniform(20, 255, 3)
-    return colour
+def _other_color(rng: np.random.Generator, image: np.ndarray, center: np.ndarray) -> np.ndarray:
+    """A random color (3,) that differs from the background at ``center``."""
+    behind = image[int(center[1]), int(center[0])].astype(float)
+    color = rng.uniform(20, 255, 3)
+    while np.abs(color - behind).max() < 70:
+        color = rng.uniform(20, 255, 3)
+    return color
 
 
-def _corners(centre: np.ndarray, length: float, width: float, angle: float) -> np.ndarray:
+def _corners(center: np.ndarray, length: float, width: float, angle: float) -> np.ndarray:
     along = np.array([math.cos(angle), math.sin(angle)]) * length / 2
     across = np.array([-math.sin(angle), math.cos(angle)]) * width / 2
-    return centre + np.stack([along - across, along + across, across - along, -along - across])
+    return center + np.stack([along - across, along + across, across - along, -along - across])
 
 
 def _covers(taken: np.ndarray, corners: np.ndarray) -> bool:
@@ -96,15 +96,16 @@ def _covers(taken: np.ndarray, corners: np.ndarray) -> bool:
     return bool((mask & taken).any())
 
 
-def _draw(image: np.ndarray, label: int, corners: np.ndarray, colour: np.ndarray) -> None:
+def _draw(image: np.ndarray, label: int, corners: np.ndarray, color: np.ndarray) -> None:
     """Draw an object so that it touches all four sides of its box."""
     origin, along, across = corners[3], corners[0] - corners[3], corners[2] - corners[3]
 
     def fill(points: list[tuple[float, float]], shade: float) -> None:
-        # Points count from the rear left corner, 0 to 1 along and across; fixed point, 1/16 px.
+        # Points are relative to the rear left corner, 0 to 1 along and across. OpenCV takes them
+        # in units of 1/16 px.
         places = [origin + u * along + v * across for u, v in points]
         fixed = np.round(np.array(places) * 16).astype(np.int32)
-        cv2.fillPoly(image, [fixed], (colour * shade).clip(0, 255).tolist(), cv2.LINE_AA, shift=4)
+        cv2.fillPoly(image, [fixed], (color * shade).clip(0, 255).tolist(), cv2.LINE_AA, shift=4)
 
     whole = [(0, 0), (1, 0), (1, 1), (0, 1)]
     if CLASSES[label] == "ship":
@@ -128,20 +129,7 @@ def write_dota_dataset(
 ) -> Path:
     """Write scenes as DOTA patches: ``train/`` and ``val/``, each with images and label files.
 
-    Image ``i`` of a split depends on ``seed``, the split and ``i`` alone. An existing, complete
-    data set with the same arguments is left as it is; the folder appears only when it is complete.
-
-    Args:
-        root: folder of the data set.
-        train, val: number of images.
-        size: side of the square images in pixels.
-        seed: of the random numbers.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FileExistsError: the folder exists but holds something else.
+    Arguments, result and errors as in :func:`mmeformer.synthetic.shapes.write_coco_dataset`.
     """
     recipe = dict(generator="aerial-1", train=train, val=val, size=size, seed=seed)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes of overlapping shapes with label masks, in ADE20K's layout."""
+"""Generated scenes of overlapping shapes with label masks, in ADE20K's layout."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mmeformer.synthetic.shapes import CLASSES as SHAPES
 from mmeformer.synthetic.shapes import MIN_VISIBLE_SHARE, draw_scene, generate_once
 
 CLASSES = ("background", *SHAPES)
-NOT_LABELLED = 255
-"""Label of shapes too hidden to be named: they count neither in training nor in evaluation."""
+UNLABELED = 255
+"""Label of mostly hidden shapes, which training and evaluation ignore."""
 
 
 def write_mask_dataset(
@@ -21,21 +21,8 @@ def write_mask_dataset(
 ) -> Path:
     """Write scenes and masks: ``images/`` and ``annotations/``, ``training/`` and ``validation/``.
 
-    A mask holds 0 for the background, 1 + label for a shape and 255 for one that is mostly hidden.
-    Image ``i`` of a split depends on ``seed``, the split and ``i`` alone. An existing, complete
-    data set with the same arguments is left as it is; the folder appears only when it is complete.
-
-    Args:
-        root: folder of the data set.
-        train, val: number of images.
-        size: side of the square images in pixels.
-        seed: of the random numbers.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FileExistsError: the folder exists but holds something else.
+    A mask has 0 for the background, 1 + label for a shape and 255 for a mostly hidden shape.
+    Arguments, result and errors as in :func:`mmeformer.synthetic.shapes.write_coco_dataset`.
     """
     recipe = dict(generator="masks-3", train=train, val=val, size=size, seed=seed)
 
@@ -53,10 +40,10 @@ def write_mask_dataset(
 
 
 def draw_masked_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A random image (size, size, 3) uint8 BGR and its labels (size, size) uint8."""
+    """Draw a random image (size, size, 3) uint8 BGR and its labels (size, size) uint8."""
     image, instances = draw_scene(rng, size)
     mask = np.zeros((size, size), dtype=np.uint8)
     for instance in instances:
         hidden = instance.visible_share < MIN_VISIBLE_SHARE
-        mask[instance.mask] = NOT_LABELLED if hidden else 1 + instance.label
+        mask[instance.mask] = UNLABELED if hidden else 1 + instance.label
     return image, mask

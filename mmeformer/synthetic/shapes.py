@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes of overlapping shapes, and a COCO-format data set of them.
+"""Generated scenes of overlapping shapes, and a COCO-format data set of them.
 
-The scene is drawn back to front: a shape hides what is behind it, and a mask is what stays visible.
+Shapes are drawn back to front and hide those behind them; a mask is the visible part of a shape.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +15,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from mmeformer.files import replacing
+
 CLASSES = ("circle", "rectangle", "triangle", "star")
 MIN_VISIBLE_SHARE = 0.3
-"""An instance of which less than this share is visible is too hidden to be annotated."""
+"""Smallest visible share of an instance that is annotated."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Instance:
     Args:
         label: index into :data:`CLASSES`.
         mask: (H, W) bool, the visible pixels.
-        visible_share: how much of the shape they are, 0 to 1.
+        visible_share: share of the shape that is visible, 0 to 1.
     """
 
     label: int
@@ -37,10 +37,14 @@ class Instance:
     visible_share: float
 
 
-def outline(label: int, centre: tuple[float, float], radius: float, angle: float) -> np.ndarray:
-    """Corner points (N, 2), x and y in pixels, of a shape inscribed in a circle of ``radius``.
+def outline(label: int, center: tuple[float, float], radius: float, angle: float) -> np.ndarray:
+    """Corners (N, 2), x and y in pixels, of a shape inscribed in a circle of ``radius``.
 
-    ``angle`` in radians turns it.
+    Args:
+        label: index into :data:`CLASSES`.
+        center: x and y of the circle in pixels.
+        radius: in pixels.
+        angle: rotation in radians.
     """
     name = CLASSES[label]
     if name == "circle":
@@ -58,16 +62,16 @@ def outline(label: int, centre: tuple[float, float], radius: float, angle: float
         radii = np.where(np.arange(10) % 2 == 0, radius, 0.45 * radius)
     directions = directions + angle
     points = np.stack([np.cos(directions), np.sin(directions)], axis=1) * radii[:, None]
-    return points + np.asarray(centre)
+    return points + np.asarray(center)
 
 
 def draw_scene(
     rng: np.random.Generator, size: int, max_shapes: int = 5
 ) -> tuple[np.ndarray, list[Instance]]:
-    """A random image (size, size, 3) uint8 BGR and its instances, at least one of them whole.
+    """Draw a random image (size, size, 3) uint8 BGR with instances, at least one of them whole.
 
-    Background: a colour gradient with noise. Shapes: 2 to ``max_shapes``, of any colour that stands
-    out, radius between 12% and 24% of the side.
+    The background is a color gradient with noise. There are 2 to ``max_shapes`` shapes in colors
+    that differ from the background, with a radius of 12% to 24% of the side.
     """
     ramp = np.linspace(0, 1, size)[:, None, None]
     first, last = rng.uniform(30, 225, (2, 1, 1, 3))
@@ -79,16 +83,16 @@ def draw_scene(
     for index in range(int(rng.integers(2, max_shapes + 1))):
         label = int(rng.integers(len(CLASSES)))
         radius = rng.uniform(0.12, 0.24) * size
-        centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
-        points = outline(label, tuple(centre), radius, rng.uniform(0, 2 * math.pi))
+        center = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
+        points = outline(label, tuple(center), radius, rng.uniform(0, 2 * math.pi))
         drawn = np.zeros((size, size), dtype=np.uint8)
         cv2.fillPoly(drawn, [np.round(points).astype(np.int32)], 1)
         inside = drawn.astype(bool)
         behind = image[inside].mean(axis=0)
-        colour = rng.uniform(0, 255, 3)
-        while np.abs(colour - behind).max() < 100:
-            colour = rng.uniform(0, 255, 3)
-        image[inside] = colour
+        color = rng.uniform(0, 255, 3)
+        while np.abs(color - behind).max() < 100:
+            color = rng.uniform(0, 255, 3)
+        image[inside] = color
         owner[inside] = index
         labels.append(label)
         areas.append(int(inside.sum()))
@@ -109,20 +113,20 @@ def write_coco_dataset(
 ) -> Path:
     """Write scenes in COCO 2017 layout: ``train2017/``, ``val2017/``, ``annotations/``.
 
-    Image ``i`` of a split depends on ``seed``, the split and ``i`` alone. An existing, complete
-    data set with the same arguments is left as it is; the folder appears only when it is complete.
+    Image ``i`` of a split depends only on ``seed``, the split and ``i``. A complete data set with
+    the same arguments is kept; the folder appears only when it is complete.
 
     Args:
         root: folder of the data set.
         train, val: number of images.
         size: side of the square images in pixels.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: the folder exists but holds something else.
+        FileExistsError: the folder exists and is another data set or something else.
     """
     recipe = dict(generator="shapes-3", train=train, val=val, size=size, seed=seed)
 
@@ -134,31 +138,27 @@ def write_coco_dataset(
 
 
 def generate_once(root: Path, recipe: dict, write: Callable[[Path], None]) -> Path:
-    """Have ``write`` fill the folder ``root``, unless it did so before with the same ``recipe``.
+    """Fill the folder ``root`` with ``write``, unless it was written with the same ``recipe``.
 
     The folder appears only when it is complete.
 
     Raises:
-        FileExistsError: the folder exists but holds something else.
+        FileExistsError: the folder exists and is another data set or something else.
     """
     marker = root / "recipe.json"
     if root.exists():
         if marker.is_file() and json.loads(marker.read_text()) == recipe:
             return root
-        raise FileExistsError(
-            f"{root} exists and is not the data set asked for; move it away or remove it"
-        )
-    building = root.with_name(f"{root.name}.{os.getpid()}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    write(building)
-    (building / marker.name).write_text(json.dumps(recipe))
-    building.rename(root)
+        raise FileExistsError(f"{root} exists and is not the requested data set; move or remove it")
+    with replacing(root) as draft:
+        draft.mkdir()
+        write(draft)
+        (draft / marker.name).write_text(json.dumps(recipe))
     return root
 
 
 def _write_split(root: Path, split: str, count: int, size: int, seed: tuple[int, int]) -> None:
-    # Comes with mmdet; the scenes themselves serve people without it.
+    # Comes with mmdet; the scenes work without it.
     from pycocotools import mask as coco_mask
 
     (root / split).mkdir(parents=True)

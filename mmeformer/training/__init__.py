@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeps a long run alive and honest: exact restarts, safe checkpoints, unreadable files.
+"""Training and testing that survive interruptions, damaged files and a full disk.
 
-:class:`mmeformer.training.runner.Runner` puts it all to work; ``docs/robustness.md`` explains it.
+:class:`mmeformer.training.runner.Runner` uses everything here; ``docs/robustness.md`` explains it.
 """

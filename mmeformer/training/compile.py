@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compilation of a model's backbone by one line of a config."""
+"""Compile parts of a model with one line of a config."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from mmeformer.registry import HOOKS
 
 @HOOKS.register_module()
 class CompileHook(Hook):
-    """Compiles parts of the model with ``torch.compile``, for training, validation and testing.
+    """Compile parts of the model with ``torch.compile`` for training, validation and testing.
 
-    ``custom_hooks = [*_base_.custom_hooks, dict(type="mmeformer.CompileHook")]``. The heads stay as
-    they are: what they do (assignment, sampling, NMS) depends on the numbers, which breaks graphs.
-    mmengine's ``compile=True`` would compile them too, and again and again. A neck's convolutions
-    gain nothing.
+    ``custom_hooks = [*_base_.custom_hooks, dict(type="mmeformer.CompileHook")]``. Heads are not
+    compiled: assignment, sampling and NMS depend on values, which breaks graphs, and mmengine's
+    ``compile=True`` recompiles them repeatedly. Necks gain nothing.
 
-    Batches of many sizes do not make many compilations: the first size gets a graph of its own,
-    one that differs in a side a graph with that side free, and then one serves all sizes.
-    ``docs/finetuning.md`` counts the graphs.
+    Batches of many sizes need few graphs: the first size gets its own, the next size one in which
+    the side that differs is dynamic, and then one graph covers all sizes. ``docs/finetuning.md``
+    has the numbers.
 
     Args:
-        parts: names of modules of the model; those it does not have are passed over.
-        **options: of ``torch.compile``, such as ``dynamic=True`` for a graph that serves all sizes
-            from the start.
+        parts: names of modules of the model. Those that it lacks are skipped.
+        **options: options of ``torch.compile``, such as ``dynamic=True`` for one graph for all
+            sizes from the start.
 
     Raises:
-        ValueError: the model has none of the parts.
+        ValueError: the model has none of the modules.
     """
 
     def __init__(self, parts: Sequence[str] = ("backbone",), **options) -> None:
@@ -41,7 +40,7 @@ class CompileHook(Hook):
         self.options = options
 
     def before_run(self, runner: Runner) -> None:
-        """Compile; the work itself happens in the first iterations, which may take minutes."""
+        """Mark the modules for compilation, which takes minutes in the first iterations."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if isinstance(model, BaseTTAModel):
             model = model.module
@@ -50,12 +49,12 @@ class CompileHook(Hook):
             return
         found = [part for part in self.parts if getattr(model, part, None) is not None]
         if not found:
-            raise ValueError(f"{type(model).__name__} has no part named {' or '.join(self.parts)}")
+            raise ValueError(f"{type(model).__name__} has no module {' or '.join(self.parts)}")
         if not torch.cuda.is_available():
             from torch._inductor import config
 
-            # On a CPU it lays all maps out with channels last, but PyTorch 2.12 fails to do so to
-            # those of attention with free sizes: "cannot determine truth value of Relational".
+            # On a CPU this option makes all maps channels last, at which PyTorch 2.12 fails for
+            # attention with dynamic sizes: "cannot determine truth value of Relational".
             config.layout_optimization = False
         for part in found:
             getattr(model, part).compile(**self.options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets that outlive a damaged file and draw the same random numbers after a restart."""
+"""Data sets that tolerate damaged files and draw the same random numbers after a restart."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from mmeformer.errors import TrainingError
 from mmeformer.training.randomness import SAMPLE, seed_all
 
 FILE_KEYS = ("img_path", "seg_map_path")
-"""Entries of a sample's information that name files."""
+"""Entries of ``get_data_info`` that are paths of files."""
 UNREADABLE = "unreadable_files"
-"""Entry of a sample's meta information: what was to be read in its place, file -> reason."""
+"""Entry of a sample's ``metainfo``: the files that it replaces, path -> reason."""
 
 
 class UnreadableFileError(TrainingError):
     """A file of the data set cannot be read."""
 
     def __init__(self, path: str, reason: str | None = None) -> None:
-        # Workers hand errors over as one text.
+        # Data workers pass on errors as a single text.
         super().__init__(path if reason is None else f"{path} {reason}")
         self.path = path
         self.reason = reason
 
 
 class GuardedDataset(Dataset):
-    """A data set whose samples have random numbers of their own, and whose files may be damaged.
+    """Wrapper of a data set that seeds every sample and replaces samples with unreadable files.
 
-    In training, a sample with a missing, empty, cut-off or undecodable file is replaced by another
-    one, chosen at random, which carries the file's name to
+    In training, a sample whose file is missing, empty, cut off or cannot be decoded is replaced by
+    a random other one, which reports the file to
     :class:`mmeformer.training.hooks.UnreadableFilesHook`. In validation and testing such a file is
-    an error: scores of different sets of images cannot be compared. Files on this machine only;
-    those behind an address are read as they are. Everything else is asked of the data set itself.
+    an error, since scores on different sets of images cannot be compared. Only local files are
+    checked, not URLs. All other attributes are those of the data set.
 
     Args:
         dataset: config of a data set.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     ATTEMPTS = 20
-    """Unreadable samples in a row after which the folder itself must be gone."""
+    """Number of unreadable samples in a row that means that the disk or folder is gone."""
 
     def __init__(self, dataset: Mapping, seed: int | None) -> None:
         self.dataset = MMENGINE_DATASETS.build(dataset)
@@ -57,7 +57,7 @@ class GuardedDataset(Dataset):
 
     @property
     def pipeline(self):
-        """The data set's pipeline, which mmdet's ``PipelineSwitchHook`` replaces."""
+        """Pipeline of the data set; mmdet's ``PipelineSwitchHook`` replaces it."""
         return self.dataset.pipeline
 
     @pipeline.setter
@@ -69,11 +69,11 @@ class GuardedDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        """A sample; with a :class:`~mmeformer.training.randomness.Draw` from its own seed.
+        """Load a sample; a :class:`~mmeformer.training.randomness.Draw` as index sets its seed.
 
         Raises:
             UnreadableFileError: in validation and testing, a file cannot be read.
-            TrainingError: one sample after the other cannot be read.
+            TrainingError: too many samples in a row cannot be read.
         """
         if hasattr(index, "position"):
             seed_all(self.seed, SAMPLE, index.position, gpu=False)
@@ -89,7 +89,7 @@ class GuardedDataset(Dataset):
                 if len(unreadable) >= min(self.ATTEMPTS, len(self)):
                     raise TrainingError(
                         f"{len(unreadable)} samples in a row could not be read, the last because "
-                        f"{error}; see whether the disk with the data is still there"
+                        f"{error}; check that the disk with the data is available"
                     ) from error
             else:
                 if sample is not None:
@@ -98,7 +98,7 @@ class GuardedDataset(Dataset):
                     return sample
             index = np.random.randint(len(self))
         raise TrainingError(
-            "the training pipeline gave no sample at any of its attempts; correct its transforms"
+            "the training pipeline returned no sample in any attempt; correct its transforms"
         )
 
     def _load(self, index: int) -> dict | None:
@@ -107,12 +107,13 @@ class GuardedDataset(Dataset):
             if reason := quick_fault(path):
                 raise UnreadableFileError(path, reason)
         try:
-            # A sample that the pipeline gives up is then replaced here, with the same care.
+            # prepare_data returns None for a sample that the pipeline rejects, so that the loop
+            # above replaces it. The data set's own __getitem__ would do so without the checks.
             if hasattr(self.dataset, "prepare_data"):
                 return self.dataset.prepare_data(index)
             return self.dataset[index]
         except Exception as error:
-            # Whatever failed is the file's fault only if the file alone cannot be decoded either.
+            # The file is the cause only if it cannot be decoded by itself either.
             for path in paths:
                 if reason := decode_fault(path):
                     raise UnreadableFileError(path, reason) from error

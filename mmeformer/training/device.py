@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fit a run to the machine: GPU or CPU, and one process or many, however they were started."""
+"""Adapt a run to the machine: GPU or CPU, one process or several, any launcher."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mmeformer.training.memory import keep_freed_memory, return_freed_memory
 
 
 def prepare_device(config: Config, launcher: str) -> None:
-    """Fit a config to the machine, so that one config serves GPUs, clusters and a plain CPU.
+    """Adapt a config to the machine, in place, so that it runs on GPUs, clusters and a plain CPU.
 
-    Without a GPU: processes talk over gloo (the group is made here, as mmengine's own start-up
-    asks for a CUDA device), batch norms are not synchronised (PyTorch has no such kernel for the
-    CPU), and mixed precision falls back to full precision with a warning.
+    Without a GPU, processes communicate over gloo (the process group is created here, as mmengine's
+    own start needs a CUDA device), batch norms are not synchronized (PyTorch has no CPU kernel for
+    it), and mixed precision becomes full precision with a message in the log.
     """
     config.launcher = launcher
     if torch.cuda.is_available():
         return
     if config.model.get("backbone", {}).get("with_cp"):
-        # Whoever asks for that has time to spare, but no memory.
+        # Recomputation says that memory is short, not time.
         return_freed_memory()
     else:
         keep_freed_memory()
@@ -45,12 +45,12 @@ def prepare_device(config: Config, launcher: str) -> None:
     )
     config.sync_bn = None
     if config.get("model") is not None:
-        _unsynchronise_norms(config.model)
+        _unsynchronize_norms(config.model)
     if launcher == "slurm":
         _export_slurm_ranks()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
-        # A thread of gloo that outlives the interpreter aborts the process after its work is done.
+        # A gloo thread that outlives the interpreter would abort the process at its end.
         atexit.register(_leave_process_group)
 
 
@@ -59,24 +59,24 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _unsynchronise_norms(node) -> None:
-    """Turn every ``SyncBN`` of a model config into ``BN``, in place."""
+def _unsynchronize_norms(node) -> None:
+    """Replace every ``SyncBN`` of a model config by ``BN``, in place."""
     if isinstance(node, dict):
         if node.get("type") == "SyncBN":
             node["type"] = "BN"
         for value in node.values():
-            _unsynchronise_norms(value)
+            _unsynchronize_norms(value)
     elif isinstance(node, (list, tuple)):
         for value in node:
-            _unsynchronise_norms(value)
+            _unsynchronize_norms(value)
 
 
 def _export_slurm_ranks() -> None:
-    """Tell torch.distributed what Slurm knows, as torchrun would."""
+    """Set the environment variables of torch.distributed from those of Slurm."""
     environment = os.environ
     if "SLURM_PROCID" not in environment:
         raise ValueError(
-            "--launcher slurm works within a job of Slurm only (SLURM_PROCID is not set): use "
+            "launcher slurm works only in a Slurm job (SLURM_PROCID is not set); use "
             "tools/slurm_train.sh or tools/slurm_test.sh"
         )
     environment["RANK"] = environment["SLURM_PROCID"]
@@ -91,8 +91,3 @@ def _export_slurm_ranks() -> None:
             check=True,
         )
         environment["MASTER_ADDR"] = hosts.stdout.split()[0]
-
-
-def set_local_rank(local_rank: int) -> None:
-    """Keep the rank that a launcher gave as an argument, unless it set the variable already."""
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))

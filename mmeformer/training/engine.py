@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a ready mmengine Runner from a config and a few choices, for training and for testing."""
+"""Build mmengine Runners for training and testing from a config and a few choices."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def build_train_runner(
     resume: str | None = None,
     launcher: str = "none",
 ) -> Runner:
-    """A Runner ready for ``train()``.
+    """Build a Runner that is ready for ``train()``.
 
     Args:
         config: with ``work_dir`` set.
         amp: mixed precision (on a GPU).
-        auto_scale_lr: scale the learning rate to the real batch size.
+        auto_scale_lr: scale the learning rate to the actual batch size.
         resume: ``"auto"`` for the latest checkpoint of the work directory, or a file.
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
 
     Raises:
-        ValueError: ``auto_scale_lr`` without a base batch size in the config, or no config of a
-            training.
+        ValueError: the config is not a training config, or lacks the base batch size for
+            ``auto_scale_lr``.
         FileNotFoundError: the checkpoint to resume from does not exist.
     """
     if amp:
@@ -45,14 +45,16 @@ def build_train_runner(
         config.optim_wrapper.setdefault("loss_scale", "dynamic")
     if auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
-            raise ValueError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
+            raise ValueError(
+                "scaling the learning rate needs auto_scale_lr.base_batch_size in the config"
+            )
         config.auto_scale_lr.enable = True
     if resume is not None:
         config.resume = True
         config.load_from = None if resume == "auto" else existing_checkpoint(resume)
     if missing := [key for key in TRAINING_KEYS if not config.get(key)]:
         raise ValueError(
-            f"{config.filename} is no config of a training: it lacks {', '.join(missing)}"
+            f"{config.filename} is not a training config: missing {', '.join(missing)}"
         )
     prepare_device(config, launcher)
     safe_load.install()
@@ -68,44 +70,48 @@ def build_test_runner(
     tta: bool = False,
     launcher: str = "none",
 ) -> Runner:
-    """A Runner ready for ``test()``.
+    """Build a Runner that is ready for ``test()``.
 
     Args:
         config: with ``work_dir`` set.
-        checkpoint: file of a trained model of this config, or an ``.onnx`` file exported from one.
+        checkpoint: checkpoint of this config's model, or an ``.onnx`` file exported from one.
         out: ``.pkl`` file for all predictions.
         show_dir: folder for pictures of predictions.
-        tta: test-time augmentation as the config's ``tta_model`` and ``tta_pipeline`` say.
+        tta: test-time augmentation with the config's ``tta_model`` and ``tta_pipeline``.
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
 
     Raises:
-        ValueError: ``out`` is not a pickle file name, the config has nothing for ``tta``, or the
-            exported file does not fit the config.
+        ValueError: ``out`` does not end in .pkl or .pickle; the config lacks the entries for
+            ``tta`` or ``show_dir``; or the exported file does not fit the config.
         FileNotFoundError: the checkpoint does not exist.
         OSError: ``show_dir`` or the folder of ``out`` cannot be written to.
     """
     if out is not None and not out.endswith((".pkl", ".pickle")):
-        raise ValueError(f"--out {out}: the file must end in .pkl or .pickle")
+        raise ValueError(f"file for predictions {out} must end in .pkl or .pickle")
     config.load_from = existing_checkpoint(checkpoint)
     config.resume = False
     if show_dir is not None:
         _draw_predictions(config, show_dir)
     if tta:
         if "tta_model" not in config or "tta_pipeline" not in config:
-            raise ValueError("--tta needs tta_model and tta_pipeline in the config")
+            raise ValueError(
+                "test-time augmentation needs tta_model and tta_pipeline in the config"
+            )
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
         config.model = ConfigDict(**config.tta_model, module=config.model)
     if checkpoint.endswith(".onnx"):
         from mmeformer.deploy.evaluate import use_onnx
 
         if tta:
-            raise ValueError("--tta needs a checkpoint: an exported file has no such mode")
+            raise ValueError(
+                f"test-time augmentation needs a checkpoint, not the exported file {checkpoint}"
+            )
         use_onnx(config, checkpoint)
-    # Found out now rather than after hours of testing.
+    # Fail now rather than after hours of testing.
     for folder in (show_dir, out and Path(out).parent):
         if folder is not None:
             _require_writable(Path(folder))
-    # The weights come from the checkpoint: no download of pretrained ones first.
+    # The weights come from the checkpoint, so download no pretrained ones.
     drop_pretrained(config.model)
     prepare_device(config, launcher)
     safe_load.install()
@@ -124,17 +130,16 @@ def _draw_predictions(config: Config, show_dir: str) -> None:
     hook = config.default_hooks.get("visualization")
     if hook is None or hook.get("type", "").split(".")[-1] not in VISUALIZATION_HOOKS:
         raise ValueError(
-            f"--show-dir needs default_hooks.visualization, one of {VISUALIZATION_HOOKS}, "
-            "in the config"
+            "pictures of predictions need default_hooks.visualization in the config, one of "
+            f"{' or '.join(VISUALIZATION_HOOKS)}"
         )
     hook.draw = True
     hook.interval = 1
+    # Both libraries join a relative path to the folder of the run.
+    pictures = str(Path(show_dir).resolve())
     if hook.type.split(".")[-1] == "DetVisualizationHook":
-        # mmdet joins this to the run's folder again at every batch; an absolute path stays itself.
-        hook.test_out_dir = str(Path(show_dir).resolve())
+        hook.test_out_dir = pictures
     else:
-        # An absolute folder of pictures stays itself; everything else goes to the run's folder.
-        pictures = str(Path(show_dir).resolve())
         config.visualizer.vis_backends = [dict(type="LocalVisBackend", img_save_dir=pictures)]
-        # mmengine would hand out the visualizer that training left behind under its name.
+        # Under its old name mmengine would return the visualizer of a training in this process.
         config.visualizer.name = f"visualizer of {pictures}"

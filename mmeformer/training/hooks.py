@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks that watch a training and stop it before it goes wrong unnoticed.
+"""Hooks that stop a training that goes wrong.
 
-:class:`mmeformer.training.runner.Runner` adds those that a config does not name itself.
+:class:`mmeformer.training.runner.Runner` adds those that a config does not name.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from mmeformer.training.saving import POINTER
 
 @HOOKS.register_module()
 class UnreadableFilesHook(Hook):
-    """Names the files that training had to leave out, and stops when they are too many.
+    """Log the files that training left out, and stop if there are too many.
 
-    Each file counts once. Processes put their findings together every :attr:`INTERVAL` iterations
-    and at the end of an epoch.
+    Each file counts once. Processes exchange their lists every :attr:`INTERVAL` iterations and at
+    the end of an epoch.
 
     Args:
-        max_share: share of the data set, 0 to 1, that may be unreadable; one file always may,
-            unless this is 0.
+        max_share: share of the data set, 0 to 1, that may be unreadable. Unless it is 0, one file
+            always may.
 
     Raises:
-        TrainingError: more files are unreadable; names the first ones.
+        TrainingError: more files are unreadable; lists the first ones.
     """
 
     INTERVAL = 100
@@ -48,14 +48,14 @@ class UnreadableFilesHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
     ) -> None:
-        """Take note of the files that this batch should have had."""
+        """Record the files that this batch replaced."""
         for sample in _samples(data_batch):
             self._note(runner, sample.metainfo.get(UNREADABLE, {}))
         if self.every_n_train_iters(runner, self.INTERVAL):
             self._gather(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Put the findings of all processes together and report them."""
+        """Exchange the lists of all processes and log them."""
         self._gather(runner)
         if self.found:
             runner.logger.warning(
@@ -78,7 +78,7 @@ class UnreadableFilesHook(Hook):
         if new and len(self.found) > allowed:
             raise TrainingError(
                 f"{len(self.found)} of {total} samples could not be read, more than the {allowed} "
-                f"that max_share={self.max_share} allows:\n{self._list()}\nMend the files, or "
+                f"that max_share={self.max_share} allows:\n{self._list()}\nFix the files, or "
                 "raise the share with custom_hooks=[dict(type='mmeformer.UnreadableFilesHook', "
                 "max_share=...)]"
             )
@@ -91,22 +91,22 @@ class UnreadableFilesHook(Hook):
 
 
 class FiniteLossHook(Hook):
-    """Stops at the first loss that is NaN or infinite, before anything more is saved.
+    """Stop at the first loss that is NaN or infinite, before anything else is saved.
 
-    mmengine's ``CheckInvalidLossHook`` looks every 50 iterations and names nothing.
+    mmengine's ``CheckInvalidLossHook`` checks every 50 iterations and reports no details.
 
     Raises:
-        TrainingError: with the iteration, all terms of the loss, the images, and the last
-            checkpoint, which was saved while all was well.
+        TrainingError: names the iteration, all terms of the loss, the images, and the last
+            checkpoint, which was saved before.
     """
 
-    # Before anything that keeps the loss or the weights.
+    # Before any hook that saves the loss or the weights.
     priority = "VERY_HIGH"
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
     ) -> None:
-        """Look at this iteration's losses, in all processes."""
+        """Check the losses of this iteration in all processes."""
         terms = {
             name: torch.as_tensor(value).item()
             for name, value in (outputs or {}).items()
@@ -114,7 +114,7 @@ class FiniteLossHook(Hook):
         }
         bad = not all(map(math.isfinite, terms.values()))
         if get_world_size() > 1:
-            # The others' weights are spoilt by the common gradient: none may save them.
+            # The shared gradient has spoiled the weights of all processes: none may save them.
             anywhere = torch.tensor(float(bad))
             all_reduce(anywhere, "max")
             if anywhere and not bad:
@@ -129,16 +129,16 @@ class FiniteLossHook(Hook):
                 f"iteration {runner.iter + 1}: the loss is not finite ({listed}). Images: "
                 f"{', '.join(map(str, images))}. {last_checkpoint(runner)} Lower the learning "
                 "rate, lengthen the warm-up, clip gradients (optim_wrapper.clip_grad), train "
-                "without --amp, or look at the labels of these images"
+                "without --amp, or check the labels of these images"
             )
 
 
 def last_checkpoint(runner: Runner) -> str:
-    """A sentence that names the checkpoint to go on from."""
+    """A sentence that names the checkpoint to resume from."""
     pointer = Path(runner.work_dir, POINTER)
     if pointer.is_file():
         return f"The last good checkpoint is {pointer.read_text().strip()}."
-    return "No checkpoint was saved before."
+    return "There is no checkpoint yet."
 
 
 def _samples(batch) -> Iterator:

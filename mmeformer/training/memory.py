@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a process that makes and frees large tensors all the time, on a CPU."""
+"""Settings of the C library for CPU processes that allocate large tensors all the time."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ _M_MMAP_MAX = -4
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed instead of giving it back to the system.
+    """Make the C library keep freed memory instead of returning it to the system.
 
-    By default each large tensor is new memory that the kernel first fills with zeros, page by page:
-    a quarter of the processor time of a training step. The process then stays as large as it once
-    was. Works with glibc on Linux and changes nothing elsewhere.
+    By default each large tensor is new memory that the kernel fills with zeros page by page, which
+    takes a quarter of the processor time of a training step. The process then keeps its peak size.
+    Works with glibc on Linux and does nothing elsewhere.
 
     Returns:
-        Whether it was possible.
+        Whether the settings were accepted.
     """
     return _mallopt(_M_MMAP_MAX, 0) and _mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def return_freed_memory() -> bool:
-    """Have the C library give what tensors of 2 MiB and more took back to the system at once.
+    """Make the C library return the memory of freed tensors of 2 MiB and more at once.
 
-    By default it keeps much of it in pieces that nothing else fits into: a training step with
-    ``with_cp`` then takes three times the memory of its tensors. It costs page faults (see
-    :func:`keep_freed_memory`): about a quarter of the time.
+    By default fragmentation keeps much of it: a training step with ``with_cp`` then takes three
+    times the memory of its tensors. The page faults (see :func:`keep_freed_memory`) take about a
+    quarter of the time.
 
     Returns:
-        Whether it was possible.
+        Whether the setting was accepted.
     """
-    # Less than the pieces of attention (layers/attention.py), which come in many sizes.
+    # Less than the chunks of attention (layers/attention.py), which have many sizes.
     return _mallopt(_M_MMAP_THRESHOLD, 2**21)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer-wise learning-rate decay for fine-tuning: the nearer the input, the smaller the steps."""
+"""Layer-wise learning rate decay for fine-tuning: layers near the input learn more slowly."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mmeformer.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 
 def layer_index(name: str, depths: list[int]) -> int:
-    """Depth of a backbone tensor: 0 for the stem, then one number per block.
+    """Depth of a backbone tensor: 0 for the stem, then 1, 2, ... for the blocks.
 
-    A downsample counts with the first block behind it; what stands behind the blocks (pyramid
-    norms) gets ``sum(depths) + 1``.
+    A downsample layer has the depth of the block after it; layers after the blocks (pyramid norms)
+    have ``sum(depths) + 1``.
 
     Args:
         name: as in ``backbone.named_parameters()``.
@@ -34,14 +34,14 @@ def layer_index(name: str, depths: list[int]) -> int:
 class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     """mmengine's default constructor plus ``paramwise_cfg["layer_decay_rate"]``.
 
-    A tensor of the backbone at depth ``d`` (:func:`layer_index`) of ``D`` learns with the rate
-    ``lr * layer_decay_rate ** (D - d)``; neck and heads with ``lr``. All other keys of
-    ``paramwise_cfg`` work as in mmengine and multiply with it.
+    A backbone tensor at depth ``d`` (:func:`layer_index`) of ``D`` has the learning rate
+    ``lr * layer_decay_rate ** (D - d)``; neck and heads have ``lr``. The other keys of
+    ``paramwise_cfg`` work as in mmengine; their multipliers apply as well.
 
     Use: ``optim_wrapper=dict(constructor="mmeformer.LayerDecayConstructor",
     paramwise_cfg=dict(layer_decay_rate=0.8))``.
 
-    Source of the method: Clark et al., ELECTRA (arXiv 2003.10555), appendix; Bao et al., BEiT
+    Source: Clark et al., ELECTRA (arXiv 2003.10555), appendix; Bao et al., BEiT
     (arXiv 2106.08254), appendix.
 
     Raises:
@@ -49,7 +49,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     """
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs) -> None:
-        """Fill ``params`` with one group per tensor; called by mmengine for the whole model."""
+        """Append one group per tensor to ``params``; mmengine calls it for the whole model."""
         super().add_params(params, module, prefix=prefix, **kwargs)
         if prefix:
             return
@@ -57,12 +57,12 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         if rate is None or not 0 < rate <= 1:
             raise ValueError(f"paramwise_cfg needs layer_decay_rate in (0, 1], but has {rate!r}")
         multipliers = {}
-        for part in module.modules():
-            if isinstance(part, PyramidBackbone):
-                depths = [len(stage.blocks) for stage in part.stages]
-                for name, parameter in part.named_parameters():
-                    missing = sum(depths) + 1 - layer_index(name, depths)
-                    multipliers[id(parameter)] = rate**missing
+        for child in module.modules():
+            if isinstance(child, PyramidBackbone):
+                depths = [len(stage.blocks) for stage in child.stages]
+                for name, parameter in child.named_parameters():
+                    distance = sum(depths) + 1 - layer_index(name, depths)
+                    multipliers[id(parameter)] = rate**distance
         if not multipliers:
             raise ValueError("layer_decay_rate needs a model with an mmeformer backbone")
         for group in params:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random numbers that follow from the seed and the place in the schedule, and from nothing else.
+"""Random numbers that depend only on the seed and the position in the schedule.
 
-mmengine seeds once at the start, so that what a step draws depends on everything drawn before it:
-a resumed run, another number of workers or a validation in between change all that follows. Here
-every sample and every step starts from numbers of its own. Nothing has to be stored for a restart,
-and two processes augment the images of a batch as one process would.
+mmengine seeds once at the start, so that every draw depends on all draws before it: a restart,
+another number of workers or a validation in between change everything that follows. Here every
+sample and every step has its own seed. A restart needs no stored state, and two processes augment
+the images of a batch as one process would.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from mmengine.registry import DATA_SAMPLERS as MMENGINE_DATA_SAMPLERS
 from mmengine.runner import Runner
 from torch.utils.data import Sampler
 
-# Keep the numbers of samples and of steps apart.
+# Separate the seeds of samples from those of steps.
 SAMPLE, STEP = 0, 1
 
 
 class Draw(int):
-    """An index of a data set that knows how many were drawn before it, in all processes."""
+    """An index of a data set, with the number of draws before it in all processes."""
 
     def __new__(cls, index: int, position: int) -> Draw:
-        """``index`` into the data set, the ``position``-th of the run (from 0)."""
+        """Make the draw of ``index`` at ``position`` (from 0) of the run."""
         draw = super().__new__(cls, index)
         draw.position = position
         return draw
 
     def __getnewargs__(self) -> tuple[int, int]:
-        # Samplers live in the main process, data sets in the workers.
+        # For pickling: samplers run in the main process, data sets in workers.
         return int(self), self.position
 
 
 class PositionSampler(Sampler):
-    """Hands out what another sampler draws, as :class:`Draw`.
+    """Wrapper of a sampler that returns each index as a :class:`Draw`.
 
     Args:
-        sampler: config of mmengine's ``DefaultSampler``, ``InfiniteSampler`` or the like, which
-            deals draws out to the processes in turn.
-        dataset: what to sample from.
-        seed: of the sampler.
+        sampler: config of a sampler that distributes indices to the processes in turn, such as
+            mmengine's ``DefaultSampler`` or ``InfiniteSampler``.
+        dataset: data set to sample from.
+        seed: seed of the sampler.
     """
 
     def __init__(self, sampler: dict, dataset, seed: int | None) -> None:
@@ -56,17 +56,17 @@ class PositionSampler(Sampler):
         self.rank, self.world_size = get_dist_info()
         self.drawn = 0
         if hasattr(self.sampler, "skip"):
-            # mmengine looks for this method to go on where an iteration-based run stopped.
+            # mmengine tests for this method to resume an iteration-based run.
             self.skip = self._skip
 
     def __iter__(self) -> Iterator[Draw]:
-        """Draws of this process, without end for an infinite sampler."""
+        """Draws of this process; endless for an infinite sampler."""
         for index in self.sampler:
             yield Draw(index, self.drawn * self.world_size + self.rank)
             self.drawn += 1
 
     def __len__(self) -> int:
-        """Draws of an epoch."""
+        """Number of draws per epoch."""
         return len(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
@@ -76,16 +76,16 @@ class PositionSampler(Sampler):
         self.drawn = epoch * len(self.sampler)
 
     def _skip(self, draws: int) -> None:
-        """Go to where ``draws`` draws of this process have been handed out."""
+        """Continue after the first ``draws`` draws of this process."""
         self.sampler.skip(draws)
         self.drawn = draws
 
 
 def seed_all(*numbers: int, gpu: bool = True) -> None:
-    """Seed Python, numpy and PyTorch with what the ``numbers`` (not negative) amount to.
+    """Seed Python, numpy and PyTorch with a hash of ``numbers`` (not negative).
 
     Args:
-        gpu: seed the GPUs too; workers that load data have none.
+        gpu: seed the GPUs too; data workers use none.
     """
     first, second = np.random.SeedSequence(numbers).generate_state(2, np.uint32).tolist()
     random.seed(first)
@@ -97,10 +97,10 @@ def seed_all(*numbers: int, gpu: bool = True) -> None:
 
 
 class StepSeedHook(Hook):
-    """Seeds every training step by the run's seed, the process and the iteration.
+    """Seed every training step with the run's seed, the process and the iteration.
 
-    What samples proposals and drops paths then draws the same numbers after a restart as without
-    one. The data have seeds of their own (:class:`mmeformer.training.data.GuardedDataset`).
+    Proposal sampling and stochastic depth then draw the same numbers after a restart. Samples have
+    their own seeds (:class:`mmeformer.training.data.GuardedDataset`).
     """
 
     priority = "VERY_HIGH"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmengine's Runner with what a run of days needs."""
+"""mmengine's Runner with exact restarts, safe checkpoints and checks of weights and losses."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ from torch.utils.data import DataLoader
 
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.errors import TrainingError
+from mmeformer.files import replacing
 from mmeformer.training.data import GuardedDataset
 from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, last_checkpoint
 from mmeformer.training.loops import EpochBasedTrainLoop
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
 from mmeformer.training.saving import (
-    PARTIAL,
     CheckpointHook,
-    commit,
-    find_unfinite,
+    find_nonfinite,
     newest_resumable,
     read_resumable,
 )
 
 
 class Runner(MMEngineRunner):
-    """mmengine's Runner, for which configs need no word of their own.
+    """mmengine's Runner; everything below works without entries in configs.
 
-    - A resumed run draws the same data and random numbers as one that was never stopped
+    - A resumed run draws the same data and random numbers as an uninterrupted one
       (:mod:`mmeformer.training.randomness`, :mod:`mmeformer.training.loops`).
-    - A checkpoint is whole or not there, and resuming takes the newest whole one
+    - A checkpoint is complete or absent, and resuming takes the newest complete one
       (:mod:`mmeformer.training.saving`).
-    - Weights that do not belong to the model are an error (:mod:`mmeformer.checkpoints.matching`).
-    - Unreadable files are left out, counted and named; a loss that is not finite stops the run
+    - Weights that do not fit the model are an error (:mod:`mmeformer.checkpoints.matching`).
+    - Unreadable files are left out, counted and logged; a loss that is not finite stops the run
       (:mod:`mmeformer.training.hooks`).
 
     Arguments are those of mmengine.
@@ -50,7 +49,7 @@ class Runner(MMEngineRunner):
     def build_dataloader(
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
-        """mmengine's data loader, of a guarded data set."""
+        """mmengine's data loader with a guarded data set and sampler."""
         if isinstance(dataloader, Mapping):
             dataloader = {**dataloader}
             if isinstance(dataloader["dataset"], Mapping):
@@ -62,7 +61,7 @@ class Runner(MMEngineRunner):
         return MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)
 
     def build_train_loop(self, loop):
-        """mmengine's loop; one by epochs goes on in the middle of an epoch."""
+        """mmengine's loop; loops by epoch can resume in the middle of an epoch."""
         if isinstance(loop, Mapping):
             loop = {**loop}
             by_epoch = "type" not in loop and loop.get("by_epoch")
@@ -72,7 +71,7 @@ class Runner(MMEngineRunner):
         return super().build_train_loop(loop)
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """mmengine's hooks, with ours in the place of its ``CheckpointHook``."""
+        """mmengine's hooks, with our ``CheckpointHook`` instead of its own."""
         hooks = dict(hooks or {})
         checkpoint = hooks.get("checkpoint", dict(type="CheckpointHook", interval=1))
         if isinstance(checkpoint, Mapping):
@@ -82,18 +81,18 @@ class Runner(MMEngineRunner):
         super().register_default_hooks(hooks)
 
     def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
-        """mmengine's hooks and those of the config, and the guards it does not name."""
+        """Hooks of mmengine and of the config, and the guards that the config does not name."""
         super().register_hooks(default_hooks, custom_hooks)
         for guard in (StepSeedHook, FiniteLossHook, UnreadableFilesHook):
             if not any(isinstance(hook, guard) for hook in self.hooks):
                 self.register_hook(guard())
 
     def train(self):
-        """Train, from the newest whole checkpoint if the run is to be resumed.
+        """Train; a resumed run starts from the newest complete checkpoint.
 
         Raises:
-            CheckpointError: there are checkpoints to resume from, but none is whole.
-            TrainingError: the run was stopped on purpose.
+            CheckpointError: there are checkpoints, but none is complete.
+            TrainingError: the run cannot go on; the message says why.
         """
         if self._resume:
             self._find_start()
@@ -101,7 +100,7 @@ class Runner(MMEngineRunner):
         return super().train()
 
     def _find_start(self) -> None:
-        """Decide on the file to resume from and take over its seed, before any data is loaded."""
+        """Choose the file to resume from and take over its seed, before any data is loaded."""
         start: list = [None, None]
         if is_main_process():
             if self._load_from is None:
@@ -125,15 +124,15 @@ class Runner(MMEngineRunner):
             self.set_randomness(**self._randomness_cfg)
 
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
-        """Load weights; an error if they are not this model's.
+        """Load weights; raises CheckpointError if they do not fit the model.
 
-        Fine-tuning (``load_from``) needs the same backbone only; resuming and testing need all.
+        Fine-tuning (``load_from``) needs the weights of the backbone, resuming and testing all.
         """
         self._source = filename
         return super().load_checkpoint(filename, *args, **kwargs)
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
-        """mmengine's call; weights are compared with the model before they are loaded."""
+        """mmengine's call; compares weights with the model before they are loaded."""
         super().call_hook(fn_name, **kwargs)
         if fn_name == "after_load_checkpoint":
             require_match(
@@ -144,34 +143,32 @@ class Runner(MMEngineRunner):
             )
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
-        """Save under a temporary name, then rename; the main process only.
+        """Save under a temporary name, then rename; in the main process only.
 
         Raises:
-            TrainingError: the disk is full or cannot be written to, or the weights are not finite.
-                Older checkpoints are as they were.
+            TrainingError: the disk is full or not writable, or the weights are not finite. Older
+                checkpoints stay as they were.
         """
         if not is_main_process():
             return
-        spoilt = find_unfinite(dict(self.model.named_parameters()))
-        if spoilt:
+        if bad := find_nonfinite(dict(self.model.named_parameters())):
             raise TrainingError(
-                f"{len(spoilt)} weights are NaN or infinite, the first {spoilt[0]}: nothing was "
-                f"saved. {last_checkpoint(self)} Lower the learning rate or clip gradients"
+                f"{len(bad)} weights are NaN or infinite, the first {bad[0]}: nothing was saved. "
+                f"{last_checkpoint(self)} Lower the learning rate or clip gradients"
             )
         if "://" in str(out_dir):
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
             return
-        partial, target = Path(out_dir, filename + PARTIAL), Path(out_dir, filename)
+        target = Path(out_dir, filename)
         try:
-            super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
-            commit(partial, target)
+            with replacing(target, sync=True) as draft:
+                super().save_checkpoint(str(draft.parent), draft.name, *args, **kwargs)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 reason = "the disk is full: make room"
             else:
                 reason = f"{error.strerror}: make {out_dir} writable"
             raise TrainingError(
-                f"checkpoint {target} could not be written, {reason}, then go on with --resume; "
-                "the checkpoints before it are as they were"
+                f"checkpoint {target} could not be written, {reason}, then continue with --resume; "
+                "older checkpoints are unchanged"
             ) from error

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training checkpoints that are whole or not there, and the search for the one to resume from."""
+"""Save training checkpoints safely, and find the one to resume from."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,49 +14,26 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mmeformer.checkpoints import safe_load
-from mmeformer.checkpoints.safe_load import CheckpointError
+from mmeformer.errors import CheckpointError
+from mmeformer.files import is_draft, write_text
 
-PARTIAL = ".partial"
-"""Ending of files that are being written."""
 POINTER = "last_checkpoint"
 """File of mmengine in the work directory that names the latest checkpoint."""
 RESUMABLE = ("meta", "state_dict", "optimizer", "message_hub")
-"""What a checkpoint must hold to go on from it."""
-
-
-def commit(partial: Path, target: Path) -> None:
-    """Give a written file its name, once its content has reached the disk.
-
-    Afterwards ``target`` is the old file or the whole new one, also after a power failure.
-    """
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file as :func:`commit` does."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text)
-    commit(partial, path)
+"""Entries that a checkpoint needs to resume from it."""
 
 
 def read_resumable(path: str | Path) -> dict:
-    """Read a checkpoint of training, from a file or an address.
+    """Read a training checkpoint from a file or URL.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: it is damaged, or holds a model only.
+        FileNotFoundError: the file does not exist.
+        CheckpointError: it is damaged, or has only the weights of a model.
     """
     content = safe_load.load(path)
     if missing := [key for key in RESUMABLE if key not in content]:
         raise CheckpointError(
-            f"{path} has no {', '.join(missing)}: it holds a model, not the state of a training. "
+            f"{path} has no {', '.join(missing)}: it has a model, not the state of a training. "
             "Resume from an epoch_*.pth or iter_*.pth, or start from its weights with "
             "--cfg-options load_from=..."
         )
@@ -65,13 +41,16 @@ def read_resumable(path: str | Path) -> dict:
 
 
 def newest_resumable(work_dir: str | Path) -> tuple[Path, dict] | None:
-    """The checkpoint to go on from, and its content (on the CPU).
+    """Find the checkpoint to resume from.
 
-    The one that ``last_checkpoint`` names if it is whole, else the newest that is; what is damaged
-    is named in a warning. None if the work directory has no checkpoints.
+    That is the one that ``last_checkpoint`` names if it is complete, else the newest complete one.
+    Damaged files are logged as warnings.
+
+    Returns:
+        The file and its content on the CPU, or None if the work directory has no checkpoints.
 
     Raises:
-        CheckpointError: there are checkpoints, but not one can be used.
+        CheckpointError: there are checkpoints, but none can be used.
     """
     damaged = []
     for path in _candidates(Path(work_dir)):
@@ -85,42 +64,45 @@ def newest_resumable(work_dir: str | Path) -> tuple[Path, dict] | None:
     if damaged:
         raise CheckpointError(
             f"none of the {len(damaged)} checkpoints in {work_dir} can be resumed from; the first "
-            f"of them: {damaged[0]}. To start anew, train without --resume"
+            f"of them: {damaged[0]}. To start from the beginning, train without --resume"
         )
     return None
 
 
 def _candidates(work_dir: Path) -> Iterator[Path]:
-    """Files to resume from, the likeliest first."""
+    """Files to resume from, in the order to try them."""
     folders = [work_dir]
     named: list[Path] = []
     pointer = work_dir / POINTER
     if pointer.is_file() and (text := pointer.read_text().strip()):
-        # The folder may have been moved or copied since; what is here goes before what is there.
+        # The folder may have been moved or copied: prefer files here to those at the old path.
         named = [work_dir / Path(text).name]
         if not named[0].is_file():
             named = [Path(text)]
             folders = [named[0].parent, work_dir] if named[0].name != text else folders
     found = [path for folder in dict.fromkeys(folders) for path in folder.glob("*.pth")]
-    # The best model is saved without what a training needs.
-    found = [path for path in found if not path.name.startswith("best_")]
+    # The best model is saved without optimizer; drafts may be incomplete.
+    found = [path for path in found if not path.name.startswith("best_") and not is_draft(path)]
     found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     yield from dict.fromkeys(path for path in [*named, *found] if path.is_file())
 
 
 class CheckpointHook(MMEngineCheckpointHook):
-    """mmengine's hook, which removes an old checkpoint only when the new one is on the disk.
+    """mmengine's hook that removes an old checkpoint only after the new one is on the disk.
 
-    mmengine makes room first: who is killed then, or runs out of disk, is left without. Arguments
-    are those of mmengine; :class:`mmeformer.training.runner.Runner` puts it in its place.
+    mmengine removes first, so that a kill or a full disk at that moment leaves no checkpoint.
+    Arguments are those of mmengine. :class:`mmeformer.training.runner.Runner` uses it in place of
+    mmengine's.
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Remove what a killed run was writing."""
+        """Remove the files that a killed run left unfinished."""
         super().before_train(runner)
-        if is_main_process() and Path(self.out_dir).is_dir():
-            for path in Path(self.out_dir).glob(f"*{PARTIAL}"):
-                path.unlink()
+        if is_main_process():
+            for folder in {Path(self.out_dir), Path(runner.work_dir)}:
+                for path in folder.glob(".*"):
+                    if is_draft(path) and path.is_file():
+                        path.unlink()
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         outdated = []
@@ -145,7 +127,7 @@ class CheckpointHook(MMEngineCheckpointHook):
             **self.args,
         )
         if is_main_process():
-            write_text(Path(runner.work_dir, POINTER), self.last_ckpt)
+            write_text(Path(runner.work_dir, POINTER), self.last_ckpt, sync=True)
             for known in outdated:
                 self._remove(
                     self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(known))
@@ -154,7 +136,7 @@ class CheckpointHook(MMEngineCheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if not self.save_best:
             return
-        # What mmengine does not see it does not remove.
+        # Hide the previous best from mmengine, which would remove it before saving.
         before = self._best()
         self._set_best({})
         super()._save_best_checkpoint(runner, metrics)
@@ -184,8 +166,8 @@ class CheckpointHook(MMEngineCheckpointHook):
             self.file_backend.remove(path)
 
 
-def find_unfinite(state: dict) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity."""
+def find_nonfinite(state: dict) -> list[str]:
+    """Names of the tensors that have NaN or infinite values."""
     return [
         name
         for name, tensor in state.items()

@@ -54,7 +54,7 @@ def test_sound_data(folder, command, capsys, task):
 
 @pytest.mark.parametrize("task", tiny.TASKS)
 def test_drawn_labels_are_there(folder, command, task):
-    """The picture with labels differs from the images alone, by the colours of the classes."""
+    """The picture with labels differs from the images alone, by the colors of the classes."""
     config = write_config(folder, task)
     images = (
         folder
@@ -117,5 +117,5 @@ def test_concatenated_data_sets_are_all_checked(folder):
 def test_other_data_sets_are_refused(folder):
     config = tiny.detection(folder)
     config.train_dataloader.dataset.type = "mmdet.CocoDataset"
-    with pytest.raises(ValueError, match="mmdet.CocoDataset .* cannot be checked: use"):
+    with pytest.raises(ValueError, match="mmdet.CocoDataset .* use mmeformer.CocoDataset or "):
         datasets_of(config, "train")

@@ -58,7 +58,7 @@ def test_no_images(tmp_path, content, message):
     assert message in decode_fault(path)
 
 
-def test_header_speaks_of_the_turned_picture(tmp_path, picture):
+def test_header_has_the_size_after_rotation(tmp_path, picture):
     path = tmp_path / "picture.jpg"
     exif = Image.Exif()
     exif[274] = 6

@@ -18,10 +18,10 @@ from PIL import Image
 
 from mmeformer import configs
 from mmeformer.commands import cli
-from mmeformer.errors import TrainingError
+from mmeformer.errors import CheckpointError, TrainingError, UserError
 from mmeformer.paths import tools_dir
 
-OUTPUTS = {".pth", ".pkl", ".partial", ".png", ".onnx", ".safetensors"}
+OUTPUTS = {".pth", ".pkl", ".png", ".onnx", ".safetensors"}
 
 
 def command(name):
@@ -87,7 +87,11 @@ CASES = [
     ("train", "{p}/name.py " + WORK, "name.py cannot be read: .*gone.py"),
     ("train", "{p}/text.txt " + WORK, "text.txt cannot be read: Only py"),
     ("train", "{p} " + WORK, "does not exist"),
-    ("train", "{p}/bare.py " + WORK, "bare.py is no config of a training: .*train_dataloader"),
+    (
+        "train",
+        "{p}/bare.py " + WORK,
+        "bare.py is not a training config: missing .*train_data",
+    ),
     ("train", "{p}/segmentation.py --work-dir {p}/text.txt/work", "text.txt"),
     ("train", "{p}/segmentation.py --resume {p}/gone.pth " + WORK, "gone.pth does not exist"),
     ("train", "{p}/segmentation.py --resume {p}/truncated.pth " + WORK, "truncated.pth is damaged"),
@@ -114,7 +118,7 @@ CASES = [
     ),
     ("train", "{p}/detection.py " + WORK + " --cfg-options load_from={p}/nan.pth", "NaN"),
     ("train", "{p}/detection.py --launcher teleport", "invalid choice"),
-    ("train", "{p}/detection.py --launcher slurm " + WORK, "within a job of Slurm only"),
+    ("train", "{p}/detection.py --launcher slurm " + WORK, "only in a Slurm job"),
     ("train", "{p}/detection.py --cfg-options nonsense", "'nonsense' is not KEY=VALUE"),
     ("train", "{p}/detection.py --cfg-options a=[1,(2]", "argument --cfg-options: .*brackets"),
     (
@@ -186,7 +190,7 @@ CASES = [
     (
         "split_dota",
         "{p}/aerial/train {p}/text.txt/patches --labels annfiles --workers 1",
-        "text.txt/patches/annfiles: Not a directory",
+        "text.txt/patches/images: Not a directory",
     ),
     ("predict", "{p}/gone.py {p}/detection.pth {p}/a.png --out {out}", "gone.py does not exist"),
     ("predict", "{p}/detection.py {p}/other.pth {p}/a.png --out {out}", "other.pth"),
@@ -258,9 +262,10 @@ class TestRun:
         error = capsys.readouterr().err
         assert "Traceback" in error and error.endswith("error: a bug in someone's model\n")
 
-    def test_deliberate_stop_needs_none(self, capsys):
+    @pytest.mark.parametrize("kind", [UserError, CheckpointError, TrainingError])
+    def test_errors_for_users_have_no_traceback(self, capsys, kind):
         def run_iter(args):
-            raise TrainingError("the loss is not finite")
+            raise kind("the loss is not finite")
 
         assert cli.run(run_iter, self.Arguments) == 1
         assert capsys.readouterr().err == "error: the loss is not finite\n"
@@ -294,12 +299,12 @@ class TestRun:
 
 
 def odd_images():
-    """Name -> function that writes an unusual but whole image."""
-    grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    """Name -> function that writes an unusual but valid image."""
+    gray = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
     return {
-        "grey.png": lambda path: Image.fromarray((grey >> 4).astype(np.uint8)).save(path),
+        "gray.png": lambda path: Image.fromarray((gray >> 4).astype(np.uint8)).save(path),
         "rgba.png": lambda path: Image.new("RGBA", (64, 64), (9, 9, 9, 4)).save(path),
-        "deep.png": lambda path: Image.fromarray(grey).save(path),
+        "deep.png": lambda path: Image.fromarray(gray).save(path),
         "cmyk.jpg": lambda path: Image.new("CMYK", (64, 64), (9, 9, 9, 4)).save(path),
         "pixel.png": lambda path: Image.new("RGB", (1, 1)).save(path),
         "strip.png": lambda path: Image.new("RGB", (20000, 20)).save(path),
@@ -316,7 +321,7 @@ def rotated(place, tmp_path):
     return tmp_path / "config.py", root / "train/images"
 
 
-def test_odd_images_are_taken(rotated, tmp_path, capfd):
+def test_odd_images_are_accepted(rotated, tmp_path, capfd):
     config, images = rotated
     for name, write in odd_images().items():
         write(images / name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each mistake in a COCO file and its images is found and named; sound data is left alone."""
+"""Each error in a COCO file and its images is found and named; correct data passes."""
 
 import json
 import re
@@ -75,9 +75,13 @@ def test_sound_data(content, tmp_path):
         (dict(bbox=[50, 5, 9, 8]), "box outside image", "outside its image of 40 x 30 px"),
         (dict(segmentation=[[1, 1, 2, 2]]), "short polygon", "4 numbers"),
         (dict(segmentation=[[1, 1, 2, 2, 3, 3, 4]]), "short polygon", "7 numbers"),
-        (dict(segmentation=dict(size=[40, 30], counts="x")), "mask size", r"of \[30, 40\] px"),
+        (
+            dict(segmentation=dict(size=[40, 30], counts="x")),
+            "mask size",
+            r"its image \[30, 40\] px",
+        ),
         (dict(segmentation="polygon"), "bad entry", "segmentation is 'polygon'"),
-        (dict(segmentation={}), "mask size", "of None px"),
+        (dict(segmentation={}), "mask size", "has size None"),
         (dict(segmentation=dict(size=[30, 40], counts="rubbish!!")), "damaged mask", "run lengths"),
         (dict(segmentation=dict(size=[30, 40], counts="")), "damaged mask", "run lengths"),
         (dict(segmentation=dict(size=[30, 40], counts=[600, 599])), "damaged mask", "add up"),
@@ -87,7 +91,7 @@ def test_sound_data(content, tmp_path):
         (dict(segmentation=[[0, -50, 1, 0, 5, 9]]), "mask outside image", "from -50 to 9 px"),
         (dict(iscrowd="0"), "bad entry", "iscrowd '0' instead of 0 or 1"),
         (dict(category_id=7), "unknown category", "category_id 7"),
-        (dict(image_id=7), "unknown image", "image 7, which is not listed"),
+        (dict(image_id=7), "unknown image", "image 7, which `images` lacks"),
         (dict(bbox=[5, 5, 10]), "bad entry", r"bbox \[5, 5, 10\]"),
         (dict(bbox=[5, 5, 10, float("nan")]), "bad entry", "finite"),
         (dict(area=None), "bad entry", "area None"),
@@ -125,8 +129,8 @@ def test_a_box_and_a_mask_can_both_be_wrong(content, tmp_path):
 def test_run_lengths_are_those_of_pycocotools(mask):
     lengths = run_lengths(compressed(mask)["counts"])
     assert lengths.min() >= 0
-    colours = np.arange(len(lengths)) % 2
-    assert np.array_equal(np.repeat(colours, lengths), mask.flatten(order="F"))
+    colors = np.arange(len(lengths)) % 2
+    assert np.array_equal(np.repeat(colors, lengths), mask.flatten(order="F"))
     assert np.array_equal(run_lengths(lengths.tolist()), lengths)
 
 
@@ -135,7 +139,7 @@ def test_corners_instead_of_sizes(content, tmp_path):
         annotation["bbox"] = [20, 10, 38, 28]
     found = check(content, tmp_path)
     assert {item.kind for item in found} == {"box beyond image"} and len(found) == 2
-    assert found[0].severity == WARNING and "are these two corners?" in found[0].message
+    assert found[0].severity == WARNING and "if these are two corners" in found[0].message
 
 
 def test_classes(content, tmp_path):
@@ -208,7 +212,7 @@ def damaged_text(text):
 @settings(max_examples=150)
 @given(data=st.data())
 def test_damaged_annotations_never_pass_silently(tmp_path_factory, data):
-    """Whatever stands in one place instead: the checks end, and mmdet reads what they pass."""
+    """With any value in one place, the checks finish and mmdet reads what they accept."""
     folder = tmp_path_factory.getbasetemp() / "fuzz"
     folder.mkdir(exist_ok=True)
     cv2.imwrite(str(folder / "0.jpg"), np.full((30, 40, 3), 90, np.uint8))

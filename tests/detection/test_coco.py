@@ -75,7 +75,7 @@ def test_not_coco(root, tmp_path, content):
 def test_no_annotations(root, tmp_path):
     path = edited(root, tmp_path, annotations=[])
     for test_mode in (False, True):
-        with pytest.raises(ValueError, match="not one annotation"):
+        with pytest.raises(ValueError, match="no annotations"):
             build(root, path, test_mode=test_mode)
 
 
@@ -84,8 +84,8 @@ def test_no_images(root, tmp_path):
         build(root, edited(root, tmp_path, images=[], annotations=[]))
 
 
-def test_unlabelled_test_set_is_fine(root, tmp_path):
+def test_unlabeled_test_set_is_accepted(root, tmp_path):
     path = edited(root, tmp_path, annotations=None)
     assert len(build(root, path, test_mode=True)) == 4
-    with pytest.raises(ValueError, match="not one annotation"):
+    with pytest.raises(ValueError, match="no annotations"):
         build(root, path)

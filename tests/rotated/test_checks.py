@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each mistake in DOTA label files is found and named; sound data is left alone."""
+"""Each error in DOTA label files is found and named; correct data passes."""
 
 import cv2
 import numpy as np
@@ -42,7 +42,7 @@ def test_sound_data(folder):
         ("1 1 9 1 9 5 1 x ship 0", ERROR, "bad label line", "must be numbers"),
         ("1 1 9 1 9 5 1 inf ship 0", ERROR, "bad label line", "finite"),
         ("1 1 9 1 9 5 1 5 ship maybe", ERROR, "bad label line", "difficult"),
-        ("1 1 9 1 9 5 1 5 shp 0", ERROR, "unknown class", "line 3: 'shp' is no class"),
+        ("1 1 9 1 9 5 1 5 shp 0", ERROR, "unknown class", "line 3: 'shp' is not a class"),
         ("1 1 5 1 9 1 5 1 ship 0", ERROR, "empty box", "line 3: the corners enclose no area"),
         ("1 1 9 5 9 1 1 5 ship 0", WARNING, "crossed corners", "line 3: the outline crosses"),
     ],

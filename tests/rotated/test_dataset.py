@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DOTA data set: what it reads, and that no mistake ends in a silent zero."""
+"""The DOTA data set reads valid data, and errors in it never end in a silent score of zero."""
 
 import time
 
@@ -78,10 +78,10 @@ def test_empty_images_are_negatives_or_filtered(root):
     assert len(build(root, filter_cfg=dict(filter_empty_gt=True), test_mode=True)) == 6
 
 
-def test_suffix_and_unlabelled_images(root):
+def test_suffix_and_unlabeled_images(root):
     assert [item["img_id"] for item in build(root, img_suffix="png")] == ["a", "e"]
-    unlabelled = build(root, ann_file="")
-    assert [item["instances"] for item in unlabelled] == [[]] * 6
+    unlabeled = build(root, ann_file="")
+    assert [item["instances"] for item in unlabeled] == [[]] * 6
 
 
 def test_pipeline_makes_rotated_boxes(root):
@@ -120,9 +120,9 @@ def test_palette_fits_the_classes(root):
     own = build(root, ("plane", "ship", "barge"), lazy_init=True).metainfo["palette"]
     assert own[:2] == [(165, 42, 42), (255, 0, 255)] and len(own) == 3
     given = dict(classes=("ship",), palette=((1, 2, 3),))
-    # A tuple of colours is one colour to mmrotate's visualizer.
+    # A tuple of colors is one color to mmrotate's visualizer.
     assert build(root, metainfo=given, lazy_init=True).metainfo["palette"] == [(1, 2, 3)]
-    with pytest.raises(ValueError, match="1 colours for 2 classes"):
+    with pytest.raises(ValueError, match="1 colors for 2 classes"):
         build(root, metainfo=dict(classes=("ship", "plane"), palette=[(1, 2, 3)]))
 
 
@@ -146,20 +146,20 @@ def test_missing_folders_and_mixed_up_ones(root):
         build(root, data_prefix=dict(img_path="pictures/"))
     (root / "other").mkdir()
     (root / "other" / "z.txt").write_text(SHIP)
-    with pytest.raises(ValueError, match="no label file in .*other.* has the name of an image"):
+    with pytest.raises(ValueError, match="no label file in .*other.* belongs to an image"):
         build(root, ann_file="other/")
 
 
 def test_labels_without_objects_are_no_data_set(root):
     for path in (root / "labelTxt").iterdir():
         path.write_text("gsd:1\n")
-    with pytest.raises(ValueError, match="have not one object"):
+    with pytest.raises(ValueError, match="have no object of"):
         build(root)
 
 
 def test_bad_lines_stop_the_start(root):
     (root / "labelTxt" / "b.txt").write_text(SHIP + "1 2 3\n")
-    with pytest.raises(ValueError, match=r"(?s)b\.txt has bad lines.*line 2: 3 fields"):
+    with pytest.raises(ValueError, match=r"(?s)b\.txt has invalid lines.*line 2: 3 fields"):
         build(root)
 
 

@@ -61,7 +61,7 @@ def test_files_without_objects_and_lines_without_flag(tmp_path):
 def test_bad_lines_are_named(tmp_path, line, message):
     path = tmp_path / "P1.txt"
     path.write_text(f"gsd:1\n0 0 1 0 1 1 0 1 ship 0\n{line}\n")
-    with pytest.raises(ValueError, match=rf"(?s)P1\.txt has bad lines.*line 3: .*{message}"):
+    with pytest.raises(ValueError, match=rf"(?s)P1\.txt has invalid lines.*line 3: .*{message}"):
         read_labels(path)
 
 
@@ -123,7 +123,7 @@ def test_images_of_mixed_suffixes(tmp_path):
     assert found["b"] == tmp_path / "b.PNG"
     assert list(list_images(tmp_path, "png")) == list(list_images(tmp_path, ".PNG")) == ["b"]
     (tmp_path / "b.jpg").touch()
-    with pytest.raises(ValueError, match=r"b\.PNG and .*b\.jpg differ in their suffix only"):
+    with pytest.raises(ValueError, match=r"b\.PNG and .*b\.jpg differ only in their suffix"):
         list_images(tmp_path)
 
 

@@ -17,6 +17,7 @@ import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmeformer.files import is_draft
 from mmeformer.paths import tools_dir
 from mmeformer.rotated import DOTADataset
 from mmeformer.rotated.dota import DotaObject, format_label, read_labels
@@ -43,8 +44,8 @@ def write_source(folder, sizes, objects=12, seed=0):
         cv2.imwrite(str(folder / "images" / name), image)
         lines = []
         for number in range(objects):
-            centre = generator.uniform(0, (width, height))
-            rectangle = (centre, generator.uniform(4, 30, 2), generator.uniform(0, 180))
+            center = generator.uniform(0, (width, height))
+            rectangle = (center, generator.uniform(4, 30, 2), generator.uniform(0, 180))
             polygon = cv2.boxPoints(rectangle)
             lines.append(format_label(polygon, f"class{number % 3}", number % 2))
         stem = name.rsplit(".", 1)[0]
@@ -102,7 +103,7 @@ def test_share_inside_is_that_of_the_outline(data, window):
         assert share == pytest.approx(expected, abs=1e-6)
 
 
-def test_share_of_objects_without_area_is_decided_by_the_centre():
+def test_share_of_objects_without_area_is_decided_by_the_center():
     line = np.array([[0, 5], [10, 5], [0, 5], [10, 5]], float)
     shares = share_inside(np.stack([line, line + [7, 0], line + [60, 0]]), (0, 0, 12, 12))
     np.testing.assert_array_equal(shares, [1, 1, 0])
@@ -201,7 +202,7 @@ def test_several_folders_and_test_sets(tmp_path):
         Split([pairs[0], (second / "images", None)], tmp_path / "x", settings)
     with pytest.raises(ValueError, match="have the same name"):
         Split([pairs[0], pairs[0]], tmp_path / "x", settings)
-    with pytest.raises(ValueError, match="no label file in .* has the name of an image"):
+    with pytest.raises(ValueError, match="no label file in .* belongs to an image"):
         Split([(first / "images", second / "labelTxt")], tmp_path / "x", settings)
     assert not (tmp_path / "x").exists()
 
@@ -238,22 +239,23 @@ def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     # What a kill leaves: half a line of the manifest, a half-written file, patches not listed.
     with open(target / "split.jsonl", "a") as manifest:
         manifest.write('{"image": "c", "finger')
-    (target / ".unfinished" / "c__64__0___0.png").write_bytes(b"half")
+    (target / "images" / ".c__64__0___0.draft-0123abcd.png").write_bytes(b"half")
     (target / "images" / "c__64__0___0.png").write_bytes(b"old")
     again = Split([(source / "images", source / "labelTxt")], target, settings)
     assert again.finished == 2 and [job.name for job in again.pending] == list("cdef")
     list(again.run())
     assert contents(target) == contents(tmp_path / "whole")
-    assert not (target / ".unfinished").exists()
+    assert not [path for path in target.rglob("*") if is_draft(path)]
 
 
 def test_a_kill_before_the_manifest_is_there(tmp_path):
     source = write_source(tmp_path / "DOTA", {"a.png": (100, 70)})
     target, settings = tmp_path / "cut", CutSettings(size=64, overlap=16)
-    for folder in ("images", "annfiles", ".unfinished"):
+    for folder in ("images", "annfiles"):
         (target / folder).mkdir(parents=True)
-    (target / ".unfinished" / "split.jsonl").write_text('{"sett')
+    (target / ".split.draft-0123abcd.jsonl").write_text('{"sett')
     (outcome,) = split(source, target, settings)
+    assert not [path for path in target.rglob("*") if is_draft(path)]
     assert len(outcome.patches) == len(list((target / "images").iterdir()))
     # A folder of the same name with something in it is not ours.
     (tmp_path / "other" / "images").mkdir(parents=True)
@@ -287,14 +289,14 @@ def test_processes_give_the_same_as_one(tmp_path):
 def test_other_folders_and_other_settings_are_left_alone(tmp_path):
     source = write_source(tmp_path / "DOTA", {"a.png": (100, 70)})
     pairs = [(source / "images", source / "labelTxt")]
-    with pytest.raises(FileExistsError, match="DOTA is there already and was not made by"):
+    with pytest.raises(FileExistsError, match="DOTA exists and was not made by"):
         Split(pairs, source, CutSettings())
     split(source, tmp_path / "cut", CutSettings(size=64, overlap=16))
     before = contents(tmp_path / "cut")
-    with pytest.raises(FileExistsError, match='cut otherwise.*"size": 64.*"size": 32'):
+    with pytest.raises(FileExistsError, match='cut with other arguments.*"size": 64.*"size": 32'):
         Split(pairs, tmp_path / "cut", CutSettings(size=32, overlap=16))
     other = write_source(tmp_path / "other", {"a.png": (100, 70)}, seed=1)
-    with pytest.raises(FileExistsError, match="cut otherwise"):
+    with pytest.raises(FileExistsError, match="cut with other arguments"):
         split(other, tmp_path / "cut", CutSettings(size=64, overlap=16))
     assert contents(tmp_path / "cut") == before
 
@@ -343,7 +345,7 @@ def test_command_names_unreadable_images_and_goes_on(tmp_path, capsys):
     (source / "images" / "b.png").write_bytes(whole)
     (source / "labelTxt" / "c.txt").write_text(HEADER)
     assert command.main(arguments) == 0
-    assert "2 images were cut before, 2 are left" in capsys.readouterr().out
+    assert "2 images were cut before, 2 remain" in capsys.readouterr().out
     assert len(list((tmp_path / "cut" / "images").iterdir())) == 16
 
 
@@ -370,7 +372,7 @@ def test_interrupting_the_command_leaves_whole_patches(tmp_path, signal_number):
             assert process.poll() is None
             time.sleep(0.05)
         os.kill(process.pid, signal_number)
-        assert "run the same command again to go on" in process.communicate(timeout=60)[1]
+        assert "run the same command again to continue" in process.communicate(timeout=60)[1]
     assert process.returncode == 130
     done = len(manifest.read_text().splitlines()) - 1
     assert 2 <= done < 60

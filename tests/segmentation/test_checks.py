@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each mistake in masks and images is found and named; sound data is left alone."""
+"""Each error in masks and images is found and named; correct data passes."""
 
 import numpy as np
 import pytest
 from mmengine.registry import init_default_scope
 from PIL import Image
 
-from mmeformer.checks.findings import ERROR, WARNING, describe
+from mmeformer.checks.findings import ERROR, WARNING, format_findings
 from mmeformer.segmentation import ADE20KDataset, SegmentationDataset
 from mmeformer.segmentation.checks import check_pairs, find_masks_without_image
 
@@ -70,7 +70,7 @@ def folder(tmp_path):
 
 def only(findings):
     """The one finding there is."""
-    assert len(findings) == 1, describe(findings)
+    assert len(findings) == 1, format_findings(findings)
     return findings[0]
 
 
@@ -140,7 +140,7 @@ def test_binary_masks_of_0_and_255(tmp_path, reduce_zero_label):
 def test_mask_without_labels(folder):
     folder.add("empty", [255])
     finding = only(folder.check())
-    assert (finding.severity, finding.kind) == (WARNING, "nothing labelled")
+    assert (finding.severity, finding.kind) == (WARNING, "nothing labeled")
     assert finding.path == str(folder.mask("empty"))
 
 
@@ -189,10 +189,10 @@ def test_size_of_an_image_stored_on_its_side(folder):
     assert folder.check() == []
 
 
-def test_colour_mask(folder):
+def test_color_mask(folder):
     folder.add("bad", mask=Image.new("RGB", SIZE[::-1], (128, 64, 128)))
     finding = only(folder.check())
-    assert (finding.severity, finding.kind) == (ERROR, "colour mask")
+    assert (finding.severity, finding.kind) == (ERROR, "color mask")
     assert finding.path == str(folder.mask("bad"))
 
 
@@ -212,7 +212,7 @@ def test_unreadable_files(folder):
 def test_a_long_list_is_cut_per_kind(folder):
     for index in range(9):
         folder.add(f"bad{index}", [0, 1, 9])
-    text = describe(folder.check(), per_kind=5)
+    text = format_findings(folder.check(), per_kind=5)
     assert text.count("label out of range") == 1
     assert "... and 4 more of: label out of range" in text
     assert len(text.splitlines()) == 6
@@ -229,7 +229,7 @@ def test_dataset_goes_on_with_warnings(folder):
     folder.add("empty", [255])
     dataset = folder.dataset()
     assert len(dataset) == 4
-    assert only(dataset.findings()).kind == "nothing labelled"
+    assert only(dataset.findings()).kind == "nothing labeled"
 
 
 def test_dataset_reads_no_more_than_its_share(folder, monkeypatch):
@@ -295,7 +295,7 @@ def test_wrong_suffix(folder):
     [
         (dict(classes=()), "no class names"),
         (dict(classes="road"), r"needs a comma: classes = \('road',\)"),
-        (dict(classes=CLASSES, palette=[[0, 0, 0]]), "1 colours for 3 classes"),
+        (dict(classes=CLASSES, palette=[[0, 0, 0]]), "1 colors for 3 classes"),
     ],
 )
 def test_malformed_metainfo(folder, metainfo, message):

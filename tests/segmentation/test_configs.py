@@ -44,7 +44,7 @@ def build(config: Config, size=(64, 64)):
 
 
 def sample(size, classes: int, pad: bool = False) -> dict:
-    """A picture of random pixels and labels, as a data set hands it out."""
+    """An image of random pixels and labels, as a data set returns it."""
     data = SegDataSample(
         gt_sem_seg=PixelData(data=torch.randint(0, classes, (1, *size))),
         metainfo=dict(ori_shape=size, img_shape=size),
@@ -209,8 +209,8 @@ def test_custom_template_carries_its_settings_everywhere(tmp_path):
     )
 
 
-def test_class_weights_count_labelled_pixels_only(tmp_path):
-    """Against the sum over labelled pixels of weight times cross entropy, over that of weights."""
+def test_class_weights_count_labeled_pixels_only(tmp_path):
+    """Against the sum over labeled pixels of weight times cross entropy, over that of weights."""
     config = edited_template(tmp_path, checkpoint="None", class_weight="[1.0, 3.0]")
     configs.drop_pretrained(config.model)
     init_default_scope(config.default_scope)
@@ -239,7 +239,7 @@ def test_prediction_has_the_size_of_the_image(arch, size, mode):
     config.model.test_cfg.mode = mode
     model = build(config).eval()
     picture = sample(size, 150)
-    # The picture was resized to `size` from another one.
+    # The image was resized to `size`.
     original = (size[0] * 2 - 1, size[1] * 2 + 3)
     picture["data_samples"].set_metainfo(dict(ori_shape=original))
     with torch.no_grad():

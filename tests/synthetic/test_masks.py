@@ -7,7 +7,7 @@ import numpy as np
 from mmeformer.segmentation.checks import check_pairs
 from mmeformer.synthetic.masks import (
     CLASSES,
-    NOT_LABELLED,
+    UNLABELED,
     draw_masked_scene,
     write_mask_dataset,
 )
@@ -49,13 +49,13 @@ def test_labels_cover_the_shapes():
                 assert (mask[instance.mask] == 1 + instance.label).all()
             else:
                 hidden += int(instance.mask.any())
-                assert (mask[instance.mask] == NOT_LABELLED).all()
+                assert (mask[instance.mask] == UNLABELED).all()
         assert (mask[~covered] == 0).all()
     assert hidden, "the rule for hidden shapes was never put to the test"
 
 
 def test_pictures_are_what_the_masks_say(tmp_path):
-    """A shape has one flat colour plus noise, so a label map off by a pixel would show."""
+    """A shape has one flat color plus noise, so a label map off by a pixel would show."""
     root = write_mask_dataset(tmp_path / "data", 4, 1, 96)
     spread = []
     for path in sorted((root / "images/training").iterdir()):
@@ -64,7 +64,7 @@ def test_pictures_are_what_the_masks_say(tmp_path):
         for label in range(1, len(CLASSES)):
             count, parts = cv2.connectedComponents((mask == label).astype(np.uint8))
             for part in range(1, count):
-                colours = image[parts == part]
-                spread.append(np.abs(colours - np.median(colours, axis=0)).mean())
-    # Two touching shapes of one kind are one part of two colours, so not every part is flat.
+                colors = image[parts == part]
+                spread.append(np.abs(colors - np.median(colors, axis=0)).mean())
+    # Two touching shapes of one kind are one part of two colors, so not every part is flat.
     assert np.median(spread) < 10

@@ -39,10 +39,10 @@ def test_annotations_describe_the_pictures(tmp_path):
         x, y, w, h = ann["bbox"]
         assert (x, y, x + w, y + h) == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
         assert ann["area"] == mask.sum() == coco_mask.area(coco.annToRLE(ann))
-        # One flat colour plus noise: the mask is the shape that was painted.
+        # One flat color plus noise: the mask is the shape that was painted.
         name = coco.imgs[ann["image_id"]]["file_name"]
-        colour = cv2.imread(str(root / "train2017" / name))[mask.astype(bool)].astype(float)
-        assert np.abs(colour - np.median(colour, axis=0)).mean() < 10
+        color = cv2.imread(str(root / "train2017" / name))[mask.astype(bool)].astype(float)
+        assert np.abs(color - np.median(color, axis=0)).mean() < 10
 
 
 def test_shapes_occlude():
@@ -64,7 +64,7 @@ def test_foreign_folder_is_left_alone(tmp_path):
     root = tmp_path / "mine"
     root.mkdir()
     (root / "photo.png").write_text("precious")
-    with pytest.raises(FileExistsError, match="mine exists and is not the data set"):
+    with pytest.raises(FileExistsError, match="mine exists and is not the requested data set"):
         write_coco_dataset(root, 1, 1, 64)
     assert (root / "photo.png").read_text() == "precious"
 
@@ -76,4 +76,4 @@ def test_second_call_writes_nothing(tmp_path):
     before = marker.stat().st_mtime_ns
     assert write_coco_dataset(tmp_path / "e", 1, 1, 64) == root
     assert marker.stat().st_mtime_ns == before
-    assert not list(tmp_path.glob("*.partial"))
+    assert list(tmp_path.iterdir()) == [root]

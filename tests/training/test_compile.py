@@ -36,7 +36,7 @@ TEST_SCALE = (160, 96)
 """Width and height, as pipelines have them."""
 
 GRAPHS: list[SimpleNamespace] = []
-"""What the backends below were given, in this order."""
+"""Graphs that the backends below received, in order."""
 
 
 def counting(inner):
@@ -174,7 +174,7 @@ def compiled(config: Config, **options) -> Config:
 
 
 def predictions(config: Config, checkpoint, work_dir) -> list[np.ndarray]:
-    """What `tools/test.py --out` writes: scores of objects, the best first, or maps of labels."""
+    """Results that `tools/test.py --out` wrote: sorted scores of objects, or maps of labels."""
     config = Config(copy.deepcopy(config).to_dict())
     config.work_dir = str(work_dir)
     out = work_dir / "results.pkl"

@@ -72,8 +72,8 @@ class TestConfigs:
         config = Config(dict(work_dir=str(tmp_path), default_hooks=dict(), model=dict()))
         for kwargs, message in (
             (dict(out="results.txt"), "results.txt"),
-            (dict(show_dir="pictures"), "--show-dir needs"),
-            (dict(tta=True), "--tta needs"),
+            (dict(show_dir="pictures"), "pictures of predictions need default_hooks"),
+            (dict(tta=True), "needs tta_model"),
         ):
             with pytest.raises(ValueError, match=message):
                 engine.build_test_runner(config.copy(), str(checkpoint), **kwargs)

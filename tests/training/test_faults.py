@@ -208,7 +208,7 @@ def test_loss_of_another_process_is_not_finite(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_spoilt_weights_are_not_saved(folder, tmp_path, monkeypatch):
+def test_nonfinite_weights_are_not_saved(folder, tmp_path, monkeypatch):
     """A gradient may be infinite though the loss is not."""
     monkeypatch.setattr(FiniteLossHook, "after_train_iter", lambda *args, **kwargs: None)
     config = tiny.segmentation(folder)

@@ -27,7 +27,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def run(script, choice):
-    """What the script prints in a process without settings of the C library by the environment."""
+    """Output of a script in a process without settings of the C library in the environment."""
     done = subprocess.run(
         [sys.executable, "-c", script, choice],
         capture_output=True,

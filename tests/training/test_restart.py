@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that was killed at any moment goes on as if nothing had happened."""
+"""A run that was killed at any moment resumes as if it had not been interrupted."""
 
 import errno
 import functools
@@ -14,10 +14,10 @@ import tiny
 import torch
 from mmengine.fileio import LocalBackend
 
-from mmeformer.checkpoints.safe_load import CheckpointError
-from mmeformer.errors import TrainingError
+from mmeformer import files
+from mmeformer.errors import CheckpointError, TrainingError
 from mmeformer.training import runner, saving
-from mmeformer.training.saving import PARTIAL, newest_resumable
+from mmeformer.training.saving import newest_resumable
 
 pytestmark = pytest.mark.forks
 
@@ -47,16 +47,17 @@ def write_half_and_kill(self, content, path):
     kill()
 
 
-def rename_and_kill(partial, target):
-    os.replace(partial, target)
+def rename_and_kill(draft, target):
+    os.replace(draft, target)
     kill()
 
 
-# What is replaced, at its how-manieth call, by what; the iterations that were then done for good.
+# The function replaced, at which of its calls, by what; the iterations that were then done for
+# good. Each save moves two files to their names: the checkpoint, then `last_checkpoint`.
 MOMENTS = {
     "half of the second checkpoint written": (LocalBackend, "put", 2, write_half_and_kill, 2),
-    "written, but not yet renamed": (runner, "commit", 2, lambda *_: kill(), 2),
-    "renamed, but not yet named as the last": (runner, "commit", 2, rename_and_kill, 2),
+    "written, but not yet renamed": (files, "_move", 3, lambda *_: kill(), 2),
+    "renamed, but not yet named as the last": (files, "_move", 3, rename_and_kill, 2),
     "named as the last, old one still there": (
         saving.CheckpointHook,
         "_remove",
@@ -73,22 +74,22 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unbroken(folder):
-    """A function from task to the losses of a run that nobody disturbed."""
+def uninterrupted(folder):
+    """Function that returns the losses of an uninterrupted run of a task."""
 
     @functools.cache
     def losses(task):
-        return tiny.train(tiny.TASKS[task](folder), folder / f"unbroken-{task}")
+        return tiny.train(tiny.TASKS[task](folder), folder / f"uninterrupted-{task}")
 
     return losses
 
 
-def test_random_numbers_matter(folder, unbroken):
+def test_random_numbers_matter(folder, uninterrupted):
     """The comparisons below mean something: another seed gives other losses from the start."""
     config = tiny.segmentation(folder, iterations=1)
     config.randomness.seed = 2
     other = tiny.train(config, folder / "other-seed")
-    assert not tiny.equal(unbroken("segmentation"), other)
+    assert not tiny.equal(uninterrupted("segmentation"), other)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_random_numbers_matter(folder, unbroken):
         for index, name in enumerate(MOMENTS)
     ],
 )
-def test_killed_while_saving(folder, unbroken, tmp_path, monkeypatch, moment):
+def test_killed_while_saving(folder, uninterrupted, tmp_path, monkeypatch, moment):
     owner, name, number, action, done = MOMENTS[moment]
     config = tiny.segmentation(folder)
 
@@ -107,10 +108,12 @@ def test_killed_while_saving(folder, unbroken, tmp_path, monkeypatch, moment):
         tiny.train(config, tmp_path)
 
     assert tiny.fork(run) == [-signal.SIGKILL]
+    named = Path((tmp_path / "last_checkpoint").read_text()).name
+    assert named == f"iter_{done}.pth"
     losses = tiny.train(config, tmp_path, resume="auto")
     assert sorted(losses) == list(range(done, tiny.ITERATIONS))
-    assert tiny.equal(unbroken("segmentation"), losses)
-    assert not list(tmp_path.glob(f"*{PARTIAL}"))
+    assert tiny.equal(uninterrupted("segmentation"), losses)
+    assert not [path for path in tmp_path.iterdir() if files.is_draft(path)]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,7 @@ def test_killed_while_saving(folder, unbroken, tmp_path, monkeypatch, moment):
         ),
     ],
 )
-def test_killed_between_steps(folder, unbroken, tmp_path, task, workers):
+def test_killed_between_steps(folder, uninterrupted, tmp_path, task, workers):
     config = tiny.TASKS[task](folder)
     assert tiny.fork(lambda rank: tiny.train(config, tmp_path, at={5: kill})) == [-signal.SIGKILL]
     # Neither the number of workers nor a validation in between changes what is drawn.
@@ -133,7 +136,7 @@ def test_killed_between_steps(folder, unbroken, tmp_path, task, workers):
     config.train_cfg.val_interval = 6
     losses = tiny.train(config, tmp_path, resume="auto")
     assert sorted(losses) == [4, 5, 6, 7]
-    assert tiny.equal(unbroken(task), losses)
+    assert tiny.equal(uninterrupted(task), losses)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,7 @@ def test_epochs_with_batches_by_aspect_ratio(folder, tmp_path, by_epoch, killed_
     config.train_dataloader.sampler = dict(type="DefaultSampler", shuffle=True)
     config.train_dataloader.batch_sampler = dict(type="AspectRatioBatchSampler")
     config.default_hooks.checkpoint.update(by_epoch=by_epoch, interval=1 if by_epoch else 2)
-    expected = tiny.train(config, tmp_path / "unbroken")
+    expected = tiny.train(config, tmp_path / "uninterrupted")
     assert sorted(expected) == list(range(8))
     tiny.fork(lambda rank: tiny.train(config, tmp_path / "killed", at={killed_at: kill}))
     losses = tiny.train(config, tmp_path / "killed", resume="auto")
@@ -172,18 +175,18 @@ def test_two_processes(folder, tmp_path, task):
         content = json.loads(Path(work_dir, f"losses-{rank}.json").read_text())
         return {int(iteration): loss for iteration, loss in content.items()}
 
-    assert run(tmp_path / "unbroken") == [0, 0]
+    assert run(tmp_path / "uninterrupted") == [0, 0]
     assert run(tmp_path / "killed", at={4: kill}) == [-signal.SIGKILL] * 2
     assert run(tmp_path / "killed", resume="auto") == [0, 0]
     for rank in (0, 1):
         resumed = losses(tmp_path / "killed", rank)
         assert sorted(resumed) == [4, 5]
-        assert tiny.equal(losses(tmp_path / "unbroken", rank), resumed)
+        assert tiny.equal(losses(tmp_path / "uninterrupted", rank), resumed)
 
 
 @pytest.mark.slow
 def test_random_seed_is_taken_over(folder, tmp_path):
-    """Without a seed in the config mmengine draws one, which a resumed run must not draw anew."""
+    """Without a seed in the config mmengine draws one, which a resumed run must keep."""
     config = tiny.segmentation(folder, iterations=4)
     config.randomness = dict(seed=None)
     expected = tiny.train(config, tmp_path)
@@ -202,7 +205,7 @@ class TestDiskFull:
         Path(path).write_bytes(content[: len(content) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def test_checkpoints_before_stay(self, folder, unbroken, tmp_path, monkeypatch):
+    def test_checkpoints_before_stay(self, folder, uninterrupted, tmp_path, monkeypatch):
         config = tiny.segmentation(folder)
         with monkeypatch.context() as patch:
             patch.setattr(LocalBackend, "put", at_call(2, self.write_half)(LocalBackend.put))
@@ -211,7 +214,7 @@ class TestDiskFull:
         assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_2.pth"]
         assert Path((tmp_path / "last_checkpoint").read_text()).name == "iter_2.pth"
         losses = tiny.train(config, tmp_path, resume="auto")
-        assert tiny.equal(unbroken("segmentation"), losses) and len(losses) == 6
+        assert tiny.equal(uninterrupted("segmentation"), losses) and len(losses) == 6
 
 
 class TestSearch:
@@ -264,6 +267,14 @@ class TestSearch:
     @pytest.mark.parametrize("text", ["", "nonsense\x00", "/no/such/file.pth"])
     def test_damaged_name(self, work_dir, text):
         (work_dir / "last_checkpoint").write_text(text)
+        assert newest_resumable(work_dir)[0].name == "iter_3.pth"
+
+    def test_drafts_are_no_checkpoints(self, work_dir):
+        """A killed run may leave one that is newer than all checkpoints, whole or not."""
+        draft = work_dir / ".iter_4.draft-0123abcd.pth"
+        shutil.copy(work_dir / "iter_3.pth", draft)
+        assert files.is_draft(draft)
+        (work_dir / "last_checkpoint").unlink()
         assert newest_resumable(work_dir)[0].name == "iter_3.pth"
 
     def test_nothing_there(self, tmp_path):

@@ -1,5 +1,5 @@
-# ADE20K, 512 x 512 px crops, 4 images per GPU. The masks hold 0 for "other" and 1 to 150 for the
-# classes; the data set class makes them 255 (not labelled) and 0 to 149.
+# ADE20K, 512 x 512 px crops, 4 images per GPU. The masks have 0 for "other" and 1 to 150 for the
+# classes; the data set class maps them to 255 (unlabeled) and 0 to 149.
 dataset_type = "mmeformer.ADE20KDataset"
 data_root = "data/ade/ADEChallengeData2016"
 backend_args = None
@@ -13,12 +13,12 @@ train_pipeline = [
     dict(type="PhotoMetricDistortion"),
     dict(type="PackSegInputs"),
 ]
-# The backbones take any size; the published scores were measured on sides rounded up to 32.
+# The backbones accept any size; published scores were measured with sides rounded up to 32.
 test_pipeline = [
     dict(type="LoadImageFromFile", backend_args=backend_args),
     dict(type="Resize", scale=(2048, 512), keep_ratio=True),
     dict(type="ResizeToMultiple", size_divisor=32),
-    # After the resizing: predictions are compared with masks of the original size.
+    # After resizing: predictions are compared with masks of the original size.
     dict(type="LoadAnnotations", backend_args=backend_args),
     dict(type="PackSegInputs"),
 ]

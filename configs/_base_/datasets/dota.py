@@ -8,7 +8,7 @@ train_pipeline = [
     dict(type="mmdet.LoadImageFromFile", backend_args=backend_args),
     dict(type="mmdet.LoadAnnotations", with_bbox=True, box_type="qbox"),
     dict(type="ConvertBoxType", box_type_mapping=dict(gt_bboxes="rbox")),
-    # Rotated boxes cannot be clipped at the border.
+    # Rotated boxes cannot be clipped to the image.
     dict(type="mmdet.Resize", scale=(1024, 1024), keep_ratio=True, clip_object_border=False),
     dict(type="mmdet.RandomFlip", prob=0.75, direction=["horizontal", "vertical", "diagonal"]),
     dict(type="mmdet.PackDetInputs"),
@@ -17,7 +17,7 @@ test_meta_keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"
 val_pipeline = [
     dict(type="mmdet.LoadImageFromFile", backend_args=backend_args),
     dict(type="mmdet.Resize", scale=(1024, 1024), keep_ratio=True),
-    # After the resize: the boxes are compared in pixels of the file.
+    # After resizing: boxes are compared in pixels of the file.
     dict(type="mmdet.LoadAnnotations", with_bbox=True, box_type="qbox"),
     dict(type="ConvertBoxType", box_type_mapping=dict(gt_bboxes="rbox")),
     dict(type="mmdet.PackDetInputs", meta_keys=test_meta_keys),

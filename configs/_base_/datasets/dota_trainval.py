@@ -1,5 +1,5 @@
-# Trains on the patches of train and val; tests on those of test, which have no public labels: the
-# results are merged to full images and written as a Task 1 submission.
+# Trains on the patches of train and val, tests on those of test, which have no public labels:
+# merges the results to full images and writes a Task 1 submission.
 _base_ = "dota.py"
 train_dataloader = dict(
     dataset=dict(

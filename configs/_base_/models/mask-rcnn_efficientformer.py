@@ -1,5 +1,5 @@
-# Mask R-CNN with FPN and EfficientFormer V1 (L1). Backbone and neck are all that differs between
-# the variants. Source of the settings: the reference's detection configs
+# Mask R-CNN with FPN and EfficientFormer V1 (L1). The variants differ only in
+# backbone and neck. Source of the settings: the reference's detection configs
 # (snap-research/EfficientFormer, detection/configs) on top of mmdet's Mask R-CNN.
 model = dict(
     type="MaskRCNN",
@@ -14,7 +14,7 @@ model = dict(
     backbone=dict(
         type="mmeformer.EfficientFormer",
         arch="l1",
-        # An 800 px side has 25 places at stride 32: every offset of such a map is learned.
+        # An 800 px side has 25 cells at stride 32: every offset of such a map has its own bias.
         bias_grid=25,
         init_cfg=dict(type="Pretrained", checkpoint="timm://efficientformer_l1.snap_dist_in1k"),
     ),
@@ -138,7 +138,7 @@ model = dict(
         ),
     ),
 )
-# `tools/test.py --tta`: two scales and their mirror images (tta_pipeline of the data set base).
+# `tools/test.py --tta`: two scales, each also flipped (tta_pipeline in the data set's base config).
 tta_model = dict(
     type="mmeformer.InstanceTTAModel",
     tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100),

@@ -1,7 +1,6 @@
 # RetinaNet with a rotated GFL head and EfficientFormer V1 (L1): five levels of strides 8 to 128, one
-# square anchor per place, boxes in le135. Source of the settings: the published DOTA row of
-# EfficientFormer-L1 and mmrotate's RetinaNet. Backbone and neck are all that differs between the
-# variants.
+# square anchor per location, boxes in le135. Source of the settings: the published DOTA result of
+# EfficientFormer-L1 and mmrotate's RetinaNet. The variants differ only in backbone and neck.
 model = dict(
     type="mmdet.RetinaNet",
     data_preprocessor=dict(
@@ -16,7 +15,7 @@ model = dict(
         type="mmeformer.EfficientFormer",
         arch="l1",
         out_indices=(1, 2, 3),
-        # A 1024 px patch has 32 places at stride 32: every offset of its map is learned.
+        # A 1024 px patch has 32 cells at stride 32: every offset of its map has its own bias.
         bias_grid=32,
         init_cfg=dict(type="Pretrained", checkpoint="timm://efficientformer_l1.snap_dist_in1k"),
     ),

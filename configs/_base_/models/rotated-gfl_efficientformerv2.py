@@ -6,11 +6,11 @@ model = dict(
         type="mmeformer.EfficientFormerV2",
         arch="s0",
         out_indices=(1, 2, 3),
-        # The published V2 recipes keep the statistics of all batch norms as pretrained.
+        # The published V2 recipes keep the pretrained statistics of all batch norms.
         norm_eval=True,
         bias_grid=32,
-        # A patch has 21 times as many keys as an ImageNet picture (7 x 7); unscaled, a bias behind
-        # the softmax would count 21 times as much and the activations leave the norms' range.
+        # A patch has 21 times as many keys as an ImageNet image (7 x 7). Unscaled, the bias after
+        # the softmax would have 21 times the weight and activations leave the range of the norms.
         head_bias_keys=49,
         init_cfg=dict(type="Pretrained", checkpoint="timm://efficientformerv2_s0.snap_dist_in1k"),
     ),

@@ -1,5 +1,5 @@
-# Semantic FPN with EfficientFormer V1 (L1). Backbone and neck are all that differs between the
-# variants. Source of the settings: the reference's segmentation configs
+# Semantic FPN with EfficientFormer V1 (L1). The variants differ only in backbone and
+# neck. Source of the settings: the reference's segmentation configs
 # (snap-research/EfficientFormer, segmentation/configs) on top of mmseg's Semantic FPN.
 model = dict(
     type="EncoderDecoder",
@@ -10,13 +10,13 @@ model = dict(
         bgr_to_rgb=True,
         pad_val=0,
         seg_pad_val=255,
-        # Training crops; pictures are tested as they are.
+        # Training crops; test images keep their size.
         size=(512, 512),
     ),
     backbone=dict(
         type="mmeformer.EfficientFormer",
         arch="l1",
-        # A 512 px side has 16 places at stride 32: every offset of such a map is learned.
+        # A 512 px side has 16 cells at stride 32: every offset of such a map has its own bias.
         bias_grid=16,
         init_cfg=dict(type="Pretrained", checkpoint="timm://efficientformer_l1.snap_dist_in1k"),
     ),
@@ -29,14 +29,14 @@ model = dict(
         channels=128,
         dropout_ratio=0.1,
         num_classes=150,
-        # A plain BN by itself wherever there is one process or no GPU.
+        # Becomes BN with one process or without a GPU.
         norm_cfg=dict(type="SyncBN", requires_grad=True),
         align_corners=False,
         loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
     ),
     train_cfg=dict(),
-    # `--cfg-options model.test_cfg.mode=slide` tests in windows of crop_size, a third overlapping.
+    # `--cfg-options model.test_cfg.mode=slide` tests in windows of crop_size that overlap by a third.
     test_cfg=dict(mode="whole", crop_size=(512, 512), stride=(341, 341)),
 )
-# `tools/test.py --tta`: six scales and their mirror images (tta_pipeline of the data set base).
+# `tools/test.py --tta`: six scales, each also flipped (tta_pipeline in the data set's base config).
 tta_model = dict(type="SegTTAModel")

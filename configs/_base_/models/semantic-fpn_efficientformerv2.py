@@ -5,7 +5,7 @@ model = dict(
         _delete_=True,
         type="mmeformer.EfficientFormerV2",
         arch="s0",
-        # The published V2 recipe keeps the statistics of all batch norms as pretrained.
+        # The published V2 recipe keeps the pretrained statistics of all batch norms.
         norm_eval=True,
         bias_grid=16,
         init_cfg=dict(type="Pretrained", checkpoint="timm://efficientformerv2_s0.snap_dist_in1k"),

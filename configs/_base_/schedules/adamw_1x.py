@@ -8,9 +8,9 @@ param_scheduler = [
 ]
 optim_wrapper = dict(
     type="OptimWrapper",
-    # 0.05 is published for V2; V1 configs set 1e-4.
+    # Published for V2; V1 configs set 1e-4.
     optimizer=dict(type="AdamW", lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    # Decay is for the weights of convolutions and linear layers. `gamma` are the layer scales.
+    # Weight decay only for convolutions and linear layers. `gamma` are the layer scales.
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
@@ -21,5 +21,5 @@ optim_wrapper = dict(
         },
     ),
 )
-# `tools/train.py --auto-scale-lr` scales the rate to the real batch size.
+# `tools/train.py --auto-scale-lr` scales the learning rate to the actual batch size.
 auto_scale_lr = dict(enable=False, base_batch_size=16)

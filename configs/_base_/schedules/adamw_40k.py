@@ -2,13 +2,13 @@
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=40000, val_interval=4000)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
-# Down to 0 is published for V1; V2 configs stop at 1e-6.
+# The published schedule of V1 ends at 0; V2 configs end at 1e-6.
 param_scheduler = [dict(type="PolyLR", power=0.9, eta_min=0.0, begin=0, end=40000, by_epoch=False)]
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=2e-4, betas=(0.9, 0.999), weight_decay=1e-4),
-    # Decay is for the weights of convolutions and linear layers. `gamma` are the layer scales. (The
-    # published recipe decays all alike: at this rate 0.04% of a value over the whole training.)
+    # Weight decay only for convolutions and linear layers. `gamma` are the layer scales. (The
+    # published recipe decays everything: at this rate 0.04% of a value over the whole training.)
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
@@ -19,5 +19,5 @@ optim_wrapper = dict(
         },
     ),
 )
-# `tools/train.py --auto-scale-lr` scales the rate to the real batch size.
+# `tools/train.py --auto-scale-lr` scales the learning rate to the actual batch size.
 auto_scale_lr = dict(enable=False, base_batch_size=32)

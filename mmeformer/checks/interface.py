@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interface of data sets that check themselves; the data sets of all tasks implement it."""
+
+from __future__ import annotations
+
+from mmeformer.checks.findings import Finding
+
+
+class CheckedDataset:
+    """Mixin of data sets that check their labels and images before they return samples."""
+
+    CHECKED_FILES = 500
+    """Number of images that are read for the check at the start."""
+
+    checked = True
+    """Whether to check at the start. ``tools/check_dataset.py`` turns it off and calls
+    :meth:`findings` itself."""
+
+    def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
+        """Everything that is wrong with the labels and images.
+
+        Works on a data set that is built with ``lazy_init=True``.
+
+        Args:
+            limit: number of images to read; None reads all.
+            decode: decode images in full instead of reading their headers and ends.
+
+        Raises:
+            FileNotFoundError: a folder or the annotation file is missing.
+        """
+        raise NotImplementedError
