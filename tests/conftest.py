@@ -21,9 +21,12 @@ settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
 
-@pytest.fixture(params=list(VARIANTS))
+@pytest.fixture(scope="module", params=list(VARIANTS))
 def variant(request) -> Variant:
-    """Every published variant in turn."""
+    """Every published variant in turn: all tests of a module with the first, then the second.
+
+    So that what one test computed for a variant is still there for the next.
+    """
     return VARIANTS[request.param]
 
 

@@ -26,6 +26,12 @@ def golden(variant: str) -> dict[str, np.ndarray]:
 
 def weight(key: str, shape) -> torch.Tensor:
     """The value of the tensor ``key`` of a published format."""
+    return _weight(key, tuple(shape)).clone()
+
+
+# The formats of a variant share most names; this is about as many as the largest variant has.
+@lru_cache(maxsize=1500)
+def _weight(key: str, shape: tuple) -> torch.Tensor:
     rng = np.random.Generator(np.random.PCG64(zlib.crc32(f"0:{key}".encode())))
     n, leaf = math.prod(shape), key.rsplit(".", 1)[-1]
     if leaf == "num_batches_tracked":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs of the tasks that train a few steps in seconds, and runs in processes of their own."""
+"""Tiny models of the three tasks: configs, checkpoints, exports, and trainings in seconds."""
 
+import copy
 import faulthandler
 import os
 import signal
@@ -8,12 +9,15 @@ import socket
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from torch import nn
+from trained_like import trained_like
 
 from mmeformer import configs
 from mmeformer.synthetic.aerial import write_dota_dataset
@@ -22,11 +26,65 @@ from mmeformer.synthetic.shapes import write_coco_dataset
 from mmeformer.training import engine
 
 ARCH = dict(widths=(8, 16, 24, 32), depths=(1, 1, 2, 2), attention_blocks=(0, 0, 1, 1))
+WIDTH = 32
+"""Channels of necks and heads."""
+
+QUICKSTARTS = {
+    "detection": "detection/mask-rcnn_efficientformerv2-s0_fpn_quickstart.py",
+    "segmentation": "segmentation/semantic-fpn_efficientformerv2-s0_quickstart.py",
+    "rotated": "rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_quickstart.py",
+}
 ITERATIONS = 8
 
 
-def _schedule(config: Config, iterations: int) -> None:
-    """Iterations of two images without validation; a checkpoint after every second one."""
+# --- configs -------------------------------------------------------------------------------------
+
+
+def network(task: str) -> Config:
+    """The task's quickstart with a tiny network."""
+    config = configs.load_config(QUICKSTARTS[task])
+    model = config.model
+    model.backbone.update(arch=ARCH)
+    model.neck.update(
+        in_channels=[ARCH["widths"][i] for i in model.backbone.get("out_indices", range(4))],
+        out_channels=WIDTH,
+    )
+    if task == "segmentation":
+        model.decode_head.update(in_channels=[WIDTH] * 4, channels=16)
+    elif task == "detection":
+        model.rpn_head.update(in_channels=WIDTH, feat_channels=WIDTH)
+        heads = model.roi_head
+        heads.bbox_roi_extractor.out_channels = heads.mask_roi_extractor.out_channels = WIDTH
+        heads.bbox_head.update(in_channels=WIDTH, fc_out_channels=32)
+        heads.mask_head.update(in_channels=WIDTH, conv_out_channels=16)
+    else:
+        model.bbox_head.update(in_channels=WIDTH, feat_channels=WIDTH, stacked_convs=1)
+        # A group of one channel has no variance on the coarsest map, which is one pixel large.
+        model.bbox_head.norm_cfg = dict(type="GN", num_groups=4)
+    return config
+
+
+def small_config(task: str) -> Config:
+    """A tiny network that predicts on pictures of 64 px, with few candidates."""
+    config = network(task)
+    if task == "detection":
+        config.model.test_cfg.rpn.update(nms_pre=40, max_per_img=30)
+    elif task == "rotated":
+        config.model.test_cfg.update(nms_pre=50, score_thr=0.2)
+    if task != "segmentation":
+        for step in config.test_dataloader.dataset.pipeline:
+            if step.type.endswith("Resize"):
+                step.scale = (64, 64)
+    return config
+
+
+def _training(task: str, root: Path, iterations: int) -> Config:
+    """A tiny network with dropped paths, trained on ``root`` two images at a time.
+
+    There is no validation; every second iteration writes a checkpoint.
+    """
+    config = network(task)
+    config.model.backbone.drop_path_rate = 0.2
     config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=10**6)
     config.train_dataloader.sampler = dict(type="InfiniteSampler", shuffle=True)
     config.train_dataloader.batch_sampler = None
@@ -34,6 +92,7 @@ def _schedule(config: Config, iterations: int) -> None:
         dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=iterations)
     ]
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.dataset.data_root = str(root)
         loader.update(batch_size=2, num_workers=0, persistent_workers=False)
     config.default_hooks.logger.update(interval=1)
     config.default_hooks.checkpoint.update(
@@ -41,60 +100,84 @@ def _schedule(config: Config, iterations: int) -> None:
     )
     config.log_processor = dict(window_size=1, by_epoch=False)
     config.randomness = dict(seed=1)
+    return config
 
 
 def detection(folder: Path, iterations: int = ITERATIONS) -> Config:
     """Mask R-CNN on shapes of 64 px below ``folder``, with random flips."""
     root = write_coco_dataset(folder / "coco", train=8, val=2, size=64)
-    config = configs.load_config("detection/mask-rcnn_efficientformerv2-s0_fpn_quickstart.py")
-    model = config.model
-    model.backbone.update(arch=ARCH, drop_path_rate=0.2)
-    model.neck.update(in_channels=list(ARCH["widths"]), out_channels=16)
-    model.rpn_head.update(in_channels=16, feat_channels=16)
-    heads = model.roi_head
-    heads.bbox_roi_extractor.out_channels = heads.mask_roi_extractor.out_channels = 16
-    heads.bbox_head.update(in_channels=16, fc_out_channels=64)
-    heads.mask_head.update(in_channels=16, conv_out_channels=16)
-    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
-        loader.dataset.data_root = str(root)
+    config = _training("detection", root, iterations)
     for evaluator in (config.val_evaluator, config.test_evaluator):
         evaluator.ann_file = str(root / "annotations/instances_val2017.json")
-    _schedule(config, iterations)
     return config
 
 
 def segmentation(folder: Path, iterations: int = ITERATIONS) -> Config:
     """Semantic FPN on shapes of 64 px below ``folder``, with random flips."""
     root = write_mask_dataset(folder / "masks", train=8, val=2, size=64)
-    config = configs.load_config("segmentation/semantic-fpn_efficientformerv2-s0_quickstart.py")
-    model = config.model
-    model.data_preprocessor.size = (64, 64)
-    model.backbone.update(arch=ARCH, drop_path_rate=0.2)
-    model.neck.update(in_channels=list(ARCH["widths"]), out_channels=16)
-    model.decode_head.update(in_channels=[16] * 4, channels=16)
-    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
-        loader.dataset.data_root = str(root)
-    _schedule(config, iterations)
+    config = _training("segmentation", root, iterations)
+    config.model.data_preprocessor.size = (64, 64)
     return config
 
 
 def rotated(folder: Path, iterations: int = ITERATIONS) -> Config:
     """Rotated GFL on scenes of 64 px below ``folder``, with random flips."""
-    root = write_dota_dataset(folder / "aerial", train=8, val=2, size=64)
-    config = configs.load_config("rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_quickstart.py")
-    model = config.model
-    model.backbone.update(arch=ARCH, drop_path_rate=0.2)
-    indices = model.backbone.get("out_indices", (0, 1, 2, 3))
-    # The head's group norms have 32 groups, whose last maps are of one pixel.
-    model.neck.update(in_channels=[ARCH["widths"][i] for i in indices], out_channels=64)
-    model.bbox_head.update(in_channels=64, feat_channels=64)
-    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
-        loader.dataset.data_root = str(root)
-    _schedule(config, iterations)
-    return config
+    return _training(
+        "rotated", write_dota_dataset(folder / "aerial", train=8, val=2, size=64), iterations
+    )
 
 
 TASKS = {"detection": detection, "segmentation": segmentation, "rotated": rotated}
+
+
+# --- trained models and their exports ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A config with a checkpoint of its model."""
+
+    config: Config
+    checkpoint: str
+    folder: Path
+    """Empty."""
+
+
+def save_trained(config: Config, folder: Path, seed: int = 0) -> str:
+    """A checkpoint with spread weights, so that scores and boxes tell objects apart."""
+    from mmeformer.deploy import models
+
+    torch.manual_seed(seed)
+    model = trained_like(models.build_model(copy.deepcopy(config)), seed)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            outputs = ("rpn_cls", "rpn_reg", "fc_cls", "fc_reg", "gfl_cls", "gfl_reg")
+            if name.rpartition(".")[2] in (*outputs, "conv_logits", "conv_seg"):
+                nn.init.normal_(module.weight, std=1.5 * module.weight[0].numel() ** -0.5)
+    path = folder / "trained.pth"
+    meta = dict(dataset_meta=dict(config.test_dataloader.dataset.metainfo))
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
+    return str(path)
+
+
+def exported(trained, picture, name="model.onnx", lines=None, folder=None, **request):
+    """Export a small model, checked on a real picture too; returns the file."""
+    from mmeformer.deploy import export
+
+    out = (folder or trained.folder) / name
+    lines = [] if lines is None else lines
+    return export.export(
+        trained.config,
+        trained.checkpoint,
+        out,
+        export.Request(**{"target": "onnx", **request}),
+        images=[picture],
+        force=True,
+        report=lines.append,
+    )
+
+
+# --- runs ----------------------------------------------------------------------------------------
 
 
 class Recorder(Hook):

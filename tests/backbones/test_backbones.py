@@ -9,6 +9,7 @@ import torch
 from golden_weights import golden, image, published_state_dict, relative_error
 from helpers import build_backbone
 from mmengine.registry import MODELS
+from tiny import ARCH as TINY
 from torch import nn
 
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2, efficientformer
@@ -19,7 +20,6 @@ from mmeformer.layers.blocks import LayerScale
 from mmeformer.variants import STRIDES, VARIANTS
 
 TOLERANCE = 1e-5
-TINY = dict(widths=(8, 16, 24, 32), depths=(1, 1, 2, 2), attention_blocks=(0, 0, 1, 1))
 
 
 def load_reference(backbone, variant, form):
@@ -124,8 +124,7 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("mode", ["plain", "with_cp", "norm_eval"])
-def test_gradients_reach_every_parameter(variant, mode):
+def check_gradients(variant, mode):
     backbone = build_backbone(variant, **({} if mode == "plain" else {mode: True})).train()
     # Layer scales start near zero, which would hide a missing path behind rounding.
     for module in backbone.modules():
@@ -140,6 +139,21 @@ def test_gradients_reach_every_parameter(variant, mode):
         # The bias of a key or of a convolution before a batch norm has, by algebra, no effect.
         if not name.endswith(".bias") and "talking_head" not in name:
             assert parameter.grad.abs().sum() > 0, name
+
+
+def test_gradients_reach_every_parameter(variant):
+    check_gradients(variant, "plain")
+
+
+@pytest.mark.parametrize("mode", ["with_cp", "norm_eval"])
+def test_gradients_reach_every_parameter_in_other_modes(small_variant, mode):
+    check_gradients(small_variant, mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["with_cp", "norm_eval"])
+def test_gradients_reach_every_parameter_of_every_variant(variant, mode):
+    check_gradients(variant, mode)
 
 
 def test_checkpointing_changes_no_number(small_variant):
@@ -393,10 +407,20 @@ def test_channels_last_gives_the_same(small_variant):
         assert relative_error(output, expected) < 1e-4
 
 
+@pytest.mark.parametrize("cls", [EfficientFormer, EfficientFormerV2])
+def test_compile_traces_whole(cls):
+    # The graph must be one piece, which all kinds of blocks decide and not their number.
+    check_graph_is_whole(cls(TINY).eval())
+
+
+@pytest.mark.slow
+def test_compile_traces_published_variants_whole(small_variant):
+    check_graph_is_whole(build_backbone(small_variant).eval())
+
+
 @torch.no_grad()
-def test_compile_traces_whole(small_variant):
-    # The graph must be one piece; the compiler behind it is not ours to test here.
-    backbone = build_backbone(small_variant).eval()
+def check_graph_is_whole(backbone):
+    # The compiler behind the trace is not ours to test here.
     torch._dynamo.reset()
     compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
     for size in ((64, 64), (64, 96)):

@@ -22,6 +22,7 @@ from golden_weights import (
 from helpers import build_backbone
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
+from tiny import ARCH as TINY
 
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.checkpoints import formats, safe_load
@@ -32,7 +33,6 @@ from mmeformer.variants import VARIANTS
 
 S0 = VARIANTS["efficientformerv2_s0"]
 L1 = VARIANTS["efficientformer_l1"]
-TINY = dict(widths=(8, 16, 24, 32), depths=(1, 1, 2, 2), attention_blocks=(0, 0, 1, 1))
 
 
 @pytest.fixture(autouse=True)

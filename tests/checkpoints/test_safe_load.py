@@ -20,14 +20,13 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint
+from tiny import ARCH as TINY
 
 from mmeformer.backbones import EfficientFormerV2
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.load import load_pretrained
 from mmeformer.errors import CheckpointError
 from mmeformer.paths import config_dir, tools_dir
-
-TINY = dict(widths=(8, 16, 24, 32), depths=(1, 1, 2, 2), attention_blocks=(0, 0, 1, 1))
 
 
 class Payload:

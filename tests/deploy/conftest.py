@@ -5,7 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from deployed import Trained, save_trained, small_config
+from tiny import Trained, save_trained, small_config
 
 
 @pytest.fixture(scope="session")

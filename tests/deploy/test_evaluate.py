@@ -2,7 +2,7 @@
 import copy
 
 import pytest
-from deployed import exported
+from tiny import exported
 
 from mmeformer.synthetic.aerial import write_dota_dataset
 from mmeformer.synthetic.masks import write_mask_dataset

@@ -9,8 +9,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from deployed import exported, small_config
 from helpers import build_backbone
+from tiny import exported, small_config
 from torch import nn
 from trained_like import trained_like
 

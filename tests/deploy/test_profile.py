@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from deployed import small_config
 from helpers import build_backbone
+from tiny import small_config
 from torch import nn
 
 from mmeformer.commands.profile import main

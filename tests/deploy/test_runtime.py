@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from deployed import exported
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import exported
 
 from mmeformer import configs, runtime
 from mmeformer.deploy import models

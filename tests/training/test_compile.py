@@ -95,7 +95,9 @@ def runner_of(model):
 @pytest.mark.parametrize(
     "kind, arch, training",
     [
-        (EfficientFormer, "l1", False),
+        pytest.param(EfficientFormer, tiny.ARCH, False, id="EfficientFormer-tiny-False"),
+        pytest.param(EfficientFormerV2, tiny.ARCH, True, id="EfficientFormerV2-tiny-True"),
+        pytest.param(EfficientFormer, "l1", False, marks=pytest.mark.slow),
         pytest.param(EfficientFormerV2, "s0", True, marks=pytest.mark.slow),
         pytest.param(EfficientFormerV2, "s0", False, marks=pytest.mark.slow),
         pytest.param(EfficientFormer, "l1", True, marks=pytest.mark.slow),

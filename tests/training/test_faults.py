@@ -17,8 +17,6 @@ from mmeformer.training import engine
 from mmeformer.training.data import UnreadableFileError
 from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, _samples
 
-pytestmark = pytest.mark.forks
-
 IMAGES = {
     "detection": "coco/train2017",
     "segmentation": "masks/images/training",
@@ -135,6 +133,7 @@ def test_error_of_the_pipeline_is_not_blamed_on_the_file(folder, tmp_path):
         run_with_late_damage(config, tmp_path, lambda: None)
 
 
+@pytest.mark.forks
 @pytest.mark.slow
 def test_processes_put_their_findings_together(folder, tmp_path):
     config = tiny.segmentation(folder, iterations=8)
@@ -188,6 +187,7 @@ def test_loss_that_is_not_finite(folder, tmp_path, task):
     assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_2.pth"]
 
 
+@pytest.mark.forks
 @pytest.mark.slow
 def test_loss_of_another_process_is_not_finite(folder, tmp_path):
     config = tiny.segmentation(folder)
