@@ -42,6 +42,12 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def quiet_logging(monkeypatch):
+    """mmengine's loggers keep the output of the test that made them, which is closed by now."""
+    monkeypatch.setattr("logging.raiseExceptions", False)
+
+
 def pytest_collection_modifyitems(items):
     """Tests that copy their process come first, while it has no threads of torch.compile or CUDA.
 

@@ -55,11 +55,6 @@ def _weight(key: str, shape: tuple) -> torch.Tensor:
 
 def published_state_dict(variant: str, form: str) -> dict[str, torch.Tensor]:
     """A state dict with the names and shapes of the published file, computed indices left out."""
-    return {key: tensor.clone() for key, tensor in _published_weights(variant, form).items()}
-
-
-@lru_cache(maxsize=4)
-def _published_weights(variant: str, form: str) -> dict[str, torch.Tensor]:
     return {
         key: weight(key, shape)
         for key, shape in manifest()[variant][form].items()

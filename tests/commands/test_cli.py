@@ -21,6 +21,8 @@ from mmeformer.commands import cli
 from mmeformer.errors import CheckpointError, TrainingError, UserError
 from mmeformer.paths import tools_dir
 
+pytestmark = pytest.mark.usefixtures("quiet_logging")
+
 OUTPUTS = {".pth", ".pkl", ".png", ".onnx", ".safetensors"}
 
 
@@ -30,12 +32,6 @@ def command(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
-
-
-@pytest.fixture(autouse=True)
-def quiet_logging(monkeypatch):
-    """mmengine's loggers keep the output of the test that made them, which is closed by now."""
-    monkeypatch.setattr("logging.raiseExceptions", False)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from tiny import Trained, save_trained, small_config
+from tiny import Trained, exported, save_trained, small_config
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +22,21 @@ def trained(tmp_path_factory):
             made[task] = Trained(config, save_trained(config, folder), folder)
         # Building a model changes its config.
         return Trained(copy.deepcopy(made[task].config), made[task].checkpoint, made[task].folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def onnx_file(trained, picture, tmp_path_factory):
+    """``onnx_file(task, **request)``: the export of a small model; made once, to be read only."""
+    made = {}
+
+    def make(task: str, **request) -> Path:
+        key = (task, *sorted(request.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("exported")
+            made[key] = exported(trained(task), picture, folder=folder, **request)
+        return made[key]
 
     return make
 

@@ -2,7 +2,6 @@
 import copy
 
 import pytest
-from tiny import exported
 
 from mmeformer.synthetic.aerial import write_dota_dataset
 from mmeformer.synthetic.masks import write_mask_dataset
@@ -24,14 +23,14 @@ def evaluate(config, checkpoint, folder) -> dict:
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection", "rotated"])
-def test_the_metric_is_that_of_the_checkpoint(trained, picture, tmp_path, task):
+def test_the_metric_is_that_of_the_checkpoint(trained, onnx_file, tmp_path, task):
     small = trained(task)
     # Pictures larger than the network's input: resizing and bringing back count too.
     root = WRITERS[task](tmp_path / "data", train=1, val=6, size=96)
     small.config.test_dataloader.dataset.data_root = str(root) + "/"
     if task == "detection":
         small.config.test_evaluator.ann_file = str(root / "annotations/instances_val2017.json")
-    path = exported(small, picture, "evaluated.onnx", size=None)
+    path = onnx_file(task, size=None)
     theirs = evaluate(small.config, small.checkpoint, tmp_path)
     ours = evaluate(small.config, path, tmp_path)
     assert set(ours) == set(theirs) and ours
@@ -42,9 +41,9 @@ def test_the_metric_is_that_of_the_checkpoint(trained, picture, tmp_path, task):
         assert theirs["mIoU"] > 1
 
 
-def test_files_that_do_not_fit(trained, picture, tmp_path):
+def test_files_that_do_not_fit(trained, onnx_file, tmp_path):
     small = trained("segmentation")
-    path = exported(small, picture, "evaluated.onnx", size=None)
+    path = onnx_file("segmentation", size=None)
     with pytest.raises(ValueError, match="model for segmentation, but the config is for detection"):
         evaluate(trained("detection").config, path, tmp_path)
     small.config.test_dataloader.dataset.metainfo.classes = ("background", "other")

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import exported
 
 from mmeformer import configs, runtime
 from mmeformer.deploy import models
@@ -44,8 +43,8 @@ print(json.dumps([mmeformer.__version__, result.boxes.tolist(), result.masks().s
 """
 
 
-def test_needs_neither_pytorch_nor_openmmlab(trained, picture):
-    path = exported(trained("detection"), picture, size=(64, 64))
+def test_needs_neither_pytorch_nor_openmmlab(onnx_file, picture):
+    path = onnx_file("detection", size=(64, 64))
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(path), str(picture)], capture_output=True, text=True
     )
@@ -66,10 +65,10 @@ def pixels(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height + width).integers(0, 256, (height, width, 3), np.uint8)
 
 
-@pytest.mark.parametrize("size", [(33, 47), (200, 90), (80, 133), (7, 300), (480, 640)])
-@pytest.mark.parametrize("task", ["detection", "segmentation"])
-def test_prepares_as_the_test_pipelines_do(task, size):
-    """Against mmdet's and mmseg's own transforms and data preprocessors."""
+@pytest.fixture(scope="module", params=["detection", "segmentation"])
+def published(request):
+    """(task, test pipeline, model, metadata) of a published config."""
+    task = request.param
     if task == "detection":
         config = configs.load_config("detection/mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py")
     else:
@@ -83,7 +82,13 @@ def test_prepares_as_the_test_pipelines_do(task, size):
     pipeline[0].scale = (133, 80)
     config.test_dataloader.dataset.pipeline = pipeline
     model = models.build_model(copy.deepcopy(config))
-    metadata = models.describe(config, model)
+    return task, pipeline, model, models.describe(config, model)
+
+
+@pytest.mark.parametrize("size", [(33, 47), (200, 90), (80, 133), (7, 300), (480, 640)])
+def test_prepares_as_the_test_pipelines_do(published, size):
+    """Against mmdet's and mmseg's own transforms and data preprocessors."""
+    task, pipeline, model, metadata = published
     image = pixels(*size)
     ours = prepare(image, metadata)
 
@@ -193,8 +198,8 @@ def test_corners_are_those_of_mmrotate():
     assert ours == {tuple(np.round(corner, 3)) for corner in theirs.view(-1, 2).tolist()}
 
 
-def test_batches_and_sizes_may_mix(trained, picture):
-    predictor = runtime.load(exported(trained("segmentation"), picture, size=(64, 64), batch=2))
+def test_batches_and_sizes_may_mix(onnx_file, picture):
+    predictor = runtime.load(onnx_file("segmentation", size=(64, 64), batch=2))
     images = [pixels(64, 64), pixels(40, 90), pixels(64, 64), picture, pixels(64, 64)]
     results = predictor.predict_batch(images)
     for image, result in zip(images, results, strict=True):
@@ -208,8 +213,8 @@ def test_batches_and_sizes_may_mix(trained, picture):
     )
 
 
-def test_huge_segmentations_keep_to_the_memory(trained, picture, monkeypatch):
-    predictor = runtime.load(exported(trained("segmentation"), picture, size=(64, 64)))
+def test_huge_segmentations_keep_to_the_memory(onnx_file, monkeypatch):
+    predictor = runtime.load(onnx_file("segmentation", size=(64, 64)))
     image = pixels(60, 120)
     full = predictor.predict(image).labels
     monkeypatch.setattr(runtime.predictor, "MAX_LOGITS", 60 * 120 * 5 // 4)
@@ -219,8 +224,8 @@ def test_huge_segmentations_keep_to_the_memory(trained, picture, monkeypatch):
 
 
 class TestBadInput:
-    def test_images(self, trained, picture, tmp_path):
-        predictor = runtime.load(exported(trained("segmentation"), picture, size=(64, 64)))
+    def test_images(self, onnx_file, tmp_path):
+        predictor = runtime.load(onnx_file("segmentation", size=(64, 64)))
         with pytest.raises(FileNotFoundError, match="gone.jpg"):
             predictor.predict("gone.jpg")
         broken = tmp_path / "broken.png"
@@ -231,14 +236,14 @@ class TestBadInput:
             with pytest.raises(ValueError, match=r"must be \(H, W, 3\) of uint8"):
                 predictor.predict(wrong)
 
-    def test_files(self, trained, picture, tmp_path):
+    def test_files(self, onnx_file, tmp_path):
         with pytest.raises(FileNotFoundError, match="gone.onnx does not exist"):
             runtime.load("gone.onnx")
         broken = tmp_path / "broken.onnx"
         broken.write_bytes(b"no model")
         with pytest.raises(ValueError, match="broken.onnx: onnxruntime cannot load it"):
             runtime.load(broken)
-        proto = onnx.load(str(exported(trained("segmentation"), picture, size=(64, 64))))
+        proto = onnx.load(str(onnx_file("segmentation", size=(64, 64))))
         (entry,) = (item for item in proto.metadata_props if item.key == KEY)
         text = json.loads(entry.value)
         for change, message in (

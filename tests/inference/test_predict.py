@@ -21,6 +21,8 @@ from mmeformer import configs
 from mmeformer.inference import load_predictor
 from mmeformer.paths import tools_dir
 
+pytestmark = pytest.mark.usefixtures("quiet_logging")
+
 CLASSES = {
     "detection": ("circle", "rectangle", "triangle", "star"),
     "rotated": ("ship", "vehicle", "plane", "court"),
@@ -37,12 +39,6 @@ def predict_main(argv):
         return module.main([str(part) for part in argv])
     except SystemExit as stop:
         return stop.code
-
-
-@pytest.fixture(autouse=True)
-def quiet_logging(monkeypatch):
-    """mmengine's loggers keep the output of the test that made them, which is closed by now."""
-    monkeypatch.setattr("logging.raiseExceptions", False)
 
 
 def scene(width, height, seed=0):

@@ -227,7 +227,7 @@ def test_slurm_scripts_hand_all_on(script, tmp_path):
     assert "config.py" in output
 
 
-def test_wrong_class_list_stops_the_command(small_config, tmp_path, capfd):
+def test_wrong_class_list_stops_the_command(small_config, tmp_path, capfd, quiet_logging):
     classes = "train_dataloader.dataset.metainfo.classes=('circle','rectangle','triangle','stra')"
     argv = [str(small_config), "--work-dir", str(tmp_path), "--cfg-options", classes]
     assert train_main(argv) == 1
