@@ -42,6 +42,17 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unformatted_configs():
+    """mmengine formats a config with yapf each time it is logged or saved.
+
+    That takes two thirds of a training of a few steps, and no test is about it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **kwargs: (text, True))
+        yield
+
+
 @pytest.fixture
 def quiet_logging(monkeypatch):
     """mmengine's loggers keep the output of the test that made them, which is closed by now."""
