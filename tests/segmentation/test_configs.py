@@ -250,13 +250,17 @@ def test_class_weights_count_labeled_pixels_only(tmp_path):
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.fixture(scope="module", params=["efficientformer-l1", "efficientformerv2-s0"])
+def published(request):
+    """The published model with the smallest backbone of each family."""
+    return build(load(f"semantic-fpn_{request.param}_40k_ade20k-512x512.py")).eval()
+
+
 @pytest.mark.parametrize("mode", ["whole", "slide"])
 @pytest.mark.parametrize("size", [(33, 95), (129, 70), (20, 20)])
-@pytest.mark.parametrize("arch", ["efficientformer-l1", "efficientformerv2-s0"])
-def test_prediction_has_the_size_of_the_image(arch, size, mode):
-    config = load(f"semantic-fpn_{arch}_40k_ade20k-512x512.py")
-    config.model.test_cfg.mode = mode
-    model = build(config).eval()
+def test_prediction_has_the_size_of_the_image(published, monkeypatch, size, mode):
+    model = published
+    monkeypatch.setitem(model.test_cfg, "mode", mode)
     picture = sample(size, 150)
     # The image was resized to `size`.
     original = (size[0] * 2 - 1, size[1] * 2 + 3)
