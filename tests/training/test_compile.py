@@ -96,7 +96,6 @@ def runner_of(model):
     "kind, arch, training",
     [
         pytest.param(EfficientFormer, tiny.ARCH, False, id="EfficientFormer-tiny-False"),
-        pytest.param(EfficientFormerV2, tiny.ARCH, True, id="EfficientFormerV2-tiny-True"),
         pytest.param(EfficientFormer, "l1", False, marks=pytest.mark.slow),
         pytest.param(EfficientFormerV2, "s0", True, marks=pytest.mark.slow),
         pytest.param(EfficientFormerV2, "s0", False, marks=pytest.mark.slow),
