@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -143,7 +144,12 @@ def run(*command, **environment):
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **environment},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHON": sys.executable,
+            **{name: str(value) for name, value in environment.items()},
+        },
     )
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-4000:]
@@ -195,20 +201,41 @@ def test_test_by_command_line(small_config, trained, tmp_path):
     assert len(results) == 4 and "masks" in results[0]["pred_instances"]
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def test_two_processes_over_gloo(small_config, tmp_path):
-    port = 20000 + os.getpid() % 20000
-    run(
-        *(tools_dir() / "dist_train.sh", small_config, 2, "--work-dir", tmp_path),
-        MASTER_PORT=str(port),
-    )
+    command = [tools_dir() / "dist_train.sh", small_config, 2, "--work-dir", tmp_path]
+    run(*command, MASTER_PORT=free_port())
     rows = scalars(tmp_path)
     assert sum("loss" in row for row in rows) == 2
     assert (tmp_path / "iter_2.pth").is_file()
-    run(
-        *(tools_dir() / "dist_test.sh", small_config, tmp_path / "iter_2.pth", 2),
-        *("--work-dir", tmp_path / "test"),
-        MASTER_PORT=str(port + 1),
-    )
+
+
+@pytest.mark.slow
+def test_two_processes_test_over_gloo(small_config, trained, tmp_path):
+    command = [tools_dir() / "dist_test.sh", small_config, trained / "iter_2.pth", 2]
+    output = run(*command, "--work-dir", tmp_path, MASTER_PORT=free_port())
+    assert "coco/segm_mAP_50" in output
+
+
+@pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh"])
+def test_scripts_of_several_processes_hand_all_on(script, tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    inputs = ["config.py", *(["model.pth"] if "test" in script else [])]
+    command = [tools_dir() / script, *inputs, 2, "--work-dir", "somewhere"]
+    output = run(*command, PYTHON=fake, MASTER_PORT="29000").splitlines()
+    assert output[:2] == ["-m", "torch.distributed.run"]
+    assert {"--nproc_per_node=2", "--master_port=29000"} <= set(output)
+    tool = script.removeprefix("dist_").replace(".sh", ".py")
+    assert output[-len(inputs) - 5 :] == [
+        *(str(tools_dir() / tool), *inputs, "--launcher", "pytorch", "--work-dir", "somewhere")
+    ]
 
 
 @pytest.mark.parametrize("script", ["slurm_train.sh", "slurm_test.sh"])
