@@ -130,6 +130,10 @@ def small_config(shapes, tmp_path_factory):
         loader.update(batch_size=2, num_workers=0, persistent_workers=False)
     for evaluator in (config.val_evaluator, config.test_evaluator):
         evaluator.ann_file = str(shapes / "annotations/instances_val2017.json")
+    # Of the size of the images, in place of two large ones.
+    config.tta_pipeline[1].transforms[0] = [
+        dict(type="Resize", scale=(side, side), keep_ratio=True) for side in (64, 96)
+    ]
     config.train_cfg.update(max_iters=2, val_interval=2)
     config.default_hooks.logger.interval = 1
     config.default_hooks.checkpoint.interval = 2
