@@ -19,11 +19,13 @@ _PAIRS = 1 << 22
 # Pairs whose IoU is computed at once: few stay in a processor's cache, a GPU wants many.
 _IOU_PAIRS = {"cpu": 1 << 13}
 _GPU_IOU_PAIRS = 1 << 20
-# Boxes among which NMS compares all pairs: few save comparisons with boxes that go, a GPU wants many.
+# Boxes among which NMS compares all pairs. Fewer save comparisons with boxes that go, more save rounds.
 _BLOCK = {"cpu": 1024}
 _GPU_BLOCK = 2048
 
 
+# How many pairs and rounds there are depends on the numbers: no graph for torch.compile.
+@torch.compiler.disable
 def box_iou(boxes1: Tensor, boxes2: Tensor, mode: str = "iou", aligned: bool = False) -> Tensor:
     """IoU, or intersection over the first box's area, without a gradient.
 
@@ -52,6 +54,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, mode: str = "iou", aligned: bool = F
     return result
 
 
+@torch.compiler.disable
 def nms(boxes: Tensor, iou_threshold: float, labels: Tensor | None = None) -> Tensor:
     """Greedy non-maximum suppression of boxes that are sorted by their scores, the best first.
 
