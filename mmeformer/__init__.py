@@ -3,11 +3,15 @@
 
 Importing the package costs nothing: the backbones (and with them torch, timm and mmengine) are
 imported at their first use, so that ``python -m mmeformer.doctor`` can name a broken installation.
+It lets mmcv find its operators where none are compiled (:mod:`mmeformer.ops`).
 """
 
 from importlib import import_module
 
+from mmeformer.ops import register as _register_operators
 from mmeformer.version import __version__
+
+_register_operators()
 
 _LAZY = {
     "EfficientFormer": "mmeformer.backbones",

@@ -20,7 +20,7 @@ from .dota import read_labels
 from .gfl_head import RotatedGFLHead
 from .inference import detect_large_image
 from .integral import RotatedIntegral
-from .iou import rotated_iou
+from mmeformer.ops.iou import rotated_iou
 from .losses import RotatedIoULoss
 from .metric import DOTAMetric
 from .visualizer import RotatedVisualizer

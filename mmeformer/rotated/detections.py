@@ -12,7 +12,7 @@ import shapely
 import torch
 from mmdet.structures.bbox import get_box_tensor
 
-from mmeformer.rotated.iou import rotated_iou
+from mmeformer.ops.iou import rotated_iou
 from mmeformer.rotated.patches import parse_patch_name
 
 MERGE_IOU = 0.1

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmeformer.registry import MODELS
 
-from .iou import rotated_iou
+from mmeformer.ops.iou import rotated_iou
 
 __all__ = ["RotatedIoULoss"]
 

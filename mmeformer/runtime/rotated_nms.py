@@ -2,7 +2,7 @@
 """Overlap and non-maximum suppression of rotated boxes in numpy.
 
 ONNX has no operator for rotated boxes, so exported graphs end with all candidates. The overlap is
-computed as in :mod:`mmeformer.rotated.iou` (Green's theorem; see there), without its gradients.
+computed as in :mod:`mmeformer.ops.iou` (Green's theorem; see there), without its gradients.
 """
 
 from __future__ import annotations

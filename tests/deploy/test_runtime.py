@@ -162,7 +162,7 @@ BOX = st.tuples(st.floats(0, 40), st.floats(0, 40), SIDE, SIDE, st.floats(-4, 4)
 @settings(max_examples=150)
 @given(box=BOX, others=st.lists(BOX, min_size=1, max_size=5))
 def test_rotated_iou_is_that_of_training(box, others):
-    iou = pytest.importorskip("mmeformer.rotated.iou")
+    iou = pytest.importorskip("mmeformer.ops.iou")
     others = [box, *others]
     theirs = iou.rotated_iou(
         torch.tensor(box, dtype=torch.float64), torch.tensor(others, dtype=torch.float64)

@@ -19,7 +19,7 @@ from torch import nn
 from mmeformer.registry import MODELS, TASK_UTILS
 from mmeformer.rotated import gfl_head
 from mmeformer.rotated.gfl_head import RotatedGFLHead
-from mmeformer.rotated.iou import rotated_iou
+from mmeformer.ops.iou import rotated_iou
 
 STRIDES = (8, 16, 32, 64, 128)
 TEST_CFG = ConfigDict(

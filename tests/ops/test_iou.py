@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmeformer.rotated.iou import rotated_iou
+from mmeformer.ops.iou import rotated_iou
 
 HALF_PI = math.pi / 2
 # Found by a search over millions of pairs: without bounds the IoU comes out as -1e-8 and 1 + 2e-7.

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports mmeformer when mmcv is first imported, so that mmcv finds its operators.
+
+``setup.py`` puts this file's text into ``mmeformer.pth``, which Python runs at every start in an
+environment with mmeformer; nothing imports this module. It must therefore be quick, fail never, and
+leave processes without mmcv alone: mmeformer itself is found only then, on the path of that moment.
+"""
+
+import sys
+
+
+class _BeforeMMCV:
+    """Finds nothing."""
+
+    done = False
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "mmcv" and not self.done:
+            self.done = True
+            try:
+                import mmeformer  # noqa: F401  (registers the finder)
+            except ImportError:
+                pass  # Uninstalled by hand, or its checkout is gone.
+        return None
+
+
+sys.meta_path.insert(0, _BeforeMMCV())
