@@ -8,14 +8,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mmeformer.layers.attention_bias import AttentionBias, resample_in_graph
+from mmeformer.layers.attention_bias import AttentionBias, distances, resample_in_graph
 
 
 class _WholeBias(nn.Module):
-    """Gives parts of a bias that is there as a whole."""
+    """A bias that is there as a whole."""
 
-    def parts(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
-        """See :meth:`AttentionBias.parts`."""
+    def chunks(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+        """See :meth:`AttentionBias.chunks`."""
         bias = self(size)
         return lambda first, last: bias[:, first:last]
 
@@ -73,17 +73,13 @@ class GraphBias(_WholeBias):
 
     def forward(self, size: tuple[int, int]) -> Tensor:
         """``size`` (H, W) of the key map -> bias (heads, Nq, H * W)."""
-        rows = self._offsets(size[0])
-        columns = self._offsets(size[1])
+        rows = distances(size[0], self.query_stride, self.table.device)
+        columns = distances(size[1], self.query_stride, self.table.device)
         table = resample_in_graph(self.table, -2, size[0])
         table = resample_in_graph(table, -1, size[1])
         # (heads, Hq, H, Wq, W) by two gathers, as in `expand_offset_table`.
         bias = table[:, :, columns][:, rows].permute(0, 1, 3, 2, 4)
         return bias.flatten(3, 4).flatten(1, 2)
-
-    def _offsets(self, side: int) -> Tensor:
-        places = torch.arange(side, device=self.table.device)
-        return (places[:: self.query_stride, None] - places).abs()
 
 
 class _SizeProbe(nn.Module):
@@ -98,9 +94,9 @@ class _SizeProbe(nn.Module):
         self.size = tuple(size)
         return self.source(size)
 
-    def parts(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+    def chunks(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
         self.size = tuple(size)
-        return self.source.parts(size)
+        return self.source.chunks(size)
 
 
 def replace_biases(model: nn.Module, make: Callable, kind: type = AttentionBias) -> None:
