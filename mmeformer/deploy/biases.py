@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mmeformer.deploy.substitutes import replace_modules
 from mmeformer.layers.attention_bias import AttentionBias, distances, resample_in_graph
 
 
@@ -99,12 +100,9 @@ class _SizeProbe(nn.Module):
         return self.source.chunks(size)
 
 
-def replace_biases(model: nn.Module, make: Callable, kind: type = AttentionBias) -> None:
-    """Put ``make(name, bias)`` in place of every module of a ``kind``, our biases by default."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, kind):
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, make(name, module))
+def replace_biases(model: nn.Module, make: Callable[[str, AttentionBias], nn.Module]) -> None:
+    """Put ``make(name, bias)`` in place of every attention bias."""
+    replace_modules(model, AttentionBias, make)
 
 
 def fix_biases(backbone: nn.Module, image_size: tuple[int, int]) -> None:
@@ -113,4 +111,4 @@ def fix_biases(backbone: nn.Module, image_size: tuple[int, int]) -> None:
     weight = backbone.stem.conv1.conv.weight
     with torch.no_grad():
         backbone(weight.new_zeros(1, weight.shape[1], *image_size))
-        replace_biases(backbone, lambda _, probe: FixedBias(probe.source, probe.size), _SizeProbe)
+    replace_modules(backbone, _SizeProbe, lambda _, probe: FixedBias(probe.source, probe.size))

@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from mmeformer.backbones.base import PyramidBackbone
 from mmeformer.backbones.efficientformer_v2 import MapAttention
 from mmeformer.deploy.biases import fix_biases
+from mmeformer.deploy.substitutes import substitute
 from mmeformer.layers.blocks import LayerScale
 
 
@@ -41,6 +42,7 @@ def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Modu
         ValueError: ``image_size`` is given, but the model has none of our backbones.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
+    substitute(model)
     # Parents come before their parts: in reverse, a part is folded before its parent uses it.
     for module in reversed(list(model.modules())):
         for absorbed, layer in _foldable_pairs(module):
