@@ -28,14 +28,14 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> bool:
     """Have the C library give what tensors of 2 MiB and more took back to the system at once.
 
-    By default it keeps much of it in pieces that nothing else fits into: a training step with
+    By default it keeps much of it in gaps that nothing else fits into: a training step with
     ``with_cp`` then takes three times the memory of its tensors. It costs page faults (see
     :func:`keep_freed_memory`): about a quarter of the time.
 
     Returns:
         Whether it was possible.
     """
-    # Less than the pieces of attention (layers/attention.py), which come in many sizes.
+    # Less than the chunks of attention (layers/attention.py), which come in many sizes.
     return _mallopt(_M_MMAP_THRESHOLD, 2**21)
 
 
