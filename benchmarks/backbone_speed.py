@@ -31,6 +31,7 @@ from torch import nn
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.deploy import fold
 from mmeformer.deploy.profile import inference_memory
+from mmeformer.deploy.substitutes import substitute_for_graph
 from mmeformer.training.memory import keep_freed_memory, return_freed_memory
 from mmeformer.variants import VARIANTS
 
@@ -67,6 +68,7 @@ def onnx_call(backbone: nn.Module, image: torch.Tensor, folder: str) -> Callable
     """Runs the folded backbone, exported for this size, in onnxruntime."""
     import onnxruntime
 
+    substitute_for_graph(backbone)
     path = str(Path(folder, "backbone.onnx"))
     torch.onnx.export(backbone, (image,), path, input_names=["image"], dynamo=False)
     options = onnxruntime.SessionOptions()

@@ -15,8 +15,8 @@ from unittest.mock import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmeformer.backbones import base, efficientformer, efficientformer_v2
-from mmeformer.layers import blocks
+from mmeformer.backbones import efficientformer, efficientformer_v2
+from mmeformer.layers.attention import TalkingHead
 from mmeformer.layers.attention_bias import AttentionBias
 
 
@@ -26,34 +26,30 @@ def attend(
     value,
     bias,
     size,
+    scale,
     query_stride=1,
-    scale=None,
     mix_logits=None,
     mix_attention=None,
-    mix_bias=None,
+    with_cp=False,
 ):
-    """What :func:`mmeformer.layers.attention.attend` computes, all at once."""
-    scale = query.shape[-1] ** -0.5
+    """:func:`mmeformer.layers.attention.attend` of all queries at once, in a pass per operation."""
     logits = (query @ key.transpose(2, 3)) * scale + bias.compute(tuple(size))
     if mix_logits is not None:
         logits = mix_logits(logits)
     attention = logits.softmax(dim=-1)
     if mix_attention is not None:
-        attention = F.conv2d(attention, mix_attention.weight, mix_bias)
+        attention = mix_attention(attention)
     return attention @ value
 
 
-def run_chain(layers, x, scale=None):
-    """What :func:`mmeformer.layers.blocks.run_chain` computes, with all that autograd keeps."""
-    for layer in layers:
-        x = layer(x)
-    return x if scale is None else scale(x)
+def mix(head, x):
+    """:meth:`mmeformer.layers.attention.TalkingHead.mix` as a convolution, without the bias."""
+    return F.conv2d(x, head.weight)
 
 
-def scaled_norm(norm, scale, x):
-    """What :func:`mmeformer.layers.blocks.scaled_norm` computes, in two passes."""
-    x = norm(x)
-    return x if scale is None else scale(x)
+def from_heads(x, size):
+    """:func:`mmeformer.backbones.efficientformer_v2.from_heads` in NCHW."""
+    return x.transpose(2, 3).flatten(1, 2).unflatten(2, size)
 
 
 class ReferenceWay(nn.Module):
@@ -70,9 +66,8 @@ class ReferenceWay(nn.Module):
         with (
             patch.object(efficientformer, "attend", attend),
             patch.object(efficientformer_v2, "attend", attend),
-            patch.object(base, "prefers_channels_last", lambda x: False),
-            patch.object(blocks, "run_chain", run_chain),
-            patch.object(blocks, "scaled_norm", scaled_norm),
-            patch.object(blocks.PointConv2d, "forward", nn.Conv2d.forward),
+            patch.object(efficientformer_v2, "from_heads", from_heads),
+            patch.object(TalkingHead, "mix", mix),
+            patch.object(TalkingHead, "forward", nn.Conv2d.forward),
         ):
-            return self.backbone(x)
+            return self.backbone.pyramid(x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both versions share: stages, pyramid outputs, freezing, norm evaluation, checkpointing."""
+"""Base of both versions: stages, pyramid outputs, freezing, norm evaluation, checkpointing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmeformer.layers.blocks import Stem, run_checkpointed
+from mmeformer.layers.graphs import in_graph
 from mmeformer.variants import Architecture, find_variant
 
 NUM_STAGES = 4
@@ -62,8 +63,7 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, with_cp: bool = False) -> Tensor:
-        x = self.downsample(x)
-        return self.run_blocks(x, with_cp)
+        return self.run_blocks(self.downsample(x), with_cp)
 
     def run_blocks(self, x: Tensor, with_cp: bool) -> Tensor:
         for block in self.blocks:
@@ -78,16 +78,10 @@ def run_block(block: nn.Module, with_cp: bool, x: Tensor, *args) -> Tensor:
     return block(x, *args)
 
 
-def prefers_channels_last(x: Tensor) -> bool:
-    """Whether the maps should be in that format: oneDNN reorders all others, layer after layer."""
-    return (
-        x.device.type == "cpu"
-        # oneDNN has no double precision.
-        and x.dtype != torch.float64
-        # Compilers choose by themselves.
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of a map (B, C, H, W)."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 class PyramidBackbone(BaseModule):
@@ -192,27 +186,27 @@ class PyramidBackbone(BaseModule):
 
         s = 4, 8, 16, 32. Any H and W work; nothing is padded outside the layers' own padding.
         """
-        given = (
-            torch.channels_last
-            if x.is_contiguous(memory_format=torch.channels_last)
-            else torch.contiguous_format
-        )
-        to_last = prefers_channels_last(x)
-        if to_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        if in_graph():
+            # Compilers choose memory formats by themselves, and ONNX has none.
+            return self.pyramid(x)
+        # oneDNN and cuDNN work in channels last: they would reorder other maps, layer after layer.
+        outputs = self.pyramid(x.contiguous(memory_format=torch.channels_last))
+        # What follows may rely on the format it gave: mmcv's RoIAlign silently takes any map for
+        # one of the default format.
+        given = memory_format(x)
+        return tuple(level.contiguous(memory_format=given) for level in outputs)
+
+    def pyramid(self, x: Tensor) -> tuple[Tensor, ...]:
+        """:meth:`forward` in the memory format of ``x``."""
         x = self.stem(x)
         outputs = []
         for index, stage in enumerate(self.stages):
             x = stage(x, self.with_cp and self.training)
             if index in self.out_indices:
                 name = str(index)
-                # PyTorch's group norm of this format crashes on a CPU if only its parameters need
+                # PyTorch's group norm of channels last crashes on a CPU if only its parameters need
                 # gradients (2.12).
                 outputs.append(self.norms[name](x.contiguous()) if name in self.norms else x)
-        if to_last:
-            # What follows may rely on the format it gave: mmcv's RoIAlign silently takes any map
-            # for one of the default format.
-            outputs = [level.contiguous(memory_format=given) for level in outputs]
         return tuple(outputs)
 
     def _frozen_modules(self) -> list[nn.Module]:

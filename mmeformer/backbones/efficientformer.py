@@ -5,11 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mmeformer.backbones.base import PyramidBackbone, Stage, run_block
 from mmeformer.layers.attention import attend
@@ -22,32 +20,11 @@ KEY_WIDTH = 32
 VALUE_WIDTH = 128
 
 
-def pool(x: Tensor) -> Tensor:
-    """Means of 3 x 3 places, of those inside the map: (B, C, H, W) -> the same."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+class Pooling(nn.Module):
+    """Mean of 3 x 3 places (of those inside the map) less the place: (B, C, H, W) -> the same."""
 
-
-class _PoolMix(torch.autograd.Function):
-    """x (B, C, H, W), share (B, C, 1, 1) -> ``x + share * (pool(x) - x)``; keeps these two alone.
-
-    The gradient of a pooling is a pooling of the gradient. PyTorch's own is three times slower.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, share: Tensor) -> Tensor:
-        ctx.save_for_backward(x, share)
-        return torch.lerp(x, pool(x), share)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        x, share = ctx.saved_tensors
-        of_share = (pool(x) - x).mul_(gradient).sum((2, 3), keepdim=True)
-        of_pooled = gradient * share
-        of_x = gradient - of_pooled
-        # Each mean was of as many places as lie inside the map: this share of nine.
-        of_pooled /= F.avg_pool2d(torch.ones_like(x[:1, :1]), 3, stride=1, padding=1)
-        return of_x.add_(F.avg_pool2d(of_pooled, 3, stride=1, padding=1)), of_share
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False) - x
 
 
 class PoolBlock(nn.Module):
@@ -57,38 +34,27 @@ class PoolBlock(nn.Module):
 
     def __init__(self, width: int, mlp_ratio: float, drop_path: float, layer_scale: float) -> None:
         super().__init__()
+        self.token_mixer = Pooling()
         self.ls1 = LayerScale(width, layer_scale)
         self.mlp = ConvMlp(width, mlp_ratio, depthwise=False)
         self.ls2 = LayerScale(width, layer_scale)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._mix(x)
-        return x + self.drop_path(self.mlp(x, self.ls2))
-
-    def _mix(self, x: Tensor) -> Tensor:
-        """``x + scale * (pool(x) - x)``, the means and the map in these shares."""
-        gamma, traced = self.ls1.gamma, torch.jit.is_tracing()
-        if traced and not self.training:
-            # onnxruntime holds maps in blocks of channels from one convolution to the next. For
-            # sums and products it brings all three maps into order and the result back.
-            share = gamma[:, None, None, None]
-            groups = self.mlp.fc1.conv.in_channels
-            return F.conv2d(pool(x), share, groups=groups) + F.conv2d(x, 1 - share, groups=groups)
-        if traced or x.dtype != gamma.dtype:
-            return x + self.drop_path(self.ls1(pool(x) - x))
-        # In one pass over the map.
-        share = self.drop_path(gamma.repeat(len(x), 1)[:, :, None, None])
-        if torch.compiler.is_compiling():
-            return torch.lerp(x, pool(x), share)
-        return _PoolMix.apply(x, share)
+        x = x + self.drop_path(self.ls1(self.token_mixer(x)))
+        return x + self.drop_path(self.ls2(self.mlp(x)))
 
 
 class TokenAttention(nn.Module):
     """Multi-head attention over tokens with a bias by displacement: (B, N, C) -> (B, N, C)."""
 
-    def __init__(self, width: int, bias_grid: tuple[int, int], bias_resize: str) -> None:
+    scale = KEY_WIDTH**-0.5
+
+    def __init__(
+        self, width: int, bias_grid: tuple[int, int], bias_resize: str, with_cp: bool
+    ) -> None:
         super().__init__()
+        self.with_cp = with_cp
         self.qkv = nn.Linear(width, NUM_HEADS * (2 * KEY_WIDTH + VALUE_WIDTH))
         self.proj = nn.Linear(NUM_HEADS * VALUE_WIDTH, width)
         self.attention_bias = AttentionBias(NUM_HEADS, bias_grid, resize=bias_resize)
@@ -97,7 +63,7 @@ class TokenAttention(nn.Module):
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, NUM_HEADS, -1).transpose(1, 2)
         query, key, value = qkv.split([KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH], dim=-1)
-        out = attend(query, key, value, self.attention_bias, size)
+        out = attend(query, key, value, self.attention_bias, size, self.scale, with_cp=self.with_cp)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, -1))
 
 
@@ -129,10 +95,11 @@ class TokenBlock(nn.Module):
         layer_scale: float,
         bias_grid: tuple[int, int],
         bias_resize: str,
+        with_cp: bool,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.token_mixer = TokenAttention(width, bias_grid, bias_resize)
+        self.token_mixer = TokenAttention(width, bias_grid, bias_resize, with_cp)
         self.ls1 = LayerScale(width, layer_scale, channel_dim=-1)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = TokenMlp(width, mlp_ratio)
@@ -184,7 +151,7 @@ class EfficientFormer(PyramidBackbone):
             tables at stride 32; 7 as pretrained at 224 px. 25 suits 800 px inputs.
         bias_resize: ``"displacement"``, or ``"matrix"`` for checkpoints trained downstream by the
             reference; see :class:`mmeformer.layers.attention_bias.AttentionBias`.
-        init_cfg: mmengine's initialisation config.
+        init_cfg: mmengine's initialization config.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -215,6 +182,7 @@ class EfficientFormer(PyramidBackbone):
                 # The grid is that of stride 32: an earlier stage sees a finer map.
                 finer = 2 ** (3 - index)
                 grid = tuple(side * finer for side in self.bias_grid)
-                blocks.append(TokenBlock(width, ratio, rate, layer_scale, grid, self.bias_resize))
+                attention = grid, self.bias_resize, self.with_cp
+                blocks.append(TokenBlock(width, ratio, rate, layer_scale, *attention))
         downsample = None if in_width is None else ConvNorm(in_width, width, 3, stride=2)
         return TokenStage(downsample, blocks)

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from mmeformer.backbones.base import PyramidBackbone, Stage
-from mmeformer.layers.attention import attend, fold_scale
+from mmeformer.layers.attention import TalkingHead, attend
 from mmeformer.layers.attention_bias import AttentionBias
 from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale
 from mmeformer.registry import MODELS
@@ -27,11 +26,9 @@ def to_heads(x: Tensor) -> Tensor:
     return x.flatten(2).unflatten(1, (NUM_HEADS, -1)).transpose(2, 3)
 
 
-def from_heads(x: Tensor, size: tuple[int, int], like: Tensor) -> Tensor:
-    """(B, heads, H * W, D) -> (B, heads * D, H, W), in the memory format of ``like``."""
-    if like.is_contiguous(memory_format=torch.channels_last):
-        return x.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, size)
-    return x.transpose(2, 3).flatten(1, 2).unflatten(2, size)
+def from_heads(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, heads, H * W, D) -> (B, heads * D, H, W), in channels last."""
+    return x.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, size)
 
 
 class MapAttention(nn.Module):
@@ -47,9 +44,15 @@ class MapAttention(nn.Module):
     scale = KEY_WIDTH**-0.5
 
     def __init__(
-        self, width: int, halve: bool, bias_grid: tuple[int, int], bias_resize: str
+        self,
+        width: int,
+        halve: bool,
+        bias_grid: tuple[int, int],
+        bias_resize: str,
+        with_cp: bool,
     ) -> None:
         super().__init__()
+        self.with_cp = with_cp
         keys, values = NUM_HEADS * KEY_WIDTH, NUM_HEADS * KEY_WIDTH * VALUE_RATIO
         self.halve = halve
         self.stride_conv = (
@@ -59,49 +62,43 @@ class MapAttention(nn.Module):
         self.k = ConvNorm(width, keys)
         self.v = ConvNorm(width, values)
         self.v_local = ConvNorm(values, values, 3, groups=values)
-        self.talking_head1 = nn.Conv2d(NUM_HEADS, NUM_HEADS, 1)
-        self.talking_head2 = nn.Conv2d(NUM_HEADS, NUM_HEADS, 1)
+        self.talking_head1 = TalkingHead(NUM_HEADS)
+        self.talking_head2 = TalkingHead(NUM_HEADS)
         self.proj = ConvNorm(values, width)
         self.attention_bias = AttentionBias(NUM_HEADS, bias_grid, resize=bias_resize)
 
-    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
-        """``scale``: a :class:`LayerScale` of the result."""
+    def forward(self, x: Tensor) -> Tensor:
         full_size = x.shape[-2:]
         x = self.stride_conv(x)
         size = x.shape[-2:]
-        query, key, value = self.q(x), self.k(x), self.v(x)
-        local = self.v_local(value)
+        value_map = self.v(x)
+        query, key, value = to_heads(self.q(x)), to_heads(self.k(x)), to_heads(value_map)
         out = attend(
-            to_heads(query),
-            to_heads(key),
-            to_heads(value),
+            query,
+            key,
+            value,
             self.attention_bias,
             size,
-            scale=self.scale,
+            self.scale,
             mix_logits=self.talking_head1,
-            mix_attention=self.talking_head2,
-            mix_bias=self._mix_bias(size),
+            mix_attention=self.talking_head2.mix,
+            with_cp=self.with_cp,
         )
-        out = from_heads(out, size, local) + local
+        # The second head's bias is the same for all queries and keys: it meets the sum of values.
+        out = out + self._head_bias(size) * value.sum(dim=2, keepdim=True)
+        out = from_heads(out, size) + self.v_local(value_map)
         if self.halve:
             out = F.interpolate(out, scale_factor=2, mode="bilinear", align_corners=False)
             out = out[..., : full_size[0], : full_size[1]]
-        return self.proj(F.gelu(out), scale)
+        return self.proj(F.gelu(out))
 
-    def _mix_bias(self, size: tuple[int, int]) -> Tensor:
-        """What the second talking head adds for each key: (heads,)."""
+    def _head_bias(self, size: tuple[int, int]) -> Tensor:
+        """What the second talking head adds for each key: (heads, 1, 1)."""
         bias = self.talking_head2.bias
         if self.head_bias_keys is not None:
             # Bias first: CoreML has no quotient of two whole numbers.
             bias = bias * self.head_bias_keys / (size[0] * size[1])
-        return bias
-
-    def fold(self) -> None:
-        """For inference: scale the queries in their convolution, drop what the softmax cancels."""
-        fold_scale(self.q.conv, self.scale)
-        self.scale = 1.0
-        # The same for all keys of a head.
-        self.talking_head1.bias = None
+        return bias[:, None, None]
 
 
 class LocalGlobalQuery(nn.Module):
@@ -125,9 +122,15 @@ class AttentionDownsample(nn.Module):
     scale = DOWNSAMPLE_KEY_WIDTH**-0.5
 
     def __init__(
-        self, width: int, out_width: int, bias_grid: tuple[int, int], bias_resize: str
+        self,
+        width: int,
+        out_width: int,
+        bias_grid: tuple[int, int],
+        bias_resize: str,
+        with_cp: bool,
     ) -> None:
         super().__init__()
+        self.with_cp = with_cp
         keys = NUM_HEADS * DOWNSAMPLE_KEY_WIDTH
         values = keys * VALUE_RATIO
         self.q = LocalGlobalQuery(width, keys)
@@ -138,24 +141,19 @@ class AttentionDownsample(nn.Module):
         self.attention_bias = AttentionBias(NUM_HEADS, bias_grid, 2, bias_resize)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.q(x), self.k(x), self.v(x)
+        value = self.v(x)
         local = self.v_local(value)
         out = attend(
-            to_heads(query),
-            to_heads(key),
+            to_heads(self.q(x)),
+            to_heads(self.k(x)),
             to_heads(value),
             self.attention_bias,
             x.shape[-2:],
+            self.scale,
             query_stride=2,
-            scale=self.scale,
+            with_cp=self.with_cp,
         )
-        out = from_heads(out, local.shape[-2:], local) + local
-        return self.proj(F.gelu(out))
-
-    def fold(self) -> None:
-        """For inference: scale the queries in their convolution."""
-        fold_scale(self.q.proj.conv, self.scale)
-        self.scale = 1.0
+        return self.proj(F.gelu(from_heads(out, local.shape[-2:]) + local))
 
 
 class Downsample(nn.Module):
@@ -193,8 +191,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.token_mixer is not None:
-            x = x + self.drop_path(self.token_mixer(x, self.ls1))
-        return x + self.drop_path(self.mlp(x, self.ls2))
+            x = x + self.drop_path(self.ls1(self.token_mixer(x)))
+        return x + self.drop_path(self.ls2(self.mlp(x)))
 
 
 @MODELS.register_module()
@@ -227,7 +225,7 @@ class EfficientFormerV2(PyramidBackbone):
             from 224 px to 1024 px. With a number it is scaled by ``head_bias_keys / keys`` and
             keeps the part it was trained with at any size. None (default) is the reference's way,
             which its downstream checkpoints need.
-        init_cfg: mmengine's initialisation config.
+        init_cfg: mmengine's initialization config.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -261,7 +259,7 @@ class EfficientFormerV2(PyramidBackbone):
             zip(architecture.mlp_ratios[index], drop_path, strict=True)
         ):
             mixer = (
-                MapAttention(width, halve, grid, self.bias_resize)
+                MapAttention(width, halve, grid, self.bias_resize, self.with_cp)
                 if position >= first_attention
                 else None
             )
@@ -271,6 +269,6 @@ class EfficientFormerV2(PyramidBackbone):
             attn = None
             if index == 3:
                 grid = tuple(2 * side for side in self.bias_grid)
-                attn = AttentionDownsample(in_width, width, grid, self.bias_resize)
+                attn = AttentionDownsample(in_width, width, grid, self.bias_resize, self.with_cp)
             downsample = Downsample(in_width, width, attn)
         return Stage(downsample, blocks)

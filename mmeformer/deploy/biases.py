@@ -8,14 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mmeformer.layers.attention_bias import AttentionBias, resample_in_graph
+from mmeformer.deploy.substitutes import replace_modules
+from mmeformer.layers.attention_bias import AttentionBias, distances, resample_in_graph
 
 
 class _WholeBias(nn.Module):
-    """Gives parts of a bias that is there as a whole."""
+    """A bias that is there as a whole."""
 
-    def parts(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
-        """See :meth:`AttentionBias.parts`."""
+    def chunks(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+        """See :meth:`AttentionBias.chunks`."""
         bias = self(size)
         return lambda first, last: bias[:, first:last]
 
@@ -73,17 +74,13 @@ class GraphBias(_WholeBias):
 
     def forward(self, size: tuple[int, int]) -> Tensor:
         """``size`` (H, W) of the key map -> bias (heads, Nq, H * W)."""
-        rows = self._offsets(size[0])
-        columns = self._offsets(size[1])
+        rows = distances(size[0], self.query_stride, self.table.device)
+        columns = distances(size[1], self.query_stride, self.table.device)
         table = resample_in_graph(self.table, -2, size[0])
         table = resample_in_graph(table, -1, size[1])
         # (heads, Hq, H, Wq, W) by two gathers, as in `expand_offset_table`.
         bias = table[:, :, columns][:, rows].permute(0, 1, 3, 2, 4)
         return bias.flatten(3, 4).flatten(1, 2)
-
-    def _offsets(self, side: int) -> Tensor:
-        places = torch.arange(side, device=self.table.device)
-        return (places[:: self.query_stride, None] - places).abs()
 
 
 class _SizeProbe(nn.Module):
@@ -98,17 +95,14 @@ class _SizeProbe(nn.Module):
         self.size = tuple(size)
         return self.source(size)
 
-    def parts(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+    def chunks(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
         self.size = tuple(size)
-        return self.source.parts(size)
+        return self.source.chunks(size)
 
 
-def replace_biases(model: nn.Module, make: Callable, kind: type = AttentionBias) -> None:
-    """Put ``make(name, bias)`` in place of every module of a ``kind``, our biases by default."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, kind):
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, make(name, module))
+def replace_biases(model: nn.Module, make: Callable[[str, AttentionBias], nn.Module]) -> None:
+    """Put ``make(name, bias)`` in place of every attention bias."""
+    replace_modules(model, AttentionBias, make)
 
 
 def fix_biases(backbone: nn.Module, image_size: tuple[int, int]) -> None:
@@ -117,4 +111,4 @@ def fix_biases(backbone: nn.Module, image_size: tuple[int, int]) -> None:
     weight = backbone.stem.conv1.conv.weight
     with torch.no_grad():
         backbone(weight.new_zeros(1, weight.shape[1], *image_size))
-        replace_biases(backbone, lambda _, probe: FixedBias(probe.source, probe.size), _SizeProbe)
+    replace_modules(backbone, _SizeProbe, lambda _, probe: FixedBias(probe.source, probe.size))

@@ -21,6 +21,7 @@ from mmeformer.deploy import check, models
 from mmeformer.deploy.biases import GraphBias, replace_biases
 from mmeformer.deploy.fold import fold
 from mmeformer.deploy.graphs import BackboneGraph, Graph, Normalise
+from mmeformer.deploy.substitutes import substitute_for_graph
 from mmeformer.runtime.images import Prepared, as_image, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 
@@ -170,6 +171,7 @@ def build_graph(
 ) -> Graph:
     """The graph of a folded copy of ``model``; ``channels_last``: see :class:`Normalise`."""
     folded = fold(model, metadata.size)
+    substitute_for_graph(folded)
     if metadata.size is None:
         replace_biases(folded, lambda _, bias: GraphBias(bias))
     normalise = None

@@ -13,7 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmeformer.backbones.base import PyramidBackbone
+from mmeformer.backbones.efficientformer_v2 import MapAttention
 from mmeformer.deploy.biases import fix_biases
+from mmeformer.deploy.substitutes import substitute
 from mmeformer.layers.blocks import LayerScale
 
 
@@ -40,6 +42,7 @@ def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Modu
         ValueError: ``image_size`` is given, but the model has none of our backbones.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
+    substitute(model)
     # Parents come before their parts: in reverse, a part is folded before its parent uses it.
     for module in reversed(list(model.modules())):
         for absorbed, layer in _foldable_pairs(module):
@@ -48,8 +51,9 @@ def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Modu
             owner = module.get_submodule(parent)
             setattr(owner, attribute, _merge(getattr(owner, attribute), part))
             setattr(module, absorbed, nn.Identity())
-        if hasattr(module, "fold"):
-            module.fold()
+        if isinstance(module, MapAttention):
+            # The same for all keys of a query: the softmax cancels it.
+            module.talking_head1.bias = None
         for name, child in list(module.named_children()):
             if isinstance(child, DropPath):
                 setattr(module, name, nn.Identity())

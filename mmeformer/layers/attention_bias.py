@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmeformer.layers.graphs import in_graph
+
 RESIZE_MODES = ("displacement", "matrix")
 
 
 def resample_in_graph(table: Tensor, dim: int, target: int) -> Tensor:
-    """What :func:`_resample_offsets` does, by tensor operations alone.
+    """:func:`_resample_offsets` by tensor operations alone.
 
     For graphs that serve every ``target``, where Python arithmetic on it would be frozen.
     """
@@ -72,35 +74,36 @@ def resize_offset_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def expand_offset_table(table: Tensor, query_stride: int = 1) -> Tensor:
-    """Spell out a table (heads, H, W) as the bias matrix (heads, Nq, H * W) of that grid.
+    """Expand a table (heads, H, W) to the bias matrix (heads, Nq, H * W) of that grid.
 
     Keys are all places of the grid, queries every ``query_stride``-th place in each direction
     (Nq = ceil(H / s) * ceil(W / s)). Entry (query, key) is ``table[:, |s*qy - ky|, |s*qx - kx|]``.
     """
-    dy = _distances(table.shape[1], query_stride, table.device)
-    dx = _distances(table.shape[2], query_stride, table.device)
-    return _gather_rows(_gather_columns(table, dx), dy)
+    dy = distances(table.shape[1], query_stride, table.device)
+    dx = distances(table.shape[2], query_stride, table.device)
+    return _select_rows(_select_columns(table, dx), dy)
 
 
-def _distances(side: int, query_stride: int, device: torch.device) -> Tensor:
+def distances(side: int, query_stride: int, device: torch.device) -> Tensor:
     """|s * query - key| along one side: (queries, keys)."""
     places = torch.arange(side, device=device)
     return (places[::query_stride, None] - places).abs()
 
 
-# Columns first, rows second: the second gather, the large one, then copies whole lines, in the
-# forward pass and (as an accumulation) in the backward pass, instead of single numbers.
+# Selections along one axis, not by pairs of indices: their gradient adds whole lines, where that of
+# pairs adds single numbers, in one thread.
 
 
-def _gather_columns(table: Tensor, dx: Tensor) -> Tensor:
+def _select_columns(table: Tensor, dx: Tensor) -> Tensor:
     """(heads, offsets, offsets) and the offsets (Wq, W) -> (heads, Wq, offsets, W)."""
-    return table[:, :, dx].transpose(1, 2).contiguous()
+    columns = table.index_select(2, dx.flatten())
+    return columns.unflatten(2, dx.shape).transpose(1, 2).contiguous()
 
 
-def _gather_rows(by_column: Tensor, dy: Tensor) -> Tensor:
+def _select_rows(columns: Tensor, dy: Tensor) -> Tensor:
     """(heads, Wq, offsets, W) and the offsets (Hq, H) -> (heads, Hq * Wq, H * W)."""
-    columns = torch.arange(by_column.shape[1], device=dy.device)
-    return by_column[:, columns[:, None], dy[:, None]].flatten(3, 4).flatten(1, 2)
+    rows = columns.index_select(2, dy.flatten()).unflatten(2, dy.shape)
+    return rows.transpose(1, 2).flatten(3, 4).flatten(1, 2)
 
 
 class AttentionBias(nn.Module):
@@ -111,7 +114,7 @@ class AttentionBias(nn.Module):
         grid: rows and columns of the table: offsets 0 .. grid - 1 in either direction.
         query_stride: 2 where queries sit on every second place of the key grid, else 1.
         resize: how a feature map of another size gets its bias. ``"displacement"`` resizes the
-            table of offsets (:func:`resize_offset_table`). ``"matrix"`` spells the table out on its
+            table of offsets (:func:`resize_offset_table`). ``"matrix"`` expands the table on its
             own grid and resizes that matrix by bicubic interpolation, exactly as the reference
             implementation does downstream (snap-research/EfficientFormer, ``detection/`` and
             ``segmentation/``): on maps that are not square it mixes rows and columns, so it serves
@@ -126,7 +129,7 @@ class AttentionBias(nn.Module):
     """Landscape and portrait; one bias at 800 x 1344 px takes 35 MB."""
 
     MAX_CACHED_NUMBERS = 2**24
-    """A larger bias (64 MiB in float32) is not kept as a whole: see :meth:`parts`."""
+    """A larger bias (64 MiB in float32) is not kept as a whole: see :meth:`chunks`."""
 
     def __init__(
         self,
@@ -158,20 +161,18 @@ class AttentionBias(nn.Module):
 
     def forward(self, size: tuple[int, int]) -> Tensor:
         """``size`` (H, W) of the key map -> bias (heads, Nq, H * W)."""
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if self.training or self._differentiable() or traced:
+        if self.training or self._differentiable() or in_graph():
             return self.compute(size)
         return self._cached(tuple(size))
 
     def _differentiable(self) -> bool:
         return torch.is_grad_enabled() and self.table.requires_grad
 
-    def parts(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
-        """The bias in parts: a function from the first and the last query (exclusive).
+    def chunks(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+        """The bias of some queries: a function from the first and the last one (exclusive).
 
-        The queries are those of whole rows or of a part of one row. It returns (heads, queries,
-        H * W), without ever holding the bias of all queries where that is large or has a gradient;
-        differentiable.
+        The queries must be those of whole rows. The function returns (heads, queries, H * W);
+        differentiable. A bias that is large or has a gradient is never held as a whole.
         """
         height, width = size
         per_row = -(-width // self.query_stride)
@@ -181,22 +182,9 @@ class AttentionBias(nn.Module):
             bias = self(size)
             return lambda first, last: bias[:, first:last]
         table = resize_offset_table(self.table, size)
-        dy = _distances(height, self.query_stride, table.device)
-        by_column = _gather_columns(table, _distances(width, self.query_stride, table.device))
-
-        def part(first: int, last: int) -> Tensor:
-            row, column = divmod(first, per_row)
-            queries = min(last - first, per_row)
-            columns = by_column[:, column : column + queries]
-            # Row after row: the gradient of a selection adds whole lines, that of indices (in
-            # `_gather_rows`) single numbers, in one thread.
-            rows = [
-                columns.index_select(2, dy[y]).flatten(2)
-                for y in range(row, row + (last - first) // queries)
-            ]
-            return torch.cat(rows, dim=1)
-
-        return part
+        dy = distances(height, self.query_stride, table.device)
+        columns = _select_columns(table, distances(width, self.query_stride, table.device))
+        return lambda first, last: _select_rows(columns, dy[first // per_row : last // per_row])
 
     @torch.inference_mode(False)
     @torch.no_grad()

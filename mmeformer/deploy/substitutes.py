@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that do the same as those of our backbones, faster, in copies for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmeformer.backbones.efficientformer import PoolBlock
+from mmeformer.layers.blocks import ConvNorm
+
+
+def replace_modules(
+    model: nn.Module, kind: type[nn.Module], make: Callable[[str, nn.Module], nn.Module]
+) -> None:
+    """Put ``make(name, module)`` in place of every module of a kind below ``model``."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, kind):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, make(name, module))
+
+
+class InplaceGelu(nn.Module):
+    """GELU in place: the largest maps of the network are not held twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_(x)
+
+
+class FoldedPoolBlock(nn.Module):
+    """A :class:`PoolBlock` without drop path: its mixer is one pass over the map and its means.
+
+    Args:
+        block: the block; its layers are used, not copied.
+    """
+
+    folds = PoolBlock.folds
+
+    def __init__(self, block: PoolBlock | FoldedPoolBlock) -> None:
+        super().__init__()
+        self.ls1, self.mlp, self.ls2 = block.ls1, block.mlp, block.ls2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(x, F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False))
+        return x + self.ls2(self.mlp(x))
+
+    def mix(self, x: Tensor, means: Tensor) -> Tensor:
+        """``x + scale * (means - x)``, all of them (B, C, H, W)."""
+        return torch.lerp(x, means, self.ls1.gamma[:, None, None])
+
+
+class GraphPoolBlock(FoldedPoolBlock):
+    """A :class:`FoldedPoolBlock` for exported graphs.
+
+    onnxruntime holds maps in blocks of channels from one convolution to the next. For sums and
+    products it brings all three maps into order and the result back, so the mixer consists of
+    depthwise convolutions. PyTorch would take several times longer for them.
+    """
+
+    def mix(self, x: Tensor, means: Tensor) -> Tensor:
+        """See :meth:`FoldedPoolBlock.mix`."""
+        share, groups = self.ls1.gamma[:, None, None, None], x.shape[1]
+        return F.conv2d(means, share, groups=groups) + F.conv2d(x, 1 - share, groups=groups)
+
+
+def substitute(model: nn.Module) -> None:
+    """Put faster modules into a copy for inference, before or after its norms are merged."""
+    replace_modules(model, PoolBlock, lambda _, block: FoldedPoolBlock(block))
+    for module in model.modules():
+        if isinstance(module, ConvNorm) and isinstance(module.act, nn.GELU):
+            module.act = InplaceGelu()
+
+
+def substitute_for_graph(model: nn.Module) -> None:
+    """Put what exported graphs run faster into a folded copy."""
+    replace_modules(model, FoldedPoolBlock, lambda _, block: GraphPoolBlock(block))

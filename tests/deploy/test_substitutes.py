@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from helpers import build_backbone
+from torch import nn
+from trained_like import trained_like
+
+from mmeformer.backbones.efficientformer import PoolBlock
+from mmeformer.deploy import fold
+from mmeformer.deploy.substitutes import (
+    FoldedPoolBlock,
+    GraphPoolBlock,
+    InplaceGelu,
+    substitute_for_graph,
+)
+from mmeformer.variants import VARIANTS
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 4, 1, 1), (1, 2, 1, 6), (2, 2, 2, 1)])
+@pytest.mark.parametrize("kind", [FoldedPoolBlock, GraphPoolBlock])
+@torch.no_grad()
+def test_pool_blocks_equal_the_trained_one(kind, shape, memory_format):
+    block = trained_like(PoolBlock(shape[1], 4, drop_path=0.1, layer_scale=0.5).double())
+    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=memory_format)
+    before = x.clone()
+    torch.testing.assert_close(kind(block)(x), block(x))
+    assert torch.equal(x, before)
+
+
+def test_a_graph_has_convolutions_in_place_of_sums():
+    folded = fold(trained_like(build_backbone(VARIANTS["efficientformer_l1"])))
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = folded(image)
+        substitute_for_graph(folded)
+        for found, expected in zip(folded(image), wanted, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    kinds = [type(block) for stage in folded.stages for block in stage.blocks]
+    assert kinds.count(GraphPoolBlock) == 14 and FoldedPoolBlock not in kinds
+
+
+def test_every_layer_with_gelu_works_in_place(small_variant):
+    backbone = build_backbone(small_variant)
+    gelus = [sum(isinstance(m, nn.GELU) for m in backbone.modules())]
+    folded = fold(backbone)
+    gelus.append(sum(isinstance(m, InplaceGelu) for m in folded.modules()))
+    assert gelus[0] == gelus[1] > 0
+    assert not any(isinstance(m, nn.GELU) for m in folded.modules())
+
+
+@torch.no_grad()
+def test_a_folded_copy_leaves_its_input_alone(small_variant):
+    folded = fold(trained_like(build_backbone(small_variant)))
+    image = torch.randn(1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    before = image.clone()
+    first = [level.clone() for level in folded(image)]
+    assert torch.equal(image, before)
+    # Nor does a later call change what an earlier one gave.
+    for level, again in zip(first, folded(image), strict=True):
+        assert torch.equal(level, again)
