@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command that checks data sets, from config to table and pictures."""
 
+import importlib
 import importlib.util
 import json
 import shutil
@@ -9,9 +10,18 @@ from pathlib import Path
 import cv2
 import pytest
 import tiny
+from mmengine.registry import DATASETS
 
 from mmeformer.checks.dataset import datasets_of
+from mmeformer.checks.interface import CheckedDataset
 from mmeformer.paths import tools_dir
+from mmeformer.tasks import TASKS
+
+IMAGES = {
+    "detection": "coco/train2017",
+    "segmentation": "masks/images/training",
+    "rotated": "aerial/train/images",
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,37 +52,19 @@ def write_config(folder, task):
 
 
 @pytest.mark.parametrize("task", tiny.TASKS)
-def test_sound_data(folder, command, capsys, task):
+def test_valid_data(folder, command, capsys, task):
     config = write_config(folder, task)
     assert command([config, "--full", "--out", str(folder / "out")]) == 0
     output = capsys.readouterr().out
     assert output.count("0 errors") == 2
     # 8 and 2 samples, in rows of four.
-    assert cv2.imread(str(folder / "out/train.png")).shape == (640, 1280, 3)
+    drawn = cv2.imread(str(folder / "out/train.png"))
+    assert drawn.shape == (640, 1280, 3)
     assert cv2.imread(str(folder / "out/val.png")).shape == (320, 640, 3)
-
-
-@pytest.mark.parametrize("task", tiny.TASKS)
-def test_drawn_labels_are_there(folder, command, task):
-    """The picture with labels differs from the images alone, by the colors of the classes."""
-    config = write_config(folder, task)
-    images = (
-        folder
-        / {
-            "detection": "coco/train2017",
-            "segmentation": "masks/images/training",
-            "rotated": "aerial/train/images",
-        }[task]
-    )
-    assert command([config, "--split", "train", "--out", str(folder / "out")]) == 0
-    drawn = cv2.imread(str(folder / "out/train.png"))[:320, :320]
-    plain = cv2.resize(
-        cv2.imread(str(images / "000000.png")), (320, 320), interpolation=cv2.INTER_NEAREST
-    )
-    if task == "segmentation":
-        plain_size = drawn.shape[:2]
-        assert plain_size == (320, 320)
-    assert (cv2.absdiff(drawn, plain).max(axis=2) > 40).mean() > 0.01
+    # The first sample differs from its image by the colors of the labels.
+    image = cv2.imread(str(folder / IMAGES[task] / "000000.png"))
+    plain = cv2.resize(image, (320, 320), interpolation=cv2.INTER_NEAREST)
+    assert (cv2.absdiff(drawn[:320, :320], plain).max(axis=2) > 40).mean() > 0.01
 
 
 def test_errors(folder, command, capsys):
@@ -119,3 +111,10 @@ def test_other_data_sets_are_refused(folder):
     config.train_dataloader.dataset.type = "mmdet.CocoDataset"
     with pytest.raises(ValueError, match="mmdet.CocoDataset .* use mmeformer.CocoDataset or "):
         datasets_of(config, "train")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_data_sets_of_tasks_have_checks(task):
+    importlib.import_module(f"mmeformer.{task}")
+    names = TASKS[task].datasets
+    assert names and all(issubclass(DATASETS.get(name), CheckedDataset) for name in names)

@@ -50,11 +50,11 @@ def test_files_without_objects_and_lines_without_flag(tmp_path):
     ("line", "message"),
     [
         ("1 2 3 4 ship 0", "6 fields instead of"),
-        ("0 0 1 0 1 1 0 1 small vehicle 0", "11 fields instead of .* a class name has none"),
+        ("0 0 1 0 1 1 0 1 small vehicle 0", "11 fields instead of .* class names cannot contain spaces"),
         ("0 0 1 0 1 1 0 x ship 0", "first 8 fields must be numbers"),
         ("0 0 1 0 1 1 0 nan ship 0", "must be finite"),
-        ("0 0 1 0 1 1 0 1 ship easy", "difficult is 'easy'"),
-        ("0 0 1 0 1 1 0 1 ship 0.9", "difficult is '0.9'"),
+        ("0 0 1 0 1 1 0 1 ship easy", "difficult must be .* 'easy'"),
+        ("0 0 1 0 1 1 0 1 ship 0.9", "difficult must be .* '0.9'"),
         ("0,0,1,0,1,1,0,1,ship,0", "1 fields instead of"),
     ],
 )
@@ -92,7 +92,7 @@ def test_written_labels_are_read_back(tmp_path_factory, corners, difficult):
     assert found[1:] == ("ship", difficult, 1)
 
 
-def test_unknown_classes_are_named_with_their_place_and_mend(tmp_path):
+def test_unknown_classes_are_named_with_place_and_fix(tmp_path):
     for number in range(2):
         (tmp_path / f"{number}.txt").write_text(
             "0 0 1 0 1 1 0 1 ship 0\n0 0 1 0 1 1 0 1 shp 0\n0 0 1 0 1 1 0 1 plane 0\n"
@@ -111,7 +111,7 @@ def test_unknown_classes_are_named_with_their_place_and_mend(tmp_path):
 def test_bad_lines_of_several_files_are_reported_together(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("bad")
-    with pytest.raises(ValueError, match=r"(?s)a\.txt has bad.*b\.txt has bad"):
+    with pytest.raises(ValueError, match=r"(?s)a\.txt has invalid.*b\.txt has invalid"):
         read_label_files(sorted(tmp_path.iterdir()), ["ship"])
 
 
