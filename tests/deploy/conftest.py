@@ -27,18 +27,28 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def onnx_file(trained, picture, tmp_path_factory):
-    """``onnx_file(task, **request)``: the export of a small model; made once, to be read only."""
+def exports(trained, picture, tmp_path_factory):
+    """``exports(task, **request)``: file and report of the export of a small model; made once.
+
+    The file is to be read only.
+    """
     made = {}
 
-    def make(task: str, **request) -> Path:
+    def make(task: str, **request) -> tuple[Path, list[str]]:
         key = (task, *sorted(request.items()))
         if key not in made:
-            folder = tmp_path_factory.mktemp("exported")
-            made[key] = exported(trained(task), picture, folder=folder, **request)
+            folder, lines = tmp_path_factory.mktemp("exported"), []
+            path = exported(trained(task), picture, lines=lines, folder=folder, **request)
+            made[key] = path, lines
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def onnx_file(exports):
+    """``onnx_file(task, **request)``: the file alone."""
+    return lambda task, **request: exports(task, **request)[0]
 
 
 @pytest.fixture(scope="session")

@@ -49,5 +49,5 @@ def test_files_that_do_not_fit(trained, onnx_file, tmp_path):
     small.config.test_dataloader.dataset.metainfo.classes = ("background", "other")
     with pytest.raises(ValueError, match=r"the config has \['background', 'other'\]"):
         evaluate(small.config, path, tmp_path)
-    with pytest.raises(ValueError, match="--tta needs a checkpoint"):
+    with pytest.raises(ValueError, match="test-time augmentation needs a checkpoint"):
         engine.build_test_runner(trained("segmentation").config, str(path), tta=True)

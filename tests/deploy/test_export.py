@@ -35,9 +35,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("task, request_", CASES)
-def test_exports_pass_their_check(trained, picture, tmp_path, task, request_):
-    lines = []
-    path = exported(trained(task), picture, lines=lines, folder=tmp_path, **request_)
+def test_exports_pass_their_check(exports, task, request_):
+    path, lines = exports(task, **request_)
     assert lines[0] == "compared with PyTorch on 2 random and 1 real images:"
     if task in ("detection", "rotated") and "part" not in request_:
         (found,) = [line for line in lines if "detections match" in line]
@@ -55,7 +54,7 @@ def test_exports_pass_their_check(trained, picture, tmp_path, task, request_):
     sidecar = Metadata.from_json(path.with_suffix(".json").read_text(), path)
     assert runtime.load(path).metadata == sidecar
     assert sidecar.size == request_["size"]
-    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.json"}
+    assert {file.name for file in path.parent.iterdir()} == {"model.onnx", "model.json"}
 
 
 def export_backbone(variant, tmp_path, size, broken=False):
