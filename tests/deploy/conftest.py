@@ -27,18 +27,30 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def onnx_file(trained, picture, tmp_path_factory):
-    """``onnx_file(task, **request)``: the export of a small model; made once, to be read only."""
+def exports(trained, picture, tmp_path_factory):
+    """``exports(task, **request)``: the export of a small model, and the lines of its check.
+
+    Each is made once, to be read only. Tests that need any file of a task ask for one of those
+    whose check ``test_export.py`` looks at.
+    """
     made = {}
 
-    def make(task: str, **request) -> Path:
+    def make(task: str, **request) -> tuple[Path, list[str]]:
         key = (task, *sorted(request.items()))
         if key not in made:
+            lines = []
             folder = tmp_path_factory.mktemp("exported")
-            made[key] = exported(trained(task), picture, folder=folder, **request)
+            path = exported(trained(task), picture, lines=lines, folder=folder, **request)
+            made[key] = path, lines
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def onnx_file(exports):
+    """``onnx_file(task, **request)``: the file alone."""
+    return lambda task, **request: exports(task, **request)[0]
 
 
 @pytest.fixture(scope="session")
