@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -199,8 +200,14 @@ def test_corners_are_those_of_mmrotate():
     assert ours == {tuple(np.round(corner, 3)) for corner in theirs.view(-1, 2).tolist()}
 
 
-def test_batches_and_sizes_may_mix(onnx_file, picture):
-    predictor = runtime.load(onnx_file("segmentation", size=(64, 96), batch=2, preprocessing=True))
+@pytest.fixture
+def segmentor(onnx_file) -> Path:
+    """File of an exported segmentor of a fixed size."""
+    return onnx_file("segmentation", size=(64, 96), batch=2, preprocessing=True)
+
+
+def test_batches_and_sizes_may_mix(segmentor, picture):
+    predictor = runtime.load(segmentor)
     images = [pixels(64, 64), pixels(40, 90), pixels(64, 64), picture, pixels(64, 64)]
     results = predictor.predict_batch(images)
     for image, result in zip(images, results, strict=True):
@@ -214,8 +221,8 @@ def test_batches_and_sizes_may_mix(onnx_file, picture):
     )
 
 
-def test_huge_segmentations_keep_to_the_memory(onnx_file, monkeypatch):
-    predictor = runtime.load(onnx_file("segmentation", size=(64, 96), batch=2, preprocessing=True))
+def test_huge_segmentations_keep_to_the_memory(segmentor, monkeypatch):
+    predictor = runtime.load(segmentor)
     image = pixels(60, 120)
     full = predictor.predict(image).labels
     monkeypatch.setattr(runtime.predictor, "MAX_LOGITS", 60 * 120 * 5 // 4)
@@ -225,10 +232,8 @@ def test_huge_segmentations_keep_to_the_memory(onnx_file, monkeypatch):
 
 
 class TestBadInput:
-    def test_images(self, onnx_file, tmp_path):
-        predictor = runtime.load(
-            onnx_file("segmentation", size=(64, 96), batch=2, preprocessing=True)
-        )
+    def test_images(self, segmentor, tmp_path):
+        predictor = runtime.load(segmentor)
         with pytest.raises(FileNotFoundError, match="gone.jpg"):
             predictor.predict("gone.jpg")
         broken = tmp_path / "broken.png"
@@ -239,16 +244,14 @@ class TestBadInput:
             with pytest.raises(ValueError, match=r"must be \(H, W, 3\) of uint8"):
                 predictor.predict(wrong)
 
-    def test_files(self, onnx_file, tmp_path):
+    def test_files(self, segmentor, tmp_path):
         with pytest.raises(FileNotFoundError, match="gone.onnx does not exist"):
             runtime.load("gone.onnx")
         broken = tmp_path / "broken.onnx"
         broken.write_bytes(b"no model")
         with pytest.raises(ValueError, match="broken.onnx: onnxruntime cannot load it"):
             runtime.load(broken)
-        proto = onnx.load(
-            str(onnx_file("segmentation", size=(64, 96), batch=2, preprocessing=True))
-        )
+        proto = onnx.load(str(segmentor))
         (entry,) = (item for item in proto.metadata_props if item.key == KEY)
         text = json.loads(entry.value)
         for change, message in (

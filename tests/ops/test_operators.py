@@ -10,16 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from ops.operator_cases import (
-    AT_THRESHOLD,
-    CASES,
-    GOLDEN,
-    features,
-    labels,
-    regions,
-    scores,
-    turned,
-)
+from ops.operator_cases import AT_THRESHOLD, CASES, GOLDEN, features, labels, regions, scores, turned
 from rotated_boxes import polygon_iou
 
 from mmeformer.ops import rotated, status, substitute
