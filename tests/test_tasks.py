@@ -51,7 +51,7 @@ def depth(monkeypatch):
 def inputs(tmp_path, monkeypatch):
     """A folder with a config of an unknown task, and files to give to commands."""
     monkeypatch.chdir(tmp_path)
-    loader = dict(dataset=dict(type="BaseDataset", ann_file="labels.json", pipeline=[]))
+    loader = dict(dataset=dict(type="mmdet.CocoDataset", ann_file="a.json", pipeline=[]))
     settings = dict(default_scope="mmunknown", model=dict(), train_dataloader=loader)
     Path("config.py").write_text("\n".join(f"{key} = {value!r}" for key, value in settings.items()))
     Path("checkpoint.pth").touch()
@@ -112,7 +112,7 @@ def test_an_unknown_quickstart(depth, capsys):
 def test_a_data_set_without_checks(depth, inputs, capsys):
     assert main("check_dataset")(["config.py", "--split", "train"]) == 1
     error = capsys.readouterr().err
-    assert "BaseDataset of config.py cannot be checked" in error
+    assert "mmdet.CocoDataset of config.py cannot be checked" in error
     for task in tasks.TASKS.values():
         assert all(name in error for name in task.datasets)
 

@@ -75,8 +75,9 @@ def run(args: argparse.Namespace) -> tuple[Profile, dict]:
         )
     else:
         config = configs.load_config(args.config, args.cfg_options)
+        task = request.task(config)
         model = models.build_model(config, args.checkpoint)
-        metadata = export_metadata(config, model, request.task(config), size=size)
+        metadata = export_metadata(config, model, task, size=size)
     metadata = replace(metadata, batch=args.batch)
     found = profile(
         model,
