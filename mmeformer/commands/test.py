@@ -5,7 +5,6 @@ import argparse
 
 from mmeformer.commands import cli
 from mmeformer.configs import existing_checkpoint
-from mmeformer.deploy.evaluate import use_onnx
 from mmeformer.training import engine
 
 
@@ -26,6 +25,9 @@ def work(args: argparse.Namespace) -> None:
     config = cli.prepare_run(args)
     checkpoint = existing_checkpoint(args.checkpoint)
     if checkpoint.endswith(".onnx"):
+        # Needs onnxruntime, which evaluating checkpoints does not.
+        from mmeformer.deploy.evaluate import use_onnx
+
         if args.tta:
             raise ValueError(
                 f"test-time augmentation needs a checkpoint, not the exported file {checkpoint}"
