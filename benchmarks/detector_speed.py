@@ -3,9 +3,9 @@
 
     python benchmarks/detector_speed.py --variants efficientformerv2_s0 efficientformer_l1
 
-The same neck, heads, images and objects; random weights, so a detector's proposals are noise, but
-as many as in use. Ours are as tools/train.py and tools/predict.py run them: channels last, folded
-for inference. Each has a process of its own for its peak of resident memory.
+Both have the same neck, heads, images and objects. Weights are random, so proposals are noise, but
+as many as in use. Ours run as in tools/train.py and tools/predict.py: channels last, folded for
+inference. Each model runs in its own process, to measure its peak of resident memory.
 """
 
 import argparse
@@ -36,7 +36,7 @@ RESNET = dict(
 
 
 def build(name: str):
-    """Mask R-CNN with the backbone of a name."""
+    """Build Mask R-CNN with the backbone ``name``."""
     variant = "efficientformerv2-s0" if name == "resnet50" else name.replace("_", "-")
     config = configs.load_config(f"detection/mask-rcnn_{variant}_fpn_1x_coco.py").model
     configs.drop_pretrained(config)
@@ -51,7 +51,7 @@ def build(name: str):
 
 
 def measure(name: str, size: tuple[int, int], rounds: int) -> dict:
-    """Seconds of the shortest training step and prediction, and MiB of memory of a step."""
+    """Measure the shortest training step and prediction in seconds, and a step's MiB of memory."""
     keep_freed_memory()
     model = build(name)
     if name != "resnet50":
@@ -77,7 +77,7 @@ def measure(name: str, size: tuple[int, int], rounds: int) -> dict:
 
 
 def main() -> None:
-    """One process for each model, in turns."""
+    """Run one process per model, in turns."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -13,25 +13,37 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-BACKBONE = "backbone"
-"""Stands where a task's name stands for exports of the bare backbone."""
-
 
 @dataclass(frozen=True)
-class Task:
-    """What the shared rooms need to know of a task.
+class Export:
+    """How models of one kind are exported, and how their files are run.
 
     Args:
-        name: as on command lines and in exported files.
-        scope: ``default_scope`` of its configs.
-        libraries: import names of the libraries it needs beyond mmengine and mmcv.
-        predictor: subclass of :class:`mmeformer.inference.predictor.Predictor`.
         graph: subclass of :class:`mmeformer.deploy.graphs.Graph` for ONNX.
         coreml_graph: the same for CoreML; None where CoreML lacks operators for it.
         decoder: function from the outputs of an exported file to results; see
             :mod:`mmeformer.runtime.decoders`.
         stretches: whether an image is stretched to the size of a fixed-size export; else it keeps
             its ratio and is padded.
+    """
+
+    graph: str
+    coreml_graph: str | None
+    decoder: str
+    stretches: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that the shared rooms need to know of a task.
+
+    Args:
+        name: as on command lines and in exported files.
+        scope: ``default_scope`` of its configs.
+        libraries: import names of the libraries it needs beyond mmengine and mmcv.
+        predictor: subclass of :class:`mmeformer.inference.predictor.Predictor`.
+        outputs: what prediction writes, for the help of ``tools/predict.py``.
+        export: its exported files.
         quickstart: an instance of :class:`mmeformer.quickstart.Quickstart`.
         datasets: data sets with the checks of ``tools/check_dataset.py``, as configs name them.
     """
@@ -40,10 +52,8 @@ class Task:
     scope: str
     libraries: tuple[str, ...]
     predictor: str
-    graph: str
-    coreml_graph: str | None
-    decoder: str
-    stretches: bool
+    outputs: str
+    export: Export
     quickstart: str
     datasets: tuple[str, ...]
 
@@ -54,10 +64,13 @@ _ROWS = (
         scope="mmdet",
         libraries=("mmdet",),
         predictor="mmeformer.detection.predictor:DetectionPredictor",
-        graph="mmeformer.detection.graph:DetectionGraph",
-        coreml_graph=None,
-        decoder="mmeformer.runtime.decoders:decode_detections",
-        stretches=False,
+        outputs="predictions.json (a COCO data set with scores; masks in run-length code)",
+        export=Export(
+            graph="mmeformer.detection.graph:DetectionGraph",
+            coreml_graph=None,
+            decoder="mmeformer.runtime.decoders:decode_detections",
+            stretches=False,
+        ),
         quickstart="mmeformer.detection.quickstart:QUICKSTART",
         datasets=("mmeformer.CocoDataset",),
     ),
@@ -66,11 +79,14 @@ _ROWS = (
         scope="mmseg",
         libraries=("mmseg",),
         predictor="mmeformer.segmentation.predictor:SegmentationPredictor",
-        graph="mmeformer.segmentation.graph:SegmentationGraph",
-        coreml_graph="mmeformer.segmentation.graph:FixedSizeSegmentationGraph",
-        decoder="mmeformer.runtime.decoders:decode_segmentation",
-        # Attention would see padding.
-        stretches=True,
+        outputs="masks/NAME.png and classes.json",
+        export=Export(
+            graph="mmeformer.segmentation.graph:SegmentationGraph",
+            coreml_graph="mmeformer.segmentation.graph:FixedSizeSegmentationGraph",
+            decoder="mmeformer.runtime.decoders:decode_segmentation",
+            # Attention would see padding.
+            stretches=True,
+        ),
         quickstart="mmeformer.segmentation.quickstart:QUICKSTART",
         datasets=("mmeformer.SegmentationDataset", "mmeformer.ADE20KDataset"),
     ),
@@ -79,10 +95,13 @@ _ROWS = (
         scope="mmrotate",
         libraries=("mmdet", "mmrotate", "shapely"),
         predictor="mmeformer.rotated.predictor:RotatedPredictor",
-        graph="mmeformer.rotated.graph:RotatedGraph",
-        coreml_graph="mmeformer.rotated.graph:RotatedRawGraph",
-        decoder="mmeformer.runtime.decoders:decode_rotated",
-        stretches=False,
+        outputs="predictions.json and labels/NAME.txt (DOTA's label format)",
+        export=Export(
+            graph="mmeformer.rotated.graph:RotatedGraph",
+            coreml_graph="mmeformer.rotated.graph:RotatedRawGraph",
+            decoder="mmeformer.runtime.decoders:decode_rotated",
+            stretches=False,
+        ),
         quickstart="mmeformer.rotated.quickstart:QUICKSTART",
         datasets=("mmeformer.DOTADataset",),
     ),
@@ -91,6 +110,22 @@ _ROWS = (
 TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
 """Every task by name."""
 
+BACKBONE = "backbone"
+"""Stands where a task's name stands for exports of the bare backbone."""
+
+_BACKBONE_EXPORT = Export(
+    graph="mmeformer.deploy.graphs:BackboneGraph",
+    coreml_graph="mmeformer.deploy.graphs:BackboneGraph",
+    decoder="mmeformer.runtime.decoders:decode_pyramids",
+    # Attention would see padding.
+    stretches=True,
+)
+
+
+def exports() -> dict[str, Export]:
+    """Every kind of exported file: that of each task by its name, and the bare backbone."""
+    return {BACKBONE: _BACKBONE_EXPORT, **{name: task.export for name, task in TASKS.items()}}
+
 
 def load(reference: str) -> Any:
     """Import what a row names as ``"module:name"``."""
@@ -98,7 +133,7 @@ def load(reference: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def of_config(config: Mapping) -> Task:
+def of_config(config: Mapping[str, Any]) -> Task:
     """The task of a config, by its ``default_scope``.
 
     Raises:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Predict on images, folders, globs and videos with a trained model of any of the three tasks."""
+"""Predict on images, folders, globs and videos with a trained model."""
 
 import sys
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate a checkpoint, or an ONNX file exported from one, of any config of the three tasks."""
+"""Evaluate a checkpoint, or an ONNX file exported from one, with the metrics of its config."""
 
 import sys
 

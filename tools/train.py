@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Train any config of the three tasks."""
+"""Train the model of a config."""
 
 import sys
 

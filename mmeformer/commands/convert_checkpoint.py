@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert a checkpoint between the published formats and ours.
 
-Reads files of the reference implementation (classification, detection, segmentation), timm, Hugging
-Face transformers and mmeformer, recognized by their content.
+Reads files of the reference implementation (classifiers, detectors, segmentors), timm, Hugging Face
+transformers and mmeformer, recognized by their content.
 
 Examples:
     convert_checkpoint.py eformer_s0_450.pth efficientformerv2_s0.pth

@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--with-preprocessing",
         action="store_true",
-        help="the graph takes BGR images as OpenCV reads them, and normalises them",
+        help="the graph takes BGR images as OpenCV reads them, and normalizes them",
     )
     parser.add_argument("--fp16", action="store_true", help="CoreML in float16")
     parser.add_argument(
@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_config_options(parser)
     args = cli.parse(parser, argv)
     if args.dynamic and args.batch != 1:
-        parser.error("--batch is for --size: with --dynamic any batch will do")
+        parser.error("--batch is for --size: with --dynamic any batch is possible")
     return args
 
 

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predict on images, folders, globs and videos with a trained model of any of the three tasks.
+"""Predict on images, folders, globs and videos with a trained model.
 
-Below the output folder come pictures/ and videos/ with what was found drawn in, and
-  detection      predictions.json (a COCO data set with scores; masks in run-length code)
-  rotated        predictions.json and labels/NAME.txt (DOTA's label format)
-  segmentation   masks/NAME.png and classes.json
+The output folder gets pictures/ and videos/ with the results drawn in, and files of each task:
+{outputs}
 
 Images that cannot be read are named and skipped; the exit status is then 1.
 
@@ -25,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmeformer import configs
 from mmeformer.commands import cli
+from mmeformer.tasks import TASKS
 
 # Seconds between lines of progress where the output is no terminal.
 LINE_EVERY = 30
@@ -32,8 +31,10 @@ LINE_EVERY = 30
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
+    outputs = "\n".join(f"  {task.name:<15}{task.outputs}" for task in TASKS.values())
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__.format(outputs=outputs),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="config file, or its path below mmeformer's configs/")
     parser.add_argument("checkpoint", help="checkpoint of a model of this config")

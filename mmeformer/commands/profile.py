@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,9 +23,13 @@ from mmeformer import configs
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.commands import cli
 from mmeformer.deploy import models
-from mmeformer.deploy.export import Request, graph_maker
+from mmeformer.deploy.export import Request
+from mmeformer.deploy.graphs import graph_class
+from mmeformer.deploy.metadata import export_metadata
 from mmeformer.deploy.profile import MODES, Profile, profile
+from mmeformer.files import write_text
 from mmeformer.runtime.metadata import Metadata
+from mmeformer.tasks import BACKBONE
 from mmeformer.variants import VARIANTS
 from mmeformer.version import __version__
 
@@ -40,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "config", help=f"config file, or a published variant: {', '.join(VARIANTS)}"
     )
-    parser.add_argument("--checkpoint", help="default: random weights, which find no fewer objects")
+    parser.add_argument("--checkpoint", help="default: random weights")
     parser.add_argument("--part", choices=["model", "backbone"], default="model")
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("H", "W"), help="default: 224 (variant) or 512"
@@ -57,27 +61,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> tuple[Profile, dict]:
-    """The profile, and the conditions that it was made under."""
+    """Profile a model; returns the profile and the conditions it was made under."""
     variant = VARIANTS.get(args.config)
     size = tuple(args.size or ((224, 224) if variant else (512, 512)))
-    request = Request("onnx", "backbone" if variant else args.part, size, args.batch)
+    request = Request("onnx", BACKBONE if variant else args.part, size, args.batch)
     if variant is not None:
         if size[0] != size[1]:
             raise ValueError(f"--size {size}: classifiers are counted on square images")
         cls = EfficientFormer if variant.family == "v1" else EfficientFormerV2
         model = cls(variant.arch).eval()
         metadata = Metadata(
-            "backbone", __version__, variant.name, (0.0,) * 3, (1.0,) * 3, True, size=size
+            BACKBONE, __version__, variant.name, (0.0,) * 3, (1.0,) * 3, True, size=size
         )
     else:
         config = configs.load_config(args.config, args.cfg_options)
+        task = request.task(config)
         model = models.build_model(config, args.checkpoint)
-        metadata = models.describe(config, model, part=request.part, size=size, batch=args.batch)
-    metadata = Metadata(**{**vars(metadata), "batch": args.batch})
+        metadata = export_metadata(config, model, task, size=size)
+    metadata = replace(metadata, batch=args.batch)
     found = profile(
         model,
         metadata,
-        graph_maker(metadata, request),
+        graph_class(metadata.task, request.target),
         modes=args.modes,
         rounds=args.rounds,
         variant=variant,
@@ -96,7 +101,7 @@ def run(args: argparse.Namespace) -> tuple[Profile, dict]:
 
 
 def as_table(found: Profile, conditions: dict) -> Table:
-    """The profile as one table to print."""
+    """Format the profile as one table."""
     height, width = conditions["size"]
     table = Table(
         title=f"{Path(conditions['model']).stem}, {conditions['part']}, {height} x {width} px, "
@@ -127,9 +132,7 @@ def report(args: argparse.Namespace) -> None:
     Console().print(as_table(found, conditions))
     if args.json:
         text = json.dumps({**conditions, "total": asdict(found.total), **asdict(found)}, indent=1)
-        unfinished = Path(f"{args.json}.unfinished")
-        unfinished.write_text(text + "\n")
-        unfinished.replace(args.json)
+        write_text(args.json, text + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

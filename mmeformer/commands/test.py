@@ -4,11 +4,12 @@
 import argparse
 
 from mmeformer.commands import cli
+from mmeformer.configs import existing_checkpoint
 from mmeformer.training import engine
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """The command line's arguments."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     cli.add_config(parser)
     parser.add_argument("checkpoint", help="checkpoint, or exported .onnx file")
@@ -21,9 +22,21 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def work(args: argparse.Namespace) -> None:
     """Evaluate."""
+    config = cli.prepare_run(args)
+    checkpoint = existing_checkpoint(args.checkpoint)
+    if checkpoint.endswith(".onnx"):
+        # Needs onnxruntime, which evaluating checkpoints does not.
+        from mmeformer.deploy.evaluate import use_onnx
+
+        if args.tta:
+            raise ValueError(
+                f"test-time augmentation needs a checkpoint, not the exported file {checkpoint}"
+            )
+        use_onnx(config, checkpoint)
+        checkpoint = None
     runner = engine.build_test_runner(
-        cli.prepare_run(args),
-        args.checkpoint,
+        config,
+        checkpoint,
         out=args.out,
         show_dir=args.show_dir,
         tta=args.tta,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a trained model to a product: folding, export, checks, profiles.
+"""Fold, export, check and profile trained models.
 
-What runs the exported files needs none of this: see :mod:`mmeformer.runtime`.
+Running exported files needs none of this: see :mod:`mmeformer.runtime`.
 """
 
 from mmeformer.deploy.fold import fold

@@ -1,33 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversion to CoreML, and what can be checked of it away from Apple's systems."""
+"""Write CoreML packages, and check of them what can be checked away from Apple's systems."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import coremltools
+import numpy as np
 import torch
 from coremltools.converters.mil.mil.types import builtin_to_string
+from torch import nn
 
 from mmeformer.deploy.check import (
     LABELS_DIFFER,
     RAW_TOLERANCE,
-    Findings,
+    Comparison,
+    random_image,
     relative_difference,
 )
-from mmeformer.deploy.graphs import Graph
+from mmeformer.deploy.graphs import Graph, build_graph
+from mmeformer.runtime.images import Prepared, as_image, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 
 TARGET = coremltools.target.iOS16
 
 
+def write(
+    model: nn.Module,
+    graph_class: Callable[..., Graph],
+    metadata: Metadata,
+    images: Sequence[Path],
+    path: Path,
+    half: bool,
+) -> Comparison:
+    """Write a CoreML package and check it.
+
+    CoreML runs on Apple's systems alone. Elsewhere the folded program is compared with the model
+    before coremltools converts it, on random and real images; of the package, inputs, outputs,
+    operators and weights are checked.
+
+    Args:
+        model: as it was trained.
+        graph_class: see :func:`mmeformer.deploy.graphs.graph_class`.
+        metadata: kept in the package; of a fixed size and batch.
+        images: real images to compare on, beside random ones.
+        path: of the package, a folder.
+        half: compute and store weights in float16.
+    """
+    graph = build_graph(graph_class, model, metadata, channels_last=False)
+    reference = graph_class(copy.deepcopy(model), graph.normalize).eval()
+    assert metadata.size is not None and metadata.batch is not None
+    randoms = [random_image(*metadata.size, seed) for seed in range(metadata.batch)]
+    batches: list[list[Any]] = [randoms, *([image] * metadata.batch for image in images)]
+    examples = [
+        _planes([prepare(as_image(image), metadata) for image in batch]) for batch in batches
+    ]
+    comparison = Comparison("CoreML runs on Apple's systems alone; what was checked here")
+    compare_folded(graph, reference, examples, comparison)
+    graph.raw_names = ()
+    package = convert(graph, examples[0], metadata, half)
+    package.save(str(path))
+    check_package(path, package, graph, examples[0], half, comparison)
+    version = coremltools.__version__
+    comparison.add(f"not checked: its answers (coremltools {version} predicts on macOS only)", True)
+    return comparison
+
+
+def _planes(batch: list[Prepared]) -> torch.Tensor:
+    """Prepared images as the (B, 3, H, W) of a graph whose channels come first."""
+    data = np.stack([item.data for item in batch])
+    if data.dtype == np.uint8:
+        data = data.transpose(0, 3, 1, 2).astype(np.float32)
+    return torch.from_numpy(data)
+
+
 def convert(
     graph: Graph, example: torch.Tensor, metadata: Metadata, half: bool
 ) -> coremltools.models.MLModel:
-    """A CoreML model of a graph.
+    """Convert a graph to a CoreML model.
 
     Args:
         graph: in eval mode.
@@ -37,7 +92,7 @@ def convert(
         half: compute and store weights in float16.
     """
     with torch.no_grad(), warnings.catch_warnings():
-        # See the ONNX export: the comparison below shows whether one of them mattered.
+        # See the ONNX export: the comparison shows whether one of them mattered.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         traced = torch.jit.trace(graph, example, check_trace=False)
     if metadata.preprocessing_in_graph:
@@ -62,15 +117,15 @@ def convert(
 
 @torch.no_grad()
 def compare_folded(
-    graph: Graph, reference: Graph, examples: Sequence[torch.Tensor], findings: Findings
+    graph: Graph, reference: Graph, examples: Sequence[torch.Tensor], comparison: Comparison
 ) -> None:
-    """Compare what is to be converted with the model.
+    """Compare the folded graph with the model.
 
     Args:
         graph: the folded graph.
-        reference: the same graph of the model as it was trained.
+        reference: the graph of the model as it was trained.
         examples: ``image`` inputs.
-        findings: receives the largest difference of each output and raw tensor.
+        comparison: receives the largest difference of each output and raw tensor.
     """
     names = reference.output_names + reference.raw_names
     largest = dict.fromkeys(names, 0.0)
@@ -87,10 +142,10 @@ def compare_folded(
             line = (
                 f"{title}: the folded program differs by {largest[name]:.1e} of its largest value"
             )
-            findings.add(line, largest[name] <= RAW_TOLERANCE)
+            comparison.add(line, largest[name] <= RAW_TOLERANCE)
         else:
             line = f"{title}: {largest[name]:.1e} of its numbers differ"
-            findings.add(line, largest[name] <= LABELS_DIFFER)
+            comparison.add(line, largest[name] <= LABELS_DIFFER)
 
 
 @torch.no_grad()
@@ -100,28 +155,28 @@ def check_package(
     graph: Graph,
     example: torch.Tensor,
     half: bool,
-    findings: Findings,
+    comparison: Comparison,
 ) -> None:
-    """Check a saved package as far as it goes without running it.
+    """Check a saved package without running it.
 
     Args:
         path: of the package.
         package: as converted.
-        graph: what was converted.
+        graph: that was converted.
         example: an ``image`` input.
-        half: whether float16 was asked for.
-        findings: receives what was found.
+        half: whether it is to be in float16.
+        comparison: receives the results.
     """
     expected = dict(zip(graph.output_names, graph(example), strict=True))
     spec = coremltools.models.MLModel(str(path), skip_model_load=True).get_spec()
     inputs = [item.name for item in spec.description.input]
-    findings.add(f"the file loads; inputs {inputs}", inputs == ["image"])
+    comparison.add(f"the file loads; inputs {inputs}", inputs == ["image"])
     for output in spec.description.output:
         shape = tuple(output.type.multiArrayType.shape)
         wanted = tuple(expected[output.name].shape) if output.name in expected else None
-        findings.add(f"output {output.name} {shape}, in PyTorch {wanted}", shape == wanted)
+        comparison.add(f"output {output.name} {shape}, in PyTorch {wanted}", shape == wanted)
     found = {output.name for output in spec.description.output}
-    findings.add(f"{len(found)} of {len(expected)} outputs", found == set(expected))
+    comparison.add(f"{len(found)} of {len(expected)} outputs", found == set(expected))
 
     program = package._mil_program
     operations = [
@@ -133,7 +188,7 @@ def check_package(
     operators = Counter(operation.op_type for operation in operations)
     custom = [name for name in operators if "custom" in name]
     count, kinds = sum(operators.values()), len(operators)
-    findings.add(f"{count} operators of {kinds} kinds; custom ones: {len(custom)}", not custom)
+    comparison.add(f"{count} operators of {kinds} kinds; custom ones: {len(custom)}", not custom)
     types = Counter(
         builtin_to_string(value.dtype)
         for operation in operations
@@ -141,12 +196,12 @@ def check_package(
         for value in operation.outputs
     )
     floats = {name: number for name, number in types.items() if name.startswith("fp")}
-    wanted = "fp16" if half else "fp32"
-    findings.add(f"types of the tensors between them: {floats}", set(floats) == {wanted})
-    # Attention biases and the like are no parameters, so there may be more, but never fewer.
+    precision = {"fp16" if half else "fp32"}
+    comparison.add(f"types of the tensors between them: {floats}", set(floats) == precision)
+    # Buffers such as attention biases are in the file too, so there may be more, but never fewer.
     weights = sum(item.stat().st_size for item in path.rglob("weight.bin"))
     parameters = sum(value.numel() for value in graph.parameters()) * (2 if half else 4)
-    findings.add(
+    comparison.add(
         f"{weights / 1e6:.1f} MB of weights in the file, {parameters / 1e6:.1f} MB of parameters",
         weights >= 0.95 * parameters,
     )

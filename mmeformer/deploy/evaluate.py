@@ -10,69 +10,45 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModel
 
-from mmeformer import runtime
-from mmeformer.deploy.models import TASK_OF_SCOPE
+from mmeformer import runtime, tasks
 from mmeformer.registry import MODELS
 
 
 @MODELS.register_module()
 class OnnxModel(BaseModel):
-    """An exported ONNX file in the place of a model, for mmengine's test loop.
+    """An exported ONNX file in place of a model, for mmengine's test loop.
 
-    The whole way of the product is evaluated: each image file is read, prepared, run and brought
-    back to its size by :mod:`mmeformer.runtime`. Of what the data loader hands out, only the file's
-    name and the ground truth count.
+    :mod:`mmeformer.runtime` reads, prepares and predicts each image file, as a product does. From
+    the data loader come only the file's name and the ground truth.
 
     Args:
         file: the ``.onnx`` file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an exported file of ours.
+        ValueError: not an ONNX file that mmeformer exported.
     """
 
     def __init__(self, file: str) -> None:
         super().__init__()
-        # One graph at a time: the batch of the data loader is not that of the graph.
+        # One image at a time: the batch of the data loader is not that of the graph.
         self.predictor = runtime.load(file, torch.get_num_threads())
+        self.graph = tasks.load(self.predictor.metadata.export.graph)
 
     def test_step(self, data: dict) -> list:
         """The samples of a batch, with predictions as the OpenMMLab model sets them."""
         samples = list(data["data_samples"])
         for sample in samples:
-            _set_prediction(sample, self.predictor.predict(sample.img_path))
+            self.graph.set_prediction(sample, self.predictor.predict(sample.img_path))
         return samples
 
     def forward(self, inputs: torch.Tensor, data_samples=None, mode: str = "tensor"):
-        """Not to be called: a file can only predict.
+        """Not available: a file can only predict.
 
         Raises:
             RuntimeError: always.
         """
         raise RuntimeError("an exported file can be tested, but neither trained nor called")
-
-
-def _set_prediction(sample, result: runtime.Segmentation | runtime.Detections) -> None:
-    if isinstance(result, runtime.Segmentation):
-        from mmengine.structures import PixelData
-
-        labels = torch.from_numpy(result.labels.astype("int64"))
-        sample.set_data({"pred_sem_seg": PixelData(data=labels[None])})
-        return
-    from mmdet.structures.bbox import BaseBoxes
-    from mmengine.structures import InstanceData
-
-    found = InstanceData(
-        bboxes=torch.from_numpy(result.boxes),
-        scores=torch.from_numpy(result.scores),
-        labels=torch.from_numpy(result.labels),
-    )
-    if isinstance(result, runtime.Detections) and result.mask_scores is not None:
-        found.masks = torch.from_numpy(result.masks())
-    sample.pred_instances = found
-    truth = sample.get("gt_instances")
-    if truth is not None and isinstance(truth.get("bboxes"), BaseBoxes):
-        truth.bboxes = truth.bboxes.tensor
 
 
 def use_onnx(config: Config, file: str) -> None:
@@ -82,8 +58,8 @@ def use_onnx(config: Config, file: str) -> None:
         FileNotFoundError: no such file.
         ValueError: the file is of another task or of other classes.
     """
+    task = tasks.of_config(config).name
     metadata = runtime.load(file).metadata
-    task = TASK_OF_SCOPE.get(config.get("default_scope"))
     if metadata.task != task:
         raise ValueError(f"{file} is a model for {metadata.task}, but the config is for {task}")
     classes = _classes(config)
@@ -93,7 +69,6 @@ def use_onnx(config: Config, file: str) -> None:
             f"config has {list(classes)}"
         )
     config.model = ConfigDict(type="mmeformer.OnnxModel", file=str(Path(file).resolve()))
-    config.load_from = None
 
 
 def _classes(config: Config) -> Sequence[str]:

@@ -2,55 +2,141 @@
 """Models as graphs: tensors in, tensors out, every choice that depends on data an operator.
 
 A graph calls the trained layers of a model and expresses what lies around them (anchors, choice of
-boxes, suppression) so that it can be traced for any batch and size. Detectors and segmentors have a
-module each beside this one.
+boxes, suppression) so that it can be traced for any batch and size. Each task has its graphs in its
+own room; its row in :mod:`mmeformer.tasks` names them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from mmengine.config import Config
 from torch import Tensor, nn
 
+from mmeformer import tasks
 from mmeformer.backbones.base import PyramidBackbone
+from mmeformer.deploy import check
+from mmeformer.deploy.biases import GraphBias, replace_biases
+from mmeformer.deploy.fold import fold
+from mmeformer.deploy.substitutes import substitute_for_graph
+from mmeformer.runtime.metadata import Metadata
+from mmeformer.variants import STRIDES
 
 
 class Graph(nn.Module):
-    """Base of all graphs.
+    """Base of all graphs: all that exporting needs to know of a task.
 
     ``forward(image, *others)`` returns the outputs named by ``output_names``, then the raw tensors
-    named by ``raw_names``: what the check of an export compares number by number, and what the
-    finished file no longer holds (``raw_names = ()`` leaves them out). A subclass implements
-    :meth:`run`.
+    named by ``raw_names``. The check of an export compares raw tensors number by number; the
+    finished file holds none (``raw_names = ()`` leaves them out).
+
+    Subclasses take a model as their first argument and raise a ``ValueError`` for one that they
+    cannot express.
 
     Args:
-        normalise: makes the network's input of the ``image`` input; None takes it as it is.
+        normalize: makes the network's input of the ``image`` input; None takes it as it is.
     """
 
     extra_inputs: tuple[str, ...] = ()
+    """Inputs beside ``image``, of ``image_size`` (B, 2) ``float32``: height and width of each image
+    without padding, and ``output_size`` (2,) ``int64``: height and width of the outputs."""
+
     output_names: tuple[str, ...]
     raw_names: tuple[str, ...] = ()
 
-    def __init__(self, normalise: nn.Module | None = None) -> None:
+    compare: Callable[[Sequence[tuple], check.Comparison], None]
+    """Compares results of this task; see :mod:`mmeformer.deploy.check`."""
+
+    run: Callable[..., tuple[Tensor, ...]]
+    """``image`` (B, 3, H, W), normalized, and the ``extra_inputs`` -> all outputs."""
+
+    def __init__(self, normalize: nn.Module | None = None) -> None:
         super().__init__()
-        self.normalise = normalise
+        self.normalize = normalize
 
     def forward(self, image: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        if self.normalise is not None:
-            image = self.normalise(image)
+        if self.normalize is not None:
+            image = self.normalize(image)
             if "image_size" in self.extra_inputs:
                 image = _blank_padding(image, *others)
         outputs = self.run(image, *others)
         return tuple(outputs[: len(self.output_names) + len(self.raw_names)])
 
-    def run(self, image: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        """``image`` (B, 3, H, W), normalised, and the ``extra_inputs`` -> all outputs."""
+    def output_axes(self, any_size: bool) -> dict[str, dict[int, str]]:
+        """Axes without a fixed length: name of an output -> axis -> name of the axis.
+
+        Args:
+            any_size: whether inputs have any size and batch.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def settings(config: Config, model: Any) -> dict[str, Any]:
+        """Fields of :class:`mmeformer.runtime.Metadata` that this kind of model decides.
+
+        Raises:
+            ValueError: the config asks for what the runtime lacks.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def predict(model: Any, image: Tensor, metainfo: dict[str, Any]) -> Any:
+        """Predict by the OpenMMLab model's own ``predict``, as a reference for exported files.
+
+        Args:
+            model: as it was trained.
+            image: (1, 3, H, W), normalized.
+            metainfo: of the image, as OpenMMLab's test pipelines set it.
+
+        Returns:
+            The result, or None where there is none beyond the outputs of the graph.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def set_prediction(sample: Any, result: Any) -> None:
+        """Put a result of the runtime into a data sample, as the OpenMMLab model does."""
         raise NotImplementedError
 
 
+def graph_class(task: str, target: str) -> Any:
+    """The subclass of :class:`Graph` for a task and a target.
+
+    Args:
+        task: a key of :func:`mmeformer.tasks.exports`.
+        target: ``"onnx"`` or ``"coreml"``.
+
+    Raises:
+        ValueError: CoreML cannot express this task.
+    """
+    export = tasks.exports()[task]
+    reference = export.coreml_graph if target == "coreml" else export.graph
+    if reference is None:
+        raise ValueError(
+            f"CoreML has no operators to choose boxes and masks: export models for {task} to ONNX, "
+            "or their --part backbone to CoreML"
+        )
+    return tasks.load(reference)
+
+
+def build_graph(
+    graph: Callable[..., Graph], model: nn.Module, metadata: Metadata, channels_last: bool
+) -> Graph:
+    """The graph of a folded copy of ``model``; ``channels_last``: see :class:`Normalize`."""
+    folded = fold(model, metadata.size)
+    substitute_for_graph(folded)
+    if metadata.size is None:
+        replace_biases(folded, lambda _, bias: GraphBias(bias))
+    normalize = None
+    if metadata.preprocessing_in_graph:
+        normalize = Normalize(metadata.mean, metadata.std, metadata.bgr_to_rgb, channels_last)
+    return graph(folded, normalize).eval()
+
+
 def _blank_padding(image: Tensor, image_size: Tensor) -> Tensor:
-    """Zeros beyond ``image_size`` (B, 2): height and width of each of the images (B, 3, H, W)."""
+    """Set images (B, 3, H, W) to zero beyond their ``image_size`` (B, 2): height and width."""
     rows, columns = (
         torch.arange(image.shape[axis], device=image.device) < image_size[:, axis - 2, None]
         for axis in (2, 3)
@@ -58,7 +144,7 @@ def _blank_padding(image: Tensor, image_size: Tensor) -> Tensor:
     return image * (rows[:, None, :, None] & columns[:, None, None, :])
 
 
-class Normalise(nn.Module):
+class Normalize(nn.Module):
     """Images as OpenCV reads them -> the network's input (B, 3, H, W) ``float32``.
 
     Args:
@@ -72,6 +158,9 @@ class Normalise(nn.Module):
         self, mean: Sequence[float], std: Sequence[float], bgr_to_rgb: bool, channels_last: bool
     ) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.order: Tensor
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
         order = [2, 1, 0] if bgr_to_rgb else [0, 1, 2]
@@ -84,41 +173,72 @@ class Normalise(nn.Module):
         return (image[:, self.order] - self.mean) / self.std
 
 
+def find_backbone(model: nn.Module) -> PyramidBackbone:
+    """The EfficientFormer in a model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PyramidBackbone):
+            return module
+    raise ValueError(f"{type(model).__name__} has no EfficientFormer backbone")
+
+
 class BackboneGraph(Graph):
     """The pyramid of the bare backbone: outputs ``level0`` (finest) and so on."""
 
-    def __init__(self, backbone: PyramidBackbone, normalise: nn.Module | None = None) -> None:
-        super().__init__(normalise)
-        self.backbone = backbone
-        self.output_names = tuple(f"level{i}" for i in range(len(backbone.out_indices)))
+    compare = staticmethod(check.compare_pyramids)
+
+    def __init__(self, model: nn.Module, normalize: nn.Module | None = None) -> None:
+        super().__init__(normalize)
+        self.backbone = find_backbone(model)
+        self.output_names = tuple(f"level{i}" for i in range(len(self.backbone.out_indices)))
 
     def run(self, image: Tensor) -> tuple[Tensor, ...]:
         """See :meth:`Graph.run`."""
         return self.backbone(image)
 
+    def output_axes(self, any_size: bool) -> dict[str, dict[int, str]]:
+        """See :meth:`Graph.output_axes`."""
+        if not any_size:
+            return {}
+        return {
+            name: {0: "batch", 2: f"height_{STRIDES[index]}", 3: f"width_{STRIDES[index]}"}
+            for name, index in zip(self.output_names, self.backbone.out_indices, strict=True)
+        }
+
+    @staticmethod
+    def settings(config: Config, model: Any) -> dict[str, Any]:
+        """See :meth:`Graph.settings`."""
+        return dict(strides=tuple(STRIDES[index] for index in find_backbone(model).out_indices))
+
+    @staticmethod
+    def predict(model: Any, image: Tensor, metainfo: dict[str, Any]) -> None:
+        """Nothing: the outputs of the graph are all there is."""
+
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """``values`` (B, N, D) at places ``index`` (B, K) of each image: (B, K, D)."""
+    """Take ``values`` (B, N, D) at ``index`` (B, K) of each image: (B, K, D)."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def top_k(scores: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """The ``limit`` best of (B, N) along N, or all if they are fewer: values and places."""
+    """The ``limit`` best of (B, N) along N, or all if they are fewer: values and indices."""
     count = scores.shape[1]
-    if torch.jit.is_tracing():
-        # A number would be frozen at what the traced example had.
-        limit = torch.minimum(torch.tensor(limit), torch.as_tensor(count))
-    else:
-        limit = min(limit, count)
-    return scores.topk(limit, dim=1)
+    if not torch.jit.is_tracing():
+        return scores.topk(min(limit, count), dim=1)
+    # A number would be frozen at what the traced example had.
+    traced: Any = torch.minimum(torch.tensor(limit), torch.as_tensor(count))
+    return scores.topk(traced, dim=1)
 
 
-def place_shifts(size: tuple[int, int], stride: tuple[int, int], like: Tensor) -> Tensor:
-    """(H * W, 2): x and y in pixels by which each place of a map is away from the first one.
+def cell_shifts(size: tuple[int, int], stride: tuple[int, int], like: Tensor) -> Tensor:
+    """Distances in pixels of each cell of a map from the first one: (H * W, 2), x and y.
 
     Args:
         size: (H, W) of the map.
-        stride: pixels per place, (x, y) as mmdet's anchor generators have it.
+        stride: pixels per cell, (x, y) as in mmdet's anchor generators.
         like: gives type and device.
     """
     x = torch.arange(size[1], device=like.device).to(like.dtype) * stride[0]
@@ -129,7 +249,7 @@ def place_shifts(size: tuple[int, int], stride: tuple[int, int], like: Tensor) -
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
-def require(condition: bool, what: str) -> None:
-    """Raise a ``ValueError`` for a model that no graph here can express."""
+def require(condition: bool, otherwise: str) -> None:
+    """Raise a ``ValueError`` for a model that no graph can express."""
     if not condition:
-        raise ValueError(f"{what}; `--part backbone` exports the backbone of every model")
+        raise ValueError(f"{otherwise}; `--part backbone` exports the backbone of every model")

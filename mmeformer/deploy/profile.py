@@ -11,7 +11,9 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
-from mmeformer.backbones.base import PyramidBackbone
-from mmeformer.deploy.export import build_graph, example_inputs, trace_to_onnx
-from mmeformer.deploy.graphs import Graph
+from mmeformer.deploy import onnx
+from mmeformer.deploy.graphs import Graph, build_graph, find_backbone
 from mmeformer.layers.blocks import LayerScale
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.variants import Variant
@@ -35,7 +36,7 @@ MODES = ("eager", "channels_last", "folded", "folded_channels_last", "compile", 
 
 @dataclass(frozen=True)
 class Part:
-    """Counts of a part of a model: ``params`` and ``macs`` as numbers, not millions."""
+    """Counts of a part of a model: single ``params`` and ``macs``, not millions."""
 
     name: str
     params: int
@@ -43,12 +44,12 @@ class Part:
 
 
 def count_parts(graph: Graph, inputs: Sequence[Tensor]) -> list[Part]:
-    """Stem and stages of the backbone, and the other parts of the model, in order of their work.
+    """Count stem and stages of the backbone and the other parts of the model, in order of use.
 
-    Multiply-adds are those of convolutions and products of matrices, as PyTorch counts them.
+    Multiply-adds are those of convolutions and matrix products, as PyTorch counts them.
     """
     paths = _part_paths(graph)
-    with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         graph(*inputs)
     counted = counter.get_flop_counts()
     kind = type(graph).__name__
@@ -61,17 +62,15 @@ def count_parts(graph: Graph, inputs: Sequence[Tensor]) -> list[Part]:
 
 
 def _part_paths(graph: Graph) -> list[str]:
-    """Paths of the parts that are counted one by one, in order of their work."""
-    root, backbone = next(
-        (name, module)
-        for name, module in graph.named_modules()
-        if isinstance(module, PyramidBackbone)
-    )
+    """Paths of the parts that are counted one by one, in order of use."""
+    backbone = find_backbone(graph)
+    root = next(name for name, module in graph.named_modules() if module is backbone)
     paths = [f"{root}.stem", *(f"{root}.stages.{i}" for i in range(len(backbone.stages)))]
     if len(backbone.norms):
         paths.append(f"{root}.norms")
-    others = graph.model.named_children() if hasattr(graph, "model") else ()
-    for name, child in others:
+    # The bare backbone's graph has no model around it.
+    model: Any = getattr(graph, "model", nn.Module())
+    for name, child in model.named_children():
         if name == "roi_head":
             heads = [head for head in ("bbox_head", "mask_head") if hasattr(child, head)]
             paths += [f"model.roi_head.{head}" for head in heads]
@@ -81,9 +80,9 @@ def _part_paths(graph: Graph) -> list[str]:
 
 
 def count_classifier(variant: Variant, image_size: int = 224) -> list[Part]:
-    """Parts of the published classifier of a variant; their sums are the published figures.
+    """Count the parts of the published classifier of a variant; sums are the published figures.
 
-    The tables do not say how they count; these rules give every one of the 14 published figures.
+    The papers do not say how they count; these rules give all 14 published figures.
     V1 is counted as trained: a batch norm costs 2 operations per element, a layer norm 5. V2 is
     counted as deployed: batch norms and layer scales folded into the convolutions (one norm before
     the heads included), a bilinear resize costs 4 per element. These are the costs in fvcore.
@@ -94,7 +93,7 @@ def count_classifier(variant: Variant, image_size: int = 224) -> list[Part]:
     width = variant.architecture.widths[-1]
     elementwise: dict[nn.Module, int] = {}
 
-    def note(module: nn.Module, _, output: Tensor) -> None:
+    def note(module: Any, _, output: Tensor) -> None:
         if isinstance(module, nn.BatchNorm2d) and v1:
             elementwise[module] = 2 * output.numel()
         elif isinstance(module, nn.LayerNorm):
@@ -105,7 +104,7 @@ def count_classifier(variant: Variant, image_size: int = 224) -> list[Part]:
 
     for module in backbone.modules():
         module.register_forward_hook(note)
-    with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone(torch.zeros(1, 3, image_size, image_size))
     counted = counter.get_flop_counts()
     parts = []
@@ -125,7 +124,7 @@ def count_classifier(variant: Variant, image_size: int = 224) -> list[Part]:
 
 
 class _LiveStorage(TorchDispatchMode):
-    """Sums up the storages that operators make while they are alive."""
+    """Sums the bytes of live storages that operators make."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +160,7 @@ def _storage(value) -> torch.UntypedStorage | None:
 
 @torch.no_grad()
 def inference_memory(call: Callable[[], object]) -> int:
-    """Most bytes that tensors made by ``call`` hold at one time; parameters are not counted."""
+    """Peak of bytes in tensors that ``call`` makes; parameters are not counted."""
     with _LiveStorage() as live:
         call()
     return live.peak
@@ -178,7 +177,7 @@ def training_memory(backbone: nn.Module, image: Tensor) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return value
 
-    # The graph is held until the sum is taken: no storage is freed and its place used again.
+    # Outputs hold the graph until the sum is taken, so that no freed storage is used again.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         outputs = backbone(image)
     total = sum(kept.values())
@@ -197,21 +196,21 @@ class Latency:
 
 
 def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, Latency]:
-    """Latency of each call, taken in turns so that a slow moment meets all alike.
+    """Measure the latency of each call, in turns, so that a slow moment affects all alike.
 
     Every call runs twice beforehand.
     """
-    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         for call in (*calls.values(), *calls.values()):
             call()
         for _ in range(rounds):
             for name, call in calls.items():
-                synchronise()
+                synchronize()
                 started = time.perf_counter()
                 call()
-                synchronise()
+                synchronize()
                 times[name].append(1e3 * (time.perf_counter() - started))
     results = {}
     for name, values in times.items():
@@ -223,16 +222,16 @@ def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, La
 def latency_calls(
     model: nn.Module,
     metadata: Metadata,
-    make_graph: Callable[..., Graph],
+    graph_class: Callable[..., Graph],
     inputs: dict[str, Tensor],
     modes: Sequence[str],
     folder: Path,
 ) -> dict[str, Callable[[], object]]:
-    """One function per mode, each of which runs the whole graph once.
+    """Make one function per mode that runs the whole graph once.
 
     Args:
         model: as trained, in eval mode.
-        metadata, make_graph: as for an export of a fixed size.
+        metadata, graph_class: as for an export of a fixed size.
         inputs: of the graph, by name.
         modes: some of :data:`MODES`.
         folder: for the ONNX file.
@@ -249,23 +248,23 @@ def latency_calls(
     )
 
     def plain() -> Graph:
-        return make_graph(copy.deepcopy(model)).eval()
+        return graph_class(copy.deepcopy(model)).eval()
 
     def folded() -> Graph:
-        return build_graph(model, metadata, make_graph, channels_last=False)
+        return build_graph(graph_class, model, metadata, channels_last=False)
 
     calls: dict[str, Callable[[], object]] = {}
     for mode in modes:
         if mode == "onnxruntime":
             calls[mode] = _onnx_call(folded(), metadata, inputs, folder / "profile.onnx")
             continue
-        graph = plain() if mode in ("eager", "channels_last") else folded()
+        graph: Any = plain() if mode in ("eager", "channels_last") else folded()
         given = values
         if mode.endswith("channels_last"):
             graph, given = graph.to(memory_format=torch.channels_last), last
         if mode == "compile":
-            next(m for m in graph.modules() if isinstance(m, PyramidBackbone)).compile()
-        calls[mode] = lambda graph=graph, given=given: graph(*given)
+            find_backbone(graph).compile()
+        calls[mode] = partial(graph, *given)
     return calls
 
 
@@ -275,7 +274,7 @@ def _onnx_call(
     import onnxruntime
 
     graph.raw_names = ()
-    trace_to_onnx(graph, metadata, path)
+    onnx.trace(graph, metadata, path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
@@ -285,7 +284,7 @@ def _onnx_call(
 
 @dataclass(frozen=True)
 class Profile:
-    """All that is known of a model at one input size.
+    """Figures of a model at one input size.
 
     Args:
         parts: see :func:`count_parts` and :func:`count_classifier`.
@@ -310,7 +309,7 @@ class Profile:
 def profile(
     model: nn.Module,
     metadata: Metadata,
-    make_graph: Callable[..., Graph],
+    graph_class: Callable[..., Graph],
     *,
     modes: Sequence[str] = MODES,
     rounds: int = 10,
@@ -320,21 +319,21 @@ def profile(
 
     Args:
         model: in eval mode.
-        metadata, make_graph: as for an export of a fixed size and batch.
+        metadata, graph_class: as for an export of a fixed size and batch.
         modes: of :data:`MODES`, to measure the latency of.
         rounds: runs of each mode.
         variant: count the published classifier of this variant instead of ``model``'s parts.
     """
-    graph = make_graph(copy.deepcopy(model)).eval()
-    inputs = example_inputs(graph, metadata)
+    graph = graph_class(copy.deepcopy(model)).eval()
+    inputs = onnx.example_inputs(graph, metadata)
     values = tuple(inputs.values())
     if variant is None:
         parts = count_parts(graph, values)
     else:
-        parts = count_classifier(variant, metadata.size[0])
-    backbone = next(m for m in graph.modules() if isinstance(m, PyramidBackbone))
+        parts = count_classifier(variant, inputs["image"].shape[-1])
+    backbone = find_backbone(graph)
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
-        calls = latency_calls(model, metadata, make_graph, inputs, modes, Path(folder))
+        calls = latency_calls(model, metadata, graph_class, inputs, modes, Path(folder))
         return Profile(
             parts,
             inference_memory(lambda: graph(*values)),

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
 import torchvision
 from mmdet.models.dense_heads import RPNHead
@@ -12,22 +16,26 @@ from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmdet.models.task_modules.coders.delta_xywh_bbox_coder import delta2bbox
+from mmengine.config import Config
 from torch import Tensor, nn
 
-from mmeformer.deploy.graphs import Graph, place_shifts, require, take, top_k
+from mmeformer.deploy import check, samples
+from mmeformer.deploy.graphs import Graph, cell_shifts, require, take, top_k
+from mmeformer.deploy.metadata import detector_settings
+from mmeformer.runtime import Detections
 
 
 class NonMaxSuppression(torch.autograd.Function):
-    """ONNX's operator of that name, for one class per image."""
+    """ONNX's operator ``NonMaxSuppression``, for one class per image."""
 
     @staticmethod
     def forward(ctx, boxes, scores, limit, iou_threshold, score_threshold):
-        """(B, N, 4), (B, 1, N) -> (M, 3) ``int64``: image, 0, place; by image, the best first."""
+        """(B, N, 4), (B, 1, N) -> (M, 3) ``int64``: image, 0, box; by image, the best first."""
         selected = []
         for index, (own_boxes, own_scores) in enumerate(zip(boxes, scores[:, 0], strict=True)):
-            places = (own_scores > score_threshold).nonzero()[:, 0]
-            kept = torchvision.ops.nms(own_boxes[places], own_scores[places], iou_threshold)
-            kept = places[kept[:limit]]
+            above = (own_scores > score_threshold).nonzero()[:, 0]
+            kept = torchvision.ops.nms(own_boxes[above], own_scores[above], iou_threshold)
+            kept = above[kept[:limit]]
             image = torch.full_like(kept, index)
             selected.append(torch.stack([image, torch.zeros_like(kept), kept], 1))
         return torch.cat(selected)
@@ -52,20 +60,20 @@ def suppress(
     score_threshold: float,
     limit: int,
 ) -> tuple[Tensor, Tensor]:
-    """Non-maximum suppression of each image, apart for every group.
+    """Non-maximum suppression in each group of boxes of each image.
 
-    Groups are moved apart by an offset, with the very arithmetic of mmcv's ``batched_nms``.
+    Groups are moved apart by an offset, with the arithmetic of mmcv's ``batched_nms``.
 
     Args:
         boxes: (B, N, 4).
         scores: (B, N).
         groups: (N,), level or class.
         iou_threshold: boxes that overlap more suppress each other.
-        score_threshold: boxes scored no higher are left out.
+        score_threshold: boxes with this score or a lower one are left out.
         limit: most boxes per image.
 
     Returns:
-        image (M,) and place (M,) of the kept ones: by image, the best first.
+        Image (M,) and index in the image (M,) of the kept boxes: by image, the best first.
     """
     offset = groups.to(boxes) * (boxes.flatten(1).amax(1, keepdim=True) + 1)
     moved = boxes + offset[..., None]
@@ -76,32 +84,43 @@ def suppress(
 
 
 def clip(boxes: Tensor, size: Tensor) -> Tensor:
-    """``boxes`` (..., 4) inside images of ``size`` (..., 2): height, width."""
+    """Clip ``boxes`` (..., 4) to images of ``size`` (..., 2): height, width."""
     limit = size.flip(-1)
     return torch.minimum(boxes.clamp(min=0), torch.cat([limit, limit], -1))
 
 
-class DetectionGraph(Graph):
-    """Boxes and masks of all images of a batch, one after the other.
+@dataclass(frozen=True)
+class _WholeMasks(Detections):
+    """Detections with masks (N, H, W) of the size of the image, as mmdet predicts them."""
 
-    The input ``image_size`` (B, 2) ``float32`` holds height and width of each image without its
-    padding. Outputs, for N objects in all, each image's best first: ``boxes`` (N, 4) in pixels of
-    the input (left, top, right, lower edge), ``scores`` (N,), ``labels`` (N,) ``int64``,
-    ``image_index`` (N,) ``int64``, and with masks ``masks`` (N, S, S): probabilities on a grid over
-    the box.
+    whole: np.ndarray | None = None
+
+    def masks(self) -> np.ndarray:
+        assert self.whole is not None
+        return self.whole
+
+
+class DetectionGraph(Graph):
+    """Boxes and masks of all images of a batch, one image after the other.
+
+    Outputs, for N objects in all, each image's best first: ``boxes`` (N, 4) in pixels of the input
+    (left, top, right, lower edge), ``scores`` (N,), ``labels`` (N,) ``int64``, ``image_index``
+    (N,) ``int64``, and with masks ``masks`` (N, S, S): probabilities on a grid over the box.
 
     Args:
         model: a two-stage detector with an ``RPNHead`` and a ``StandardRoIHead``.
-        normalise: see :class:`Graph`.
+        normalize: see :class:`Graph`.
 
     Raises:
         ValueError: the model has other parts than these.
     """
 
     extra_inputs = ("image_size",)
+    compare = staticmethod(check.compare_detections)
+    set_prediction = staticmethod(samples.set_instances)
 
-    def __init__(self, model: nn.Module, normalise: nn.Module | None = None) -> None:
-        super().__init__(normalise)
+    def __init__(self, model: Any, normalize: nn.Module | None = None) -> None:
+        super().__init__(normalize)
         _check_supported(model)
         self.model = model
         self.output_names = ("boxes", "scores", "labels", "image_index")
@@ -125,9 +144,10 @@ class DetectionGraph(Graph):
     def _proposals(
         self, all_scores: list[Tensor], all_deltas: list[Tensor], image_size: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Proposals (B, K, 4), and which of them (B, K) are any: K is that of the fullest image.
+        """Proposals (B, K, 4), and which of them are valid (B, K).
 
-        K is at least 1, so that no later layer meets an empty batch.
+        K is the number of the image with the most, and at least 1, so that no later layer meets
+        an empty batch.
         """
         head, settings = self.model.rpn_head, self.model.rpn_head.test_cfg
         scores, boxes, levels = [], [], []
@@ -135,19 +155,19 @@ class DetectionGraph(Graph):
             size = logits.shape[-2:]
             logits = logits.permute(0, 2, 3, 1).flatten(1)
             deltas = deltas.permute(0, 2, 3, 1).reshape(logits.shape[0], -1, 4)
-            shifts = place_shifts(size, head.prior_generator.strides[level], logits)
+            shifts = cell_shifts(size, head.prior_generator.strides[level], logits)
             anchors = self.base_anchors[level] + shifts.repeat(1, 2)[:, None]
-            best, places = top_k(logits.sigmoid(), settings.nms_pre)
+            best, index = top_k(logits.sigmoid(), settings.nms_pre)
             decoded = _decode(
-                head.bbox_coder, anchors.flatten(0, 1)[places.flatten()], take(deltas, places)
+                head.bbox_coder, anchors.flatten(0, 1)[index.flatten()], take(deltas, index)
             )
             scores.append(best)
             boxes.append(clip(decoded, image_size[:, None]))
-            levels.append(torch.full_like(places[0], level))
+            levels.append(torch.full_like(index[0], level))
         scores, boxes = torch.cat(scores, 1), torch.cat(boxes, 1)
         smallest = (boxes[..., 2:] - boxes[..., :2]).amin(-1)
         scores = torch.where(smallest > settings.min_bbox_size, scores, -1)
-        image, place = suppress(
+        image, index = suppress(
             boxes, scores, torch.cat(levels), settings.nms.iou_threshold, -0.5, settings.max_per_img
         )
         # From one list to a row per image.
@@ -157,7 +177,7 @@ class DetectionGraph(Graph):
         width = counts.amax().clamp(min=1)
         slots = (image * width + rank)[:, None]
         total = boxes.shape[0] * width
-        chosen = boxes[image, place]
+        chosen = boxes[image, index]
         rows = chosen.new_zeros(total, 4).scatter(0, slots.expand(-1, 4), chosen)
         valid = chosen.new_zeros(total).scatter(0, slots[:, 0], torch.ones_like(chosen[:, 0]))
         return rows.view(boxes.shape[0], -1, 4), valid.view(boxes.shape[0], -1) > 0
@@ -168,8 +188,8 @@ class DetectionGraph(Graph):
         head = self.model.roi_head
         settings, bbox_head = head.test_cfg, head.bbox_head
         batch, count = valid.shape
-        index = torch.arange(batch, device=valid.device)[:, None].expand(-1, count)
-        rois = torch.cat([index[..., None].to(proposals), proposals], -1).flatten(0, 1)
+        number = torch.arange(batch, device=valid.device)[:, None].expand(-1, count)
+        rois = torch.cat([number[..., None].to(proposals), proposals], -1).flatten(0, 1)
         logits, deltas = bbox_head(_extract(head.bbox_roi_extractor, features, rois))
         classes = bbox_head.num_classes
         scores = logits.softmax(-1)[:, :-1].reshape(batch, -1, classes)
@@ -182,7 +202,7 @@ class DetectionGraph(Graph):
             boxes = boxes.expand(-1, -1, classes, -1)
         boxes = boxes.reshape(batch, -1, 4)
         labels = torch.arange(classes, device=boxes.device).repeat(count)
-        image, place = suppress(
+        image, index = suppress(
             boxes,
             scores,
             labels,
@@ -190,29 +210,47 @@ class DetectionGraph(Graph):
             settings.score_thr,
             settings.max_per_img,
         )
-        found = boxes[image, place]
-        outputs = (found, scores[image, place], labels[place], image)
+        found = boxes[image, index]
+        outputs = (found, scores[image, index], labels[index], image)
         if not head.with_mask:
             return outputs
         # One more than there are: convolutions of some runtimes refuse an empty batch.
         padded = torch.cat([torch.cat([image[:, None].to(found), found], 1), rois[:1]])
         masks = head.mask_head(_extract(head.mask_roi_extractor, features, padded))[:-1]
         if not head.mask_head.class_agnostic:
-            masks = masks[torch.arange(place.shape[0], device=place.device), labels[place]]
+            masks = masks[torch.arange(index.shape[0], device=index.device), labels[index]]
         else:
             masks = masks[:, 0]
         return (*outputs, masks.sigmoid())
 
+    def output_axes(self, any_size: bool) -> dict[str, dict[int, str]]:
+        """See :meth:`Graph.output_axes`."""
+        return {name: {0: "objects"} for name in self.output_names}
+
+    @staticmethod
+    def settings(config: Config, model: Any) -> dict[str, Any]:
+        """See :meth:`Graph.settings`."""
+        test_cfg = config.model.test_cfg.rcnn
+        masks = dict(mask_threshold=test_cfg.mask_thr_binary) if model.roi_head.with_mask else {}
+        return detector_settings(config, model, test_cfg) | masks
+
+    @staticmethod
+    def predict(model: Any, image: Tensor, metainfo: dict[str, Any]) -> Detections:
+        """See :meth:`Graph.predict`."""
+        found = samples.predict_instances(model, image, metainfo)
+        masks = found.masks.numpy() if "masks" in found else None
+        return _WholeMasks(*samples.arrays(found), None, metainfo["ori_shape"], None, whole=masks)
+
 
 def _decode(coder: DeltaXYWHBBoxCoder, anchors: Tensor, deltas: Tensor) -> Tensor:
-    """Boxes of ``deltas`` (B, K, 4) against ``anchors`` (B * K, 4), not clipped."""
-    # Not through the coder's own method: in an export it swaps its formula for another one.
+    """Decode ``deltas`` (B, K, 4) against ``anchors`` (B * K, 4), without clipping."""
+    # The coder's own method uses another formula in an export.
     boxes = delta2bbox(anchors, deltas.flatten(0, 1), coder.means, coder.stds)
     return boxes.view(deltas.shape)
 
 
 def _extract(extractor: SingleRoIExtractor, features: tuple[Tensor, ...], rois: Tensor) -> Tensor:
-    """Features (M, C, S, S) of ``rois`` (M, 5): image, then the edges; each from its level."""
+    """Pool features (M, C, S, S) of ``rois`` (M, 5), image and edges, each from its level."""
     count = extractor.num_inputs
     levels = extractor.map_roi_levels(rois, count)
     order, pooled = [], []
@@ -236,7 +274,7 @@ def _extract(extractor: SingleRoIExtractor, features: tuple[Tensor, ...], rois: 
     return torch.cat(pooled)[back]
 
 
-def _check_supported(model: nn.Module) -> None:
+def _check_supported(model: Any) -> None:
     name = type(model).__name__
     require(isinstance(model, TwoStageDetector), f"{name} is not a two-stage detector of mmdet")
     rpn, roi = model.rpn_head, model.roi_head
@@ -244,10 +282,12 @@ def _check_supported(model: nn.Module) -> None:
     require(type(roi) is StandardRoIHead, "the roi_head is not a StandardRoIHead")
     require(not roi.with_shared_head, "the roi_head has a shared_head")
     for extractor in (roi.bbox_roi_extractor, *([roi.mask_roi_extractor] if roi.with_mask else [])):
-        require(type(extractor) is SingleRoIExtractor, "a RoI extractor is no SingleRoIExtractor")
+        require(
+            type(extractor) is SingleRoIExtractor, "a RoI extractor is not a SingleRoIExtractor"
+        )
         require(
             all(layer.pool_mode == "avg" for layer in extractor.roi_layers),
-            "a RoIAlign does not average",
+            "a RoIAlign has pool_mode other than avg",
         )
     if roi.with_mask:
         require(type(roi.mask_head) is FCNMaskHead, "the mask_head is not an FCNMaskHead")

@@ -3,57 +3,79 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from mmdet.structures.bbox import get_box_tensor
+from mmengine.config import Config
 from torch import Tensor, nn
 
-from mmeformer.deploy.graphs import Graph, place_shifts, require, take, top_k
+from mmeformer.deploy import check, samples
+from mmeformer.deploy.graphs import Graph, cell_shifts, require, take, top_k
+from mmeformer.deploy.metadata import detector_settings
+from mmeformer.runtime import RotatedDetections
 
 
-def _check_supported(model: nn.Module) -> None:
-    head = getattr(model, "bbox_head", None)
-    require(
-        type(head).__name__ == "RotatedGFLHead",
-        f"{type(model).__name__} has no RotatedGFLHead",
-    )
-    require(
-        head.test_cfg.nms.get("type") == "nms_rotated"
-        and set(head.test_cfg.nms) <= {"type", "iou_threshold"},
-        "test_cfg.nms is not a plain nms_rotated",
-    )
-
-
-class RotatedGraph(Graph):
-    """Candidates of all images of a batch, before the suppression of overlapping ones.
-
-    ONNX has no operator for the overlap of rotated boxes, so :mod:`mmeformer.runtime` suppresses
-    them. The input ``image_size`` (B, 2) ``float32`` holds height and width of each image without
-    its padding. Outputs, for N candidates in all: ``boxes`` (N, 5), centre x and y, width and
-    height in pixels of the input and angle in radians (as the model's coder says, le135),
-    ``scores`` (N,), ``labels`` (N,) ``int64`` and ``image_index`` (N,) ``int64``.
+class _GFLGraph(Graph):
+    """Base of both graphs.
 
     Args:
         model: a detector with a ``RotatedGFLHead``.
-        normalise: see :class:`Graph`.
+        normalize: see :class:`Graph`.
 
     Raises:
         ValueError: the model has another head.
     """
 
+    compare = staticmethod(check.compare_detections)
+    set_prediction = staticmethod(samples.set_instances)
+
+    def __init__(self, model: Any, normalize: nn.Module | None = None) -> None:
+        super().__init__(normalize)
+        head = getattr(model, "bbox_head", None)
+        require(
+            type(head).__name__ == "RotatedGFLHead",
+            f"{type(model).__name__} has no RotatedGFLHead",
+        )
+        require(
+            head.test_cfg.nms.get("type") == "nms_rotated"
+            and set(head.test_cfg.nms) <= {"type", "iou_threshold"},
+            "test_cfg.nms is not a plain nms_rotated",
+        )
+        self.model = model
+
+    @staticmethod
+    def settings(config: Config, model: Any) -> dict[str, Any]:
+        """See :meth:`Graph.settings`."""
+        return detector_settings(config, model, config.model.test_cfg)
+
+    @staticmethod
+    def predict(model: Any, image: Tensor, metainfo: dict[str, Any]) -> RotatedDetections:
+        """See :meth:`Graph.predict`."""
+        return RotatedDetections(*samples.arrays(samples.predict_instances(model, image, metainfo)))
+
+
+class RotatedGraph(_GFLGraph):
+    """Candidates of all images of a batch, before the suppression of overlapping ones.
+
+    ONNX has no operator for the overlap of rotated boxes, so :mod:`mmeformer.runtime` suppresses
+    them. Outputs, for N candidates in all: ``boxes`` (N, 5), center x and y, width and height in
+    pixels of the input and angle in radians (le135, as the model's coder gives it), ``scores``
+    (N,), ``labels`` (N,) ``int64`` and ``image_index`` (N,) ``int64``.
+    """
+
     extra_inputs = ("image_size",)
     output_names = ("boxes", "scores", "labels", "image_index")
 
-    def __init__(self, model: nn.Module, normalise: nn.Module | None = None) -> None:
-        super().__init__(normalise)
-        _check_supported(model)
-        self.model = model
+    def __init__(self, model: Any, normalize: nn.Module | None = None) -> None:
+        super().__init__(model, normalize)
         generator = model.bbox_head.prior_generator
         self.raw_names = tuple(
             f"raw_{kind}{level}"
             for kind in ("scores", "boxes")
             for level in range(generator.num_levels)
         )
-        # All other places have the same anchor, moved by the stride.
+        # The anchor of the first cell; all others are moved by the stride.
         first = generator.grid_priors([(1, 1)] * generator.num_levels, device="cpu")
         self.register_buffer("anchors", torch.cat([get_box_tensor(level) for level in first]))
 
@@ -65,14 +87,18 @@ class RotatedGraph(Graph):
             self._level(level, scores, logits, image_size)
             for level, (scores, logits) in enumerate(zip(*maps, strict=True))
         ]
-        boxes, scores, labels = (torch.cat(parts, 1) for parts in zip(*levels, strict=True))
+        boxes, scores, labels = (torch.cat(values, 1) for values in zip(*levels, strict=True))
         chosen = scores > head.test_cfg.get("score_thr", 0)
         smallest = head.test_cfg.get("min_bbox_size", -1)
         if smallest >= 0:
             chosen = chosen & (boxes[..., 2:4].amin(-1) > smallest)
-        image_index, place = chosen.nonzero().unbind(1)
-        found = (values[image_index, place] for values in (boxes, scores, labels))
+        image_index, index = chosen.nonzero().unbind(1)
+        found = (values[image_index, index] for values in (boxes, scores, labels))
         return (*found, image_index, *maps[0], *maps[1])
+
+    def output_axes(self, any_size: bool) -> dict[str, dict[int, str]]:
+        """See :meth:`Graph.output_axes`."""
+        return {name: {0: "objects"} for name in self.output_names}
 
     def _level(
         self, level: int, scores: Tensor, logits: Tensor, image_size: Tensor
@@ -80,32 +106,30 @@ class RotatedGraph(Graph):
         """The best boxes (B, K, 5), scores (B, K) and labels (B, K) of one level."""
         head = self.model.bbox_head
         size, classes = scores.shape[-2:], head.cls_out_channels
-        best, places = top_k(scores.permute(0, 2, 3, 1).flatten(1).sigmoid(), head.test_cfg.nms_pre)
-        labels = places % classes
-        places = torch.div(places, classes, rounding_mode="floor")
-        deltas = head.integral(take(logits.flatten(2).transpose(1, 2), places).flatten(0, 1))
-        shifts = place_shifts(size, head.prior_generator.strides[level], scores)[places.flatten()]
+        best, index = top_k(scores.permute(0, 2, 3, 1).flatten(1).sigmoid(), head.test_cfg.nms_pre)
+        labels = index % classes
+        cells = torch.div(index, classes, rounding_mode="floor")
+        deltas = head.integral(take(logits.flatten(2).transpose(1, 2), cells).flatten(0, 1))
+        shifts = cell_shifts(size, head.prior_generator.strides[level], scores)[cells.flatten()]
         anchors = self.anchors[level].expand(shifts.shape[0], -1)
         anchors = torch.cat([anchors[:, :2] + shifts, anchors[:, 2:]], 1)
         boxes = get_box_tensor(head.bbox_coder.decode(anchors, deltas))
-        boxes = boxes.view(places.shape[0], -1, 5)
-        # The coder would keep centres inside the image too, but only of a size known beforehand.
+        boxes = boxes.view(cells.shape[0], -1, 5)
+        # The coder would clip centers too, but only to an image of a size known beforehand.
         limit = (image_size.flip(-1) - 1)[:, None]
-        centres = torch.minimum(boxes[..., :2].clamp(min=0), limit)
-        return torch.cat([centres, boxes[..., 2:]], -1), best, labels
+        centers = torch.minimum(boxes[..., :2].clamp(min=0), limit)
+        return torch.cat([centers, boxes[..., 2:]], -1), best, labels
 
 
-class RotatedRawGraph(Graph):
-    """What the rotated head itself puts out, for runtimes without operators for choosing boxes.
+class RotatedRawGraph(_GFLGraph):
+    """The maps of the head, for targets without operators that choose boxes.
 
     For every level i: ``scores{i}`` (B, classes, H_i, W_i) from 0 to 1 and ``deltas{i}``
     (B, 5, H_i, W_i): expected dx, dy, dw, dh and angle against the level's anchor.
     """
 
-    def __init__(self, model: nn.Module, normalise: nn.Module | None = None) -> None:
-        super().__init__(normalise)
-        _check_supported(model)
-        self.model = model
+    def __init__(self, model: Any, normalize: nn.Module | None = None) -> None:
+        super().__init__(model, normalize)
         levels = range(model.bbox_head.prior_generator.num_levels)
         self.output_names = tuple(f"{kind}{i}" for kind in ("scores", "deltas") for i in levels)
 

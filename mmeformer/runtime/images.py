@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an image to a network's input, step for step as OpenMMLab's test pipelines do it."""
+"""Prepare images for the network, step for step as OpenMMLab's test pipelines do."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from mmeformer.images import read_image
 from mmeformer.runtime.metadata import Metadata
@@ -18,18 +20,18 @@ class Prepared:
     """An image as the network takes it.
 
     Args:
-        data: (3, H, W) ``float32``, normalised; or (H, W, 3) ``uint8`` for a graph that normalises.
+        data: (3, H, W) ``float32``, normalized; or (H, W, 3) ``uint8`` for a graph that normalizes.
         size: (height, width) in ``data`` that the image covers; the rest is padding.
         original: (height, width) of the image itself.
     """
 
-    data: np.ndarray
+    data: NDArray[Any]
     size: tuple[int, int]
     original: tuple[int, int]
 
 
-def as_image(image: np.ndarray | str | Path) -> np.ndarray:
-    """An image as (H, W, 3) ``uint8`` in BGR, turned upright if its file says so.
+def as_image(image: NDArray[Any] | str | Path) -> NDArray[Any]:
+    """Read an image, or check an array: (H, W, 3) ``uint8`` in BGR.
 
     Raises:
         FileNotFoundError: no such file.
@@ -45,9 +47,9 @@ def as_image(image: np.ndarray | str | Path) -> np.ndarray:
     return image
 
 
-def prepare(image: np.ndarray, metadata: Metadata) -> Prepared:
-    """Resize, normalise and pad an image (H, W, 3) as ``metadata`` says."""
-    original = image.shape[:2]
+def prepare(image: NDArray[Any], metadata: Metadata) -> Prepared:
+    """Resize, normalize and pad an image (H, W, 3) as ``metadata`` says."""
+    original = (image.shape[0], image.shape[1])
     height, width = _network_size(original, metadata)
     image = _resize(image, height, width)
     if metadata.multiple > 1:
@@ -59,23 +61,23 @@ def prepare(image: np.ndarray, metadata: Metadata) -> Prepared:
         data[:height, :width] = image
     else:
         data = np.zeros((3, *full), np.float32)
-        data[:, :height, :width] = normalise(image, metadata)
+        data[:, :height, :width] = normalize(image, metadata)
     return Prepared(data, (height, width), original)
 
 
-def normalise(image: np.ndarray, metadata: Metadata) -> np.ndarray:
-    """(H, W, 3) ``uint8`` in BGR -> (3, H, W) ``float32``, mean taken away and divided by std."""
+def normalize(image: NDArray[Any], metadata: Metadata) -> NDArray[Any]:
+    """(H, W, 3) ``uint8`` in BGR -> (3, H, W) ``float32``, (image - mean) / std."""
     channels = image[..., ::-1] if metadata.bgr_to_rgb else image
     mean, std = (
         np.array(values, np.float32)[:, None, None] for values in (metadata.mean, metadata.std)
     )
-    return (channels.transpose(2, 0, 1).astype(np.float32) - mean) / std
+    normalized: NDArray[Any] = (channels.transpose(2, 0, 1).astype(np.float32) - mean) / std
+    return normalized
 
 
 def _network_size(original: tuple[int, int], metadata: Metadata) -> tuple[int, int]:
-    """(height, width) to resize to, padding excluded."""
-    if metadata.size is not None and metadata.task in ("segmentation", "backbone"):
-        # Attention sees padding too, so these are stretched to the size instead.
+    """(height, width) to resize to, without padding."""
+    if metadata.size is not None and metadata.export.stretches:
         return metadata.size
     height, width = original
     if metadata.scale is None:
@@ -87,13 +89,15 @@ def _network_size(original: tuple[int, int], metadata: Metadata) -> tuple[int, i
     else:
         return metadata.size or metadata.scale[::-1]
     if metadata.size is not None:
-        limit = min(metadata.size[0] / height, metadata.size[1] / width)
-        factor = min(factor, limit)
-    scaled = tuple(max(int(side * float(factor) + 0.5), 1) for side in original)
-    return scaled if metadata.size is None else tuple(map(min, scaled, metadata.size))
+        factor = min(factor, metadata.size[0] / height, metadata.size[1] / width)
+    height, width = (max(int(side * float(factor) + 0.5), 1) for side in original)
+    if metadata.size is not None:
+        # Rounding may go one pixel beyond.
+        return min(height, metadata.size[0]), min(width, metadata.size[1])
+    return height, width
 
 
-def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def _resize(image: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     if image.shape[:2] == (height, width):
         return image
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a program must know about an exported model, carried inside the file and beside it."""
+"""Metadata of an exported model: how to feed it, and what its outputs mean."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
+
+from mmeformer import tasks
 
 FORMAT = 1
 """Raised when a reader of the old format would misread the new one."""
@@ -13,21 +16,19 @@ FORMAT = 1
 KEY = "mmeformer"
 """The entry of an ONNX file's ``metadata_props``, and of a CoreML model's user metadata."""
 
-TASKS = ("backbone", "segmentation", "detection", "rotated")
-
 
 @dataclass(frozen=True)
 class Metadata:
     """How to feed an exported model, and what its outputs mean.
 
     Args:
-        task: one of :data:`TASKS`.
+        task: a key of :func:`mmeformer.tasks.exports`.
         version: version of mmeformer that wrote the file.
         config: name of the config it was exported from.
         mean, std: of the channels, in the order the network sees them, on a scale of 0 to 255.
         bgr_to_rgb: whether the network sees RGB; images come in as BGR, as OpenCV reads them.
-        preprocessing_in_graph: the graph takes ``uint8`` images (B, H, W, 3) in BGR and normalises
-            them itself; else it takes normalised ``float32`` images (B, 3, H, W).
+        preprocessing_in_graph: the graph takes ``uint8`` images (B, H, W, 3) in BGR and normalizes
+            them itself; else it takes normalized ``float32`` images (B, 3, H, W).
         batch: images per run; None for any number.
         size: (H, W) of the graph's image input in pixels; None for any size.
         scale: two numbers from the test pipeline, in pixels: images are resized so that the long
@@ -35,14 +36,14 @@ class Metadata:
             ``keep_ratio``, to exactly (width, height). None leaves images at their size.
         keep_ratio: see ``scale``.
         multiple: after that, sides are stretched up to multiples of this.
-        pad_divisor: after normalising, the right and the lower side are padded with zeros up to
+        pad_divisor: after normalizing, the right and the lower side are padded with zeros up to
             multiples of this.
         classes: names, in the order of the labels.
-        palette: a colour (R, G, B) for each class, or empty.
+        palette: a color (R, G, B) for each class, or empty.
         strides: of a backbone's outputs, in pixels.
         score_threshold: detections scored lower are not reported.
-        iou_threshold: of the non-maximum suppression that ended a detection (``detection``: inside
-            the graph; ``rotated``: in :mod:`mmeformer.runtime`).
+        iou_threshold: of the last non-maximum suppression, in the graph or in
+            :mod:`mmeformer.runtime.decoders`.
         max_per_image: most detections of an image.
         mask_threshold: least probability of a mask's pixel.
     """
@@ -69,16 +70,23 @@ class Metadata:
     mask_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"task must be one of {TASKS}, but is {self.task!r}")
+        if self.task not in tasks.exports():
+            raise ValueError(
+                f"task must be one of {', '.join(tasks.exports())}, but is {self.task!r}"
+            )
+
+    @property
+    def export(self) -> tasks.Export:
+        """How files of this task are run."""
+        return tasks.exports()[self.task]
 
     def to_json(self) -> str:
-        """The text that :meth:`from_json` reads."""
+        """Text for :meth:`from_json`."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str, source: str | Path) -> Metadata:
-        """Read what :meth:`to_json` wrote; ``source`` is the file that messages name.
+        """Read the text of :meth:`to_json`; messages name the file ``source``.
 
         Raises:
             ValueError: the text is of another format, or damaged.
@@ -96,11 +104,11 @@ class Metadata:
         known = {field.name for field in fields(cls)}
         if set(values) != known:
             raise ValueError(
-                f"{source}: its metadata lacks {sorted(known - set(values))} and has unknown "
-                f"{sorted(set(values) - known)}; export the model again"
+                f"{source}: its metadata has missing {sorted(known - set(values))} and unknown "
+                f"{sorted(set(values) - known)} entries; export the model again"
             )
         return cls(**{name: _as_tuple(value) for name, value in values.items()})
 
 
-def _as_tuple(value):
+def _as_tuple(value: Any) -> Any:
     return tuple(map(_as_tuple, value)) if isinstance(value, list) else value

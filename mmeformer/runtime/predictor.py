@@ -5,33 +5,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import cv2
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
+from mmeformer import tasks
+from mmeformer.runtime.decoders import Result
 from mmeformer.runtime.images import Prepared, as_image, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
-from mmeformer.runtime.results import Detections, Pyramid, RotatedDetections, Segmentation
-from mmeformer.runtime.rotated_nms import rotated_nms
-
-Result = Detections | Pyramid | RotatedDetections | Segmentation
 
 MAX_LOGITS = 2**28
-"""Most logits (1 GiB of them) that a segmentation graph is asked to enlarge at once."""
+"""Most logits (1 GiB of them) that a segmentation graph is asked to resize at once."""
 
 
 def load(path: str | Path, threads: int = 0, providers: Sequence[str] | None = None) -> Predictor:
     """A predictor for a file that ``tools/export.py`` wrote.
 
     Args:
-        path: the ``.onnx`` file. Its metadata is inside; the JSON file beside it is for readers.
-        threads: for one operator; 0 lets onnxruntime choose.
+        path: the ``.onnx`` file. Its metadata is inside; the JSON file beside it is for people.
+        threads: per operator; 0 lets onnxruntime choose.
         providers: of onnxruntime; None takes the CPU.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an ONNX file of ours.
+        ValueError: not an ONNX file that mmeformer exported.
     """
     path = Path(path)
     if not path.is_file():
@@ -55,7 +54,7 @@ class Predictor:
 
     Args:
         session: of the exported file.
-        metadata: what the file says of itself.
+        metadata: of the file.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, metadata: Metadata) -> None:
@@ -63,13 +62,17 @@ class Predictor:
         self.metadata = metadata
         self.input_names = [item.name for item in session.get_inputs()]
         self.output_names = [item.name for item in session.get_outputs()]
+        self._decode = tasks.load(metadata.export.decoder)
 
-    def predict(self, image: np.ndarray | str | Path) -> Result:
-        """What the model finds in an image: a file, or an array (H, W, 3) of ``uint8`` in BGR.
+    def predict(self, image: NDArray[Any] | str | Path) -> Result:
+        """Predict on one image.
+
+        Args:
+            image: a file, or an array (H, W, 3) of ``uint8`` in BGR.
 
         Returns:
-            :class:`Detections`, :class:`Segmentation`, :class:`RotatedDetections` or
-            :class:`Pyramid`, in pixels of the image.
+            The result of the model's task (of a backbone its :class:`Pyramid`), in pixels of the
+            image.
 
         Raises:
             FileNotFoundError: no such file.
@@ -77,31 +80,30 @@ class Predictor:
         """
         return self.predict_batch([image])[0]
 
-    def predict_batch(self, images: Sequence[np.ndarray | str | Path]) -> list[Result]:
-        """As :meth:`predict`, for several images at once.
+    def predict_batch(self, images: Sequence[NDArray[Any] | str | Path]) -> list[Result]:
+        """Predict on several images; see :meth:`predict`.
 
-        Images go through the network together where their sizes agree and the model's batch lets
-        them, so that nothing is padded for the sake of another image.
+        Images of one size go through the network together, as many as the model's batch allows.
+        No image is padded for the sake of another.
         """
         prepared = [prepare(as_image(image), self.metadata) for image in images]
-        groups: dict[tuple, list[int]] = {}
+        groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
         for index, item in enumerate(prepared):
-            key = (item.data.shape, item.original)
-            groups.setdefault(key, []).append(index)
-        results: list[Result | None] = [None] * len(prepared)
+            groups.setdefault((item.data.shape, item.original), []).append(index)
+        results: dict[int, Result] = {}
         for members in groups.values():
             step = self.metadata.batch or len(members)
             for start in range(0, len(members), step):
                 chunk = members[start : start + step]
-                found = self._run([prepared[index] for index in chunk])
-                for index, result in zip(chunk, found, strict=True):
-                    results[index] = result
-        return results
+                batch = [prepared[index] for index in chunk]
+                found = self._decode(batch, self.run(batch), self.metadata)
+                results.update(zip(chunk, found, strict=True))
+        return [results[index] for index in range(len(prepared))]
 
-    def run(self, batch: Sequence[Prepared]) -> dict[str, np.ndarray]:
-        """The graph's outputs for prepared images of one size, by name.
+    def run(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
+        """Run the graph on prepared images of one size; returns its outputs by name.
 
-        A graph of a fixed batch is filled up with the last image.
+        The batch of a graph of a fixed batch is filled up with the last image.
         """
         items = list(batch)
         items += [items[-1]] * ((self.metadata.batch or len(items)) - len(items))
@@ -113,75 +115,8 @@ class Predictor:
         return dict(zip(self.output_names, self.session.run(None, inputs), strict=True))
 
     def _output_size(self, original: tuple[int, int]) -> tuple[int, int]:
-        """``original``, or of that shape and as large as memory allows."""
+        """``original`` (H, W), or a smaller size of that shape where memory demands it."""
         height, width = original
         logits = height * width * max(len(self.metadata.classes), 1)
         shrink = min((MAX_LOGITS / logits) ** 0.5, 1.0)
         return max(int(height * shrink), 1), max(int(width * shrink), 1)
-
-    def _run(self, batch: list[Prepared]) -> list[Result]:
-        outputs = self.run(batch)
-        if self.metadata.task == "backbone":
-            return [
-                Pyramid(tuple(outputs[name][index] for name in self.output_names))
-                for index in range(len(batch))
-            ]
-        if self.metadata.task == "segmentation":
-            labels = outputs["labels"][: len(batch)]
-            return [_segmentation(item, image) for item, image in zip(batch, labels, strict=True)]
-        single = self._rotated if self.metadata.task == "rotated" else self._detections
-        results = []
-        for index, item in enumerate(batch):
-            own = outputs["image_index"] == index
-            results.append(single(item, {name: value[own] for name, value in outputs.items()}))
-        return results
-
-    def _detections(self, item: Prepared, outputs: dict[str, np.ndarray]) -> Detections:
-        height, width = _scale_factors(item)
-        boxes = outputs["boxes"] / np.array([width, height, width, height], np.float32)
-        return Detections(
-            boxes,
-            outputs["scores"],
-            outputs["labels"],
-            outputs.get("masks"),
-            item.original,
-            self.metadata.mask_threshold,
-        )
-
-    def _rotated(self, item: Prepared, outputs: dict[str, np.ndarray]) -> RotatedDetections:
-        boxes, scores, labels = outputs["boxes"], outputs["scores"], outputs["labels"]
-        boxes = _rescale_rotated(boxes, *_scale_factors(item))
-        kept = rotated_nms(boxes, scores, labels, self.metadata.iou_threshold)
-        kept = kept[: self.metadata.max_per_image]
-        return RotatedDetections(boxes[kept], scores[kept], labels[kept])
-
-
-def _scale_factors(item: Prepared) -> tuple[float, float]:
-    """Pixels of the network's input for a pixel of the image, vertically and horizontally."""
-    return tuple(new / old for new, old in zip(item.size, item.original, strict=True))
-
-
-def _rescale_rotated(boxes: np.ndarray, height: float, width: float) -> np.ndarray:
-    """Rotated boxes of the network's input in pixels of the image.
-
-    Both factors are the same but for rounding, and so the boxes stay rectangles. Source: mmrotate's
-    ``RotatedBoxes.rescale_``.
-    """
-    cos, sin = np.cos(boxes[:, 4]), np.sin(boxes[:, 4])
-    return np.stack(
-        [
-            boxes[:, 0] / width,
-            boxes[:, 1] / height,
-            boxes[:, 2] * np.hypot(cos / width, sin / height),
-            boxes[:, 3] * np.hypot(sin / width, cos / height),
-            np.arctan2(sin / width, cos / height),
-        ],
-        1,
-    ).astype(np.float32)
-
-
-def _segmentation(item: Prepared, labels: np.ndarray) -> Segmentation:
-    if labels.shape != item.original:
-        height, width = item.original
-        labels = cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST)
-    return Segmentation(labels)

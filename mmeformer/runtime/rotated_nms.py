@@ -7,20 +7,23 @@ computed as in :mod:`mmeformer.ops.iou` (Green's theorem; see there), without it
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 _TINY = 1e-12
 
 
-def rotated_iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+def rotated_iou(box: NDArray[Any], boxes: NDArray[Any]) -> NDArray[Any]:
     """IoU of ``box`` (5,) with each of ``boxes`` (N, 5): (N,) ``float64`` in [0, 1].
 
-    Boxes are centre x, centre y, width, height in pixels and angle in radians. A pair of boxes
+    Boxes are center x, center y, width, height in pixels and angle in radians. A pair of boxes
     without area has IoU 0.
     """
     x1, y1, w1, h1, angle1 = np.asarray(box, np.float64)
     x2, y2, w2, h2, angle2 = np.asarray(boxes, np.float64).T
-    # Origin in the centre of `box`, axes along the sides of the other one.
+    # Origin in the center of `box`, axes along the sides of the other one.
     cos, sin = np.cos(angle2), np.sin(angle2)
     x2, y2 = (x2 - x1) * cos + (y2 - y1) * sin, (y2 - y1) * cos - (x2 - x1) * sin
     cos, sin = np.cos(angle1 - angle2), np.sin(angle1 - angle2)
@@ -48,8 +51,8 @@ def rotated_iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def rotated_nms(
-    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_threshold: float
-) -> np.ndarray:
+    boxes: NDArray[Any], scores: NDArray[Any], labels: NDArray[Any], iou_threshold: float
+) -> NDArray[Any]:
     """Indices of the boxes to keep, the best first; only boxes of one class suppress each other.
 
     Args:
@@ -73,6 +76,6 @@ def rotated_nms(
     return np.array(kept, np.int64)
 
 
-def _nonzero(length: np.ndarray) -> np.ndarray:
+def _nonzero(length: NDArray[Any]) -> NDArray[Any]:
     """``length`` as a divisor: 1 where it is zero, as the dividend is then zero as well."""
     return np.where(np.abs(length) > _TINY, length, 1)

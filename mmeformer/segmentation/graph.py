@@ -3,52 +3,54 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.structures import PixelData
 from mmseg.models import EncoderDecoder
 from mmseg.models.utils import Upsample
+from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from mmeformer.deploy import check
 from mmeformer.deploy.graphs import Graph, require
+from mmeformer.deploy.metadata import task_settings
+from mmeformer.runtime import Segmentation
 
 
 class SegmentationGraph(Graph):
     """Class of every pixel: ``labels`` (B, H, W), ``uint8`` up to 256 classes.
 
-    Logits are enlarged to the size of the input and then to ``output_size``, as mmseg does it, so
-    that labels of an image that was resized for the network are as sharp as mmseg's.
+    Logits are resized to the size of the input and then to ``output_size``, as in mmseg, so that
+    labels of an image that was resized for the network are as sharp as mmseg's.
 
     Args:
         model: an ``EncoderDecoder`` in "whole" test mode.
-        normalise: see :class:`Graph`.
-        any_output_size: whether there is the input ``output_size`` (2,) ``int64``: height and width
-            of ``labels``. Else they have the size of the input.
+        normalize: see :class:`Graph`.
 
     Raises:
         ValueError: another kind of model.
     """
 
+    extra_inputs = ("output_size",)
     output_names = ("labels",)
     raw_names = ("raw_logits",)
+    compare = staticmethod(check.compare_labels)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        normalise: nn.Module | None = None,
-        any_output_size: bool = True,
-    ) -> None:
-        super().__init__(normalise)
+    def __init__(self, model: Any, normalize: nn.Module | None = None) -> None:
+        super().__init__(normalize)
         require(
             isinstance(model, EncoderDecoder) and isinstance(model.decode_head, nn.Module),
             f"{type(model).__name__} is not an EncoderDecoder of mmseg",
         )
         require(
             model.test_cfg.get("mode", "whole") == "whole",
-            "the model tests in windows, and a graph sees one image: set "
+            "the model tests in windows, but a graph sees whole images: set "
             "--cfg-options model.test_cfg.mode=whole",
         )
         self.model = model
-        self.extra_inputs = ("output_size",) if any_output_size else ()
         for name, module in list(model.named_modules()):
             if isinstance(module, Upsample) and not module.size:
                 parent, _, attribute = name.rpartition(".")
@@ -75,9 +77,37 @@ class SegmentationGraph(Graph):
             logits, size=size, mode="bilinear", align_corners=self.model.align_corners
         )
 
+    def output_axes(self, any_size: bool) -> dict[str, dict[int, str]]:
+        """See :meth:`Graph.output_axes`."""
+        batch = {0: "batch"} if any_size else {}
+        return {"labels": {**batch, 1: "output_height", 2: "output_width"}}
+
+    @staticmethod
+    def settings(config: Config, model: Any) -> dict[str, Any]:
+        """See :meth:`Graph.settings`."""
+        return task_settings(config, model)
+
+    @staticmethod
+    def predict(model: Any, image: Tensor, metainfo: dict[str, Any]) -> Segmentation:
+        """See :meth:`Graph.predict`."""
+        (sample,) = model.predict(image, [SegDataSample(metainfo=metainfo)])
+        return Segmentation(sample.pred_sem_seg.data[0].numpy())
+
+    @staticmethod
+    def set_prediction(sample: SegDataSample, result: Segmentation) -> None:
+        """See :meth:`Graph.set_prediction`."""
+        labels = torch.from_numpy(result.labels.astype("int64"))
+        sample.set_data({"pred_sem_seg": PixelData(data=labels[None])})
+
+
+class FixedSizeSegmentationGraph(SegmentationGraph):
+    """The same with ``labels`` of the size of the input: CoreML has no other resize."""
+
+    extra_inputs = ()
+
 
 class _AnyUpsample(nn.Module):
-    """mmseg's ``Upsample``, which turns sizes into plain numbers, for a tracer."""
+    """mmseg's ``Upsample``, without turning sizes into the numbers of the traced example."""
 
     def __init__(self, source: Upsample) -> None:
         super().__init__()

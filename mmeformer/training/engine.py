@@ -63,7 +63,7 @@ def build_train_runner(
 
 def build_test_runner(
     config: Config,
-    checkpoint: str,
+    checkpoint: str | None,
     *,
     out: str | None = None,
     show_dir: str | None = None,
@@ -74,21 +74,22 @@ def build_test_runner(
 
     Args:
         config: with ``work_dir`` set.
-        checkpoint: checkpoint of this config's model, or an ``.onnx`` file exported from one.
+        checkpoint: of this config's model; None for a model that brings its weights, such as
+            :class:`mmeformer.deploy.evaluate.OnnxModel`.
         out: ``.pkl`` file for all predictions.
         show_dir: folder for pictures of predictions.
         tta: test-time augmentation with the config's ``tta_model`` and ``tta_pipeline``.
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
 
     Raises:
-        ValueError: ``out`` does not end in .pkl or .pickle; the config lacks the entries for
-            ``tta`` or ``show_dir``; or the exported file does not fit the config.
+        ValueError: ``out`` does not end in .pkl or .pickle, or the config lacks the entries for
+            ``tta`` or ``show_dir``.
         FileNotFoundError: the checkpoint does not exist.
         OSError: ``show_dir`` or the folder of ``out`` cannot be written to.
     """
     if out is not None and not out.endswith((".pkl", ".pickle")):
         raise ValueError(f"file for predictions {out} must end in .pkl or .pickle")
-    config.load_from = existing_checkpoint(checkpoint)
+    config.load_from = None if checkpoint is None else existing_checkpoint(checkpoint)
     config.resume = False
     if show_dir is not None:
         _draw_predictions(config, show_dir)
@@ -99,14 +100,6 @@ def build_test_runner(
             )
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
         config.model = ConfigDict(**config.tta_model, module=config.model)
-    if checkpoint.endswith(".onnx"):
-        from mmeformer.deploy.evaluate import use_onnx
-
-        if tta:
-            raise ValueError(
-                f"test-time augmentation needs a checkpoint, not the exported file {checkpoint}"
-            )
-        use_onnx(config, checkpoint)
     # Fail now rather than after hours of testing.
     for folder in (show_dir, out and Path(out).parent):
         if folder is not None:

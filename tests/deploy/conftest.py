@@ -28,16 +28,18 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exports(trained, picture, tmp_path_factory):
-    """``exports(task, **request)``: file and report of the export of a small model; made once.
+    """``exports(task, **request)``: the export of a small model, and the lines of its check.
 
-    The file is to be read only.
+    Each is made once, to be read only. Tests that need any file of a task ask for one of those
+    whose check ``test_export.py`` looks at.
     """
     made = {}
 
     def make(task: str, **request) -> tuple[Path, list[str]]:
         key = (task, *sorted(request.items()))
         if key not in made:
-            folder, lines = tmp_path_factory.mktemp("exported"), []
+            lines = []
+            folder = tmp_path_factory.mktemp("exported")
             path = exported(trained(task), picture, lines=lines, folder=folder, **request)
             made[key] = path, lines
         return made[key]

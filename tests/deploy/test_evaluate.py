@@ -3,6 +3,8 @@ import copy
 
 import pytest
 
+from mmeformer.commands import test as command
+from mmeformer.deploy.evaluate import use_onnx
 from mmeformer.synthetic.aerial import write_dota_dataset
 from mmeformer.synthetic.masks import write_mask_dataset
 from mmeformer.synthetic.shapes import write_coco_dataset
@@ -19,7 +21,10 @@ def evaluate(config, checkpoint, folder) -> dict:
     config = copy.deepcopy(config)
     config.work_dir = str(folder)
     config.test_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
-    return engine.build_test_runner(config, str(checkpoint)).test()
+    if str(checkpoint).endswith(".onnx"):
+        use_onnx(config, str(checkpoint))
+        checkpoint = None
+    return engine.build_test_runner(config, checkpoint).test()
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection", "rotated"])
@@ -30,7 +35,7 @@ def test_the_metric_is_that_of_the_checkpoint(trained, onnx_file, tmp_path, task
     small.config.test_dataloader.dataset.data_root = str(root) + "/"
     if task == "detection":
         small.config.test_evaluator.ann_file = str(root / "annotations/instances_val2017.json")
-    path = onnx_file(task, size=None)
+    path = onnx_file(task, size=None, preprocessing=task == "detection")
     theirs = evaluate(small.config, small.checkpoint, tmp_path)
     ours = evaluate(small.config, path, tmp_path)
     assert set(ours) == set(theirs) and ours
@@ -41,13 +46,15 @@ def test_the_metric_is_that_of_the_checkpoint(trained, onnx_file, tmp_path, task
         assert theirs["mIoU"] > 1
 
 
-def test_files_that_do_not_fit(trained, onnx_file, tmp_path):
+def test_files_that_do_not_fit(trained, onnx_file, tmp_path, capsys, quiet_logging):
     small = trained("segmentation")
-    path = onnx_file("segmentation", size=None)
+    path = onnx_file("segmentation", size=None, preprocessing=False)
     with pytest.raises(ValueError, match="model for segmentation, but the config is for detection"):
         evaluate(trained("detection").config, path, tmp_path)
     small.config.test_dataloader.dataset.metainfo.classes = ("background", "other")
     with pytest.raises(ValueError, match=r"the config has \['background', 'other'\]"):
         evaluate(small.config, path, tmp_path)
-    with pytest.raises(ValueError, match="test-time augmentation needs a checkpoint"):
-        engine.build_test_runner(trained("segmentation").config, str(path), tta=True)
+    config = tmp_path / "config.py"
+    small.config.dump(config)
+    assert command.main([str(config), str(path), "--tta", "--work-dir", str(tmp_path)]) == 1
+    assert "test-time augmentation needs a checkpoint" in capsys.readouterr().err

@@ -16,18 +16,20 @@ from trained_like import trained_like
 
 from mmeformer import runtime
 from mmeformer.commands.export import main
-from mmeformer.deploy import check, export, models
+from mmeformer.deploy import check, export, graphs, models
+from mmeformer.deploy import onnx as onnx_export
 from mmeformer.deploy.export import Request
+from mmeformer.deploy.graphs import BackboneGraph
 from mmeformer.paths import tools_dir
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.variants import STRIDES, VARIANTS
 
 CASES = [
-    ("segmentation", dict(size=None)),
+    ("segmentation", dict(size=None, preprocessing=False)),
     ("segmentation", dict(size=(64, 96), batch=2, preprocessing=True)),
     ("detection", dict(size=None, preprocessing=True)),
-    ("detection", dict(size=(64, 96), batch=2)),
-    ("rotated", dict(size=None)),
+    ("detection", dict(size=(64, 96), batch=2, preprocessing=False)),
+    ("rotated", dict(size=None, preprocessing=False)),
     ("rotated", dict(size=(64, 64), preprocessing=True)),
     ("detection", dict(size=None, part="backbone")),
     ("segmentation", dict(size=(32, 64), part="backbone", batch=3, preprocessing=True)),
@@ -74,10 +76,10 @@ def export_backbone(variant, tmp_path, size, broken=False):
         batch=size and 1,
         strides=STRIDES,
     )
-    lines = []
-    request = Request("onnx", "backbone", size)
-    export.write_onnx(backbone, metadata, tmp_path / "a.onnx", request, [], lines.append)
-    return lines
+    path = tmp_path / "a.onnx"
+    comparison = onnx_export.write(backbone, BackboneGraph, metadata, [], path)
+    comparison.raise_failures(path)
+    return comparison.lines
 
 
 @pytest.mark.parametrize("size", [None, (64, 96)])
@@ -95,7 +97,7 @@ def test_all_variants(variant, tmp_path, size):
 
 def test_outputs_of_any_size_keep_their_meaning(onnx_file):
     """One image, three sizes of output: each is the resize of the same logits."""
-    path = onnx_file("segmentation", size=None)
+    path = onnx_file("segmentation", size=None, preprocessing=False)
     session = onnxruntime.InferenceSession(str(path))
     image = np.random.default_rng(0).normal(size=(1, 3, 70, 45)).astype(np.float32)
     for size in ((70, 45), (33, 97), (1, 1)):
@@ -143,7 +145,7 @@ def test_faster_rcnn_has_no_masks(trained, picture, tmp_path):
 @pytest.mark.parametrize("target", ["onnx", "coreml"])
 def test_a_wrong_export_is_found_and_not_written(trained, picture, tmp_path, monkeypatch, target):
     name = "model" + export.SUFFIXES[target]
-    right = export.fold
+    right = graphs.fold
 
     def wrong(*args):
         folded = right(*args)
@@ -151,7 +153,7 @@ def test_a_wrong_export_is_found_and_not_written(trained, picture, tmp_path, mon
             folded.backbone.stem.conv1.conv.bias += 0.01
         return folded
 
-    monkeypatch.setattr(export, "fold", wrong)
+    monkeypatch.setattr(graphs, "fold", wrong)
     small = trained("segmentation")
     with pytest.raises(check.CheckFailed, match=f"{name} was not written: .*logits"):
         export.export(

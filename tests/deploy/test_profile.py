@@ -13,7 +13,9 @@ from torch import nn
 from mmeformer.commands.profile import main
 from mmeformer.deploy import models
 from mmeformer.deploy import profile as profiling
-from mmeformer.deploy.export import Request, example_inputs, graph_maker
+from mmeformer.deploy.graphs import graph_class
+from mmeformer.deploy.metadata import export_metadata
+from mmeformer.deploy.onnx import example_inputs
 from mmeformer.paths import tools_dir
 from mmeformer.variants import VARIANTS
 
@@ -39,8 +41,8 @@ def test_parts_add_up(task, parts):
         pytest.importorskip("mmrotate")
     config = small_config(task)
     model = models.build_model(copy.deepcopy(config))
-    metadata = models.describe(config, model, size=(64, 64), batch=1)
-    graph = graph_maker(metadata, Request("onnx", size=(64, 64)))(model)
+    metadata = export_metadata(config, model, task, size=(64, 64), batch=1)
+    graph = graph_class(task, "onnx")(model)
     found = profiling.count_parts(graph, tuple(example_inputs(graph, metadata).values()))
     stages = {f"backbone.stages.{index}" for index in range(4)}
     assert {part.name for part in found} == {"backbone.stem", *stages, *parts}

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from mmeformer import configs, runtime
 from mmeformer.deploy import models
+from mmeformer.deploy.metadata import export_metadata
 from mmeformer.runtime.images import prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 from mmeformer.runtime.results import paste_mask
@@ -44,7 +46,7 @@ print(json.dumps([mmeformer.__version__, result.boxes.tolist(), result.masks().s
 
 
 def test_needs_neither_pytorch_nor_openmmlab(onnx_file, picture):
-    path = onnx_file("detection", size=(64, 64))
+    path = onnx_file("detection", size=(64, 96), batch=2, preprocessing=False)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(path), str(picture)], capture_output=True, text=True
     )
@@ -82,7 +84,7 @@ def published(request):
     pipeline[0].scale = (133, 80)
     config.test_dataloader.dataset.pipeline = pipeline
     model = models.build_model(copy.deepcopy(config))
-    return task, pipeline, model, models.describe(config, model)
+    return task, pipeline, model, export_metadata(config, model, task)
 
 
 @pytest.mark.parametrize("size", [(33, 47), (200, 90), (80, 133), (7, 300), (480, 640)])
@@ -175,9 +177,9 @@ def test_rotated_nms_is_that_of_mmcv(seed):
     from mmcv.ops import batched_nms
 
     random = np.random.default_rng(seed)
-    centre, size = random.uniform(0, 100, (150, 2)), random.uniform(4, 40, (150, 2))
+    center, size = random.uniform(0, 100, (150, 2)), random.uniform(4, 40, (150, 2))
     angle = random.uniform(-0.78, 2.35, (150, 1))
-    boxes = np.concatenate([centre, size, angle], 1).astype(np.float32)
+    boxes = np.concatenate([center, size, angle], 1).astype(np.float32)
     scores = random.random(150).astype(np.float32)
     labels = random.integers(0, 3, 150)
     _, theirs = batched_nms(
@@ -198,8 +200,14 @@ def test_corners_are_those_of_mmrotate():
     assert ours == {tuple(np.round(corner, 3)) for corner in theirs.view(-1, 2).tolist()}
 
 
-def test_batches_and_sizes_may_mix(onnx_file, picture):
-    predictor = runtime.load(onnx_file("segmentation", size=(64, 64), batch=2))
+@pytest.fixture
+def segmentor(onnx_file) -> Path:
+    """File of an exported segmentor of a fixed size."""
+    return onnx_file("segmentation", size=(64, 96), batch=2, preprocessing=True)
+
+
+def test_batches_and_sizes_may_mix(segmentor, picture):
+    predictor = runtime.load(segmentor)
     images = [pixels(64, 64), pixels(40, 90), pixels(64, 64), picture, pixels(64, 64)]
     results = predictor.predict_batch(images)
     for image, result in zip(images, results, strict=True):
@@ -213,8 +221,8 @@ def test_batches_and_sizes_may_mix(onnx_file, picture):
     )
 
 
-def test_huge_segmentations_keep_to_the_memory(onnx_file, monkeypatch):
-    predictor = runtime.load(onnx_file("segmentation", size=(64, 64)))
+def test_huge_segmentations_keep_to_the_memory(segmentor, monkeypatch):
+    predictor = runtime.load(segmentor)
     image = pixels(60, 120)
     full = predictor.predict(image).labels
     monkeypatch.setattr(runtime.predictor, "MAX_LOGITS", 60 * 120 * 5 // 4)
@@ -224,8 +232,8 @@ def test_huge_segmentations_keep_to_the_memory(onnx_file, monkeypatch):
 
 
 class TestBadInput:
-    def test_images(self, onnx_file, tmp_path):
-        predictor = runtime.load(onnx_file("segmentation", size=(64, 64)))
+    def test_images(self, segmentor, tmp_path):
+        predictor = runtime.load(segmentor)
         with pytest.raises(FileNotFoundError, match="gone.jpg"):
             predictor.predict("gone.jpg")
         broken = tmp_path / "broken.png"
@@ -236,14 +244,14 @@ class TestBadInput:
             with pytest.raises(ValueError, match=r"must be \(H, W, 3\) of uint8"):
                 predictor.predict(wrong)
 
-    def test_files(self, onnx_file, tmp_path):
+    def test_files(self, segmentor, tmp_path):
         with pytest.raises(FileNotFoundError, match="gone.onnx does not exist"):
             runtime.load("gone.onnx")
         broken = tmp_path / "broken.onnx"
         broken.write_bytes(b"no model")
         with pytest.raises(ValueError, match="broken.onnx: onnxruntime cannot load it"):
             runtime.load(broken)
-        proto = onnx.load(str(onnx_file("segmentation", size=(64, 64))))
+        proto = onnx.load(str(segmentor))
         (entry,) = (item for item in proto.metadata_props if item.key == KEY)
         text = json.loads(entry.value)
         for change, message in (

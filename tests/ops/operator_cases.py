@@ -195,7 +195,9 @@ def _roi_align_cases() -> dict[str, Callable[[], dict[str, Tensor]]]:
 
         maps = features(name).to(dtype).requires_grad_()
         rois = (regions(name) if rois is None else rois).to(dtype)
-        options = dict(spatial_scale=0.25, sampling_ratio=0, pool_mode="avg", aligned=True) | options
+        options = (
+            dict(spatial_scale=0.25, sampling_ratio=0, pool_mode="avg", aligned=True) | options
+        )
         output = roi_align(maps, rois, size, *options.values())
         output.backward(uniform(f"{name}/gradient", *output.shape, low=-1).to(dtype))
         return {"output": output.detach(), "gradient": maps.grad}

@@ -10,7 +10,16 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from ops.operator_cases import AT_THRESHOLD, CASES, GOLDEN, features, labels, regions, scores, turned
+from ops.operator_cases import (
+    AT_THRESHOLD,
+    CASES,
+    GOLDEN,
+    features,
+    labels,
+    regions,
+    scores,
+    turned,
+)
 from rotated_boxes import polygon_iou
 
 from mmeformer.ops import rotated, status, substitute
@@ -207,7 +216,9 @@ def test_gradient_of_roi_align(ours):
 
     maps = features("check").double().requires_grad_()
     rois = regions("check").double()
-    assert torch.autograd.gradcheck(lambda maps: roi_align(maps, rois, 3, 0.25, 0, "avg", True), maps)
+    assert torch.autograd.gradcheck(
+        lambda maps: roi_align(maps, rois, 3, 0.25, 0, "avg", True), maps
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -314,9 +325,7 @@ def test_focal_loss_of_certain_logits(dtype, ours):
     # Wrong with certainty costs the logit itself and pulls with full force.
     expected = torch.tensor([[20.0, 60.0], [60.0, 0.0]], dtype=dtype)
     torch.testing.assert_close(loss.detach(), expected)
-    torch.testing.assert_close(
-        logits.grad, torch.tensor([[-0.25, 0.75], [0.75, 0.0]], dtype=dtype)
-    )
+    torch.testing.assert_close(logits.grad, torch.tensor([[-0.25, 0.75], [0.75, 0.0]], dtype=dtype))
 
 
 def test_focal_loss_of_no_row(ours):
@@ -415,7 +424,12 @@ def test_compiled_by_torch(ours):
         regional = roi_align(maps, rois, 3, 0.25, 2, "avg", True)
         return regional, nms_rotated(boxes, values, 0.1)[1], nms(rois[:, 1:], rois[:, 1], 0.5)[1]
 
-    arguments = features("compile"), regions("compile"), turned("compile", 60), scores("compile", 60)
+    arguments = (
+        features("compile"),
+        regions("compile"),
+        turned("compile", 60),
+        scores("compile", 60),
+    )
     expected = everything(*arguments)
     torch._dynamo.reset()
     found = torch.compile(everything, backend="aot_eager")(*arguments)

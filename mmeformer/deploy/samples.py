@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objects in mmdet's data samples, upright and rotated ones: to numpy and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import BaseBoxes, get_box_tensor
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from mmeformer.runtime import Detections, RotatedDetections
+
+
+def predict_instances(model: Any, image: Tensor, metainfo: dict[str, Any]) -> InstanceData:
+    """Predict by a detector's own ``predict``; see ``predict`` of a graph."""
+    (sample,) = model.predict(image, [DetDataSample(metainfo=metainfo)], rescale=True)
+    return sample.pred_instances
+
+
+def arrays(found: InstanceData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes (N, 4 or 5), scores (N,) and labels (N,) of predicted instances."""
+    return get_box_tensor(found.bboxes).numpy(), found.scores.numpy(), found.labels.numpy()
+
+
+def set_instances(sample: DetDataSample, result: Detections | RotatedDetections) -> None:
+    """Put a result into a data sample, as the detector in PyTorch does.
+
+    Boxes of the ground truth become plain tensors, which metrics compare them with.
+    """
+    found = InstanceData(
+        bboxes=torch.from_numpy(result.boxes),
+        scores=torch.from_numpy(result.scores),
+        labels=torch.from_numpy(result.labels),
+    )
+    if isinstance(result, Detections) and result.mask_scores is not None:
+        found.masks = torch.from_numpy(result.masks())
+    sample.pred_instances = found
+    truth = sample.get("gt_instances")
+    if truth is not None and isinstance(truth.get("bboxes"), BaseBoxes):
+        truth.bboxes = truth.bboxes.tensor

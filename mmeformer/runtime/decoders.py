@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the outputs of an exported file to results: one function per task, named by its row.
+
+Every function takes the prepared images of a run, the graph's outputs by name and the file's
+metadata, and returns one result per image, in pixels of the image. A graph of a fixed batch may
+have been filled up, so outputs may be of more images than there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from mmeformer.runtime.images import Prepared
+from mmeformer.runtime.metadata import Metadata
+from mmeformer.runtime.results import Detections, Pyramid, RotatedDetections, Segmentation
+from mmeformer.runtime.rotated_nms import rotated_nms
+
+Result = Detections | Pyramid | RotatedDetections | Segmentation
+Outputs = Mapping[str, NDArray[Any]]
+
+
+def decode_pyramids(
+    batch: Sequence[Prepared], outputs: Outputs, metadata: Metadata
+) -> list[Pyramid]:
+    """Levels of a backbone, in the order of the outputs."""
+    return [
+        Pyramid(tuple(level[index] for level in outputs.values())) for index in range(len(batch))
+    ]
+
+
+def decode_segmentation(
+    batch: Sequence[Prepared], outputs: Outputs, metadata: Metadata
+) -> list[Segmentation]:
+    """``labels`` (B, H, W), resized to the image where the graph did not do that."""
+    results = []
+    for item, labels in zip(batch, outputs["labels"], strict=False):
+        if labels.shape != item.original:
+            height, width = item.original
+            labels = cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST)
+        results.append(Segmentation(labels))
+    return results
+
+
+def decode_detections(
+    batch: Sequence[Prepared], outputs: Outputs, metadata: Metadata
+) -> list[Detections]:
+    """Boxes (N, 4) and masks (N, S, S) of the whole batch, already suppressed."""
+    return [
+        Detections(
+            own["boxes"] / np.array(_scale_factors(item)[::-1] * 2, np.float32),
+            own["scores"],
+            own["labels"],
+            own.get("masks"),
+            item.original,
+            metadata.mask_threshold,
+        )
+        for item, own in _by_image(batch, outputs)
+    ]
+
+
+def decode_rotated(
+    batch: Sequence[Prepared], outputs: Outputs, metadata: Metadata
+) -> list[RotatedDetections]:
+    """Candidates (N, 5) of the whole batch; suppresses overlapping ones."""
+    assert metadata.iou_threshold is not None, "the export of a rotated detector has one"
+    results = []
+    for item, own in _by_image(batch, outputs):
+        boxes = _rescale_rotated(own["boxes"], *_scale_factors(item))
+        kept = rotated_nms(boxes, own["scores"], own["labels"], metadata.iou_threshold)
+        kept = kept[: metadata.max_per_image]
+        results.append(RotatedDetections(boxes[kept], own["scores"][kept], own["labels"][kept]))
+    return results
+
+
+def _by_image(
+    batch: Sequence[Prepared], outputs: Outputs
+) -> Iterator[tuple[Prepared, dict[str, NDArray[Any]]]]:
+    """Each image with its own rows of outputs that list the objects of all images."""
+    for index, item in enumerate(batch):
+        own = outputs["image_index"] == index
+        yield item, {name: value[own] for name, value in outputs.items()}
+
+
+def _scale_factors(item: Prepared) -> tuple[float, float]:
+    """Pixels of the network's input per pixel of the image, vertically and horizontally."""
+    return item.size[0] / item.original[0], item.size[1] / item.original[1]
+
+
+def _rescale_rotated(boxes: NDArray[Any], height: float, width: float) -> NDArray[Any]:
+    """Rotated boxes (N, 5) of the network's input in pixels of the image.
+
+    Both factors are the same but for rounding, and so the boxes stay rectangles. Source: mmrotate's
+    ``RotatedBoxes.rescale_``.
+    """
+    cos, sin = np.cos(boxes[:, 4]), np.sin(boxes[:, 4])
+    return np.stack(
+        [
+            boxes[:, 0] / width,
+            boxes[:, 1] / height,
+            boxes[:, 2] * np.hypot(cos / width, sin / height),
+            boxes[:, 3] * np.hypot(sin / width, cos / height),
+            np.arctan2(sin / width, cos / height),
+        ],
+        1,
+    ).astype(np.float32)
