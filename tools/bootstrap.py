@@ -167,7 +167,7 @@ class Environment:
         )
         if reply.returncode:
             hint = "Debian, Ubuntu: sudo apt install python{}.{}-venv".format(*sys.version_info)
-            reason = explanation(reply.stdout) or "{}\n{}".format(reply.stdout.strip(), hint)
+            reason = explanation(reply.stdout) or f"{reply.stdout.strip()}\n{hint}"
             raise Failure(f"Making {self.folder} failed.\n{reason}")
 
     def run(self, *arguments, **options):
@@ -222,16 +222,16 @@ class Environment:
         say("[3/4] mmeformer and everything else")
         self.must("mmeformer", "--no-deps", "-r", "constraints.txt", "-e", ".")
         say("[4/4] Check")
-        reply = self.run(
-            "-m", "mmeformer.doctor", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        reply = self.run("-m", "mmeformer.doctor", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if reply.returncode:
             text = reply.stdout.decode("utf-8", "replace")
             raise Failure(f"The installed packages do not work together.\n{text}")
         with open(self.stamp + ".part", "w", encoding="utf-8") as file:
             json.dump(self.state(), file)
         os.replace(self.stamp + ".part", self.stamp)
-        say(f"Ready after {time.monotonic() - start:.0f} s. To use it: . {self.folder}/bin/activate")
+        say(
+            f"Ready after {time.monotonic() - start:.0f} s. To use it: . {self.folder}/bin/activate"
+        )
 
     def install_torch(self):
         """Without a GPU a CPU build, if an index that pip is set up for has one.
@@ -276,9 +276,11 @@ def run(folder):
     lock = os.open(ROOT, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         say("Another installation is running here; waiting for it to end ...")
         fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        pass  # A file system without locks.
     if environment.recorded() != environment.state():
         environment.install()
 
