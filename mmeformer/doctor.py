@@ -50,6 +50,32 @@ NEEDS = {
     "mmrotate": ("mmdet",),
     "mmeformer": ("mmengine", "timm"),
 }
+TORCH_FIX = (
+    "install both in one command and from one place: make repair (or: pip install "
+    "--force-reinstall torch==VERSION torchvision==VERSION)"
+)
+# Failures of imports and trials, as their errors read, and the fix.
+KNOWN_FAILURES = (
+    (r"torchvision::nms|different CUDA major versions", TORCH_FIX),
+    (
+        r"libGL\.so|libgthread",
+        "pip install --force-reinstall --no-deps opencv-python-headless, which needs no graphics "
+        "library",
+    ),
+    (
+        r"_ARRAY_API|numpy\.core\.multiarray|numpy\.dtype size changed",
+        "it was built for another numpy: make repair (or reinstall it together with numpy)",
+    ),
+    (r"pkg_resources", "newer setuptools lack it: pip install 'setuptools<81'"),
+    (r"MMEFORMER_OPERATORS", "unset MMEFORMER_OPERATORS"),
+    (r"mmcv-lite", "pip uninstall -y mmcv-lite && pip install onedl-mmcv"),
+    (
+        r"undefined symbol|Symbol not found|_ext|CPU only",
+        "use the operators that need no compiling: make repair (or: pip install --force-reinstall "
+        "--no-deps --no-cache-dir onedl-mmcv); or compile them for this torch and GPU: make "
+        "install-compiled",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -322,49 +348,21 @@ def check_requirements(facts: Facts) -> Iterator[Problem]:
 
 
 def check_torch(facts: Facts) -> Iterator[Problem]:
-    """torch and torchvision of different releases or builds, and a GPU that torch cannot use."""
-    torch, vision = facts.probes["torch"], facts.probes["torchvision"]
+    """torchvision made for another torch, and a GPU that torch cannot use."""
+    torch = facts.probes["torch"]
     installed = facts.distributions.get("torch", "")
-    lines = facts.requirements.get("torchvision", ())
-    pins = [match.group(1) for line in lines if (match := re.match(r"torch\s*==([\w.]+)", line))]
-    reason = ""
-    if pins and installed and installed.split("+")[0] != pins[0]:
-        reason = f"torchvision was built for torch {pins[0]}, but torch {installed} is installed"
-    elif re.search(r"torchvision::nms|different CUDA major versions", vision.error):
-        reason = f"torchvision does not fit torch {installed} ({vision.error})"
-    if reason:
-        yield Problem(
-            f"{reason}.",
-            "install both in one command and from one place: make repair (or: pip install "
-            "--force-reinstall torch==VERSION torchvision==VERSION)",
-        )
+    for line in facts.requirements.get("torchvision", ()):
+        pin = re.match(r"torch\s*\(?==([\w.]+)", line)
+        if pin and installed and installed.split("+")[0] != pin[1]:
+            what = f"torchvision was built for torch {pin[1]}, but torch {installed} is installed."
+            yield Problem(what, TORCH_FIX)
     if facts.driver_gpus and not torch.error and not torch.values["gpus"]:
-        if torch.values["cuda"]:
-            why = f"the driver may be too old for CUDA {torch.values['cuda']}"
+        if cuda := torch.values["cuda"]:
+            why = f"the driver may be too old for CUDA {cuda}"
             fix = "update the NVIDIA driver, or install a torch for an older CUDA"
         else:
             why, fix = "it is a CPU build", "make repair (or install a CUDA build of torch)"
         yield Problem(f"There is an NVIDIA GPU that torch cannot use: {why}.", fix, note=True)
-
-
-def check_operators(facts: Facts) -> Iterator[Problem]:
-    """mmcv's operators do not work."""
-    error = facts.probes["operators"].error
-    if error and not failed_need("operators", facts):
-        fix = (
-            "make repair, which installs mmcv without compiled operators; outside a checkout: "
-            "pip install --force-reinstall --no-deps --no-cache-dir onedl-mmcv"
-        )
-        if "MMEFORMER_OPERATORS" in error:
-            fix = "unset MMEFORMER_OPERATORS"
-        elif "mmcv-lite" in facts.distributions:
-            fix = f"pip uninstall -y mmcv-lite, then {fix}"
-        elif "undefined symbol" in error or "Symbol not found" in error:
-            error = f"they were compiled for another torch ({error})"
-            fix += "; to compile them for this torch: make install-compiled"
-        elif "CPU only" in error:
-            fix = f"with nvcc on PATH: make install-compiled; or {fix}"
-        yield Problem(f"The operators of mmcv do not work: {error}.", fix)
 
 
 def failed_need(name: str, facts: Facts) -> str:
@@ -378,41 +376,27 @@ def failed_need(name: str, facts: Facts) -> str:
 
 
 def check_imports(facts: Facts) -> Iterator[Problem]:
-    """Imports that fail for any other reason, and task packages that are not installed."""
+    """Imports and trials that fail, and task packages that are not installed."""
+    told_torchvision = any(check_torch(facts))
     for name, probe in facts.probes.items():
-        error = probe.error
-        installed = bool(facts.provider(name))
+        installed = name == "operators" or bool(facts.provider(name))
         if name in OPTIONAL and not installed:
             extra = f'for that task: pip install "mmeformer[{OPTIONAL[name]}]"'
             yield Problem(f"{name} is not installed.", extra, note=True)
-        elif not error or name == "operators" or failed_need(name, facts):
+        elif not probe.error or failed_need(name, facts):
             continue
         elif facts.requires_python and not installed:
             continue  # check_requirements names it.
-        elif name == "torchvision" and next(check_torch(facts), None):
+        elif name == "torchvision" and told_torchvision:
             continue
-        elif "libGL.so" in error or "libgthread" in error:
-            yield Problem(
-                f"OpenCV needs a graphics library that this machine lacks ({error}).",
-                "pip install --force-reinstall --no-deps opencv-python-headless",
-            )
-        elif re.search(r"_ARRAY_API|numpy\.core\.multiarray|numpy\.dtype size changed", error):
-            yield Problem(
-                f"{name} was built for another numpy ({error}).",
-                "make repair (or reinstall numpy and this package in one command)",
-            )
-        elif "pkg_resources" in error:
-            yield Problem(
-                f"{name} needs pkg_resources, which newer setuptools lack.",
-                "pip install 'setuptools<81'",
-            )
         else:
-            yield Problem(f"Importing {name} fails: {error}.", "make repair")
+            known = (fix for pattern, fix in KNOWN_FAILURES if re.search(pattern, probe.error))
+            yield Problem(f"{name} does not work: {probe.error}.", next(known, "make repair"))
 
 
 def diagnose(facts: Facts) -> list[Problem]:
     """All problems, from what lies deepest to what rests on it; empty if all is well."""
-    checks = [check_rivals, check_torch, check_operators, check_imports]
+    checks = [check_rivals, check_torch, check_imports]
     problems = []
     if "packaging" in facts.distributions:
         checks = [check_python, check_requirements, *checks]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every task once, in about a minute: train two steps, predict, export to ONNX and compare.
 
-``python tests/smoke.py`` needs what ``pip install "mmeformer[all]"`` installs, and uses the mmeformer
-that is installed, which a checkout need not be.
+``python tests/smoke.py`` needs what ``pip install "mmeformer[all]"`` installs. It uses the installed
+mmeformer, from a wheel or a checkout.
 """
 
 import sys
@@ -25,7 +25,9 @@ def run_task(task: str, folder: Path) -> None:
     file, checkpoint = str(folder / "config.py"), str(folder / "work" / "iter_2.pth")
     config.dump(file)
     init_detector(file, checkpoint, device="cpu")
-    picture = str(next(path for path in sorted(folder.rglob("*")) if path.suffix in (".jpg", ".png")))
+    picture = str(
+        next(path for path in sorted(folder.rglob("*")) if path.suffix in (".jpg", ".png"))
+    )
     out = folder / "results"
     assert predict.main([file, checkpoint, picture, "--out", str(out)]) == 0
     assert any(out.rglob("*.*")), "predict wrote nothing"
