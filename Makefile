@@ -4,7 +4,7 @@
 # Any Python 3 will do: one outside of 3.10 to 3.13 looks for another on PATH.
 PYTHON ?= python3
 # Processes for the tests, each with one core.
-JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 VENV := .venv/bin/python
 ifeq ($(JOBS),1)

@@ -50,12 +50,19 @@ class _Loader(SourceFileLoader):
                 del sys.modules[name]
 
 
+def _installed() -> bool:
+    try:
+        return find_spec("imgaug") is not None
+    except (ImportError, ValueError):  # Somebody keeps it from being imported.
+        return False
+
+
 class _Finder:
     """Finds the one module that imports imgaug, if imgaug is not installed."""
 
     @staticmethod
     def find_spec(name: str, path=None, target=None) -> ModuleSpec | None:
-        if name != _USER or find_spec("imgaug"):
+        if name != _USER or _installed():
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names that the package imports from OpenMMLab's libraries: all exist, whatever the version.
 
-``python tests/test_libraries.py`` lists them. What configs name by ``type=`` is built by the tests of
-the configs.
+``python tests/test_libraries.py`` lists them. The tests of the configs build what those name.
 """
 
 import ast
