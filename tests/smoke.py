@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every task once, in about a minute: train two steps, predict, export to ONNX and compare.
 
-``python tests/smoke.py`` needs what ``pip install "mmeformer[all]"`` installs. It uses the installed
-mmeformer, from a wheel or a checkout.
+``python tests/smoke.py`` needs what ``pip install "mmeformer[all]"`` installs. The mmeformer in use
+is the installed one, not the checkout around this file.
 """
 
 import sys
