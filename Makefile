@@ -1,31 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 # Every command makes or completes .venv first, which takes no time when it is up to date.
 
-# Any Python 3 will do: a newer or older one than 3.10 to 3.12 looks for those on PATH.
+# Any Python 3 will do: one outside of 3.10 to 3.13 looks for another on PATH.
 PYTHON ?= python3
-# Processes for the tests. 1 runs them in order, torch using all cores; JOBS=4 gives each one core.
-JOBS ?= 1
+# Processes for the tests, each with one core.
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 VENV := .venv/bin/python
 ifeq ($(JOBS),1)
 PYTEST := $(VENV) -m pytest
+PARALLEL := $(PYTEST)
 else
-PYTEST := OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(VENV) -m pytest
+PARALLEL := $(PYTEST) -n $(JOBS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install repair quickstart quickstart-seg quickstart-rotated test test-all check format doctor clean
+.PHONY: help install install-compiled repair quickstart quickstart-seg quickstart-rotated \
+	test test-all test-install smoke check format doctor lock clean
 
 help: ## Show this list
 	@echo "mmeformer: the first of these commands to run also installs what is missing into .venv."
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
 		| awk 'BEGIN {FS = ":.*## "} {printf "  make %-20s %s\n", $$1, $$2}'
 
-install: ## Make .venv or bring it up to date (10 minutes the first time, mostly compiling)
+install: ## Make .venv or bring it up to date; nothing is compiled
 	@$(PYTHON) tools/bootstrap.py
 
-repair: ## Install again whatever was changed or damaged inside .venv
-	@rm -f .venv/mmeformer-stamp.json
+install-compiled: install ## Compile mmcv's own operators: 10 to 60 minutes, a C++ compiler, nvcc for GPUs
+	@$(VENV) -m pip install -q -c constraints.txt setuptools wheel ninja psutil
+	@$(VENV) -m pip install --no-build-isolation --no-cache-dir --no-deps --force-reinstall \
+		-c constraints.txt onedl-mmcv
+
+repair: ## Remove .venv and install again
+	@rm -rf .venv
 	@$(PYTHON) tools/bootstrap.py
 
 quickstart: install ## Train and evaluate a small Mask R-CNN on generated images, with pictures
@@ -37,24 +45,46 @@ quickstart-seg: install ## The same for Semantic FPN
 quickstart-rotated: install ## The same for rotated boxes
 	@$(VENV) tools/quickstart.py rotated
 
+# Tests that copy their process come first and alone: a copy must have no threads.
 test: install ## Run the tests, without the slow ones
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -m "forks and not slow"
+	@$(PARALLEL) -m "not forks and not slow and not install"
 
 test-all: install ## Run all tests, on newly drawn inputs where inputs are drawn
-	@$(PYTEST) --hypothesis-profile=explore
+	@$(PYTEST) -m forks --hypothesis-profile=explore
+	@$(PARALLEL) -m "not forks" --hypothesis-profile=explore
+
+test-install: install ## Install the built wheel into fresh environments (Python 3.10, 3.13) and use it
+	@$(VENV) -m pytest -m install
+
+smoke: install ## Import everything and run each task once, in a minute
+	@$(VENV) tests/smoke.py
 
 check: install ## Check code style (ruff)
 	@$(VENV) -m ruff check .
 	@$(VENV) -m ruff format --check .
 
-format: install ## Mend code style (ruff)
+format: install ## Fix code style (ruff)
 	@$(VENV) -m ruff check --fix .
 	@$(VENV) -m ruff format .
 
-doctor: ## Print versions and name every problem of the environment with its mend
+doctor: ## Print versions and name every problem of the environment with its fix
 	@test -x $(VENV) || $(PYTHON) tools/bootstrap.py
 	@$(VENV) -m mmeformer.doctor
 
+# torch itself brings the CUDA libraries that fit it; a CPU build has none.
+lock: install ## Write constraints.txt anew, with the newest versions within the ranges of setup.py
+	@$(VENV) -m pip install -q uv
+	@sed '/^#/!d' constraints.txt > constraints.txt.part
+	@$(VENV) -m uv pip compile -q --universal --python-version 3.10 --all-extras --upgrade \
+		--no-annotate --no-header setup.py \
+		| sed -E -e '/^(cuda|nvidia|triton)/d' \
+			-e "s/ and \((sys_platform == '[a-z]+'|[ ]or[ ])+\)//; s/ ; \((sys_platform == '[a-z]+'|[ ]or[ ])+\)//" \
+			-e "s/python_full_version < '3.14' and //; s/ and python_full_version < '3.14'//" \
+			-e "s/ ; python_full_version < '3.14'//" -e 's/ ; /; /' -e '/^hf-xet/s/;.*//' \
+		>> constraints.txt.part
+	@mv constraints.txt.part constraints.txt
+
 clean: ## Remove build products and caches; data, work_dirs and .venv stay
-	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
 	@find mmeformer configs tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,36 +20,49 @@ SHIPPED = "mmeformer/.mim"
 SHIPPED_FOLDERS = ("configs", "tools")
 # It installs a source checkout; there is none beside an installed wheel.
 CHECKOUT_ONLY = ("bootstrap.py",)
+STARTUP = "mmeformer.pth"
 
 BASE = [
-    # Checkpoints are read weights-only with an allow-list of torch 2.6. 2.14 needs C++20, while the
-    # mmcv operators are written and built for C++17.
-    "torch>=2.6,<2.14",
+    # Checkpoints are read weights-only with an allow-list of torch 2.6.
+    "torch>=2.6",
     "torchvision",
     "timm>=1.0",
     "onedl-mmengine>=0.10.8,<0.11",
     "onedl-mmcv>=2.3,<2.4",
-    # The last opencv-python that imaug (which mmdet imports) accepts needs numpy < 2.3.
-    "opencv-python<4.13",
-    "numpy<2.3",
+    # The forks require opencv-python, which needs libGL. pip installs what lies deeper first, so
+    # this build, which works on servers too, ends on top of it.
+    "opencv-python-headless",
+    "numpy>=1.26",
     "packaging",
     "rich",
     "safetensors",
-    # OpenMMLab's mmengine 0.10 imports pkg_resources, which later setuptools no longer has.
-    "setuptools<81",
 ]
 DETECTION = ["onedl-mmdetection>=3.5,<3.6"]
+SEGMENTATION = ["onedl-mmsegmentation>=1.4,<1.5"]
+ROTATED = [*DETECTION, "onedl-mmrotate>=1.2,<1.3", "shapely"]
+DEPLOY = [
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "coremltools>=9; sys_platform == 'linux' or sys_platform == 'darwin'",
+]
 EXTRAS = {
     "detection": DETECTION,
-    "segmentation": ["onedl-mmsegmentation>=1.4,<1.5"],
-    "rotated": [*DETECTION, "onedl-mmrotate>=1.2,<1.3", "shapely"],
-    "deploy": [
-        "onnx",
-        "onnxruntime",
-        "onnxscript",
-        "coremltools>=9; sys_platform == 'linux' or sys_platform == 'darwin'",
+    "segmentation": SEGMENTATION,
+    "rotated": ROTATED,
+    "deploy": DEPLOY,
+    "all": list(dict.fromkeys(DETECTION + SEGMENTATION + ROTATED + DEPLOY)),
+    "dev": [
+        "hypothesis",
+        "mypy",
+        "pip>=25",
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "ruff",
+        "setuptools>=77",
+        "shapely",
     ],
-    "dev": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shapely", "wheel"],
 }
 
 
@@ -73,10 +86,19 @@ class build_py_with_configs(build_py):  # noqa: N801 (setuptools' naming of comm
         sources.append(Path("model-index.yml"))
         return {f"{self.build_lib}/{SHIPPED}/{path.as_posix()}": str(path) for path in sources}
 
+    def write_startup(self, folder: str) -> None:
+        """Write the line that Python runs at its start; see mmeformer/ops/startup.py."""
+        text = (ROOT / "mmeformer" / "ops" / "startup.py").read_text(encoding="utf-8")
+        # Python runs single lines that begin with "import".
+        Path(folder, STARTUP).write_text(f"import sys; exec({text!r})\n", encoding="utf-8")
+
     def run(self) -> None:
         super().run()
         if self.editable_mode:
+            # Whatever lies here becomes the root of the editable wheel.
+            self.write_startup(self.get_finalized_command("install").install_lib)
             return
+        self.write_startup(self.build_lib)
         # An older build's leftovers would be packed too.
         shutil.rmtree(Path(self.build_lib, SHIPPED), ignore_errors=True)
         for built, source in self.shipped_files().items():
@@ -84,7 +106,8 @@ class build_py_with_configs(build_py):  # noqa: N801 (setuptools' naming of comm
             shutil.copy2(ROOT / source, built)
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
-        shipped = [] if self.editable_mode else list(self.shipped_files())
+        shipped = [f"{self.build_lib}/{STARTUP}", *self.shipped_files()]
+        shipped = [] if self.editable_mode else shipped
         return super().get_outputs(include_bytecode) + shipped
 
 
@@ -105,9 +128,10 @@ setup(
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10,<3.14",
     packages=find_packages(include=["mmeformer", "mmeformer.*"]),
     cmdclass={"build_py": build_py_with_configs},
     install_requires=BASE,

@@ -3,15 +3,18 @@
 
 Importing the package costs nothing: the backbones (and with them torch, timm and mmengine) are
 imported at their first use, so that ``python -m mmeformer.doctor`` can name a broken installation.
-It lets mmcv find its operators where none are compiled (:mod:`mmeformer.ops`).
+It lets mmcv find its operators where none are compiled (:mod:`mmeformer.ops`),
+and mmdet be imported without imgaug (:mod:`mmeformer.without_imgaug`).
 """
 
 from importlib import import_module
 
 from mmeformer.ops import register as _register_operators
 from mmeformer.version import __version__
+from mmeformer.without_imgaug import register as _register_imgaug
 
 _register_operators()
+_register_imgaug()
 
 _LAZY = {
     "EfficientFormer": "mmeformer.backbones",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m mmeformer.doctor``: what is installed, what is wrong with it, and how to mend that.
+"""``python -m mmeformer.doctor``: installed versions, operators and GPUs, and every problem's fix.
 
-:func:`gather` collects :class:`Facts` from the running interpreter, :func:`diagnose` turns facts
-into findings without touching the system, and :func:`report` words both. Every import is tried in a
-process apart, since a library built for another torch may end its process instead of raising.
+:func:`gather` collects :class:`Facts`, :func:`diagnose` finds problems in them without touching the
+system, :func:`report` words both. Only the standard library is imported with this module, and every
+other import is tried in a process apart: a library built for another torch may end its process.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -27,15 +28,14 @@ RIVALS = {
     "mmseg": ("onedl-mmsegmentation", "mmsegmentation"),
     "mmrotate": ("onedl-mmrotate", "mmrotate"),
 }
-OPENCV = (
-    "opencv-python",
-    "opencv-python-headless",
-    "opencv-contrib-python",
-    "opencv-contrib-python-headless",
+OPENCV = tuple(
+    f"opencv-{kind}python{tail}" for kind in ("", "contrib-") for tail in ("", "-headless")
 )
 # Task packages, and the extra of mmeformer that installs each.
 OPTIONAL = {"mmdet": "detection", "mmseg": "segmentation", "mmrotate": "rotated"}
-# What is imported, in this order, and what each one needs: a failure is reported where it begins.
+# Required by mmdet and used by its lane detection alone (mmeformer/without_imgaug.py).
+NOT_NEEDED = ("imaug", "imgaug")
+# The imports tried, in this order, and what each needs: a failure is reported where it begins.
 NEEDS = {
     "numpy": (),
     "cv2": ("numpy",),
@@ -44,12 +44,38 @@ NEEDS = {
     "timm": ("torchvision",),
     "mmengine": ("cv2", "torch"),
     "mmcv": ("mmengine",),
-    "operators": ("mmcv",),
-    "mmdet": ("torchvision", "operators"),
+    "operators": ("mmcv", "torchvision"),
+    "mmdet": ("operators",),
     "mmseg": ("operators",),
     "mmrotate": ("mmdet",),
     "mmeformer": ("mmengine", "timm"),
 }
+TORCH_FIX = (
+    "install both in one command and from one place: make repair (or: pip install "
+    "--force-reinstall torch==VERSION torchvision==VERSION)"
+)
+# Failures of imports and trials, as their errors read, and the fix.
+KNOWN_FAILURES = (
+    (r"torchvision::nms|different CUDA major versions", TORCH_FIX),
+    (
+        r"libGL\.so|libgthread",
+        "pip install --force-reinstall --no-deps opencv-python-headless, which needs no graphics "
+        "library",
+    ),
+    (
+        r"_ARRAY_API|numpy\.core\.multiarray|numpy\.dtype size changed",
+        "it was built for another numpy: make repair (or reinstall it together with numpy)",
+    ),
+    (r"pkg_resources", "newer setuptools lack it: pip install 'setuptools<81'"),
+    (r"MMEFORMER_OPERATORS", "unset MMEFORMER_OPERATORS"),
+    (r"mmcv-lite", "pip uninstall -y mmcv-lite && pip install onedl-mmcv"),
+    (
+        r"undefined symbol|Symbol not found|_ext|CPU only",
+        "use the operators that need no compiling: make repair (or: pip install --force-reinstall "
+        "--no-deps --no-cache-dir onedl-mmcv); or compile them for this torch and GPU: make "
+        "install-compiled",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +83,7 @@ class Probe:
     """Outcome of importing one entry of :data:`NEEDS`.
 
     Attributes:
-        values: what was learnt, for example ``{"version": "2.12.1+cu130", "cuda": "13.0"}``.
+        values: facts learnt, for example ``{"version": "2.12.1+cu130", "cuda": "13.0"}``.
         error: one line, or "" when the import and the trial behind it worked.
     """
 
@@ -70,20 +96,20 @@ class Facts:
     """All that :func:`diagnose` looks at.
 
     Attributes:
-        python: ``(major, minor, micro)``.
-        executable: path of the interpreter.
+        python: version, such as "3.11.7".
         distributions: canonical distribution name to version, for everything installed.
         requirements: canonical distribution name to its ``Requires-Dist`` lines.
         requires_python: mmeformer's ``Requires-Python``, "" if mmeformer is not installed.
         probes: import outcome per entry of :data:`NEEDS`.
+        driver_gpus: GPUs that the NVIDIA driver lists, one per line.
     """
 
-    python: tuple[int, int, int]
-    executable: str
+    python: str
     distributions: Mapping[str, str]
     requirements: Mapping[str, tuple[str, ...]]
     requires_python: str
     probes: Mapping[str, Probe]
+    driver_gpus: str = ""
 
     def provider(self, module: str) -> str:
         """Distributions that install ``module``, as "name version, ..."; "" if there is none."""
@@ -92,18 +118,18 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something to tell the user.
+class Problem:
+    """A problem of the environment.
 
     Attributes:
-        what: the problem in one sentence.
-        mend: the way out, a command where there is one.
-        problem: False for a note, which leaves the exit status at 0.
+        what: one sentence.
+        fix: the way out, a command where there is one.
+        note: True if things work all the same, which leaves the exit status at 0.
     """
 
     what: str
-    mend: str
-    problem: bool = True
+    fix: str
+    note: bool = False
 
 
 # --- gathering ------------------------------------------------------------------------------------
@@ -123,39 +149,39 @@ def probe_torch() -> dict[str, str]:
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
             gpus.append(f"{torch.cuda.get_device_name(index)} (capability {major}.{minor})")
-    return {
-        "version": torch.__version__,
-        "cuda": torch.version.cuda or "",
-        "gpus": "\n".join(gpus),
-    }
+    cuda = torch.version.cuda or ""
+    return {"version": torch.__version__, "cuda": cuda, "gpus": "\n".join(gpus)}
 
 
 def probe_torchvision() -> dict[str, str]:
-    """Version and CUDA version, after running its own non-maximum suppression."""
+    """Version, after running its non-maximum suppression."""
     import torch
     import torchvision
 
     torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
-    # torchvision gives the number of cuda.h: 13000 for 13.0; a CPU build has none.
-    number = int(getattr(torchvision.version, "cuda", 0))
-    cuda = f"{number // 1000}.{number % 1000 // 10}" if number else ""
-    return {"version": torchvision.__version__, "cuda": cuda}
+    return {"version": torchvision.__version__}
 
 
 def probe_operators() -> dict[str, str]:
-    """Compiler and CUDA version ("" without CUDA), after running NMS on the CPU and on a GPU."""
+    """Which operators mmcv uses and why, after running NMS on the CPU and on a GPU."""
     import torch
-    from mmcv.ops import get_compiler_version, get_compiling_cuda_version, nms
 
-    cuda = get_compiling_cuda_version()
-    cuda = "" if cuda == "not available" else cuda
-    devices = ["cpu", "cuda"] if cuda and torch.cuda.is_available() else ["cpu"]
-    for device in devices:
+    from mmeformer import ops
+
+    status = ops.status()
+    if status.operators not in ("compiled", "torch"):
+        raise RuntimeError(status.reason)
+    from mmcv.ops import get_compiling_cuda_version, nms
+
+    compiled = status.operators == "compiled"
+    if compiled and torch.cuda.is_available() and get_compiling_cuda_version() == "not available":
+        raise RuntimeError("mmcv's operators are compiled for the CPU only, but there is a GPU")
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [1.0, 0.0, 9.0, 9.0]], device=device)
         kept = nms(boxes, torch.tensor([0.9, 0.8], device=device), 0.5)[1].tolist()
         if kept != [0]:
             raise RuntimeError(f"nms on {device} kept boxes {kept} instead of [0]")
-    return {"compiler": get_compiler_version(), "cuda": cuda}
+    return {"version": status.operators, "reason": status.reason}
 
 
 def probe_mmeformer() -> dict[str, str]:
@@ -166,7 +192,11 @@ def probe_mmeformer() -> dict[str, str]:
 
 def probe_version(module: str) -> dict[str, str]:
     """Version of any other module, after importing it."""
-    return {"version": str(getattr(importlib.import_module(module), "__version__", ""))}
+    version = getattr(importlib.import_module(module), "__version__", "")
+    if module == "mmdet":
+        # Importing the bare package tells nothing of what its data sets need.
+        importlib.import_module("mmdet.datasets")
+    return {"version": str(version)}
 
 
 PROBES: dict[str, Callable[[], dict[str, str]]] = {
@@ -181,14 +211,16 @@ def run_probe(name: str) -> Probe:
     """Run one probe in this process; any failure becomes the outcome's ``error``."""
     try:
         return Probe(PROBES[name]() if name in PROBES else probe_version(name))
-    # A broken import may raise anything, SystemExit included, and each is a finding.
+    # A broken import may raise anything, SystemExit included.
     except BaseException as error:
         text = " ".join(str(error).split())
-        return Probe(error=f"{type(error).__name__}: {text}")
+        return Probe(
+            error=text if type(error) is RuntimeError else f"{type(error).__name__}: {text}"
+        )
 
 
-def _hush() -> None:
-    # Some packages greet on import; the report says all that matters.
+def _silence() -> None:
+    # Some packages greet on import.
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
@@ -198,13 +230,13 @@ def run_probes(names: tuple[str, ...], run: Callable[[str], Probe] = run_probe) 
     """Run probes one after the other in a child process, a fresh one after each that kills it.
 
     Args:
-        names: what to probe.
+        names: keys of :data:`NEEDS`.
         run: function for one name; must be importable by the child.
     """
     outcomes: dict[str, Probe] = {}
     context = multiprocessing.get_context("spawn")
     while len(outcomes) < len(names):
-        with ProcessPoolExecutor(1, mp_context=context, initializer=_hush) as pool:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_silence) as pool:
             for name in names[len(outcomes) :]:
                 try:
                     outcomes[name] = pool.submit(run, name).result()
@@ -214,184 +246,123 @@ def run_probes(names: tuple[str, ...], run: Callable[[str], Probe] = run_probe) 
     return outcomes
 
 
+def driver_gpus() -> str:
+    """GPUs that the NVIDIA driver lists, one per line; "" without a driver."""
+    try:
+        command = ["nvidia-smi", "-L"]
+        reply = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return "\n".join(line for line in reply.stdout.splitlines() if line.startswith("GPU "))
+
+
 def gather() -> Facts:
     """Facts about the interpreter that runs this."""
     distributions, requirements, requires_python = {}, {}, ""
     for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
         # A half-removed distribution leaves metadata without a name.
-        if not name or canonical(name) in distributions:
+        name = canonical(distribution.metadata["Name"] or "")
+        if not name or name in distributions:
             continue
-        distributions[canonical(name)] = distribution.version
-        requirements[canonical(name)] = tuple(distribution.requires or ())
-        if canonical(name) == "mmeformer":
+        distributions[name] = distribution.version
+        requirements[name] = tuple(distribution.requires or ())
+        if name == "mmeformer":
             requires_python = distribution.metadata["Requires-Python"] or ""
     return Facts(
-        python=tuple(sys.version_info[:3]),
-        executable=sys.executable,
+        python=platform.python_version(),
         distributions=distributions,
         requirements=requirements,
         requires_python=requires_python,
         probes=run_probes(tuple(NEEDS)),
+        driver_gpus=driver_gpus(),
     )
 
 
-# --- judging --------------------------------------------------------------------------------------
+# --- finding problems -----------------------------------------------------------------------------
 
 
-def check_python(facts: Facts) -> Iterator[Finding]:
+def check_python(facts: Facts) -> Iterator[Problem]:
     """Python outside the range that mmeformer declares, or mmeformer not installed at all."""
     if not facts.requires_python:
-        yield Finding(
+        yield Problem(
             "mmeformer is not installed into this environment, only found on the path.",
             "in a checkout: make repair (or: pip install --no-deps -e .)",
         )
         return
     from packaging.specifiers import SpecifierSet
 
-    version = ".".join(map(str, facts.python))
-    if version not in SpecifierSet(facts.requires_python):
-        yield Finding(
-            f"Python {version} is outside of {facts.requires_python}.",
-            "make the environment with another interpreter: rm -r .venv && "
-            "make PYTHON=python3.11 install",
+    if facts.python not in SpecifierSet(facts.requires_python):
+        yield Problem(
+            f"Python {facts.python} is outside of {facts.requires_python}.",
+            "make PYTHON=python3.11 repair",
         )
 
 
-def check_rivals(facts: Facts) -> Iterator[Finding]:
-    """OpenMMLab's distributions and the forks (or lite and full ones) over each other."""
+def check_rivals(facts: Facts) -> Iterator[Problem]:
+    """Distributions that overwrite each other's files."""
     for module, names in RIVALS.items():
         present = [name for name in names if name in facts.distributions]
         if len(present) > 1:
-            yield Finding(
+            yield Problem(
                 f"{' and '.join(present)} are installed over each other: both provide {module}.",
                 f"pip uninstall -y {' '.join(present)}, then make repair (or install one of them)",
             )
-    families = {
-        name.startswith("onedl-")
-        for names in RIVALS.values()
-        for name in names
-        if name in facts.distributions
-    }
-    if len(families) == 2:
-        yield Finding(
-            "OpenMMLab's distributions and the onedl forks are mixed.",
-            "keep to one family; the onedl forks are the tested one (see CONTRIBUTING.md)",
-            problem=False,
-        )
-
-
-def check_opencv(facts: Facts) -> Iterator[Finding]:
-    """Several builds of OpenCV of different versions, which overwrite each other's files."""
-    present = {n: facts.distributions[n] for n in OPENCV if n in facts.distributions}
-    if len(set(present.values())) > 1:
-        listed = ", ".join(f"{name} {version}" for name, version in present.items())
-        yield Finding(
+    builds = {name: facts.distributions[name] for name in OPENCV if name in facts.distributions}
+    if len(set(builds.values())) > 1:
+        listed = ", ".join(f"{name} {version}" for name, version in builds.items())
+        yield Problem(
             f"OpenCV is installed in different versions over each other: {listed}.",
-            f"pip uninstall -y {' '.join(present)}, then make repair (or install one of them)",
+            f"pip uninstall -y {' '.join(builds)}, then make repair (or install one of them)",
         )
 
 
-def check_requirements(facts: Facts) -> Iterator[Finding]:
-    """Versions out of the range that mmeformer or a package beneath it declares."""
+def check_requirements(facts: Facts) -> Iterator[Problem]:
+    """Missing packages, and versions out of the range that mmeformer or the forks declare."""
     from packaging.requirements import Requirement
-    from packaging.specifiers import SpecifierSet
 
-    watched = ["mmeformer", "torch", "torchvision", "timm", *OPENCV]
-    watched += [name for names in RIVALS.values() for name in names]
-    # The name alone decides for OpenMMLab's family, which is installed without the forks.
-    rival_of = {name: names for names in (*RIVALS.values(), OPENCV) for name in names}
-    # What is wrong -> for whom, and what would be right for all of them.
-    complaints: dict[str, dict[str, Requirement]] = {}
-    for owner in watched:
+    # Another distribution of the same import name serves as well.
+    rivals = {name: names for names in (*RIVALS.values(), OPENCV) for name in names}
+    owners = ["mmeformer", "torch", "torchvision", "timm", *rivals]
+    complaints: dict[str, list[str]] = {}
+    for owner in owners:
         for line in facts.requirements.get(owner, ()):
             requirement = Requirement(line)
-            if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-                continue
             name = canonical(requirement.name)
+            applies = not requirement.marker or requirement.marker.evaluate({"extra": ""})
+            if not applies or name in NOT_NEEDED or (owner, name) == ("torchvision", "torch"):
+                continue
             installed = facts.distributions.get(name)
+            wish = f"{name}{requirement.specifier}"
             if installed is None:
-                if not any(rival in facts.distributions for rival in rival_of.get(name, ())):
-                    complaints.setdefault(f"{name} is missing", {})[owner] = requirement
+                if not any(rival in facts.distributions for rival in rivals.get(name, ())):
+                    complaints.setdefault(f"{name} is missing", []).append(f"{owner}: {wish}")
             elif not requirement.specifier.contains(installed, prereleases=True):
                 what = f"{name} {installed} is out of range"
-                complaints.setdefault(what, {})[owner] = requirement
-    for what, wanted in complaints.items():
-        if what.startswith("torch ") and "torchvision" in wanted:
-            # check_torchvision tells it better.
-            continue
-        reasons = "; ".join(
-            f"{owner}: {canonical(r.name)}{r.specifier}" for owner, r in wanted.items()
-        )
-        specifiers = SpecifierSet()
-        for requirement in wanted.values():
-            specifiers &= requirement.specifier
-        yield Finding(
-            f"{what} ({reasons}).",
-            f'make repair (or: pip install "{what.split()[0]}{specifiers}")',
+                complaints.setdefault(what, []).append(f"{owner}: {wish}")
+    for what, wishes in complaints.items():
+        wanted = ",".join(wish.split(": ")[1].removeprefix(what.split()[0]) for wish in wishes)
+        yield Problem(
+            f"{what} ({'; '.join(wishes)}).",
+            f'make repair (or: pip install "{what.split()[0]}{wanted.strip(",")}")',
         )
 
 
-def check_torchvision(facts: Facts) -> Iterator[Finding]:
-    """torch and torchvision of different releases, or of different kinds of build."""
-    torch, vision = facts.probes["torch"], facts.probes["torchvision"]
+def check_torch(facts: Facts) -> Iterator[Problem]:
+    """torchvision made for another torch, and a GPU that torch cannot use."""
+    torch = facts.probes["torch"]
     installed = facts.distributions.get("torch", "")
-    wanted = [
-        match.group(1)
-        for line in facts.requirements.get("torchvision", ())
-        if (match := re.match(r"torch\s*\(?==([0-9.]+)\)?", line))
-    ]
-    reason = ""
-    if wanted and installed and installed.split("+")[0] != wanted[0]:
-        reason = f"torchvision was built for torch {wanted[0]}, but torch {installed} is installed"
-    elif re.search(r"torchvision::nms|different CUDA major versions", vision.error):
-        reason = f"torchvision does not fit torch {installed} ({vision.error})"
-    elif not torch.error and not vision.error:
-        kinds = [probe.values["cuda"] for probe in (torch, vision)]
-        if kinds[0].split(".")[0] != kinds[1].split(".")[0]:
-            kinds = [f"for CUDA {kind}" if kind else "without CUDA" for kind in kinds]
-            reason = f"torch is built {kinds[0]}, but torchvision {kinds[1]}"
-    if reason:
-        yield Finding(
-            f"{reason}.",
-            "install both in one command and from one place: make repair (or: pip install "
-            "--force-reinstall torch==VERSION torchvision==VERSION)",
-        )
-
-
-def check_operators(facts: Facts) -> Iterator[Finding]:
-    """mmcv without compiled operators, with such for another torch, or without CUDA on a GPU."""
-    operators = facts.probes["operators"]
-    compile_again = (
-        "make repair; outside a checkout, with torch installed: pip install --force-reinstall "
-        "--no-deps --no-cache-dir --no-build-isolation onedl-mmcv"
-    )
-    if not operators.error:
-        if facts.probes["torch"].values.get("gpus") and not operators.values["cuda"]:
-            yield Finding(
-                "There is a GPU, but the mmcv operators are compiled for the CPU only: training on "
-                "the GPU will fail.",
-                f"install the CUDA toolkit {facts.probes['torch'].values['cuda']} (nvcc), then "
-                "make repair",
-            )
-    elif failed_need("operators", facts):
-        return
-    elif "mmcv-lite" in facts.distributions:
-        yield Finding(
-            "mmcv-lite has no operators.", f"pip uninstall -y mmcv-lite, then {compile_again}"
-        )
-    elif "mmcv._ext" in operators.error:
-        yield Finding(
-            "mmcv is installed without compiled operators: torch was not there while it was built.",
-            compile_again,
-        )
-    elif "undefined symbol" in operators.error or "Symbol not found" in operators.error:
-        yield Finding(
-            f"The mmcv operators were compiled for another torch ({operators.error}).",
-            compile_again,
-        )
-    else:
-        yield Finding(f"The mmcv operators do not work: {operators.error}.", compile_again)
+    for line in facts.requirements.get("torchvision", ()):
+        pin = re.match(r"torch\s*\(?==([\w.]+)", line)
+        if pin and installed and installed.split("+")[0] != pin[1]:
+            what = f"torchvision was built for torch {pin[1]}, but torch {installed} is installed."
+            yield Problem(what, TORCH_FIX)
+    if facts.driver_gpus and not torch.error and not torch.values["gpus"]:
+        if cuda := torch.values["cuda"]:
+            why = f"the driver may be too old for CUDA {cuda}"
+            fix = "update the NVIDIA driver, or install a torch for an older CUDA"
+        else:
+            why, fix = "it is a CPU build", "make repair (or install a CUDA build of torch)"
+        yield Problem(f"There is an NVIDIA GPU that torch cannot use: {why}.", fix, note=True)
 
 
 def failed_need(name: str, facts: Facts) -> str:
@@ -404,92 +375,75 @@ def failed_need(name: str, facts: Facts) -> str:
     return ""
 
 
-def check_imports(facts: Facts) -> Iterator[Finding]:
-    """Imports that fail for any other reason, and task packages that are not installed."""
+def check_imports(facts: Facts) -> Iterator[Problem]:
+    """Imports and trials that fail, and task packages that are not installed."""
+    told_torchvision = any(check_torch(facts))
     for name, probe in facts.probes.items():
-        installed = bool(facts.provider(name))
+        installed = name == "operators" or bool(facts.provider(name))
         if name in OPTIONAL and not installed:
-            yield Finding(
-                f"{name} is not installed.",
-                f'for that task: pip install "mmeformer[{OPTIONAL[name]}]"',
-                problem=False,
-            )
-        elif not probe.error or name == "operators" or failed_need(name, facts):
+            extra = f'for that task: pip install "mmeformer[{OPTIONAL[name]}]"'
+            yield Problem(f"{name} is not installed.", extra, note=True)
+        elif not probe.error or failed_need(name, facts):
             continue
         elif facts.requires_python and not installed:
-            # check_requirements names what is missing.
+            continue  # check_requirements names it.
+        elif name == "torchvision" and told_torchvision:
             continue
-        elif name == "torchvision" and next(check_torchvision(facts), None):
-            continue
-        elif "libGL.so" in probe.error or "libgthread" in probe.error:
-            yield Finding(
-                f"OpenCV needs a graphics library that this machine lacks ({probe.error}).",
-                "make repair (or: pip install --force-reinstall --no-deps opencv-python-headless)",
-            )
-        elif re.search(
-            r"_ARRAY_API|numpy\.core\.multiarray|numpy\.dtype size changed", probe.error
-        ):
-            yield Finding(
-                f"{name} was built for another numpy ({probe.error}).",
-                'make repair (or: pip install "numpy<2.3")',
-            )
         else:
-            yield Finding(f"Importing {name} fails: {probe.error}.", "make repair")
+            known = (fix for pattern, fix in KNOWN_FAILURES if re.search(pattern, probe.error))
+            yield Problem(f"{name} does not work: {probe.error}.", next(known, "make repair"))
 
 
-def diagnose(facts: Facts) -> list[Finding]:
-    """All findings, from what lies deepest to what rests on it; empty if all is well."""
-    checks = [check_rivals, check_opencv, check_torchvision, check_operators, check_imports]
+def diagnose(facts: Facts) -> list[Problem]:
+    """All problems, from what lies deepest to what rests on it; empty if all is well."""
+    checks = [check_rivals, check_torch, check_imports]
+    problems = []
     if "packaging" in facts.distributions:
         checks = [check_python, check_requirements, *checks]
-        missing = []
     else:
-        missing = [Finding("packaging is missing.", "make repair (or: pip install packaging)")]
-    return missing + [finding for check in checks for finding in check(facts)]
+        problems.append(Problem("packaging is missing.", "make repair, or: pip install packaging"))
+    return problems + [problem for check in checks for problem in check(facts)]
 
 
-# --- telling --------------------------------------------------------------------------------------
+# --- reporting ------------------------------------------------------------------------------------
 
 
 def describe(name: str, facts: Facts) -> str:
     """The text behind one name in the table of versions."""
-    probe = facts.probes[name]
+    probe, provider = facts.probes[name], facts.provider(name)
     if name == "operators":
-        if probe.error:
-            return "not compiled or not working"
-        cuda = f"CUDA {probe.values['cuda']}" if probe.values["cuda"] else "not for CUDA"
-        return f"compiled for the CPU ({probe.values['compiler']}), {cuda}"
-    provider = facts.provider(name)
+        return (
+            f"{probe.values['version']:<16} {probe.values['reason']}" if not probe.error else "fail"
+        )
     if probe.error:
         return f"fails to import   {provider}" if provider else "not installed"
     return f"{probe.values['version']:<16} {provider}"
 
 
-def report(facts: Facts, findings: list[Finding]) -> str:
-    """The text for the terminal: versions, GPUs, problems with their mends, notes."""
-    lines = [f"{'python':<12} {'.'.join(map(str, facts.python)):<16} {facts.executable}"]
+def report(facts: Facts, problems: list[Problem]) -> str:
+    """The text for the terminal: versions, operators, GPUs, problems with their fixes, notes."""
+    lines = [f"{'python':<12} {facts.python:<16} {sys.executable}"]
     lines += [f"{name:<12} {describe(name, facts)}" for name in NEEDS]
-    setuptools = facts.distributions.get("setuptools", "not installed")
-    lines += [f"{'setuptools':<12} {setuptools}", f"{'platform':<12} {platform.platform()}"]
+    lines += [f"{'platform':<12} {platform.platform()}"]
     gpus = facts.probes["torch"].values.get("gpus", "")
     lines += [f"{'GPU':<12} {gpu}" for gpu in gpus.splitlines() or ["none that torch can use"]]
-    problems = [finding for finding in findings if finding.problem]
-    lines += ["", f"{len(problems)} problem(s):" if problems else "No problems found."]
-    for number, finding in enumerate(problems, 1):
-        lines += [f"{number}. {finding.what}", f"   Mend: {finding.mend}"]
-    for finding in findings:
-        if not finding.problem:
-            lines += [f"Note: {finding.what}", f"   {finding.mend}"]
+    severe = [problem for problem in problems if not problem.note]
+    lines += ["", f"{len(severe)} problem(s):" if severe else "No problems found."]
+    for number, problem in enumerate(severe, 1):
+        lines += [f"{number}. {problem.what}", f"   Fix: {problem.fix}"]
+    for problem in problems:
+        if problem.note:
+            lines += [f"Note: {problem.what}", f"   {problem.fix}"]
     return "\n".join(lines)
 
 
 def main() -> int:
     """Entry point; returns 1 if there are problems, else 0."""
     facts = gather()
-    findings = diagnose(facts)
+    problems = diagnose(facts)
     with contextlib.suppress(BrokenPipeError):
-        print(report(facts, findings))
-    return int(any(finding.problem for finding in findings))
+        print(report(facts, problems))
+    return int(any(not problem.note for problem in problems))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doctor: silence on a healthy environment, the right name and mend for every sick one."""
+"""The doctor: silence on a healthy environment, the right name and fix for every other."""
 
 import os
 import re
@@ -17,15 +17,12 @@ from mmeformer.doctor import Facts, Probe
 ROOT = Path(__file__).resolve().parents[1]
 
 HEALTHY = Facts(
-    python=(3, 11, 7),
-    executable="/my/.venv/bin/python",
+    python="3.11.7",
     distributions={
         "mmeformer": "0.1.0",
         "packaging": "26.3",
-        "setuptools": "80.10.2",
-        "numpy": "2.2.6",
-        "opencv-python": "4.12.0.88",
-        "opencv-python-headless": "4.12.0.88",
+        "numpy": "2.4.6",
+        "opencv-python-headless": "5.0.0.93",
         "torch": "2.12.1",
         "torchvision": "0.27.1",
         "timm": "1.0.31",
@@ -37,251 +34,168 @@ HEALTHY = Facts(
     },
     requirements={
         "mmeformer": (
-            "torch<2.14,>=2.4",
+            "torch>=2.6",
             "torchvision",
             "timm>=1.0",
             "onedl-mmengine<0.11,>=0.10.8",
             "onedl-mmcv<2.4,>=2.3",
-            "opencv-python<4.13",
-            "numpy<2.3",
-            "setuptools<81",
+            "opencv-python-headless",
+            "numpy>=1.26",
             'onedl-mmdetection<3.6,>=3.5; extra == "detection"',
             'coremltools>=9; extra == "deploy"',
         ),
         "torchvision": ("numpy", "torch (==2.12.1)"),
-        "opencv-python": (
-            'numpy<2.0; python_version < "3.9"',
-            'numpy<2.3.0,>=2; python_version >= "3.9"',
-        ),
+        "opencv-python-headless": ('numpy<2.0; python_version < "3.9"', "numpy>=2"),
         "onedl-mmcv": ("onedl-mmengine>=0.10.8rc1", "opencv-python", "numpy"),
+        "onedl-mmdetection": ("imaug", "numpy"),
         "onedl-mmsegmentation": ("numpy>2",),
     },
-    requires_python="<3.13,>=3.10",
+    requires_python="<3.14,>=3.10",
     probes={
         **{name: Probe({"version": "1.0"}) for name in doctor.NEEDS},
         "torch": Probe({"version": "2.12.1+cu130", "cuda": "13.0", "gpus": ""}),
-        "torchvision": Probe({"version": "0.27.1+cu130", "cuda": "13.0"}),
-        "operators": Probe({"compiler": "GCC 12.2", "cuda": ""}),
+        "operators": Probe({"version": "torch", "reason": "mmcv has no compiled operators"}),
     },
 )
 
 
-def changed(facts=HEALTHY, *, remove=(), errors=None, probes=None, **distributions):
+def changed(*, remove=(), errors=None, **distributions):
     """Facts with distributions added or replaced (``_`` for ``-``), removed, and failed probes."""
-    installed = {name: v for name, v in facts.distributions.items() if name not in remove}
+    installed = {name: v for name, v in HEALTHY.distributions.items() if name not in remove}
     installed |= {name.replace("_", "-"): version for name, version in distributions.items()}
-    outcomes = dict(facts.probes) | (probes or {})
-    outcomes |= {name: Probe(error=error) for name, error in (errors or {}).items()}
-    return replace(facts, distributions=installed, probes=outcomes)
+    errors = {name: Probe(error=error) for name, error in (errors or {}).items()}
+    return replace(HEALTHY, distributions=installed, probes={**HEALTHY.probes, **errors})
 
 
-def problems(facts):
-    return [finding for finding in doctor.diagnose(facts) if finding.problem]
-
-
-def only_problem(facts):
+def only_problem(facts, note=False):
     """The single problem of the facts: one cause must not be told twice."""
-    found = problems(facts)
-    assert len(found) == 1, found
-    return found[0]
+    (found,) = doctor.diagnose(facts)
+    assert found.note == note
+    return found
 
 
 def test_healthy():
+    # Although mmdet's requirement imaug is missing, and mmcv's opencv-python.
     assert doctor.diagnose(HEALTHY) == []
 
 
-@pytest.mark.parametrize("version", [(3, 9, 18), (3, 13, 0)])
+@pytest.mark.parametrize("version", ["3.9.18", "3.14.0"])
 def test_python_out_of_range(version):
     found = only_problem(replace(HEALTHY, python=version))
-    assert f"Python 3.{version[1]}" in found.what and "<3.13,>=3.10" in found.what
-    assert "PYTHON=python3.11" in found.mend
+    assert f"Python {version} is outside of <3.14,>=3.10" in found.what
+    assert "PYTHON=python3.11" in found.fix
 
 
 def test_mmeformer_not_installed():
     found = only_problem(replace(HEALTHY, requires_python=""))
-    assert "mmeformer is not installed" in found.what and "make repair" in found.mend
+    assert "mmeformer is not installed" in found.what and "make repair" in found.fix
 
 
-def test_operators_of_lite():
-    facts = changed(
-        remove=["onedl-mmcv"],
-        mmcv_lite="2.1.0",
-        errors={"operators": "ModuleNotFoundError: No module named 'mmcv._ext'"},
-    )
-    found = only_problem(facts)
-    assert "mmcv-lite has no operators" in found.what and "uninstall -y mmcv-lite" in found.mend
-
-
-def test_operators_never_compiled():
-    # Everything that needs them fails too, and must not be told.
-    text = "ModuleNotFoundError: No module named 'mmcv._ext'"
-    facts = changed(errors=dict.fromkeys(("operators", "mmdet", "mmseg", "mmrotate"), text))
-    found = only_problem(facts)
-    assert "without compiled operators" in found.what
-    assert "--no-build-isolation onedl-mmcv" in found.mend and "make repair" in found.mend
-
-
-def test_operators_for_another_torch():
-    text = "ImportError: _ext.so: undefined symbol: _ZN3c105ErrorC2ENS_14SourceLocation"
-    found = only_problem(changed(errors={"operators": text}))
-    assert "another torch" in found.what and "undefined symbol" in found.what
-
-
-def test_operators_that_fail_otherwise():
-    text = "RuntimeError: nms on cuda kept boxes [0, 1] instead of [0]"
-    assert text in only_problem(changed(errors={"operators": text})).what
-
-
-def test_operators_without_cuda_beside_a_gpu():
-    torch = Probe({"version": "2.12.1+cu130", "cuda": "13.0", "gpus": "NVIDIA A (capability 8.6)"})
-    found = only_problem(changed(probes={"torch": torch}))
-    assert "for the CPU only" in found.what and "CUDA toolkit 13.0" in found.mend
-    operators = Probe({"compiler": "GCC 12.2", "cuda": "13.0"})
-    assert problems(changed(probes={"torch": torch, "operators": operators})) == []
+@pytest.mark.parametrize(
+    ("name", "error", "fix"),
+    [
+        ("operators", "ImportError: _ext.so: undefined symbol: _ZN3c10", "make install-compiled"),
+        ("operators", "mmcv's operators are compiled for the CPU only, but", "install-compiled"),
+        ("operators", "OperatorsError: MMEFORMER_OPERATORS is 'on'", "unset MMEFORMER_OPERATORS"),
+        (
+            "operators",
+            "this mmcv has no mmcv.ops (mmcv-lite leaves it out)",
+            "uninstall -y mmcv-lite",
+        ),
+        ("torchvision", "RuntimeError: operator torchvision::nms does not exist", "in one command"),
+        ("cv2", "ImportError: libGL.so.1: cannot open shared object file", "python-headless"),
+        ("cv2", "AttributeError: _ARRAY_API not found", "another numpy"),
+        ("mmengine", "ModuleNotFoundError: No module named 'pkg_resources'", "setuptools<81"),
+        ("mmseg", "ValueError: something else", "make repair"),
+    ],
+)
+def test_import_or_trial_that_fails(name, error, fix):
+    found = only_problem(changed(errors={name: error}))
+    assert found.what == f"{name} does not work: {error}." and fix in found.fix
 
 
 def test_torchvision_of_another_release():
     error = "RuntimeError: operator torchvision::nms does not exist"
-    facts = changed(torch="2.13.0", errors={"torchvision": error, "timm": error, "mmdet": error})
-    found = only_problem(facts)
-    assert "built for torch 2.12.1, but torch 2.13.0 is installed" in found.what
-    assert "one command" in found.mend
+    found = only_problem(changed(torch="2.13.0", errors={"torchvision": error}))
+    assert "built for torch 2.12.1, but torch 2.13.0" in found.what
+    assert "in one command" in found.fix
+
+
+@pytest.mark.parametrize(("cuda", "why"), [("13.0", "driver may be too old"), ("", "CPU build")])
+def test_gpu_that_torch_cannot_use_is_a_note(cuda, why):
+    facts = replace(
+        HEALTHY,
+        driver_gpus="GPU 0: NVIDIA A",
+        probes=HEALTHY.probes | {"torch": Probe({"version": "2.12.1", "cuda": cuda, "gpus": ""})},
+    )
+    assert why in only_problem(facts, note=True).what
 
 
 @pytest.mark.parametrize(
-    "error",
-    [
-        "RuntimeError: operator torchvision::nms does not exist",
-        "RuntimeError: Detected that PyTorch and torchvision were compiled with different CUDA "
-        "major versions. PyTorch has CUDA Version=13.0 and torchvision has CUDA Version=12.8.",
-    ],
+    ("rival", "module"),
+    [("mmcv", "mmcv"), ("mmcv-lite", "mmcv"), ("mmengine", "mmengine"), ("mmdet", "mmdet")],
 )
-def test_torchvision_of_another_kind_of_build_that_fails(error):
-    found = only_problem(changed(errors={"torchvision": error}))
-    assert "torchvision does not fit torch 2.12.1" in found.what and error in found.what
-
-
-def test_torchvision_of_another_kind_of_build_that_imports():
-    vision = Probe({"version": "0.27.1+cpu", "cuda": ""})
-    found = only_problem(changed(probes={"torchvision": vision}))
-    assert "torch is built for CUDA 13.0, but torchvision without CUDA" in found.what
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "module"),
-    [
-        ("onedl-mmcv", "mmcv", "mmcv"),
-        ("onedl-mmcv", "mmcv-lite", "mmcv"),
-        ("onedl-mmengine", "mmengine", "mmengine"),
-        ("onedl-mmdetection", "mmdet", "mmdet"),
-        ("onedl-mmsegmentation", "mmsegmentation", "mmseg"),
-        ("onedl-mmrotate", "mmrotate", "mmrotate"),
-    ],
-)
-def test_families_over_each_other(ours, theirs, module):
-    facts = replace(HEALTHY, distributions={**HEALTHY.distributions, theirs: "2.1.0"})
-    found = only_problem(facts)
-    assert f"{ours} and {theirs}" in found.what and f"both provide {module}" in found.what
-    assert f"pip uninstall -y {ours} {theirs}" in found.mend
+def test_families_over_each_other(rival, module):
+    found = only_problem(changed(**{rival: "9.0"}))
+    assert f"both provide {module}" in found.what and f"{rival}, then" in found.fix
 
 
 def test_openmmlab_alone_is_fine():
-    forks = [name for name in HEALTHY.distributions if name.startswith("onedl-")]
+    ours = ["onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation"]
     facts = changed(
-        remove=forks, mmengine="0.10.7", mmcv="2.1.0", mmdet="3.3.0", mmsegmentation="1.2.2"
+        remove=[*ours, "onedl-mmrotate"],
+        mmengine="0.10.7",
+        mmcv="2.1.0",
+        mmdet="3.3.0",
+        mmsegmentation="1.2.2",
+        mmrotate="1.0.0rc1",
     )
-    assert problems(facts) == []
-    notes = [finding.what for finding in doctor.diagnose(facts)]
-    assert notes == ["mmrotate is not installed."]
+    assert doctor.diagnose(facts) == []
 
 
-def test_mixed_families_are_noted():
-    facts = changed(remove=["onedl-mmdetection"], mmdet="3.3.0")
-    assert problems(facts) == []
-    assert ["mixed" in finding.what for finding in doctor.diagnose(facts)] == [True]
-
-
-def test_numpy_out_of_range():
-    found = only_problem(changed(numpy="2.4.1"))
-    assert "numpy 2.4.1 is out of range" in found.what
-    assert "mmeformer: numpy<2.3" in found.what and "opencv-python: numpy" in found.what
-    (wanted,) = re.findall(r'pip install "numpy(.*)"', found.mend)
-    assert set(wanted.split(",")) == {"<2.3", ">=2"}
-
-
-def test_old_numpy_is_the_complaint_of_those_who_need_more():
+def test_out_of_range():
     found = only_problem(changed(numpy="1.26.4"))
-    assert "onedl-mmsegmentation: numpy>2" in found.what and "mmeformer:" not in found.what
-
-
-def test_setuptools_out_of_range():
-    found = only_problem(changed(setuptools="82.0.1"))
-    assert "setuptools 82.0.1 is out of range" in found.what and '"setuptools<81"' in found.mend
+    owners = "onedl-mmsegmentation: numpy>2; opencv-python-headless: numpy>=2"
+    assert f"numpy 1.26.4 is out of range ({owners})" in found.what
+    assert 'pip install "numpy>2,>=2"' in found.fix
 
 
 @pytest.mark.parametrize("name", ["timm", "torchvision", "numpy"])
 def test_missing_package(name):
     error = f"ModuleNotFoundError: No module named '{name}'"
     found = only_problem(changed(remove=[name], errors={name: error}))
-    assert f"{name} is missing" in found.what and f'"{name}' in found.mend
+    assert f"{name} is missing" in found.what and f'pip install "{name}' in found.fix
 
 
 def test_missing_packaging_is_told_instead_of_a_crash():
-    found = only_problem(changed(remove=["packaging"]))
-    assert "packaging is missing" in found.what
-
-
-def test_headless_opencv_alone_is_fine():
-    assert problems(changed(remove=["opencv-python"])) == []
+    assert "packaging is missing" in only_problem(changed(remove=["packaging"])).what
 
 
 def test_opencv_of_two_versions():
-    found = only_problem(changed(opencv_contrib_python="4.10.0.84"))
-    assert "opencv-contrib-python 4.10.0.84" in found.what and "4.12.0.88" in found.what
-
-
-def test_opencv_without_graphics_library():
-    error = "ImportError: libGL.so.1: cannot open shared object file: No such file or directory"
-    found = only_problem(changed(errors={"cv2": error, "mmengine": error, "mmcv": error}))
-    assert "graphics library" in found.what and "opencv-python-headless" in found.mend
-
-
-def test_module_built_for_another_numpy():
-    error = "ImportError: numpy.core.multiarray failed to import"
-    found = only_problem(changed(errors={"cv2": error}))
-    assert "cv2 was built for another numpy" in found.what
+    found = only_problem(changed(opencv_python="4.12.0.88"))
+    assert "opencv-python 4.12.0.88, opencv-python-headless 5.0.0.93" in found.what
+    assert doctor.diagnose(changed(opencv_python="5.0.0.93")) == []
 
 
 @pytest.mark.parametrize(("module", "extra"), doctor.OPTIONAL.items())
 def test_missing_task_package_is_a_note(module, extra):
-    distribution = doctor.RIVALS[module][0]
+    (name,) = {name for name in doctor.RIVALS[module] if name in HEALTHY.distributions}
     error = f"ModuleNotFoundError: No module named '{module}'"
-    facts = changed(remove=[distribution], errors={module: error})
-    (note,) = doctor.diagnose(facts)
-    assert not note.problem and f"mmeformer[{extra}]" in note.mend
-
-
-def test_broken_task_package_is_a_problem():
-    error = "AssertionError: MMCV==2.3.6 is used but incompatible."
-    found = only_problem(changed(errors={"mmseg": error}))
-    assert found.what == f"Importing mmseg fails: {error}."
+    found = doctor.diagnose(changed(remove=[name], errors={module: error}))
+    assert all(problem.note for problem in found)
+    assert f"mmeformer[{extra}]" in found[0].fix
 
 
 def test_failure_is_told_where_it_begins():
-    error = "ImportError: broken"
-    everything = changed(errors=dict.fromkeys(doctor.NEEDS, error))
-    assert [found.what.split()[1] for found in problems(everything)] == ["numpy", "torch"]
-    errors = {name: error for name in doctor.NEEDS if name not in ("numpy", "torch", "cv2")}
-    assert [found.what.split()[1] for found in problems(changed(errors=errors))] == [
-        "torchvision",
-        "mmengine",
-    ]
+    errors = {name: "ImportError: libcudart.so" for name in doctor.NEEDS if name != "numpy"}
+    found = doctor.diagnose(changed(errors={**errors, "cv2": ""}))
+    assert [problem.what.split()[0] for problem in found] == ["torch"]
 
 
 def test_needs_are_listed_before_what_needs_them():
     seen = set()
     for name, needs in doctor.NEEDS.items():
-        assert set(needs) <= seen, name
+        assert set(needs) <= seen
         seen.add(name)
 
 
@@ -313,12 +227,13 @@ def test_probe_survives_whatever_an_import_raises(tmp_path, monkeypatch):
 
 def test_report_names_everything():
     torch = Probe({"version": "2.12.1+cu130", "cuda": "13.0", "gpus": "NVIDIA A\nNVIDIA B"})
-    facts = changed(setuptools="82.0.1", probes={"torch": torch}, remove=["onedl-mmrotate"])
-    facts = changed(facts, errors={"mmrotate": "ModuleNotFoundError: No module named 'mmrotate'"})
+    errors = {"mmrotate": "ModuleNotFoundError: No module named 'mmrotate'", "timm": "E"}
+    facts = changed(remove=["onedl-mmrotate"], mmcv_lite="2.1.0", errors=errors)
+    facts = replace(facts, probes={**facts.probes, "torch": torch})
     text = doctor.report(facts, doctor.diagnose(facts))
-    assert re.search(r"^mmcv +1\.0 +onedl-mmcv 2\.3\.6$", text, re.MULTILINE)
+    assert re.search(r"^mmengine +1\.0 +onedl-mmengine 0\.10\.12$", text, re.MULTILINE)
     assert re.search(r"^mmrotate +not installed$", text, re.MULTILINE)
-    assert re.search(r"^operators +compiled for the CPU \(GCC 12\.2\), not for CUDA$", text, re.M)
+    assert re.search(r"^operators +torch +mmcv has no compiled operators$", text, re.MULTILINE)
     assert re.search(r"^GPU +NVIDIA A\nGPU +NVIDIA B$", text, re.MULTILINE)
     assert "2 problem(s):\n1. " in text and "\n2. " in text and "\nNote: mmrotate" in text
     assert "No problems found." in doctor.report(HEALTHY, [])
@@ -339,8 +254,7 @@ def test_command_on_this_environment():
     reply = run_doctor()
     assert reply.stderr == ""
     assert all(re.search(rf"^{name} +\S", reply.stdout, re.MULTILINE) for name in doctor.NEEDS)
-    # The tests themselves need compiled operators, so whatever else is wrong, these are there.
-    assert "compiled for the CPU" in reply.stdout
+    assert re.search(r"^operators +(torch|compiled) ", reply.stdout, re.MULTILINE)
     assert reply.returncode == ("No problems found." not in reply.stdout)
 
 
@@ -350,9 +264,9 @@ def test_command_names_broken_imports(tmp_path):
     (tmp_path / "timm.py").write_text("raise RuntimeError('half-installed')\n")
     reply = run_doctor(PYTHONPATH=str(tmp_path))
     assert reply.returncode == 1
-    assert "Importing mmengine fails: the import ended its process" in reply.stdout
-    assert "Importing timm fails: RuntimeError: half-installed." in reply.stdout
-    assert "Importing mmcv" not in reply.stdout
+    assert "mmengine does not work: the import ended its process" in reply.stdout
+    assert "timm does not work: half-installed." in reply.stdout
+    assert "mmcv does" not in reply.stdout
     assert "Traceback" not in reply.stdout + reply.stderr
 
 

@@ -18,7 +18,7 @@ from mmeformer import paths
 from mmeformer.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHONS = ("3.10", "3.11", "3.12")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
 def shipped(folder: str) -> set[str]:
@@ -41,6 +41,12 @@ def source(tmp_path_factory):
         if path.is_file():
             shutil.copy(path, root)
     return root
+
+
+# Without the running environment's own .pth files, but with its packages.
+SITE = (
+    "import sys; sys.path += " + repr([path for path in sys.path if "site-packages" in path]) + "\n"
+)
 
 
 def pip(*arguments, **options):
@@ -89,14 +95,38 @@ def test_wheel_carries_package_configs_and_tools(wheel, source):
 
 def test_wheel_metadata(metadata):
     assert (metadata["Name"], metadata["Version"]) == ("mmeformer", __version__)
-    assert set(metadata["Requires-Python"].split(",")) == {">=3.10", "<3.13"}
+    assert set(metadata["Requires-Python"].split(",")) == {">=3.10", "<3.14"}
     assert metadata.get_all("Provides-Extra") == [
         "detection",
         "segmentation",
         "rotated",
         "deploy",
+        "all",
         "dev",
     ]
+
+
+def test_extra_all_is_what_the_tasks_and_the_deployment_need(metadata):
+    lines = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+
+    def wanted(extra):
+        chosen = [line for line in lines if line.marker and line.marker.evaluate({"extra": extra})]
+        return {(line.name, str(line.specifier)) for line in chosen}
+
+    extras = ("detection", "segmentation", "rotated", "deploy")
+    assert wanted("all") == set.union(*map(wanted, extras))
+
+
+def test_wheel_lets_mmcv_and_mmdet_find_what_they_lack(wheel, tmp_path):
+    pip("install", "--no-deps", "--no-index", "--target", tmp_path, wheel)
+    line = (tmp_path / "mmeformer.pth").read_text()
+    # Python runs single lines of a .pth file, if they begin so.
+    assert line.count("\n") == 1 and line.startswith("import ")
+    code = (
+        "import site, sys; site.addsitedir(sys.argv[1]); assert 'mmeformer' not in sys.modules\n"
+        "import mmcv; assert sys.modules['mmeformer'].__file__.startswith(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-S", "-c", SITE + code, tmp_path], cwd=tmp_path, check=True)
 
 
 def test_installed_wheel_finds_its_configs(wheel, tmp_path):
@@ -145,7 +175,7 @@ def pins(python: str) -> dict[str, Requirement]:
         if not line or line.startswith("#"):
             continue
         requirement = Requirement(line)
-        environment = {"python_version": python}
+        environment = {"python_version": python, "python_full_version": f"{python}.0"}
         if requirement.marker is None or requirement.marker.evaluate(environment):
             name = canonicalize_name(requirement.name)
             assert name not in found, f"{name} is pinned twice for Python {python}"
@@ -198,12 +228,16 @@ def test_commands_bring_the_environment_up_to_date_first(target):
     assert make("-n", target).splitlines()[0] == "python3 tools/bootstrap.py"
 
 
-def test_tests_run_in_order_unless_asked_otherwise():
-    assert make("-n", "test").splitlines()[-1] == '.venv/bin/python -m pytest -m "not slow"'
-    parallel = make("-n", "test-all", "JOBS=3").splitlines()[-1]
-    assert (
-        parallel == "OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --hypothesis-profile=explore"
-    )
+def test_tests_that_fork_run_first_and_alone():
+    for target, left_out in (("test", " and not slow and not install"), ("test-all", "")):
+        forks, others = make("-n", target, "JOBS=3").splitlines()[1:]
+        assert re.search(r"OMP_NUM_THREADS=1 .*pytest -m \"?forks", forks) and "-n" not in forks
+        assert f'pytest -n 3 -m "not forks{left_out}"' in others
+    assert "-n 1" not in make("-n", "test", "JOBS=1")
+
+
+def test_as_many_processes_as_cores():
+    assert f"pytest -n {os.cpu_count()} " in make("-n", "test") or os.cpu_count() == 1
 
 
 def test_clean_keeps_data_and_results(tmp_path):
@@ -223,12 +257,59 @@ def test_ci_stops_at_the_first_failure(tmp_path):
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
-    for failing in (None, "check", "test"):
+    targets = ("check", "test", "test-install")
+    for failing in (None, *targets):
         makefile = "".join(
             f"{name}:\n\t@echo ran {name}\n" + ("\t@false\n" if name == failing else "")
-            for name in ("check", "test")
+            for name in targets
         )
         (tmp_path / "Makefile").write_text(makefile)
         done = subprocess.run([tmp_path / ".ci" / "run"], cwd="/", capture_output=True, text=True)
         assert (done.returncode == 0) == (failing is None)
-        assert ("ran test" in done.stdout) == (failing != "check")
+        ran = targets if failing is None else targets[: targets.index(failing) + 1]
+        assert done.stdout.split("\n")[:-1] == [f"ran {name}" for name in ran]
+
+
+# --- the wheel in use -----------------------------------------------------------------------------
+
+
+def interpreter(version: str) -> str | None:
+    """Path of a Python of this version that runs, on PATH or of pyenv."""
+    home = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = [shutil.which(f"python{version}"), *home.glob(f"versions/{version}.*/bin/python")]
+    for path in filter(None, found):
+        code = "import sys, ensurepip, venv; print('%d.%d' % sys.version_info[:2])"
+        done = subprocess.run([path, "-c", code], capture_output=True, text=True)
+        if done.stdout.strip() == version:
+            return str(path)
+    return None
+
+
+@pytest.mark.install
+@pytest.mark.parametrize("version", ["3.10", "3.13"])
+def test_one_plain_install_of_the_wheel_works(version, wheel, tmp_path):
+    python = interpreter(version)
+    if python is None:
+        pytest.skip(f"no Python {version} on PATH or in pyenv")
+    venv = tmp_path / "venv"
+    subprocess.run([python, "-m", "venv", venv], check=True)
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def run(*arguments):
+        done = subprocess.run(
+            [venv / "bin" / "python", *arguments],
+            cwd=tmp_path,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-5000:]
+        return done.stdout
+
+    # The forks' metadata need pip 24, which Python 3.10 does not come with.
+    run("-m", "pip", "install", "--quiet", "--upgrade", "pip")
+    run("-m", "pip", "install", "--quiet", f"{wheel}[all]")
+    report = run("-m", "mmeformer.doctor")
+    assert "No problems found." in report and re.search(r"^operators +torch ", report, re.MULTILINE)
+    assert str(venv) in run(ROOT / "tests" / "smoke.py")
