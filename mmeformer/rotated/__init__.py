@@ -13,6 +13,8 @@ except ImportError as error:
         f"segmentation work without it. ({error})"
     ) from error
 
+from mmeformer.ops.iou import rotated_iou
+
 from .assigner import RotatedATSSAssigner
 from .dataset import DOTADataset
 from .detections import Detections, merge_patches, rotated_nms
@@ -20,7 +22,6 @@ from .dota import read_labels
 from .gfl_head import RotatedGFLHead
 from .inference import detect_large_image
 from .integral import RotatedIntegral
-from mmeformer.ops.iou import rotated_iou
 from .losses import RotatedIoULoss
 from .metric import DOTAMetric
 from .visualizer import RotatedVisualizer

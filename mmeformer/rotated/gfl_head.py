@@ -13,10 +13,10 @@ from mmengine.structures import InstanceData
 from mmrotate.structures.bbox import RotatedBoxes
 from torch import Tensor, nn
 
+from mmeformer.ops.iou import rotated_iou
 from mmeformer.registry import MODELS
 
 from .integral import RotatedIntegral
-from mmeformer.ops.iou import rotated_iou
 
 __all__ = ["RotatedGFLHead"]
 

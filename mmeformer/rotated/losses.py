@@ -5,9 +5,8 @@ import torch
 from mmdet.models.losses.utils import weighted_loss
 from torch import Tensor, nn
 
-from mmeformer.registry import MODELS
-
 from mmeformer.ops.iou import rotated_iou
+from mmeformer.registry import MODELS
 
 __all__ = ["RotatedIoULoss"]
 

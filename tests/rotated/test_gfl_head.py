@@ -16,10 +16,10 @@ from mmrotate.registry import MODELS as MMROTATE_MODELS
 from mmrotate.structures.bbox import QuadriBoxes, RotatedBoxes
 from torch import nn
 
+from mmeformer.ops.iou import rotated_iou
 from mmeformer.registry import MODELS, TASK_UTILS
 from mmeformer.rotated import gfl_head
 from mmeformer.rotated.gfl_head import RotatedGFLHead
-from mmeformer.ops.iou import rotated_iou
 
 STRIDES = (8, 16, 32, 64, 128)
 TEST_CFG = ConfigDict(
