@@ -82,6 +82,7 @@ def work(args: argparse.Namespace) -> int:
                 f"{title}: {bad} errors, {len(findings) - bad} warnings in {seconds:.1f} s",
                 markup=False,
                 highlight=False,
+                soft_wrap=True,
             )
             name = split if len(datasets) == 1 else f"{split}_{number}"
             _draw(dataset, config, out / f"{name}.png", bool(bad), console)
