@@ -120,16 +120,16 @@ def work(args: argparse.Namespace) -> int:
             progress.update(windows, completed=done, visible=done < total)
             tell(f"{name}: {done} of {total} windows{_left(progress, windows)}")
 
-        for outcome in inference.run(predictor, sources, out, settings, on_window):
-            progress.update(images, completed=outcome.done, total=outcome.total)
-            if outcome.error is not None:
+        for status in inference.run(predictor, sources, out, settings, on_window):
+            progress.update(images, completed=status.done, total=status.total)
+            if status.error is not None:
                 failed += 1
                 progress.console.print(
-                    f"skipped: {outcome.error}", markup=False, highlight=False, soft_wrap=True
+                    f"skipped: {status.error}", markup=False, highlight=False, soft_wrap=True
                 )
             else:
                 finished += 1
-            tell(f"{outcome.done} of {outcome.total} images{_left(progress, images)}")
+            tell(f"{status.done} of {status.total} images{_left(progress, images)}")
     print(f"predicted on {finished} images; results in {out}")
     if failed:
         print(f"error: {failed} inputs were not, or not wholly, predicted on", file=sys.stderr)

@@ -21,7 +21,7 @@ from rotated_boxes import polygon_iou
 from torch import nn
 
 from mmeformer.paths import config_dir
-from mmeformer.rotated import Detections, detect_large_image
+from mmeformer.rotated import detect_large_image, from_instances
 
 AREA = 30 * 12
 PIPELINE = [
@@ -68,20 +68,20 @@ class BrightRectangles(nn.Module):
 
 
 def scene(width, height, seed=0):
-    """Rotated rectangles of one size and two colours on a grid, so that they never touch."""
+    """Rotated rectangles of one size and two colors on a grid, so that they never touch."""
     generator = np.random.default_rng(seed)
     image = np.zeros((height, width, 3), np.uint8)
     for x in range(25, width - 24, 50):
         for y in range(25, height - 24, 50):
-            centre = (x + generator.uniform(-4, 4), y + generator.uniform(-4, 4))
-            corners = cv2.boxPoints((centre, (30, 12), generator.uniform(0, 180)))
-            colour = (0, 255, 0) if generator.random() < 0.5 else (0, 0, 255)
-            cv2.fillPoly(image, [corners.round().astype(np.int32)], colour)
+            center = (x + generator.uniform(-4, 4), y + generator.uniform(-4, 4))
+            corners = cv2.boxPoints((center, (30, 12), generator.uniform(0, 180)))
+            color = (0, 255, 0) if generator.random() < 0.5 else (0, 0, 255)
+            cv2.fillPoly(image, [corners.round().astype(np.int32)], color)
     return image
 
 
 def by_place(detections):
-    """The same boxes, sorted by their centres."""
+    """The same boxes, sorted by their centers."""
     return detections.take(np.lexsort(detections.boxes.round(1)[:, :2].T))
 
 
@@ -89,10 +89,10 @@ def by_place(detections):
 def test_windows_give_what_the_whole_image_gives(size):
     image = scene(*size)
     model = BrightRectangles()
-    whole = by_place(Detections.from_instances(model._detect(image).pred_instances))
+    whole = by_place(from_instances(model._detect(image).pred_instances))
     assert set(whole.labels) == {1, 2}
     merged = detect_large_image(model, image, size=128, overlap=50, batch_size=3)
-    found = by_place(Detections.from_instances(merged.pred_instances))
+    found = by_place(from_instances(merged.pred_instances))
     np.testing.assert_allclose(found.boxes[:, :2], whole.boxes[:, :2], atol=1e-3)
     np.testing.assert_array_equal(found.labels, whole.labels)
     np.testing.assert_allclose(np.diag(polygon_iou(found.boxes, whole.boxes)), 1, atol=1e-3)
@@ -190,14 +190,14 @@ def test_detectors_of_mmdet_work_with_config_and_checkpoint_alone(detector, tmp_
     assert whole.pred_instances.bboxes.shape[1] == 5 and len(whole.pred_instances) > 0
     # One window as large as the image is the same thing.
     merged = detect_large_image(detector, str(tmp_path / "a.png"), size=128, overlap=0)
-    expected = Detections.from_instances(inference_detector(detector, image).pred_instances)
-    found = Detections.from_instances(merged.pred_instances)
+    expected = from_instances(inference_detector(detector, image).pred_instances)
+    found = from_instances(merged.pred_instances)
     np.testing.assert_allclose(found.scores, expected.suppressed(0.1).scores, atol=1e-6)
     np.testing.assert_allclose(found.boxes, expected.suppressed(0.1).boxes, atol=1e-3)
     # Batches change nothing.
     large = np.random.default_rng(1).integers(0, 256, (128, 200, 3), np.uint8)
     one, two = (
-        Detections.from_instances(
+        from_instances(
             detect_large_image(
                 detector, large, size=128, overlap=60, batch_size=batch
             ).pred_instances
