@@ -9,6 +9,7 @@ import tracemalloc
 import cv2
 import numpy as np
 import pytest
+import tiny
 import torch
 from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import MODELS
@@ -20,7 +21,7 @@ from mmrotate.structures.bbox import RotatedBoxes
 from rotated_boxes import polygon_iou
 from torch import nn
 
-from mmeformer.paths import config_dir
+from mmeformer import configs
 from mmeformer.rotated import detect_large_image, from_instances
 
 AREA = 30 * 12
@@ -160,20 +161,13 @@ def test_memory_does_not_grow_with_the_image():
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    """A small detector through config file and checkpoint."""
+    """A tiny detector through config file and checkpoint."""
     folder = tmp_path_factory.mktemp("detector")
-    config = Config.fromfile(
-        config_dir() / "rotated" / "rotated-gfl-le135_efficientformerv2-s0_fpn_1x_dota.py"
-    )
-    config.model.backbone.pop("init_cfg", None)
+    config = tiny.rotated(folder, iterations=1)
+    configs.drop_pretrained(config.model)
     config.model.test_cfg.score_thr = 0.0
     config.model.test_cfg.nms_pre = 50
-    for step in config.test_dataloader.dataset.pipeline:
-        if step.type == "mmdet.Resize":
-            step.scale = (128, 128)
-    meta = dict(classes=("ship", "plane"), palette=[(1, 2, 3), (4, 5, 6)])
-    config.test_dataloader.dataset.metainfo = meta
-    config.model.bbox_head.num_classes = 2
+    meta = dict(config.test_dataloader.dataset.metainfo)
     config.dump(folder / "config.py")
     with DefaultScope.overwrite_default_scope("mmrotate"):
         model = MODELS.build(config.model)
@@ -183,7 +177,7 @@ def detector(tmp_path_factory):
 
 
 def test_detectors_of_mmdet_work_with_config_and_checkpoint_alone(detector, tmp_path):
-    assert detector.dataset_meta["classes"] == ("ship", "plane")
+    assert detector.dataset_meta["classes"] == ("ship", "vehicle", "plane", "court")
     image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), image)
     whole = inference_detector(detector, str(tmp_path / "a.png"))
