@@ -124,11 +124,12 @@ def run(
         ValueError: an overlap that is not less than the window.
         OSError: an output cannot be written.
     """
+    state = _Run(predictor, out, settings, on_window)
     if predictor.legend is not None:
         write_text(out / LEGEND, json.dumps(predictor.legend, indent=1) + "\n")
     results = json_results(out / RESULTS, predictor.classes) if predictor.writes_json else None
-    with results or nullcontext() as file, ExitStack() as video_files:
-        yield from _Run(predictor, out, settings, on_window, file, video_files).all(sources)
+    with results or nullcontext() as state.results, state.video_files:
+        yield from state.all(sources)
 
 
 class _Run:
@@ -136,6 +137,8 @@ class _Run:
 
     Args:
         predictor, out, settings, on_window: see :func:`run`.
+
+    Attributes:
         results: JSON file, or None for tasks without one.
         video_files: holds the video that is being written.
     """
@@ -146,15 +149,13 @@ class _Run:
         out: Path,
         settings: Settings,
         on_window: Callable[[str, int, int], None] | None,
-        results: JsonResults | None,
-        video_files: ExitStack,
     ) -> None:
         self.predictor = predictor
         self.out = out
         self.settings = settings
         self.on_window = on_window
-        self.results = results
-        self.video_files = video_files
+        self.results: JsonResults | None = None
+        self.video_files = ExitStack()
         self.video: VideoWriter | None = None
         self.done = 0
         self.total = 0
