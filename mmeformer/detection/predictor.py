@@ -33,7 +33,7 @@ class DetectionPredictor(Predictor[Detections]):
         if settings.type == "DetLocalVisualizer":
             settings.type = "mmeformer.InstanceVisualizer"
 
-    def results(self, batch: dict) -> list[Detections]:
+    def results_of_batch(self, batch: dict) -> list[Detections]:
         """See the base class."""
         return [from_sample(sample) for sample in self.inferencer.forward(batch)]
 

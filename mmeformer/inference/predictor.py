@@ -139,7 +139,7 @@ class Predictor(ABC, Generic[Result]):
         for members in groups.values():
             batch = self.inferencer.collate_fn([prepared[index] for index in members])
             with torch.no_grad():
-                found.update(zip(members, self.results(batch), strict=True))
+                found.update(zip(members, self.results_of_batch(batch), strict=True))
         return [found[index] for index in range(len(prepared))]
 
     def predict_images(self, images: Sequence[np.ndarray]) -> list[Result]:
@@ -181,7 +181,7 @@ class Predictor(ABC, Generic[Result]):
         """Adapt the config's visualizer to :meth:`draw`, in place; by default nothing changes."""
 
     @abstractmethod
-    def results(self, batch: dict) -> list[Result]:
+    def results_of_batch(self, batch: dict) -> list[Result]:
         """Results of a collated batch, one per image."""
 
     @abstractmethod

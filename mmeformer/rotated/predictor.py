@@ -36,7 +36,7 @@ class RotatedPredictor(Predictor[RotatedDetections]):
             # Crowded pictures and boxes beyond the border are more than mmrotate's can do.
             settings.type = "mmeformer.RotatedVisualizer"
 
-    def results(self, batch: dict) -> list[RotatedDetections]:
+    def results_of_batch(self, batch: dict) -> list[RotatedDetections]:
         """See the base class."""
         samples: list[DetDataSample] = self.inferencer.forward(batch)
         return [from_instances(sample.pred_instances) for sample in samples]

@@ -69,7 +69,7 @@ class SegmentationPredictor(Predictor[Segmentation]):
         # mmseg's own default hides most of the image.
         settings.setdefault("alpha", 0.5)
 
-    def results(self, batch: dict) -> list[Segmentation]:
+    def results_of_batch(self, batch: dict) -> list[Segmentation]:
         """See the base class."""
         # mmseg's own `predict` would bring the logits of all classes to the size of the image:
         # 7 GB for a photograph of 12 megapixels and 150 classes.

@@ -33,7 +33,7 @@ class Means(Predictor):
         self.batches.append(len(prepared))
         return [float(item["inputs"].float().mean()) for item in prepared]
 
-    def results(self, batch):
+    def results_of_batch(self, batch):
         raise NotImplementedError
 
     def merge(self, places, results, size):

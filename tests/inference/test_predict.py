@@ -431,10 +431,10 @@ def test_mistakes_are_one_readable_error(place, tmp_path, capfd, arguments, mess
 def test_a_fault_of_the_model_keeps_its_traceback(place, tmp_path, capfd, monkeypatch):
     from mmeformer.detection.predictor import DetectionPredictor
 
-    def results(self, batch):
+    def results_of_batch(self, batch):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(DetectionPredictor, "results", results)
+    monkeypatch.setattr(DetectionPredictor, "results_of_batch", results_of_batch)
     argv = [place / "detection.py", place / "detection.pth", place / "images" / "a.png"]
     assert predict_main([*argv, "--out", tmp_path]) == 1
     error = capfd.readouterr().err
