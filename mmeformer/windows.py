@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overlapping windows of images too large to be handled at once; for every task.
+"""Cut images that are too large for a model into overlapping windows.
 
 A window is ``(x0, y0, x1, y1)`` in whole pixels of the image, with x1 and y1 exclusive.
 """
@@ -13,23 +13,27 @@ import numpy as np
 
 Window = tuple[int, int, int, int]
 Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
 
 FILL = (104, 116, 124)
-"""Colour (blue, green, red) beyond the border of an image: ImageNet's mean, which models see as 0
-once the image is normalised, like the padding of a batch."""
+"""Color (blue, green, red) beyond the border of an image: ImageNet's mean, which models see as 0
+after normalization, like the padding of a batch."""
 
 
 def windows(width: int, height: int, size: int, overlap: int) -> list[Window]:
     """Square windows that cover an image, row by row.
 
-    Neighbours share ``overlap`` pixels; the last ones of a row and of a column are moved back to
-    end at the border, so that no window is smaller than need be. A thing whose width and height are
-    at most ``overlap`` lies whole in at least one window.
+    Neighbors share ``overlap`` pixels. The last window of a row or column is moved back to end at
+    the border, so that it is as large as the others. An object whose width and height are at most
+    ``overlap`` lies whole in at least one window.
 
     Args:
         width, height: of the image, pixels.
         size: side of a window, pixels. Where the image is smaller, so is the window.
         overlap: pixels, less than ``size``.
+
+    Returns:
+        The windows.
 
     Raises:
         ValueError: a size below 1, or an overlap that is negative or not less than ``size``.
@@ -53,25 +57,56 @@ def _starts(length: int, size: int, overlap: int) -> list[int]:
 
 
 def crop(image: np.ndarray, window: Window, size: int | None = None) -> np.ndarray:
-    """The part of an image in a window.
+    """Cut a window out of an image.
 
     Args:
         image: ``(H, W, 3)`` uint8, blue, green, red.
         window: within the image.
-        size: a smaller window is filled up to this side at the right and at the bottom with
-            :data:`FILL`; None leaves it as it is.
+        size: pad a smaller window to this side at the right and at the bottom with :data:`FILL`;
+            None leaves it as it is.
 
     Returns:
-        A view of the image, or, if filled up, a new array ``(size, size, 3)``.
+        A view of the image, or, if padded, a new array ``(size, size, 3)``.
     """
     x0, y0, x1, y1 = window
-    part = image[y0:y1, x0:x1]
-    if size is None or part.shape[:2] == (size, size):
-        return part
-    filled = np.empty((size, size, 3), image.dtype)
-    filled[:] = FILL
-    filled[: y1 - y0, : x1 - x0] = part
-    return filled
+    inside = image[y0:y1, x0:x1]
+    if size is None or inside.shape[:2] == (size, size):
+        return inside
+    padded = np.empty((size, size, 3), image.dtype)
+    padded[:] = FILL
+    padded[: y1 - y0, : x1 - x0] = inside
+    return padded
+
+
+def cores(places: Sequence[Window]) -> list[Window]:
+    """Rectangles that cover an image without overlap, one within each of its windows.
+
+    Neighbors share their overlap half and half, so every pixel belongs to the window in which it is
+    farthest from the border.
+
+    Args:
+        places: as :func:`windows` gives them.
+    """
+    columns = _shares({(x0, x1) for x0, _, x1, _ in places})
+    rows = _shares({(y0, y1) for _, y0, _, y1 in places})
+    found = []
+    for x0, y0, _, _ in places:
+        (left, right), (top, bottom) = columns[x0], rows[y0]
+        found.append((left, top, right, bottom))
+    return found
+
+
+def _shares(spans: set[tuple[int, int]]) -> dict[int, tuple[int, int]]:
+    """Of overlapping spans of one direction, the share of each by its start."""
+    ordered = sorted(spans)
+    middles = [
+        (end + start) // 2 for (_, end), (start, _) in zip(ordered, ordered[1:], strict=False)
+    ]
+    edges = [ordered[0][0], *middles, ordered[-1][1]]
+    return {
+        start: (low, high)
+        for (start, _), low, high in zip(ordered, edges[:-1], edges[1:], strict=True)
+    }
 
 
 def predict_windows(
@@ -79,26 +114,33 @@ def predict_windows(
     places: Sequence[Window],
     predict: Callable[[list[np.ndarray]], Sequence[Result]],
     batch_size: int,
-    fill_to: int | None = None,
-) -> Iterator[tuple[Window, Result]]:
-    """Run a model over windows in batches; no more than one batch of them is held at a time.
+    pad_to: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Result]:
+    """Run a model over the windows of an image, of which only one batch is held at a time.
 
     Args:
         image: ``(H, W, 3)``.
         places: the windows.
         predict: gets the crops of one batch and returns one result for each.
         batch_size: windows per call; the last call may get fewer.
-        fill_to: side that smaller windows are filled up to, see :func:`crop`.
+        pad_to: side that smaller windows are padded to, see :func:`crop`.
+        progress: called with the number of finished windows and of all, after each.
 
     Yields:
-        Each window with its result, in the order of ``places``.
+        The result of each window, in the order of ``places``.
 
     Raises:
         ValueError: ``batch_size`` is below 1, or ``predict`` returned another number of results.
     """
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size} must be at least 1")
+    done = 0
     for start in range(0, len(places), batch_size):
         batch = places[start : start + batch_size]
-        results = predict([crop(image, window, fill_to) for window in batch])
-        yield from zip(batch, results, strict=True)
+        results = predict([crop(image, window, pad_to) for window in batch])
+        for _, result in zip(batch, results, strict=True):
+            yield result
+            done += 1
+            if progress is not None:
+                progress(done, len(places))

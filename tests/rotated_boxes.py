@@ -5,7 +5,7 @@ import numpy as np
 import shapely
 import shapely.affinity
 
-from mmeformer.rotated import Detections
+from mmeformer.results import RotatedDetections
 
 
 def outline(box):
@@ -41,4 +41,4 @@ def random_detections(generator, count, side, classes=3):
     """Random boxes with scores that differ."""
     scores = generator.permutation(count).astype(np.float32) / max(count, 1)
     labels = generator.integers(0, classes, count)
-    return Detections(random_boxes(generator, count, side), scores, labels)
+    return RotatedDetections(random_boxes(generator, count, side), scores, labels)

@@ -15,7 +15,7 @@ from mmeformer import configs
 from mmeformer.errors import UserError
 
 # Functions of mmengine's loops, PyTorch's data loader and prediction that do the work itself.
-WORK = ("run_iter", "_next_data", "_forward_batch")
+WORK = ("run_iter", "_next_data", "results_of_batch")
 INTERRUPTED = 130
 
 

@@ -25,7 +25,7 @@ from mmeformer import configs
 from mmeformer.commands import cli
 from mmeformer.tasks import TASKS
 
-# Seconds between lines of progress where the output is no terminal.
+# Seconds between lines of progress where the output is not a terminal.
 LINE_EVERY = 30
 
 
@@ -72,7 +72,7 @@ def work(args: argparse.Namespace) -> int:
     from mmeformer import inference
     from mmeformer.inference.outputs import FOLDERS, prepare_folder
 
-    # What can be known to be wrong is said before the model is loaded.
+    # Report invalid arguments before the model is loaded, which takes seconds.
     settings = inference.Settings(
         batch_size=args.batch_size,
         window=args.window,
@@ -85,8 +85,8 @@ def work(args: argparse.Namespace) -> int:
         args.inputs, exclude=[f"{args.out}/{folder}" for folder in FOLDERS]
     )
     out = prepare_folder(args.out)
-    # The visualizers warn that they have no folder (pictures are written here), and of boxes that
-    # end at the border.
+    # The visualizers warn that they have no folder, but pictures are written here, and of boxes
+    # that end at the border.
     warnings.filterwarnings("ignore", module="mmengine.visualization")
     predictor = inference.load_predictor(
         config,
@@ -120,16 +120,16 @@ def work(args: argparse.Namespace) -> int:
             progress.update(windows, completed=done, visible=done < total)
             tell(f"{name}: {done} of {total} windows{_left(progress, windows)}")
 
-        for outcome in inference.run(predictor, sources, out, settings, on_window):
-            progress.update(images, completed=outcome.done, total=outcome.total)
-            if outcome.error is not None:
+        for status in inference.run(predictor, sources, out, settings, on_window):
+            progress.update(images, completed=status.done, total=status.total)
+            if status.error is not None:
                 failed += 1
                 progress.console.print(
-                    f"skipped: {outcome.error}", markup=False, highlight=False, soft_wrap=True
+                    f"skipped: {status.error}", markup=False, highlight=False, soft_wrap=True
                 )
             else:
                 finished += 1
-            tell(f"{outcome.done} of {outcome.total} images{_left(progress, images)}")
+            tell(f"{status.done} of {status.total} images{_left(progress, images)}")
     print(f"predicted on {finished} images; results in {out}")
     if failed:
         print(f"error: {failed} inputs were not, or not wholly, predicted on", file=sys.stderr)
@@ -145,6 +145,6 @@ def _left(progress: Progress, task) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parse_args(argv)
-    # Like Ctrl-C: what is half-written must not stay behind.
+    # Like Ctrl-C, so that incomplete files are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return cli.run(work, args)

@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 
 from mmeformer.errors import UserError
+from mmeformer.rotated_boxes import rotated_iou
 from mmeformer.runtime import Pyramid, Segmentation
-from mmeformer.runtime.rotated_nms import rotated_iou
 
 RAW_TOLERANCE = 1e-4
 """Largest difference of a raw tensor, as a share of its largest value."""
@@ -126,7 +126,7 @@ def compare_detections(
         left, right = map(list, zip(*matches, strict=True))
         box = max(box, float(np.abs(expected.boxes[left, :4] - ours.boxes[right, :4]).max()))
         score = max(score, float(np.abs(expected.scores[left] - ours.scores[right]).max()))
-        if getattr(ours, "mask_scores", None) is not None:
+        if getattr(ours, "instance_masks", None) is not None:
             differ = expected.masks()[left] != ours.masks()[right]
             mask = max(mask or 0, float(differ.mean((1, 2)).max()))
     if not total:

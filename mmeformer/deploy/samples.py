@@ -36,7 +36,7 @@ def set_instances(sample: DetDataSample, result: Detections | RotatedDetections)
         scores=torch.from_numpy(result.scores),
         labels=torch.from_numpy(result.labels),
     )
-    if isinstance(result, Detections) and result.mask_scores is not None:
+    if isinstance(result, Detections) and result.instance_masks is not None:
         found.masks = torch.from_numpy(result.masks())
     sample.pred_instances = found
     truth = sample.get("gt_instances")

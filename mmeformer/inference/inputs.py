@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command line names as inputs, as images: files, folders, globs and videos."""
+"""Find and read the inputs of a prediction: files, folders, globs and videos."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
 LEAST_SHARE = 0.9
-"""Share of the frames that a video's header promises below which it counts as cut off. Some formats
-only estimate the number."""
+"""A video with less than this share of the frames that its header promises counts as cut off. Some
+formats only estimate the number."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,17 @@ class Source:
 
 
 def find_sources(inputs: Sequence[str | Path], exclude: Iterable[Path] = ()) -> list[Source]:
-    """The files that inputs stand for, in their order, each file once.
+    """List the files of all inputs in their order, each file once.
 
     Args:
-        inputs: files (of any suffix), folders (searched with all below them for known suffixes;
-            hidden files are left out) and globs (known suffixes; ``**`` for any folders).
+        inputs: files (of any suffix), folders (searched with all folders below for known suffixes,
+            without hidden files) and globs (known suffixes; ``**`` for any folders).
         exclude: folders that are not searched, such as those of an earlier run's outputs.
 
     Raises:
         FileNotFoundError: an input does not exist.
-        ValueError: nothing fits a folder or a glob, or two files would have outputs of one name.
+        ValueError: a folder or a glob without such a file, or two files whose outputs would have
+            one name.
     """
     exclude = [Path(folder).resolve() for folder in exclude]
     found: dict[Path, Source] = {}
@@ -65,7 +66,7 @@ def find_sources(inputs: Sequence[str | Path], exclude: Iterable[Path] = ()) -> 
             pairs = list(_walk(path, path, exclude))
             if not pairs:
                 raise ValueError(
-                    f"folder {path} holds no image or video "
+                    f"folder {path} has no image or video "
                     f"({', '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)})"
                 )
         elif glob.has_magic(text):
@@ -122,10 +123,10 @@ def _with_unique_names(sources: list[Source]) -> list[Source]:
 
 
 def read(source: Source) -> np.ndarray:
-    """The image of a source, ``(H, W, 3)`` uint8, blue, green, red.
+    """Read the image of a source, ``(H, W, 3)`` uint8, blue, green, red.
 
     Raises:
-        ValueError: it is missing, damaged, incomplete or no image.
+        ValueError: it is missing, damaged, incomplete or not an image.
     """
     if fault := quick_fault(str(source.path)):
         raise ValueError(f"{source.path} {fault}")
@@ -147,7 +148,7 @@ class Video:
     """
 
     def __init__(self, path: Path) -> None:
-        # Only here: mmcv takes seconds, and mistakes in the inputs should not wait for it.
+        # Imported here as mmcv takes seconds, and mistakes in the inputs should not wait for it.
         from mmcv import VideoReader
 
         self.path = path
@@ -155,7 +156,7 @@ class Video:
             raise ValueError(f"{path} {fault}")
         self._reader = VideoReader(str(path), cache_capacity=1)
         if not self._reader.opened or self._reader.frame_cnt < 1:
-            raise ValueError(f"{path} cannot be read as a video: it is damaged or no video")
+            raise ValueError(f"{path} cannot be read as a video: it is damaged or not a video")
         self.fps = self._reader.fps if self._reader.fps > 0 else 25.0
         self.expected = self._reader.frame_cnt
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predict on any number of images and frames in batches, and write what was found."""
+"""Predict on any number of images and frames in batches, and write the results."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import cv2
 import numpy as np
 
+from mmeformer.files import write_text
 from mmeformer.images import write_image
 from mmeformer.inference.inputs import Source, Video, read
-from mmeformer.inference.outputs import LEGEND, RESULTS, JsonResults, VideoWriter, write_text
+from mmeformer.inference.outputs import LEGEND, RESULTS, JsonResults, VideoWriter, json_results
 from mmeformer.inference.predictor import Predictor
 
 PIXELS_AT_ONCE = 2**25
-"""Most pixels of the images in a batch of more than one: masks take memory by them."""
+"""Most pixels of a batch of more than one image; the memory for masks grows with them."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Settings:
     Args:
         batch_size: images, frames or windows per call of the model.
         window: side of the windows that every image is cut into, pixels; 0 never cuts; None cuts
-            only large ones, see ``LARGE`` and ``native_size`` of :class:`Predictor`.
+            only large ones, see ``large`` and ``native_size`` of :class:`Predictor`.
         overlap: of the windows, pixels; None is a quarter of their side.
-        pictures: whether to draw.
+        pictures: whether to draw pictures and videos.
 
     Raises:
         ValueError: a number out of range.
@@ -58,13 +59,13 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of an image, a frame, or a video as a whole.
+class Status:
+    """State of a run after an image, a frame, or a video that cannot be read to its end.
 
     Args:
         name: path of the file, with the frame's number.
-        done: images and frames that are finished or given up so far.
-        total: images and frames to come to, as far as is known.
+        done: images and frames that are finished or skipped so far.
+        total: images and frames in all, as far as is known.
         error: why it was skipped, or None.
     """
 
@@ -86,11 +87,13 @@ class _Item:
 
     @property
     def title(self) -> str:
+        """Name for people."""
         frame = "" if self.frame is None else f", frame {self.frame}"
         return f"{self.source.path}{frame}"
 
     @property
     def name(self) -> str:
+        """Name of its files, without suffix."""
         return self.source.name if self.frame is None else f"{self.source.name}/{self.frame:06d}"
 
 
@@ -100,10 +103,10 @@ def run(
     out: Path,
     settings: Settings,
     on_window: Callable[[str, int, int], None] | None = None,
-) -> Iterator[Outcome]:
+) -> Iterator[Status]:
     """Predict on all sources and write results and pictures below ``out``.
 
-    An image that cannot be read is skipped, and its outcome says why. Faults of the model and of
+    An image that cannot be read is skipped, and its status says why. Faults of the model and of
     the output folder end the run.
 
     Args:
@@ -114,33 +117,45 @@ def run(
         on_window: called with the image's name and the numbers of finished windows and of all.
 
     Yields:
-        The outcome of every image and frame, after its files are written, and of every video that
-        cannot be read to its end.
+        The status after every image and frame, when its files are written, and after every video
+        that cannot be read to its end.
 
     Raises:
         ValueError: an overlap that is not less than the window.
         OSError: an output cannot be written.
     """
-    work = _Work(predictor, out, settings, on_window)
+    state = _Run(predictor, out, settings, on_window)
     if predictor.legend is not None:
         write_text(out / LEGEND, json.dumps(predictor.legend, indent=1) + "\n")
-    results = JsonResults(out / RESULTS, predictor.classes) if predictor.json else nullcontext()
-    with results as work.results:
-        try:
-            yield from work.outcomes(sources)
-        finally:
-            work.abort_video()
+    results = json_results(out / RESULTS, predictor.classes) if predictor.writes_json else None
+    with results or nullcontext() as state.results, state.video_files:
+        yield from state.all(sources)
 
 
-class _Work:
-    """State of one run."""
+class _Run:
+    """State of one run.
 
-    def __init__(self, predictor: Predictor, out: Path, settings: Settings, on_window) -> None:
+    Args:
+        predictor, out, settings, on_window: see :func:`run`.
+
+    Attributes:
+        results: JSON file, or None for tasks without one.
+        video_files: holds the video that is being written.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        out: Path,
+        settings: Settings,
+        on_window: Callable[[str, int, int], None] | None,
+    ) -> None:
         self.predictor = predictor
         self.out = out
         self.settings = settings
         self.on_window = on_window
         self.results: JsonResults | None = None
+        self.video_files = ExitStack()
         self.video: VideoWriter | None = None
         self.done = 0
         self.total = 0
@@ -153,30 +168,30 @@ class _Work:
                     f"overlap {overlap} must be less than the window, {side} pixels (--window)"
                 )
 
-    def outcomes(self, sources: Sequence[Source]) -> Iterator[Outcome]:
+    def all(self, sources: Sequence[Source]) -> Iterator[Status]:
+        """Predict on all sources in their order."""
         self.total = len(sources)
         waiting: list[_Item] = []
         for item in self._items(sources):
-            if item.error is not None:
-                # What came before keeps its place.
-                yield from self._predict(waiting)
-                waiting = []
-                self.done += item.frame is None and not item.source.is_video
-                yield self._outcome(item)
-            elif item.image is None:
-                yield from self._predict(waiting)
-                waiting = []
-                self._close_video()
-            elif size := self._window(item.image):
-                yield from self._predict(waiting)
-                waiting = []
-                yield self._finish(item, self._predict_windows(item, size))
-            else:
+            size = None if item.image is None else self._window(item.image)
+            if item.error is None and item.image is not None and size is None:
                 pixels = sum(other.image[..., 0].size for other in [*waiting, item])
                 if len(waiting) == self.settings.batch_size or pixels > PIXELS_AT_ONCE:
                     yield from self._predict(waiting)
                     waiting = []
                 waiting.append(item)
+                continue
+            # What came before keeps its place.
+            yield from self._predict(waiting)
+            waiting = []
+            if item.error is not None:
+                self.done += item.frame is None and not item.source.is_video
+                yield self._status(item)
+            elif item.image is None:
+                # The end of a video: its file is complete.
+                self.video_files.close()
+            else:
+                yield self._finish(item, self._predict_windows(item, size))
         yield from self._predict(waiting)
 
     def _items(self, sources: Sequence[Source]) -> Iterator[_Item]:
@@ -200,7 +215,8 @@ class _Work:
             promised = video.expected
             self.total += promised
             if self.settings.pictures:
-                self.video = VideoWriter(self.out / "videos" / f"{source.name}.mp4", video.fps)
+                path = self.out / "videos" / f"{source.name}.mp4"
+                self.video = self.video_files.enter_context(VideoWriter(path, video.fps))
             for index, frame in enumerate(video, start=1):
                 yield self._prepared(source, index - 1, frame)
         except (OSError, ValueError) as error:
@@ -227,10 +243,10 @@ class _Work:
         size, native = self.settings.window, self.predictor.native_size
         if size is not None:
             return size or None
-        is_large = native is not None and max(image.shape[:2]) > self.predictor.LARGE * native
+        is_large = native is not None and max(image.shape[:2]) > self.predictor.large * native
         return native if is_large else None
 
-    def _predict(self, items: Sequence[_Item]) -> Iterator[Outcome]:
+    def _predict(self, items: Sequence[_Item]) -> Iterator[Status]:
         if not items:
             return
         found = self.predictor.predict([item.prepared for item in items])
@@ -246,32 +262,19 @@ class _Work:
             item.image, size, self.overlap, self.settings.batch_size, progress
         )
 
-    def _finish(self, item: _Item, result: Any) -> Outcome:
-        size = item.image.shape[:2]
+    def _finish(self, item: _Item, result: Any) -> Status:
         if self.results is not None:
-            entries = self.predictor.entries(result, size)
-            self.results.add(item.source.file_name, size, entries, item.frame)
+            entries = self.predictor.entries(result)
+            self.results.add(item.source.file_name, item.image.shape[:2], entries, item.frame)
         self.predictor.write_files(self.out, item.name, result)
         if self.settings.pictures:
             picture = self.predictor.draw(item.image, result)
             if item.source.is_video:
                 self.video.add(picture)
             else:
-                path = self.out / "pictures" / f"{item.name}.jpg"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_image(path, picture)
+                write_image(self.out / "pictures" / f"{item.name}.jpg", picture)
         self.done += 1
-        return self._outcome(item)
+        return self._status(item)
 
-    def _outcome(self, item: _Item) -> Outcome:
-        return Outcome(item.title, self.done, self.total, item.error)
-
-    def _close_video(self) -> None:
-        if self.video is not None:
-            self.video.close()
-            self.video = None
-
-    def abort_video(self) -> None:
-        if self.video is not None:
-            self.video.abort()
-            self.video = None
+    def _status(self, item: _Item) -> Status:
+        return Status(item.title, self.done, self.total, item.error)

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of results. Each is written under another name and renamed when it is whole."""
+"""Write files of results; each is whole or not there, see :mod:`mmeformer.files`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import cv2
 import numpy as np
 from PIL import Image
+
+from mmeformer.files import replacing
+from mmeformer.results import category_id
 
 FOLDERS = ("pictures", "videos", "masks", "labels")
 """Folders of outputs, below the one that is asked for."""
@@ -26,27 +32,14 @@ def prepare_folder(out: str | Path) -> Path:
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = _unfinished(out / "probe")
-        probe.write_bytes(b"")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
         raise ValueError(
             f"output folder {out} cannot be written to ({error.strerror or error}): choose another "
             "with --out"
         ) from error
     return out
-
-
-def _unfinished(path: Path) -> Path:
-    # The suffix stays, as writers of pictures and videos choose the format by it.
-    return path.with_name(f".unfinished-{path.name}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _unfinished(path).write_text(text, encoding="utf-8")
-    _unfinished(path).replace(path)
 
 
 def write_mask(
@@ -58,42 +51,29 @@ def write_mask(
         path: ends in ``.png``; folders are made.
         labels: (H, W) uint8 or uint16.
         palette: (red, green, blue) per label: the file is then an indexed one, whose pixels are
-            labels and shown in these colours. None writes grey values.
+            labels and shown in these colors. None writes gray values.
     """
     image = Image.fromarray(labels)
     if palette is not None:
-        image.putpalette([value for colour in palette for value in colour])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(_unfinished(path), format="PNG")
-    _unfinished(path).replace(path)
+        image.putpalette([value for color in palette for value in color])
+    with replacing(path) as draft:
+        image.save(draft, format="PNG")
 
 
 class JsonResults:
-    """A COCO data set of predictions, written as they come.
+    """A COCO data set of predictions that grows image by image; made by :func:`json_results`.
 
-    ``images`` (``id``, ``file_name``, ``height``, ``width`` and, of videos, ``frame``),
-    ``categories`` and ``annotations`` with ``score``: pycocotools, FiftyOne and label tools read
-    it. A context manager; only the images are held in memory, and the file appears at its end,
-    unless an exception ends it.
+    Only the images are held in memory.
 
     Args:
-        path: of the file.
-        classes: names, by label; their category ids begin at 1.
+        file: to write to.
     """
 
-    def __init__(self, path: Path, classes: Sequence[str]) -> None:
-        self.path = path
-        self._categories = [
-            dict(id=index, name=name) for index, name in enumerate(classes, start=1)
-        ]
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
         self._images: list[dict] = []
         self._annotations = 0
-        self._file = None
-
-    def __enter__(self) -> JsonResults:
-        self._file = _unfinished(self.path).open("w", encoding="utf-8")
-        self._file.write('{"annotations": [')
-        return self
+        file.write('{"annotations": [')
 
     def add(
         self, file_name: str, size: tuple[int, int], entries: Iterable[dict], frame: int | None
@@ -115,25 +95,38 @@ class JsonResults:
             self._annotations += 1
             json.dump(dict(id=self._annotations, image_id=image["id"], **entry), self._file)
 
-    def __exit__(self, kind, error, trace) -> None:
-        unfinished = _unfinished(self.path)
-        try:
-            if kind is None:
-                self._file.write('\n],\n"categories": ')
-                json.dump(self._categories, self._file)
-                self._file.write(',\n"images": ')
-                json.dump(self._images, self._file)
-                self._file.write("}\n")
-        finally:
-            self._file.close()
-        if kind is None:
-            unfinished.replace(self.path)
-        else:
-            unfinished.unlink()
+    def finish(self, classes: Sequence[str]) -> None:
+        """Write what follows the annotations."""
+        categories = [dict(id=category_id(label), name=name) for label, name in enumerate(classes)]
+        self._file.write('\n],\n"categories": ')
+        json.dump(categories, self._file)
+        self._file.write(',\n"images": ')
+        json.dump(self._images, self._file)
+        self._file.write("}\n")
+
+
+@contextmanager
+def json_results(path: Path, classes: Sequence[str]) -> Iterator[JsonResults]:
+    """Write a COCO data set of predictions; the file appears if the block succeeds.
+
+    It has ``images`` (``id``, ``file_name``, ``height``, ``width`` and, of videos, ``frame``),
+    ``categories`` and ``annotations`` with ``score``: pycocotools, FiftyOne and label tools read
+    it.
+
+    Args:
+        path: of the file.
+        classes: names, by label.
+    """
+    with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
+        results = JsonResults(file)
+        yield results
+        results.finish(classes)
 
 
 class VideoWriter:
-    """Pictures as an MP4 video; made at the first picture, renamed by :meth:`close`.
+    """An MP4 video of pictures, a context manager.
+
+    The file is made at the first picture, and appears if the block succeeds.
 
     Args:
         path: ends in ``.mp4``; folders are made.
@@ -143,8 +136,11 @@ class VideoWriter:
     def __init__(self, path: Path, fps: float) -> None:
         self.path = path
         self.fps = fps
-        self._writer = None
-        self._size = None
+        self._files = ExitStack()
+        self._writer: cv2.VideoWriter | None = None
+
+    def __enter__(self) -> VideoWriter:
+        return self
 
     def add(self, picture: np.ndarray) -> None:
         """Add a picture, (H, W, 3) uint8, blue, green, red; all are as large as the first.
@@ -153,22 +149,14 @@ class VideoWriter:
             OSError: this OpenCV cannot write the video.
         """
         if self._writer is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._size = picture.shape[1], picture.shape[0]
+            draft = self._files.enter_context(replacing(self.path))
+            size = picture.shape[1], picture.shape[0]
             code = cv2.VideoWriter_fourcc(*"mp4v")
-            self._writer = cv2.VideoWriter(str(_unfinished(self.path)), code, self.fps, self._size)
+            self._writer = cv2.VideoWriter(str(draft), code, self.fps, size)
+            self._files.callback(self._writer.release)
             if not self._writer.isOpened():
                 raise OSError(f"{self.path}: OpenCV cannot write an MP4 video here")
         self._writer.write(np.ascontiguousarray(picture))
 
-    def close(self) -> None:
-        """Finish the file, if there was a picture."""
-        if self._writer is not None:
-            self._writer.release()
-            _unfinished(self.path).replace(self.path)
-
-    def abort(self) -> None:
-        """Leave no file."""
-        if self._writer is not None:
-            self._writer.release()
-            _unfinished(self.path).unlink(missing_ok=True)
+    def __exit__(self, *error) -> None:
+        self._files.__exit__(*error)

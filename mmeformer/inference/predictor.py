@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the three tasks have in common: a trained model behind OpenMMLab's inferencer."""
+"""A trained model from images to results: the template of all tasks."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-import cv2
 import numpy as np
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.infer import BaseInferencer
 from mmengine.registry import DATASETS
@@ -22,23 +21,204 @@ from mmeformer import configs, tasks
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.deploy.fold import fold
+from mmeformer.windows import Progress, Window, predict_windows, windows
 
 SCORE_THR = 0.3
-SMALLEST_PICTURE, LARGEST_PICTURE = 640, 4096
-"""Longer side of pictures, pixels: names do not fit into smaller ones, and matplotlib, which draws
-them, takes long before it reaches its limit of 65,535."""
+"""Default score threshold."""
 
-NAME_PIXELS = 5000
-"""Pixels of a picture per name; with more objects than that names are left out, for they would
-cover the picture. The colours tell the classes."""
-
-Progress = Callable[[int, int], None]
+Result = TypeVar("Result")
 
 
-class TrustedWeights:
+class Predictor(ABC, Generic[Result]):
+    """A model of one task, from images to results, files and pictures.
+
+    This class builds the model, makes batches, and cuts large images into windows. A task's
+    subclass says how samples become results, how those of windows are merged, drawn and written.
+    Images are ``(H, W, 3)`` uint8, blue, green, red. Results are of :mod:`mmeformer.results`.
+
+    Args:
+        inferencer: of OpenMMLab, with the folded model, the test pipeline and the visualizer.
+        native_size: side of the squares of pixels that the model sees at their own size, or None
+            where the config does not tell. Windows of large images are that large.
+        mask_format: one of ``mask_formats``; None takes the first.
+    """
+
+    inferencer_class: type[BaseInferencer]
+    """OpenMMLab's inferencer of the task."""
+
+    large: float
+    """Images whose longer side exceeds ``native_size`` by this factor are cut into windows."""
+
+    pads_windows: bool = False
+    """Whether windows of images that are smaller than a window are padded to its size."""
+
+    has_scores: bool = True
+    """Whether results have scores, of which those below a threshold are left out."""
+
+    mask_formats: tuple[str, ...] = ()
+    """Formats of mask files, the default first; none for tasks without such files."""
+
+    writes_json: bool = True
+    """Whether results go to a JSON file, as :meth:`entries` gives them."""
+
+    legend: list[dict] | None = None
+    """Classes as ``classes.json`` lists them, for tasks whose files of results do not name them."""
+
+    def __init__(
+        self,
+        inferencer: BaseInferencer,
+        native_size: int | None = None,
+        mask_format: str | None = None,
+    ) -> None:
+        self.inferencer = inferencer
+        self.native_size = native_size
+        self.mask_format = mask_format or next(iter(self.mask_formats), None)
+        self.classes = tuple(inferencer.model.dataset_meta["classes"])
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        checkpoint: str,
+        *,
+        device: str,
+        score_thr: float | None = None,
+        mask_format: str | None = None,
+    ) -> Predictor[Result]:
+        """A predictor of a config that :func:`load_predictor` has prepared; changes it in place.
+
+        Args:
+            config, checkpoint, device, score_thr, mask_format: see :func:`load_predictor`.
+
+        Raises:
+            ValueError: an option that the task does not have.
+        """
+        if cls.has_scores:
+            _set_score_thr(config.model.test_cfg, SCORE_THR if score_thr is None else score_thr)
+        elif score_thr is not None:
+            raise ValueError("a score threshold is for detection; every pixel has a class")
+        if mask_format is not None and mask_format not in cls.mask_formats:
+            if not cls.mask_formats:
+                raise ValueError(
+                    "a mask format is for segmentation; detections are written as JSON"
+                )
+            raise ValueError(f"mask format {mask_format!r} must be {' or '.join(cls.mask_formats)}")
+        cls.set_visualizer(config.visualizer)
+
+        class Inferencer(StrictInferencer, cls.inferencer_class):
+            pass
+
+        inferencer = Inferencer(
+            config, checkpoint, device=device, scope=config.default_scope, show_progress=False
+        )
+        return cls(inferencer, native_size(config), mask_format)
+
+    @property
+    def model(self) -> nn.Module:
+        """The folded model."""
+        return self.inferencer.model
+
+    def prepare(self, image: np.ndarray) -> dict:
+        """An image through the test pipeline.
+
+        Raises:
+            ValueError, cv2.error: an image that cannot be brought to the model's size.
+        """
+        return self.inferencer.pipeline(image)
+
+    def predict(self, prepared: Sequence[dict]) -> list[Result]:
+        """Results of prepared images.
+
+        Those of one size go through the model together: a batch of mixed sizes would be padded,
+        and the result of an image would depend on its neighbors.
+        """
+        groups = defaultdict(list)
+        for index, item in enumerate(prepared):
+            groups[tuple(item["inputs"].shape)].append(index)
+        found: dict[int, Result] = {}
+        for members in groups.values():
+            batch = self.inferencer.collate_fn([prepared[index] for index in members])
+            with torch.no_grad():
+                found.update(zip(members, self.results_of_batch(batch), strict=True))
+        return [found[index] for index in range(len(prepared))]
+
+    def predict_images(self, images: Sequence[np.ndarray]) -> list[Result]:
+        """Results of images."""
+        return self.predict([self.prepare(image) for image in images])
+
+    def predict_windows(
+        self,
+        image: np.ndarray,
+        size: int,
+        overlap: int,
+        batch_size: int = 1,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Result of an image of any size, window by window.
+
+        Beside the image and the result, only one batch of windows is held.
+
+        Args:
+            image: see above.
+            size, overlap: of the windows, see :func:`mmeformer.windows.windows`.
+            batch_size: windows per call of the model.
+            progress: called with the number of finished windows and of all.
+        """
+        height, width = image.shape[:2]
+        places = windows(width, height, size, overlap)
+        results = predict_windows(
+            image,
+            places,
+            self.predict_images,
+            batch_size,
+            size if self.pads_windows else None,
+            progress,
+        )
+        return self.merge(places, results, (height, width))
+
+    @classmethod
+    def set_visualizer(cls, settings: ConfigDict) -> None:
+        """Adapt the config's visualizer to :meth:`draw`, in place; by default nothing changes."""
+
+    @abstractmethod
+    def results_of_batch(self, batch: dict) -> list[Result]:
+        """Results of a collated batch, one per image."""
+
+    @abstractmethod
+    def merge(
+        self, places: Sequence[Window], results: Iterable[Result], size: tuple[int, int]
+    ) -> Result:
+        """Result of a whole image from those of its windows.
+
+        Args:
+            places: the windows.
+            results: of each window, in its own pixels; computed as they are read.
+            size: height and width of the image.
+        """
+
+    @abstractmethod
+    def draw(self, image: np.ndarray, result: Result) -> np.ndarray:
+        """Picture of a result, of the size that
+        :func:`mmeformer.inference.pictures.at_picture_size` gives the image."""
+
+    def entries(self, result: Result) -> list[dict]:
+        """A result as COCO annotations, without ``id`` and ``image_id``."""
+        raise NotImplementedError(f"{type(self).__name__} writes no JSON")
+
+    def write_files(self, out: Path, name: str, result: Result) -> None:
+        """Write the files that the task has per image, if any.
+
+        Args:
+            out: the output folder.
+            name: of the image.
+            result: of the image.
+        """
+
+
+class StrictInferencer:
     """Mixin for OpenMMLab's inferencers: the weights must be the model's, and the model is folded.
 
-    The inferencers themselves load what happens to fit.
+    The inferencers themselves load whichever weights happen to fit.
     """
 
     def _init_model(self, cfg, weights: str, device: str) -> nn.Module:
@@ -46,7 +226,7 @@ class TrustedWeights:
         return fold(super()._init_model(cfg, weights, device))
 
     def _init_collate(self, cfg) -> Callable:
-        # What mmengine comes to as well, after a warning about its search for another.
+        # mmengine finds the same, after a warning about its search for another.
         return pseudo_collate
 
     def _load_weights_to_model(self, model: nn.Module, checkpoint: dict, cfg) -> None:
@@ -70,105 +250,13 @@ def _metainfo(config: Config) -> dict:
     return dict(metainfo)
 
 
-class Predictor(ABC):
-    """A model of one task, from images to results, files and pictures.
+def _set_score_thr(test_cfg: ConfigDict, score_thr: float) -> None:
+    """Let a detector itself leave out what is too uncertain, in place.
 
-    Images are ``(H, W, 3)`` uint8, blue, green, red. What a result is, is the task's own matter.
-
-    Args:
-        inferencer: of OpenMMLab, with the folded model, the test pipeline and the visualizer.
-        native_size: side of the squares of pixels that the model sees at their own size, or None
-            where the config does not tell. Windows of large images are that large.
+    The results are those of leaving it out afterwards, as only better boxes suppress others, but no
+    masks are made for it.
     """
-
-    LARGE: float
-    """Images whose longer side exceeds ``native_size`` by this factor are cut into windows."""
-
-    json: bool = True
-    """Whether results go to a JSON file, as :meth:`entries` gives them."""
-
-    legend: list[dict] | None = None
-    """What files of results do not say themselves about the classes, for ``classes.json``."""
-
-    def __init__(self, inferencer: BaseInferencer, native_size: int | None) -> None:
-        self.inferencer = inferencer
-        self.native_size = native_size
-        self.classes = tuple(inferencer.model.dataset_meta["classes"])
-
-    @property
-    def model(self) -> nn.Module:
-        """The folded model."""
-        return self.inferencer.model
-
-    def prepare(self, image: np.ndarray) -> dict:
-        """An image through the test pipeline.
-
-        Raises:
-            ValueError, cv2.error: an image that cannot be brought to the model's size.
-        """
-        return self.inferencer.pipeline(image)
-
-    def predict(self, prepared: Sequence[dict]) -> list[Any]:
-        """Results of prepared images.
-
-        Those of one size go through the model together: a batch of mixed sizes would be padded,
-        and what is found in an image would depend on its neighbours.
-        """
-        groups = defaultdict(list)
-        for index, item in enumerate(prepared):
-            groups[tuple(item["inputs"].shape)].append(index)
-        results: list[Any] = [None] * len(prepared)
-        for members in groups.values():
-            batch = self.inferencer.collate_fn([prepared[index] for index in members])
-            with torch.no_grad():
-                found = self._forward_batch(batch)
-            for index, result in zip(members, found, strict=True):
-                results[index] = result
-        return results
-
-    def predict_images(self, images: Sequence[np.ndarray]) -> list[Any]:
-        """Results of images."""
-        return self.predict([self.prepare(image) for image in images])
-
-    @abstractmethod
-    def _forward_batch(self, batch: dict) -> list[Any]:
-        """Results of a collated batch."""
-
-    @abstractmethod
-    def predict_windows(
-        self, image: np.ndarray, size: int, overlap: int, batch_size: int, progress: Progress
-    ) -> Any:
-        """Result of an image of any size, window by window.
-
-        Args:
-            image: see above.
-            size, overlap: of the windows, see :func:`mmeformer.windows.windows`.
-            batch_size: windows per call of the model.
-            progress: called with the number of finished windows and of all.
-        """
-
-    @abstractmethod
-    def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
-        """Picture of a result, of the size that :func:`at_picture_size` gives the image."""
-
-    def entries(self, result: Any, size: tuple[int, int]) -> list[dict]:
-        """A result as COCO annotations, without ``id`` and ``image_id``.
-
-        Args:
-            result: of one image.
-            size: height and width of the image.
-        """
-        raise NotImplementedError(f"{type(self).__name__} writes no JSON")
-
-    @abstractmethod
-    def write_files(self, out: Path, name: str, result: Any) -> None:
-        """Write a result's own files below ``out``, for tasks that have some per image.
-
-        Args:
-            out: the output folder.
-            name: of the image.
-            result: of the image.
-        """
+    test_cfg.get("rcnn", test_cfg).score_thr = score_thr
 
 
 def load_predictor(
@@ -178,11 +266,11 @@ def load_predictor(
     device: str | None = None,
     score_thr: float | None = None,
     mask_format: str | None = None,
-) -> Predictor:
-    """A predictor for a trained model.
+) -> Predictor[Any]:
+    """Load a trained model of any task.
 
     Args:
-        config: of any of the three tasks; left as it is.
+        config: left as it is.
         checkpoint: a trained model of this config, read weights-only.
         device: such as ``cpu`` or ``cuda:1``; None takes the first GPU, if there is one.
         score_thr: detections with this score or a lower one are not reported (default 0.3).
@@ -192,7 +280,7 @@ def load_predictor(
         FileNotFoundError: the checkpoint does not exist.
         CheckpointError: it is damaged, refused, or not of this config's model.
         ValueError: an argument out of range or not of this task; a device that is not there; a
-            config that is none of a model of the three tasks.
+            config of no known task, or without a model or test data.
     """
     task = tasks.of_config(config)
     if missing := [key for key in ("model", "test_dataloader") if key not in config]:
@@ -254,19 +342,3 @@ def native_size(config: Config) -> int | None:
 
 def _shorter_side(size: int | Sequence[int]) -> int:
     return size if isinstance(size, int) else min(size)
-
-
-def at_picture_size(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """An image as it is drawn on, and its scale.
-
-    Small images are enlarged by a whole number, so that pixels stay pixels; see
-    :data:`SMALLEST_PICTURE`.
-    """
-    height, width = image.shape[:2]
-    longer = max(height, width)
-    scale = min(max(1, SMALLEST_PICTURE // longer), LARGEST_PICTURE / longer)
-    if scale == 1:
-        return image, 1.0
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
-    return cv2.resize(image, size, interpolation=method), scale

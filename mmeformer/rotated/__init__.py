@@ -14,10 +14,12 @@ except ImportError as error:
     ) from error
 
 from mmeformer.ops.iou import rotated_iou
+from mmeformer.results import RotatedDetections
+from mmeformer.rotated_boxes import rotated_nms
 
 from .assigner import RotatedATSSAssigner
 from .dataset import DOTADataset
-from .detections import Detections, merge_patches, rotated_nms
+from .detections import from_instances, merge_patches, to_sample
 from .dota import read_labels
 from .gfl_head import RotatedGFLHead
 from .inference import detect_large_image
@@ -30,18 +32,20 @@ from .writers import to_json, write_dota_text, write_json, write_picture, write_
 __all__ = [
     "DOTADataset",
     "DOTAMetric",
-    "Detections",
     "RotatedATSSAssigner",
+    "RotatedDetections",
     "RotatedGFLHead",
     "RotatedIntegral",
     "RotatedIoULoss",
     "RotatedVisualizer",
     "detect_large_image",
+    "from_instances",
     "merge_patches",
     "read_labels",
     "rotated_iou",
     "rotated_nms",
     "to_json",
+    "to_sample",
     "write_dota_text",
     "write_json",
     "write_picture",

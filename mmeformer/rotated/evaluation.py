@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Average precision of rotated boxes, by the rules of PASCAL VOC as mmrotate and DOTA apply them.
 
-mmrotate's ``eval_rbbox_map`` starts processes that each import everything, compares all boxes of a
-class with each other once per threshold, and counts predictions on the ignored boxes of an image
-as errors if all its boxes are ignored. The numbers are the same otherwise.
+mmrotate's ``eval_rbbox_map`` gives the same numbers, with one exception: in an image where all
+boxes are ignored it counts predictions on them as errors. It also starts processes that each import
+everything, and compares all boxes of a class with each other once per threshold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
-from mmeformer.rotated.detections import Detections, overlapping_pairs
+from mmeformer.results import RotatedDetections
+from mmeformer.rotated_boxes import overlapping_pairs
 
 IOU_THRS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 """The thresholds of AP 50:95."""
@@ -21,11 +22,12 @@ IOU_THRS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 MODES = ("11points", "area")
 
 
-class Truth(NamedTuple):
-    """Objects of one image.
+@dataclass(frozen=True, eq=False)
+class GroundTruth:
+    """Labeled objects of one image.
 
     Args:
-        boxes: ``(M, 5)``, see :class:`mmeformer.rotated.detections.Detections`.
+        boxes: ``(M, 5)``, see :class:`mmeformer.results.RotatedDetections`.
         labels: ``(M,)`` int64.
         ignored: ``(M,)`` bool: need not be found, and finding it is no error.
     """
@@ -35,7 +37,8 @@ class Truth(NamedTuple):
     ignored: np.ndarray
 
 
-class Evaluation(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Evaluation:
     """Scores of every class.
 
     Args:
@@ -51,8 +54,8 @@ class Evaluation(NamedTuple):
     detections: np.ndarray
 
 
-def match(detections: Detections, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
-    """For each prediction, the object of its class with the largest IoU.
+def match(detections: RotatedDetections, truth: GroundTruth) -> tuple[np.ndarray, np.ndarray]:
+    """Find for each prediction the object of its class with the largest IoU.
 
     Returns:
         IoU ``(N,)`` and index of the object ``(N,)``; 0 and -1 where nothing overlaps. Of objects
@@ -72,7 +75,7 @@ def match(detections: Detections, truth: Truth) -> tuple[np.ndarray, np.ndarray]
 
 
 def average_precision(recall: np.ndarray, precision: np.ndarray, mode: str) -> float:
-    """Area below a precision-recall curve whose precision was made to fall monotonically.
+    """Area below a precision-recall curve, whose precision is first made to fall monotonically.
 
     Args:
         recall, precision: ``(N,)``, recall rising.
@@ -86,13 +89,15 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, mode: str) -> f
 
 
 def evaluate(
-    images: Sequence[tuple[Detections, Truth]], num_classes: int, mode: str = "11points"
+    images: Sequence[tuple[RotatedDetections, GroundTruth]],
+    num_classes: int,
+    mode: str = "11points",
 ) -> Evaluation:
     """Average precision of every class at every threshold of :data:`IOU_THRS`.
 
-    In the order of their scores, predictions find the object of their class with the largest IoU. A
-    prediction is right if the IoU reaches the threshold and the object was not found before, passed
-    over if the object is ignored, and wrong else.
+    In the order of their scores, predictions take the object of their class with the largest IoU.
+    A prediction is correct if the IoU reaches the threshold and no better one took the object. It
+    does not count if the object is ignored, and is wrong otherwise.
 
     Args:
         images: predictions and objects of each.
@@ -103,7 +108,7 @@ def evaluate(
     labels = np.concatenate([detections.labels for detections, _ in images])
     scores = np.concatenate([detections.scores for detections, _ in images])
     iou = np.concatenate([overlap for overlap, _ in found])
-    # Objects numbered over all images, so that each can be found once.
+    # Objects get numbers over all images, so that each can be found once.
     starts = np.cumsum([0] + [len(truth.labels) for _, truth in images])
     target = np.concatenate(
         [
@@ -118,17 +123,17 @@ def evaluate(
     ap, recall = (np.full((len(IOU_THRS), num_classes), np.nan) for _ in range(2))
     best_first = np.argsort(-scores, kind="stable")
     for label in np.flatnonzero(objects):
-        mine = best_first[labels[best_first] == label]
+        own = best_first[labels[best_first] == label]
         for row, iou_thr in enumerate(IOU_THRS):
-            hit = iou[mine] >= iou_thr
-            # Index -1 reads the last object; `hit` takes that back.
-            counted = ~(hit & ignored[target[mine]])
-            hit, targets = hit[counted], target[mine][counted]
-            right = np.zeros(len(hit), bool)
-            right[np.flatnonzero(hit)[np.unique(targets[hit], return_index=True)[1]]] = True
-            rights = np.cumsum(right)
-            recalls = rights / objects[label]
-            precision = rights / np.arange(1, len(right) + 1)
+            hit = iou[own] >= iou_thr
+            # Index -1 reads the last object, but `hit` is False there.
+            counted = ~(hit & ignored[target[own]])
+            hit, targets = hit[counted], target[own][counted]
+            correct = np.zeros(len(hit), bool)
+            correct[np.flatnonzero(hit)[np.unique(targets[hit], return_index=True)[1]]] = True
+            found_so_far = np.cumsum(correct)
+            recalls = found_so_far / objects[label]
+            precision = found_so_far / np.arange(1, len(correct) + 1)
             ap[row, label] = average_precision(recalls, precision, mode)
-            recall[row, label] = rights[-1] / objects[label] if len(rights) else 0
+            recall[row, label] = recalls[-1] if len(recalls) else 0
     return Evaluation(ap, recall, objects, np.bincount(labels, minlength=num_classes))

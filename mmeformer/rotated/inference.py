@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotated detection in images of any size, window by window.
-
-The models come from mmdet's ``init_detector``; for an image that fits the model at once mmdet's
-``inference_detector`` does.
-"""
+"""Rotated detection in images of any size with a model of mmdet's ``init_detector``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +12,12 @@ from mmcv.transforms import Compose
 from mmdet.structures import DetDataSample
 from mmdet.utils import get_test_pipeline_cfg
 from mmengine.registry import DefaultScope
-from mmengine.structures import InstanceData
-from mmrotate.structures.bbox import RotatedBoxes
 from torch import nn
 
 from mmeformer.images import read_image
-from mmeformer.rotated.detections import MERGE_IOU, Detections
-from mmeformer.windows import predict_windows, windows
+from mmeformer.results import RotatedDetections
+from mmeformer.rotated.detections import MERGE_IOU, from_instances, to_sample
+from mmeformer.windows import Progress, Window, predict_windows, windows
 
 
 def detect_large_image(
@@ -33,22 +28,22 @@ def detect_large_image(
     overlap: int = 200,
     batch_size: int = 1,
     iou_thr: float = MERGE_IOU,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> DetDataSample:
     """Detect rotated boxes in an image of any size.
 
     Windows are cut one batch at a time and only boxes are kept, so that memory beyond the image
-    itself does not depend on the image's size. At the end NMS within each class merges them.
+    itself does not depend on the image's size.
 
     Args:
         model: from mmdet's ``init_detector``, so with ``cfg``.
         image: a file, or ``(H, W, 3)`` uint8, blue, green, red.
-        size: side of the windows, pixels: that of the training patches. A smaller image is filled
-            up to it, as patches are.
+        size: side of the windows, pixels: that of the training patches. A smaller image is padded
+            to it, as patches are.
         overlap: pixels; should exceed the largest object. 200 is what DOTA's development kit and
             mmrotate use.
         batch_size: windows per call of the model.
-        iou_thr: for merging, see :func:`mmeformer.rotated.detections.rotated_nms`.
+        iou_thr: for merging, see :func:`merge_windows`.
         progress: called with the number of finished windows and of all windows after each.
 
     Returns:
@@ -69,22 +64,28 @@ def detect_large_image(
         )
     height, width = pixels.shape[:2]
     places = windows(width, height, size, overlap)
-    parts = []
-    for place, found in predict_windows(pixels, places, _predictor(model), batch_size, size):
-        parts.append(found.moved(*place[:2]))
-        if progress is not None:
-            progress(len(parts), len(places))
-    merged = Detections.concatenate(parts).suppressed(iou_thr)
-    instances = InstanceData(
-        bboxes=RotatedBoxes(torch.from_numpy(merged.boxes)),
-        scores=torch.from_numpy(merged.scores),
-        labels=torch.from_numpy(merged.labels),
-    )
-    meta = dict(img_path=path, ori_shape=(height, width), img_shape=(height, width))
-    return DetDataSample(metainfo=meta, pred_instances=instances)
+    results = predict_windows(pixels, places, _predictor(model), batch_size, size, progress)
+    merged = merge_windows(places, results, iou_thr)
+    return to_sample(merged, img_path=path, ori_shape=(height, width), img_shape=(height, width))
 
 
-def _predictor(model: nn.Module) -> Callable[[list[np.ndarray]], Sequence[Detections]]:
+def merge_windows(
+    places: Sequence[Window],
+    results: Iterable[RotatedDetections],
+    iou_thr: float = MERGE_IOU,
+) -> RotatedDetections:
+    """Detections of a whole image from those of its windows, by NMS within each class.
+
+    Args:
+        places: the windows.
+        results: of each window, in its own pixels.
+        iou_thr: see :func:`mmeformer.rotated_boxes.rotated_nms`.
+    """
+    parts = [found.moved(*window[:2]) for found, window in zip(results, places, strict=True)]
+    return RotatedDetections.concatenate(parts).suppressed(iou_thr)
+
+
+def _predictor(model: nn.Module) -> Callable[[list[np.ndarray]], Sequence[RotatedDetections]]:
     """A function from the crops of a batch to their boxes, through the model's test pipeline."""
     steps = [
         step for step in get_test_pipeline_cfg(model.cfg.copy()) if "Annotations" not in step.type
@@ -94,11 +95,11 @@ def _predictor(model: nn.Module) -> Callable[[list[np.ndarray]], Sequence[Detect
     with DefaultScope.overwrite_default_scope(model.cfg.get("default_scope", "mmdet")):
         pipeline = Compose(steps)
 
-    def predict(crops: list[np.ndarray]) -> list[Detections]:
+    def predict(crops: list[np.ndarray]) -> list[RotatedDetections]:
         batch = [pipeline(dict(img=image, img_id=0)) for image in crops]
         data = {key: [item[key] for item in batch] for key in ("inputs", "data_samples")}
         with torch.no_grad():
             samples = model.test_step(data)
-        return [Detections.from_instances(sample.pred_instances) for sample in samples]
+        return [from_instances(sample.pred_instances) for sample in samples]
 
     return predict

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOTA's metrics in mmengine's evaluator: of patches, or of whole images merged from them."""
+"""DOTA's metrics for mmengine's evaluator, of patches or of whole images merged from them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from mmengine.logging import MMLogger
 from terminaltables import AsciiTable
 
 from mmeformer.registry import METRICS
-from mmeformer.rotated.detections import MERGE_IOU, Detections, check_rotated, merge_patches
+from mmeformer.results import RotatedDetections
+from mmeformer.rotated.detections import MERGE_IOU, check_rotated, from_instances, merge_patches
 from mmeformer.rotated.dota import DotaObject, list_labels, read_label_files
-from mmeformer.rotated.evaluation import IOU_THRS, MODES, Evaluation, Truth, evaluate
+from mmeformer.rotated.evaluation import IOU_THRS, MODES, Evaluation, GroundTruth, evaluate
 from mmeformer.rotated.writers import is_task1, write_task1
 
 
@@ -25,18 +26,19 @@ class DOTAMetric(BaseMetric):
     """AP50, AP75 and AP 50:95 of rotated boxes (``dota/AP50``, ``dota/AP75``, ``dota/AP``, 0 to 1),
     means over the classes that have objects, and a table of all classes in the log.
 
-    Without ``ann_dir`` each picture of the data set is evaluated with the objects that its pipeline
-    loads (``LoadAnnotations`` after ``Resize``, or their boxes would be scaled). The objects are
-    compared as rotated boxes, as in mmrotate; DOTA's server takes their polygons.
+    Without ``ann_dir`` each image of the data set is evaluated with the objects that its pipeline
+    loads (``LoadAnnotations`` after ``Resize``, or their boxes would be scaled). Objects are
+    compared as rotated boxes, as in mmrotate; DOTA's server compares their polygons.
 
     Args:
         eval_mode: ``11points`` (VOC 2007; DOTA's server and mmrotate's default) or ``area``.
-        merge_patches: predictions are those of patches named ``NAME__SIZE__X___Y``; merge them into
-            whole images. Needs ``ann_dir``, ``submission_dir`` or both.
+        merge_patches: merge predictions of patches named ``NAME__SIZE__X___Y`` into whole images.
+            Needs ``ann_dir``, ``submission_dir`` or both.
         merge_iou_thr: of the NMS in merging.
-        ann_dir: folder of original label files to evaluate with; one for each image.
+        ann_dir: folder of the original label files to evaluate with, one per image.
         diff_thr: objects of ``ann_dir`` with a larger flag ``difficult`` are ignored; the default
-            is what DOTA's server does. (Of a data set's own objects its ``diff_thr`` decides.)
+            is what DOTA's server does. (For objects that the data set loads, its own ``diff_thr``
+            decides.)
         submission_dir: folder to make for DOTA's Task 1, see
             :func:`mmeformer.rotated.writers.write_task1`; an earlier submission in it is replaced.
             The only result if there are no objects to evaluate with.
@@ -45,7 +47,7 @@ class DOTAMetric(BaseMetric):
     Raises:
         ValueError: an unknown ``eval_mode``, or ``merge_patches`` without a purpose.
         FileNotFoundError: ``ann_dir`` is missing or has no label files.
-        FileExistsError: ``submission_dir`` holds something else than a submission.
+        FileExistsError: ``submission_dir`` holds other files than a submission.
     """
 
     default_prefix = "dota"
@@ -74,31 +76,30 @@ class DOTAMetric(BaseMetric):
         self.merge_iou_thr = merge_iou_thr
         self.diff_thr = diff_thr
         self.submission_dir = None if submission_dir is None else Path(submission_dir)
-        # Mistakes that should not wait for the end of the test.
+        # Check now what else would fail at the end of the test only.
         self.label_files = None if ann_dir is None else list_labels(ann_dir)
         if self.submission_dir is not None and not is_task1(self.submission_dir):
             raise FileExistsError(
-                f"submission_dir {submission_dir} holds something else than a submission; choose "
+                f"submission_dir {submission_dir} holds other files than a submission; choose "
                 "another"
             )
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        """Keep the boxes of one batch as arrays: ``(img_id, Detections, Truth or None)``."""
+        """Keep of each sample the image's name, its detections, and its ground truth or None."""
         for sample in data_samples:
-            detections = Detections.from_instances(sample["pred_instances"])
-            self.results.append((str(sample["img_id"]), detections, _truth(sample)))
+            detections = from_instances(sample["pred_instances"])
+            self.results.append((str(sample["img_id"]), detections, _ground_truth(sample)))
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """Merge, write and evaluate, as the arguments say.
+        """Merge, write and evaluate, as the arguments of the class say.
 
         Raises:
             ValueError: there is nothing to evaluate with, or an image name does not fit.
             FileNotFoundError: an image has no label file in ``ann_dir``.
         """
         classes = self.dataset_meta["classes"]
-        # On the way mmengine made plain tuples of them.
-        predictions = [(name, Detections(*found)) for name, found, _ in results]
-        truths = {name: Truth(*truth) for name, _, truth in results if truth is not None}
+        predictions = [(name, found) for name, found, _ in results]
+        truths = {name: truth for name, _, truth in results if truth is not None}
         if self.merge_patches:
             images = merge_patches(predictions, self.merge_iou_thr)
         else:
@@ -123,7 +124,7 @@ class DOTAMetric(BaseMetric):
         )
         if not found.objects.any():
             raise ValueError(
-                "not one object to find in all images (ignored ones do not count); correct "
+                "no image has an object to find (ignored ones do not count); correct "
                 "ann_file or ann_dir, or raise diff_thr"
             )
         logger.info("\n" + self._table(found))
@@ -134,7 +135,7 @@ class DOTAMetric(BaseMetric):
             "AP75": float(ap[IOU_THRS.index(0.75)]),
         }
 
-    def _read_truths(self, images: dict[str, Detections]) -> dict[str, Truth]:
+    def _read_truths(self, images: dict[str, RotatedDetections]) -> dict[str, GroundTruth]:
         folder = next(iter(self.label_files.values())).parent
         if missing := [name for name in images if name not in self.label_files]:
             raise FileNotFoundError(
@@ -155,7 +156,7 @@ class DOTAMetric(BaseMetric):
         )
         labels = {name: label for label, name in enumerate(classes)}
         return {
-            image: Truth(
+            image: GroundTruth(
                 enclosing_boxes(objects),
                 np.array([labels[item.name] for item in objects], np.int64),
                 np.array([item.difficult > self.diff_thr for item in objects], bool),
@@ -188,17 +189,17 @@ def enclosing_boxes(objects: Sequence[DotaObject]) -> np.ndarray:
     return boxes
 
 
-def _truth(sample: dict) -> Truth | None:
+def _ground_truth(sample: dict) -> GroundTruth | None:
     """The objects that the pipeline loaded; None if it loads none."""
-    parts = [sample.get("gt_instances", {}), sample.get("ignored_instances", {})]
-    if "bboxes" not in parts[0]:
+    instances = [sample.get("gt_instances", {}), sample.get("ignored_instances", {})]
+    if "bboxes" not in instances[0]:
         return None
     boxes, labels, ignored = [], [], []
-    for part, is_ignored in zip(parts, (False, True), strict=True):
-        if "bboxes" in part:
-            array = get_box_tensor(part["bboxes"]).cpu().numpy()
+    for group, is_ignored in zip(instances, (False, True), strict=True):
+        if "bboxes" in group:
+            array = get_box_tensor(group["bboxes"]).cpu().numpy()
             check_rotated(array)
             boxes.append(array)
-            labels.append(part["labels"].cpu().long().numpy())
+            labels.append(group["labels"].cpu().long().numpy())
             ignored.append(np.full(len(array), is_ignored))
-    return Truth(np.concatenate(boxes), np.concatenate(labels), np.concatenate(ignored))
+    return GroundTruth(np.concatenate(boxes), np.concatenate(labels), np.concatenate(ignored))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmrotate's visualizer, fit for crowded pictures and for objects that go beyond the border."""
+"""mmrotate's visualizer for crowded pictures and for objects that go beyond the border."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mmeformer.registry import VISUALIZERS
 
 @VISUALIZERS.register_module()
 class RotatedVisualizer(RotLocalVisualizer):
-    """mmrotate's ``RotLocalVisualizer`` whose pictures keep to their image.
+    """mmrotate's ``RotLocalVisualizer`` whose pictures keep the size of their image.
 
-    There a box that goes beyond the border, as those of objects cut by a patch do, makes matplotlib
-    zoom out: the image shrinks within a white margin.
+    With mmrotate's own, a box that goes beyond the border, as those of objects cut by a patch do,
+    makes matplotlib zoom out: the image shrinks within a white margin.
 
     Args:
         name, *args, **kwargs: as in mmrotate.
-        max_texts: with more boxes, class names and scores are left out, for they would cover the
-            picture; the colours tell the classes.
+        max_texts: with more boxes, class names and scores are left out, as they would cover the
+            picture; the colors tell the classes.
     """
 
     def __init__(self, name: str = "visualizer", *args, max_texts: int = 100, **kwargs) -> None:

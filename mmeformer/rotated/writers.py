@@ -1,54 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotated boxes as DOTA text, JSON and pictures. What exists is replaced, whole or not at all."""
+"""Write rotated boxes as DOTA text, JSON and pictures; each file is whole or not there."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
-import torch
-from mmdet.structures import DetDataSample
-from mmengine.structures import InstanceData
-from mmrotate.structures.bbox import RotatedBoxes, rbox2qbox
 
+from mmeformer.files import replacing, write_text
 from mmeformer.images import write_image
-from mmeformer.rotated.detections import Detections
+from mmeformer.inference.pictures import LARGEST_PICTURE, at_picture_size
+from mmeformer.results import RotatedDetections, category_id
+from mmeformer.rotated.detections import to_sample
 from mmeformer.rotated.dota import format_label
 from mmeformer.rotated.visualizer import RotatedVisualizer
 
 
-def polygons(boxes: np.ndarray) -> np.ndarray:
-    """Corners ``(N, 4, 2)`` in pixels of rotated boxes ``(N, 5)``."""
-    return rbox2qbox(torch.from_numpy(boxes.astype(np.float64))).reshape(-1, 4, 2).numpy()
-
-
-def _write_text(path: str | Path, text: str) -> None:
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
-def write_dota_text(path: str | Path, detections: Detections, classes: Sequence[str]) -> None:
+def write_dota_text(
+    path: str | Path, detections: RotatedDetections, classes: Sequence[str]
+) -> None:
     """Write boxes as a DOTA label file (``x1 y1 ... x4 y4 class 0``), which has no scores.
 
     :func:`mmeformer.rotated.dota.read_labels` and label tools read it.
 
     Args:
-        path: the file.
+        path: the file; folders are made.
         detections: choose by score before.
         classes: names, by label.
     """
     lines = [
         format_label(polygon, classes[label], 0) + "\n"
-        for polygon, label in zip(polygons(detections.boxes), detections.labels, strict=True)
+        for polygon, label in zip(detections.corners(), detections.labels, strict=True)
     ]
-    _write_text(path, "".join(lines))
+    write_text(path, "".join(lines))
 
 
 def is_task1(folder: str | Path) -> bool:
@@ -64,7 +51,7 @@ def is_task1(folder: str | Path) -> bool:
 
 
 def write_task1(
-    folder: str | Path, images: Mapping[str, Detections], classes: Sequence[str]
+    folder: str | Path, images: Mapping[str, RotatedDetections], classes: Sequence[str]
 ) -> Path:
     """Write what DOTA's evaluation server takes for Task 1 (oriented boxes).
 
@@ -73,7 +60,7 @@ def write_task1(
 
     Args:
         folder: made or replaced.
-        images: predictions by image name (without suffix).
+        images: detections by image name (without suffix).
         classes: names, by label.
 
     Returns:
@@ -82,38 +69,30 @@ def write_task1(
     Raises:
         ValueError: an image name with white space, which the format does not allow.
     """
-    folder = Path(folder)
-    lines = [[] for _ in classes]
+    lines: list[list[str]] = [[] for _ in classes]
     for image, detections in images.items():
         if image.split() != [image]:
             raise ValueError(
                 f"image name {image!r} has white space, which DOTA's format does not allow; rename "
                 "the file"
             )
-        corners = polygons(detections.boxes).reshape(-1, 8)
+        corners = detections.corners().reshape(-1, 8)
         for polygon, score, label in zip(
             corners, detections.scores, detections.labels, strict=True
         ):
             numbers = " ".join(f"{value:.2f}" for value in polygon)
             lines[label].append(f"{image} {score:.6f} {numbers}\n")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, old = (folder.with_name(f".{folder.name}.{end}") for end in ("unfinished", "old"))
-    for leftover in (unfinished, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    unfinished.mkdir()
-    with zipfile.ZipFile(unfinished / "Task1.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, found in zip(classes, lines, strict=True):
-            path = unfinished / f"Task1_{name}.txt"
-            path.write_text("".join(found), encoding="utf-8")
-            archive.write(path, path.name)
-    if folder.exists():
-        folder.rename(old)
-    unfinished.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder / "Task1.zip"
+    with replacing(folder) as draft:
+        draft.mkdir()
+        with zipfile.ZipFile(draft / "Task1.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, found in zip(classes, lines, strict=True):
+                path = draft / f"Task1_{name}.txt"
+                path.write_text("".join(found), encoding="utf-8")
+                archive.write(path, path.name)
+    return Path(folder) / "Task1.zip"
 
 
-def to_json(image: str, detections: Detections, classes: Sequence[str]) -> list[dict]:
+def to_json(image: str, detections: RotatedDetections, classes: Sequence[str]) -> list[dict]:
     """Boxes of one image as entries of a COCO-like list of results.
 
     Args:
@@ -122,14 +101,15 @@ def to_json(image: str, detections: Detections, classes: Sequence[str]) -> list[
         classes: names, by label.
 
     Returns:
-        Per box ``image_id``, ``category_id`` (label, from 0), ``category``, ``score``, ``rbox``
-        (centre x, centre y, width, height, angle in radians), ``segmentation`` (one polygon
-        ``[x1, y1, ..., x4, y4]``) and ``bbox`` (the upright box around it: x, y, width, height).
+        Per box ``image_id``, ``category_id`` (from 1), ``category`` (name), ``score``, ``bbox``
+        (the upright box around it: x, y, width, height), ``area``, ``segmentation`` (one polygon
+        ``[x1, y1, ..., x4, y4]``) and ``rbox`` (center x, center y, width, height, angle in
+        radians).
     """
     entries = []
     for box, polygon, score, label in zip(
         detections.boxes,
-        polygons(detections.boxes),
+        detections.corners(),
         detections.scores,
         detections.labels,
         strict=True,
@@ -138,12 +118,13 @@ def to_json(image: str, detections: Detections, classes: Sequence[str]) -> list[
         entries.append(
             dict(
                 image_id=image,
-                category_id=int(label),
+                category_id=category_id(label),
                 category=classes[label],
                 score=round(float(score), 6),
                 bbox=_rounded([*low, *size], 2),
                 segmentation=[_rounded(polygon.ravel(), 2)],
                 rbox=_rounded(box[:4], 2) + _rounded(box[4:], 6),
+                area=round(float(box[2]) * float(box[3]), 2),
             )
         )
     return entries
@@ -155,46 +136,30 @@ def _rounded(values, digits: int) -> list[float]:
 
 def write_json(path: str | Path, entries: Sequence[dict]) -> None:
     """Write entries of :func:`to_json`, of any number of images, as one JSON list."""
-    _write_text(path, json.dumps(list(entries), indent=1) + "\n")
+    write_text(path, json.dumps(list(entries), indent=1) + "\n")
 
 
-def draw_picture(
+def draw_boxes(
     image: np.ndarray,
-    detections: Detections,
+    detections: RotatedDetections,
     visualizer: RotatedVisualizer,
     score_thr: float = 0.0,
-    max_side: int = 4096,
 ) -> np.ndarray:
-    """An image with boxes.
+    """An image with boxes drawn in.
 
     Args:
         image: ``(H, W, 3)`` uint8, blue, green, red.
         detections: in pixels of the image.
         visualizer: with ``dataset_meta``.
         score_thr: boxes with a lower score are not drawn.
-        max_side: a larger picture is shrunk to this, pixels; matplotlib cannot draw on more than
-            65,535, and takes long before that.
 
     Returns:
-        ``(H', W', 3)`` uint8, blue, green, red.
+        ``(H, W, 3)`` uint8, blue, green, red.
     """
-    height, width = image.shape[:2]
-    scale = min(1.0, max_side / max(height, width))
-    if scale < 1:
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    boxes = torch.from_numpy(detections.boxes * np.array([scale] * 4 + [1], np.float32))
-    sample = DetDataSample(
-        pred_instances=InstanceData(
-            bboxes=RotatedBoxes(boxes),
-            scores=torch.from_numpy(detections.scores),
-            labels=torch.from_numpy(detections.labels),
-        )
-    )
     visualizer.add_datasample(
         "boxes",
         np.ascontiguousarray(image[..., ::-1]),
-        sample,
+        to_sample(detections),
         draw_gt=False,
         pred_score_thr=score_thr,
     )
@@ -204,21 +169,26 @@ def draw_picture(
 def write_picture(
     path: str | Path,
     image: np.ndarray,
-    detections: Detections,
+    detections: RotatedDetections,
     dataset_meta: Mapping,
     score_thr: float = 0.3,
-    max_side: int = 4096,
+    max_side: int = LARGEST_PICTURE,
 ) -> None:
-    """Write an image with boxes.
+    """Write an image with boxes drawn in.
 
     Args:
         path: the suffix gives the format.
-        image, detections, score_thr, max_side: see :func:`draw_picture`.
+        image: ``(H, W, 3)`` uint8, blue, green, red.
+        detections: in pixels of the image.
         dataset_meta: ``classes`` and ``palette``, as a detector's ``dataset_meta``.
+        score_thr: boxes with a lower score are not drawn.
+        max_side: a larger picture is shrunk to this, pixels; matplotlib cannot draw on more than
+            65,535, and takes long before that.
 
     Raises:
         ValueError: no image format has this suffix.
     """
     visualizer = RotatedVisualizer(line_width=2)
     visualizer.dataset_meta = dict(dataset_meta)
-    write_image(path, draw_picture(image, detections, visualizer, score_thr, max_side))
+    picture, scale = at_picture_size(image, smallest=1, largest=max_side)
+    write_image(path, draw_boxes(picture, detections.scaled(scale), visualizer, score_thr))

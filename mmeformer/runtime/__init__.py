@@ -10,9 +10,9 @@
     print([model.metadata.classes[label] for label in found.labels], found.boxes)
 """
 
+from mmeformer.results import Detections, Pyramid, RotatedDetections, Segmentation
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.runtime.predictor import Predictor, load
-from mmeformer.runtime.results import Detections, Pyramid, RotatedDetections, Segmentation
 
 __all__ = [
     "Detections",

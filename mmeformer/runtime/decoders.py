@@ -15,10 +15,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from mmeformer.results import Detections, Mask, Pyramid, RotatedDetections, Segmentation
 from mmeformer.runtime.images import Prepared
 from mmeformer.runtime.metadata import Metadata
-from mmeformer.runtime.results import Detections, Pyramid, RotatedDetections, Segmentation
-from mmeformer.runtime.rotated_nms import rotated_nms
 
 Result = Detections | Pyramid | RotatedDetections | Segmentation
 Outputs = Mapping[str, NDArray[Any]]
@@ -50,17 +49,18 @@ def decode_detections(
     batch: Sequence[Prepared], outputs: Outputs, metadata: Metadata
 ) -> list[Detections]:
     """Boxes (N, 4) and masks (N, S, S) of the whole batch, already suppressed."""
-    return [
-        Detections(
-            own["boxes"] / np.array(_scale_factors(item)[::-1] * 2, np.float32),
-            own["scores"],
-            own["labels"],
-            own.get("masks"),
-            item.original,
-            metadata.mask_threshold,
-        )
-        for item, own in _by_image(batch, outputs)
-    ]
+    results = []
+    for item, own in _by_image(batch, outputs):
+        boxes = own["boxes"] / np.array(_scale_factors(item)[::-1] * 2, np.float32)
+        masks = None
+        if "masks" in own:
+            assert metadata.mask_threshold is not None, "the export of a model with masks has one"
+            masks = tuple(
+                Mask.from_scores(scores, box, metadata.mask_threshold, item.original)
+                for scores, box in zip(own["masks"], boxes, strict=True)
+            )
+        results.append(Detections(boxes, own["scores"], own["labels"], item.original, masks))
+    return results
 
 
 def decode_rotated(
@@ -71,9 +71,9 @@ def decode_rotated(
     results = []
     for item, own in _by_image(batch, outputs):
         boxes = _rescale_rotated(own["boxes"], *_scale_factors(item))
-        kept = rotated_nms(boxes, own["scores"], own["labels"], metadata.iou_threshold)
-        kept = kept[: metadata.max_per_image]
-        results.append(RotatedDetections(boxes[kept], own["scores"][kept], own["labels"][kept]))
+        found = RotatedDetections(boxes, own["scores"], own["labels"])
+        kept = found.suppressed(metadata.iou_threshold)
+        results.append(kept.take(slice(metadata.max_per_image)))
     return results
 
 

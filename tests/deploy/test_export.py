@@ -137,7 +137,7 @@ def test_faster_rcnn_has_no_masks(trained, picture, tmp_path):
         report=lambda line: None,
     )
     result = runtime.load(path).predict(picture)
-    assert result.mask_scores is None
+    assert result.instance_masks is None
     with pytest.raises(ValueError, match="without masks"):
         result.masks()
 
@@ -178,7 +178,7 @@ def test_matching_sees_what_differs():
     scores, labels = np.array([0.9, 0.8, 0.7]), np.array([0, 1, 2])
 
     def found(boxes, scores, labels):
-        return runtime.Detections(boxes, scores, labels, None, (50, 50), None)
+        return runtime.Detections(boxes, scores, labels, (50, 50))
 
     same = found(boxes, scores, labels)
     assert check.match(same, found(boxes[::-1], scores[::-1], labels[::-1])) == [

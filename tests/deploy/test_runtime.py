@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from mmeformer import configs, runtime
 from mmeformer.deploy import models
 from mmeformer.deploy.metadata import export_metadata
+from mmeformer.results import Mask
+from mmeformer.rotated_boxes import rotated_iou, rotated_nms
 from mmeformer.runtime.images import prepare
 from mmeformer.runtime.metadata import KEY, Metadata
-from mmeformer.runtime.results import paste_mask
-from mmeformer.runtime.rotated_nms import rotated_iou, rotated_nms
 
 METADATA = Metadata(
     task="detection",
@@ -145,7 +145,7 @@ def test_masks_are_pasted_as_mmdet_does(edges, image, side):
         return
     scores = np.random.default_rng(0).random((side, side)).astype(np.float32)
     ours = np.zeros(image, bool)
-    paste_mask(ours, scores, box, 0.5)
+    Mask.from_scores(scores, box, 0.5, image).paste(ours)
     theirs, _ = _do_paste_mask(
         torch.from_numpy(scores)[None, None],
         torch.tensor(box, dtype=torch.float32)[None],
@@ -217,7 +217,7 @@ def test_batches_and_sizes_may_mix(segmentor, picture):
         np.testing.assert_array_equal(single.labels, result.labels)
     palette = predictor.metadata.palette
     np.testing.assert_array_equal(
-        results[1].colours(palette)[0, 0], palette[results[1].labels[0, 0]]
+        results[1].colors(palette)[0, 0], palette[results[1].labels[0, 0]]
     )
 
 

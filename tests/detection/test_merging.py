@@ -9,10 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
 from pycocotools import mask as coco_mask
 
-from mmeformer.detection.instances import Instances, Mask, merge_windows
-from mmeformer.detection.predictor import detect_windows, paste
+from mmeformer.detection.merging import merge_windows
+from mmeformer.detection.predictor import DetectionPredictor, from_sample
+from mmeformer.detection.visualizer import paste_scaled
+from mmeformer.detection.writers import run_length_code
+from mmeformer.results import Detections, Mask
 
 small = st.integers(1, 9)
 pixel_maps = st.tuples(small, small).flatmap(lambda shape: arrays(bool, shape))
@@ -20,8 +25,7 @@ pixel_maps = st.tuples(small, small).flatmap(lambda shape: arrays(bool, shape))
 
 def dense(mask, height, width):
     image = np.zeros((height, width), bool)
-    rows, columns = mask.shape
-    image[mask.y : mask.y + rows, mask.x : mask.x + columns] = mask.array()
+    image[mask.y : mask.y + mask.height, mask.x : mask.x + mask.width] = mask.array()
     return image
 
 
@@ -32,11 +36,12 @@ def test_code_of_the_whole_image_is_that_of_pycocotools(pixels, left, top, right
     mask = Mask.from_array(pixels, left, top)
     height, width = image.shape
     if pixels.any():
-        assert mask.shape == tuple(np.ptp(index) + 1 for index in np.nonzero(pixels))
+        shape = tuple(np.ptp(index) + 1 for index in np.nonzero(pixels))
+        assert mask.array().shape == (mask.height, mask.width) == shape
         np.testing.assert_array_equal(dense(mask, height, width), image)
     assert mask.area == image.sum()
     expected = coco_mask.encode(np.asfortranarray(image, np.uint8))
-    code = mask.coco(height, width)
+    code = run_length_code(mask, (height, width))
     assert code == dict(size=[height, width], counts=expected["counts"].decode())
 
 
@@ -57,24 +62,25 @@ def test_paste_at_the_scale_of_a_picture(scale):
     pixels = np.zeros((40, 60), bool)
     pixels[10:30, 20:50] = True
     target = np.zeros((int(40 * scale), int(60 * scale)), bool)
-    paste(target, Mask.from_array(pixels), scale)
+    paste_scaled(target, Mask.from_array(pixels), scale)
     expected = np.zeros_like(target)
     expected[int(10 * scale) : int(30 * scale), int(20 * scale) : int(50 * scale)] = True
     np.testing.assert_array_equal(target, expected)
-    paste(target, Mask.from_array(np.zeros((40, 60), bool)), scale)
+    paste_scaled(target, Mask.from_array(np.zeros((40, 60), bool)), scale)
     np.testing.assert_array_equal(target, expected)
 
 
-def instances(boxes, scores=None, labels=None):
+def detections(boxes, scores=None, labels=None, size=(100, 100)):
     """Objects that fill their boxes of whole pixels."""
     masks = []
     for x0, y0, x1, y1 in boxes:
         masks.append(Mask.from_array(np.ones((int(y1 - y0), int(x1 - x0)), bool), int(x0), int(y0)))
     count = len(boxes)
-    return Instances(
+    return Detections(
         np.array(boxes, np.float32).reshape(-1, 4),
         np.full(count, 0.9, np.float32) if scores is None else np.array(scores, np.float32),
         np.zeros(count, np.int64) if labels is None else np.array(labels, np.int64),
+        size,
         tuple(masks),
     )
 
@@ -113,15 +119,21 @@ class Camera:
                 whole = (box[2] - box[0]) * (box[3] - box[1])
                 scores.append(sides.prod() / whole)
                 labels.append(label)
-        return instances(boxes, scores, labels)
+        return detections(boxes, scores, labels, (height, width))
+
+
+class Detector(DetectionPredictor):
+    """Detects with a camera in place of a model."""
+
+    def __init__(self, camera):
+        self.predict_images = camera
 
 
 def found_in_windows(boxes, labels, width, height, size, overlap, batch_size=3, least=3):
     camera = Camera(boxes, labels, least)
     steps = []
-    found = detect_windows(
+    found = Detector(camera).predict_windows(
         Camera.image(width, height),
-        camera,
         size,
         overlap,
         batch_size,
@@ -130,6 +142,7 @@ def found_in_windows(boxes, labels, width, height, size, overlap, batch_size=3, 
     assert max(camera.batches) <= batch_size
     assert [done for done, _ in steps] == list(range(1, sum(camera.batches) + 1))
     assert {total for _, total in steps} == {sum(camera.batches)}
+    assert found.image_size == (height, width)
     return found
 
 
@@ -171,9 +184,9 @@ def test_windows_give_the_objects_of_the_whole_image(scene, size, overlap):
     found = found_in_windows(boxes, labels, 400, 300, size, overlap)
     assert by_place(found) == expected_of(boxes, labels)
     assert (np.diff(found.scores) <= 0).all()
-    for box, mask in zip(found.boxes, found.masks, strict=True):
+    for box, mask in zip(found.boxes, found.instance_masks, strict=True):
         x0, y0, x1, y1 = box.astype(int)
-        assert (mask.x, mask.y, *mask.shape[::-1]) == (x0, y0, x1 - x0, y1 - y0)
+        assert (mask.x, mask.y, mask.width, mask.height) == (x0, y0, x1 - x0, y1 - y0)
         assert mask.area == (x1 - x0) * (y1 - y0)
 
 
@@ -190,16 +203,16 @@ def test_objects_larger_than_a_window_are_put_together():
     labels = [0, 0, 1]
     found = found_in_windows(boxes, labels, 400, 400, 100, 25)
     assert by_place(found) == expected_of(boxes, labels)
-    assert [mask.area for mask in found.masks] == [
+    assert [mask.area for mask in found.instance_masks] == [
         int((box[2] - box[0]) * (box[3] - box[1])) for box in found.boxes
     ]
 
 
 def test_a_whole_view_beats_a_part_with_a_higher_score():
     left, right = (0, 0, 100, 100), (60, 0, 160, 100)
-    whole = instances([(10, 30, 40, 50)], scores=[0.4])  # 70 to 100 of the image, in the right
-    part = instances([(70, 30, 99, 50)], scores=[0.95])  # cut at 99, in the left
-    found = merge_windows([(left, part), (right, whole)], (100, 160))
+    whole = detections([(10, 30, 40, 50)], scores=[0.4])  # 70 to 100 of the image, in the right
+    part = detections([(70, 30, 99, 50)], scores=[0.95])  # cut at 99, in the left
+    found = merge_windows([left, right], [part, whole], (100, 160))
     assert by_place(found) == [((70, 30, 100, 50), 0)] and found.scores[0] == np.float32(0.4)
 
 
@@ -207,41 +220,47 @@ def test_suppression_is_greedy_and_between_windows_only():
     left, right = (0, 0, 100, 100), (0, 0, 100, 100)
     # Each next box overlaps the one before by 0.6, the one after next by 0.33.
     boxes = [(10, 10, 50, 50), (20, 10, 60, 50), (30, 10, 70, 50)]
-    first = instances([boxes[0], boxes[2]], scores=[0.9, 0.7])
-    second = instances([boxes[1]], scores=[0.8])
-    found = merge_windows([(left, first), (right, second)], (100, 100))
+    first = detections([boxes[0], boxes[2]], scores=[0.9, 0.7])
+    second = detections([boxes[1]], scores=[0.8])
+    found = merge_windows([left, right], [first, second], (100, 100))
     assert by_place(found) == expected_of([boxes[0], boxes[2]], [0, 0])
     # A model that left both in one window has its reasons.
-    crowd = instances([boxes[0], boxes[1]], scores=[0.9, 0.8])
-    found = merge_windows([(left, crowd), (right, instances([]))], (100, 100))
+    crowd = detections([boxes[0], boxes[1]], scores=[0.9, 0.8])
+    found = merge_windows([left, right], [crowd, detections([])], (100, 100))
     assert by_place(found) == expected_of(boxes[:2], [0, 0])
-    found = merge_windows([(left, first), (right, second)], (100, 100), iou_thr=0.7)
+    found = merge_windows([left, right], [first, second], (100, 100), iou_thr=0.7)
     assert len(found) == 3
 
 
 def test_without_masks_and_without_objects():
-    plain = Instances(
-        np.array([[10, 10, 30, 30]], np.float32), np.ones(1, np.float32), np.zeros(1, int), None
+    plain = Detections(
+        np.array([[10, 10, 30, 30]], np.float32),
+        np.ones(1, np.float32),
+        np.zeros(1, int),
+        (100, 100),
     )
     window = (0, 0, 100, 100)
-    found = merge_windows([(window, plain), (window, plain)], (100, 100))
-    assert len(found) == 1 and found.masks is None
-    assert len(merge_windows([(window, instances([]))], (100, 100))) == 0
-    assert len(merge_windows([], (100, 100))) == 0
+    found = merge_windows([window] * 2, [plain] * 2, (100, 100))
+    assert len(found) == 1 and found.instance_masks is None
+    assert len(merge_windows([window], [detections([])], (100, 100))) == 0
+    assert len(merge_windows([], [], (100, 100))) == 0
 
 
-def test_instances_of_a_prediction():
+def test_detections_of_a_sample():
     masks = torch.zeros(2, 20, 30, dtype=torch.bool)
     masks[0, 4:9, 5:15] = True
-    prediction = dict(
+    instances = InstanceData(
         bboxes=torch.tensor([[5.0, 4.0, 15.0, 9.0], [0.0, 0.0, 1.0, 1.0]]),
         scores=torch.tensor([0.9, 0.5]),
         labels=torch.tensor([3, 1]),
         masks=masks,
     )
-    found = Instances.from_prediction(prediction)
-    assert found.labels.tolist() == [3, 1] and found.masks[0].area == 50
-    assert (found.masks[0].x, found.masks[0].y) == (5, 4) and found.masks[1].area == 0
+    sample = DetDataSample(metainfo=dict(ori_shape=(20, 30)), pred_instances=instances)
+    found = from_sample(sample)
+    assert found.labels.tolist() == [3, 1] and found.image_size == (20, 30)
+    assert [mask.area for mask in found.instance_masks] == [50, 0]
+    assert (found.instance_masks[0].x, found.instance_masks[0].y) == (5, 4)
+    np.testing.assert_array_equal(found.masks(), masks.numpy())
 
 
 def test_memory_does_not_grow_with_the_image():
@@ -251,7 +270,7 @@ def test_memory_does_not_grow_with_the_image():
         labels = [0] * len(boxes)
         image, camera = Camera.image(side, side), Camera(boxes, labels)
         tracemalloc.start()
-        found = detect_windows(image, camera, 250, 60, 2, lambda done, total: None)
+        found = Detector(camera).predict_windows(image, 250, 60, 2)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert by_place(found) == expected_of(boxes, labels)

@@ -67,7 +67,7 @@ def test_names_are_unique(tmp_path):
     [
         ("gone.png", FileNotFoundError, "gone.png does not exist"),
         ("gone/", FileNotFoundError, "gone does not exist"),
-        ("empty", ValueError, r"empty holds no image or video \(.bmp"),
+        ("empty", ValueError, r"empty has no image or video \(.bmp"),
         ("empty/*.png", ValueError, r"no image or video fits .*empty/\*.png"),
     ],
 )

@@ -10,14 +10,14 @@ import torch
 
 from mmeformer.inference import Settings, run
 from mmeformer.inference.inputs import find_sources
-from mmeformer.inference.loop import Outcome
+from mmeformer.inference.loop import Status
 from mmeformer.inference.predictor import Predictor
 
 
 class Means(Predictor):
     """The result of an image is its mean; it remembers how it was asked."""
 
-    LARGE = 2.0
+    large = 2.0
 
     def __init__(self, native_size=50):
         self.native_size = native_size
@@ -33,7 +33,10 @@ class Means(Predictor):
         self.batches.append(len(prepared))
         return [float(item["inputs"].float().mean()) for item in prepared]
 
-    def _forward_batch(self, batch):
+    def results_of_batch(self, batch):
+        raise NotImplementedError
+
+    def merge(self, places, results, size):
         raise NotImplementedError
 
     def predict_windows(self, image, size, overlap, batch_size, progress):
@@ -46,7 +49,7 @@ class Means(Predictor):
         self.drawn += 1
         return image
 
-    def entries(self, result, size):
+    def entries(self, result):
         return [dict(category_id=1, score=result)]
 
     def write_files(self, out, name, result):
@@ -71,12 +74,12 @@ def predict(folder, out, predictor=None, **settings):
     out.mkdir(exist_ok=True)
     predictor = predictor or Means()
     steps = []
-    outcomes = list(
+    statuses = list(
         run(
             predictor, find_sources([folder]), out, Settings(**settings), lambda *s: steps.append(s)
         )
     )
-    return predictor, outcomes, steps
+    return predictor, statuses, steps
 
 
 def annotations(out):
@@ -89,10 +92,10 @@ def test_batches_results_and_files(tmp_path):
     for index in range(5):
         save(tmp_path / "in" / "deep" / f"{index}.png", 30, 20, index)
     out = tmp_path / "out"
-    predictor, outcomes, _ = predict(tmp_path / "in", out, batch_size=2)
+    predictor, statuses, _ = predict(tmp_path / "in", out, batch_size=2)
     assert predictor.batches == [2, 2, 1] and not predictor.windows
     paths = [str(tmp_path / "in" / "deep" / f"{index}.png") for index in range(5)]
-    assert outcomes == [Outcome(path, index + 1, 5) for index, path in enumerate(paths)]
+    assert statuses == [Status(path, index + 1, 5) for index, path in enumerate(paths)]
     expected = {(f"deep/{index}.png", None): index for index in range(5)}
     assert annotations(out) == expected
     written = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
@@ -106,8 +109,8 @@ def test_batches_results_and_files(tmp_path):
 def test_without_pictures(tmp_path):
     save(tmp_path / "in" / "a.png", 30, 20)
     clip(tmp_path / "in" / "b.mkv", 3)
-    predictor, outcomes, _ = predict(tmp_path / "in", tmp_path / "out", pictures=False)
-    assert predictor.drawn == 0 and len(outcomes) == 4
+    predictor, statuses, _ = predict(tmp_path / "in", tmp_path / "out", pictures=False)
+    assert predictor.drawn == 0 and len(statuses) == 4
     assert not (tmp_path / "out" / "pictures").exists()
     assert not (tmp_path / "out" / "videos").exists()
 
@@ -118,19 +121,19 @@ def test_bad_images_are_named_and_the_others_kept(tmp_path):
     save(tmp_path / "in" / "c.png", 40, 1, 3)
     (tmp_path / "in" / "d.mp4").write_bytes(b"no video")
     save(tmp_path / "in" / "e.png", 30, 20, 5)
-    predictor, outcomes, _ = predict(tmp_path / "in", tmp_path / "out", batch_size=4)
-    assert [(outcome.done, outcome.error is None) for outcome in outcomes] == [
+    predictor, statuses, _ = predict(tmp_path / "in", tmp_path / "out", batch_size=4)
+    assert [(status.done, status.error is None) for status in statuses] == [
         (1, True),
         (2, False),
         (3, False),
         (3, False),
         (4, True),
     ]
-    errors = [outcome.error for outcome in outcomes if outcome.error]
+    errors = [status.error for status in statuses if status.error]
     assert "b.png" in errors[0]
     assert "c.png (40 x 1 pixels) cannot be brought to the model's size" in errors[1]
     assert "d.mp4" in errors[2]
-    assert outcomes[-1].total == 4
+    assert statuses[-1].total == 4
     assert annotations(tmp_path / "out") == {("a.png", None): 1, ("e.png", None): 5}
 
 
@@ -138,11 +141,11 @@ def test_videos_become_videos(tmp_path):
     (tmp_path / "in").mkdir()
     clip(tmp_path / "in" / "a.mkv", 5)
     save(tmp_path / "in" / "b.png", 30, 20, 7)
-    predictor, outcomes, _ = predict(tmp_path / "in", tmp_path / "out", batch_size=3)
+    predictor, statuses, _ = predict(tmp_path / "in", tmp_path / "out", batch_size=3)
     # The end of a video is not held up by a batch that is not full.
     assert predictor.batches == [3, 2, 1]
-    assert outcomes[0].name.endswith("a.mkv, frame 0")
-    assert [(outcome.done, outcome.total) for outcome in outcomes] == [
+    assert statuses[0].name.endswith("a.mkv, frame 0")
+    assert [(status.done, status.total) for status in statuses] == [
         (done, 6) for done in range(1, 7)
     ]
     found = annotations(tmp_path / "out")
@@ -162,11 +165,11 @@ def test_a_cut_off_video_keeps_its_frames_and_is_named(tmp_path):
     clip(path, 20)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     save(tmp_path / "in" / "b.png", 30, 20, 7)
-    _, outcomes, _ = predict(tmp_path / "in", tmp_path / "out")
-    errors = [outcome.error for outcome in outcomes if outcome.error]
+    _, statuses, _ = predict(tmp_path / "in", tmp_path / "out")
+    errors = [status.error for status in statuses if status.error]
     assert len(errors) == 1 and "of 20 frames" in errors[0]
-    frames = len(outcomes) - 2
-    assert 0 < frames < 18 and outcomes[-1].done == outcomes[-1].total == frames + 1
+    frames = len(statuses) - 2
+    assert 0 < frames < 18 and statuses[-1].done == statuses[-1].total == frames + 1
     video = cv2.VideoCapture(str(tmp_path / "out" / "videos" / "a.mp4"))
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == frames
 
@@ -187,7 +190,7 @@ def test_a_cut_off_video_keeps_its_frames_and_is_named(tmp_path):
 def test_which_images_are_cut(tmp_path, settings, native, expected):
     save(tmp_path / "in" / "a.png", 100, 40)
     save(tmp_path / "in" / "b.png", 101, 40)
-    predictor, outcomes, steps = predict(
+    predictor, statuses, steps = predict(
         tmp_path / "in", tmp_path / "out", Means(native), batch_size=3, **settings
     )
     assert [call[1:3] for call in predictor.windows] == expected
@@ -195,7 +198,7 @@ def test_which_images_are_cut(tmp_path, settings, native, expected):
     assert sum(predictor.batches) == 2 - len(expected)
     name = str(tmp_path / "in" / "b.png")
     assert steps[-2:] == ([(name, 1, 2), (name, 2, 2)] if expected else [])
-    assert [outcome.done for outcome in outcomes] == [1, 2]
+    assert [status.done for status in statuses] == [1, 2]
 
 
 @pytest.mark.parametrize(

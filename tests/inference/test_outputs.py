@@ -9,22 +9,17 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from mmeformer.detection.instances import Mask
-from mmeformer.inference.outputs import (
-    JsonResults,
-    VideoWriter,
-    prepare_folder,
-    write_mask,
-    write_text,
-)
+from mmeformer.detection.writers import run_length_code
+from mmeformer.inference.outputs import VideoWriter, json_results, prepare_folder, write_mask
+from mmeformer.results import Mask
 
 
 def test_json_is_a_coco_data_set(tmp_path):
     pixels = np.zeros((20, 30), bool)
     pixels[3:9, 4:14] = True
     path = tmp_path / "predictions.json"
-    with JsonResults(path, ("cat", "dog")) as results:
-        code = Mask.from_array(pixels).coco(20, 30)
+    with json_results(path, ("cat", "dog")) as results:
+        code = run_length_code(Mask.from_array(pixels), (20, 30))
         entry = dict(category_id=2, bbox=[4, 3, 10, 6], area=60, iscrowd=0, score=0.5)
         results.add("a/b.png", (20, 30), [dict(entry, segmentation=code), entry], None)
         results.add("clip.mp4", (20, 30), [], 0)
@@ -44,7 +39,7 @@ def test_json_is_a_coco_data_set(tmp_path):
 
 
 def test_without_images_the_json_is_whole_too(tmp_path):
-    with JsonResults(tmp_path / "p.json", ("cat",)):
+    with json_results(tmp_path / "p.json", ("cat",)):
         pass
     assert json.loads((tmp_path / "p.json").read_text())["images"] == []
 
@@ -53,14 +48,14 @@ def test_without_images_the_json_is_whole_too(tmp_path):
 def test_an_interrupted_run_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "predictions.json"
     path.write_text("old")
-    with pytest.raises(error), JsonResults(path, ("cat",)) as results:
+    with pytest.raises(error), json_results(path, ("cat",)) as results:
         results.add("a.png", (2, 2), [dict(score=1)], None)
         raise error
     assert [file.name for file in tmp_path.iterdir()] == ["predictions.json"]
     assert path.read_text() == "old"
 
 
-def test_masks_are_labels_with_colours_or_without(tmp_path):
+def test_masks_are_labels_with_colors_or_without(tmp_path):
     labels = np.array([[0, 1], [2, 0]], np.uint8)
     palette = [(10, 20, 30), (40, 50, 60), (70, 80, 90)]
     write_mask(tmp_path / "deep" / "er" / "a.png", labels, palette)
@@ -81,11 +76,10 @@ def test_masks_are_labels_with_colours_or_without(tmp_path):
 @pytest.mark.parametrize("size", [(48, 64), (33, 47)])
 def test_video(tmp_path, size):
     path = tmp_path / "videos" / "a.mp4"
-    writer = VideoWriter(path, 7.5)
-    for index in range(6):
-        writer.add(np.full((*size, 3), 40 * index, np.uint8))
-    assert not path.exists()
-    writer.close()
+    with VideoWriter(path, 7.5) as writer:
+        for index in range(6):
+            writer.add(np.full((*size, 3), 40 * index, np.uint8))
+        assert not path.exists()
     assert [file.name for file in path.parent.iterdir()] == ["a.mp4"]
     video = cv2.VideoCapture(str(path))
     assert video.get(cv2.CAP_PROP_FPS) == 7.5
@@ -97,12 +91,14 @@ def test_video(tmp_path, size):
     assert abs(frames[0].shape[0] - size[0]) <= 1 and abs(frames[0].shape[1] - size[1]) <= 1
 
 
-def test_aborted_video_leaves_nothing(tmp_path):
-    writer = VideoWriter(tmp_path / "a.mp4", 10)
-    writer.add(np.zeros((32, 32, 3), np.uint8))
-    writer.abort()
-    VideoWriter(tmp_path / "b.mp4", 10).abort()
-    VideoWriter(tmp_path / "b.mp4", 10).close()
+def test_aborted_and_empty_videos_leave_nothing(tmp_path):
+    for pictures in (1, 0):
+        with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "a.mp4", 10) as writer:
+            for _ in range(pictures):
+                writer.add(np.zeros((32, 32, 3), np.uint8))
+            raise KeyboardInterrupt
+    with VideoWriter(tmp_path / "b.mp4", 10):
+        pass
     assert not list(tmp_path.iterdir())
 
 
@@ -113,10 +109,3 @@ def test_folder_that_cannot_be_written_to(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match=r"output folder .*file.* cannot be written .*--out"):
             prepare_folder(path)
-
-
-def test_text_replaces_what_was_there(tmp_path):
-    write_text(tmp_path / "a" / "b.txt", "one")
-    write_text(tmp_path / "a" / "b.txt", "two")
-    assert (tmp_path / "a" / "b.txt").read_text() == "two"
-    assert len(list(tmp_path.rglob("*"))) == 2

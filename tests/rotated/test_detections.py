@@ -12,8 +12,9 @@ from mmengine.structures import InstanceData
 from mmrotate.structures.bbox import RotatedBoxes
 from rotated_boxes import outline, polygon_iou, random_detections
 
-from mmeformer.rotated import Detections, merge_patches, rotated_nms
-from mmeformer.rotated.detections import overlapping_pairs
+from mmeformer.results import RotatedDetections
+from mmeformer.rotated import from_instances, merge_patches
+from mmeformer.rotated_boxes import overlapping_pairs, rotated_nms
 
 
 def test_pairs_are_all_that_overlap_with_their_iou():
@@ -31,7 +32,8 @@ def test_pairs_are_all_that_overlap_with_their_iou():
 @pytest.mark.parametrize("iou_thr", [0.1, 0.5])
 def test_suppression_is_that_of_mmcv(iou_thr):
     generator = np.random.default_rng(1)
-    boxes, scores, _ = random_detections(generator, 700, side=200)
+    found = random_detections(generator, 700, side=200)
+    boxes, scores = found.boxes, found.scores
     kept = nms_rotated(torch.from_numpy(boxes), torch.from_numpy(scores), iou_thr)[1]
     found = rotated_nms(boxes, scores, np.zeros(700, int), iou_thr)
     assert 20 < len(found) < 650
@@ -40,7 +42,8 @@ def test_suppression_is_that_of_mmcv(iou_thr):
 
 def test_suppression_in_several_steps_and_by_class(monkeypatch):
     generator = np.random.default_rng(2)
-    boxes, scores, labels = random_detections(generator, 300, side=100)
+    found = random_detections(generator, 300, side=100)
+    boxes, scores, labels = found.boxes, found.scores, found.labels
     whole = rotated_nms(boxes, scores, labels, 0.2)
     by_class = []
     for label in range(3):
@@ -48,16 +51,16 @@ def test_suppression_in_several_steps_and_by_class(monkeypatch):
         by_class.append(mine[rotated_nms(boxes[mine], scores[mine], labels[mine], 0.2)])
     assert sorted(whole) == sorted(np.concatenate(by_class))
     assert (np.diff(scores[whole]) <= 0).all()
-    for name in ("_BOXES", "_PAIRS"):
-        monkeypatch.setattr(f"mmeformer.rotated.detections.{name}", 7)
+    monkeypatch.setattr("mmeformer.rotated_boxes._PAIRS", 7)
     np.testing.assert_array_equal(rotated_nms(boxes, scores, labels, 0.2), whole)
 
 
 def test_equal_scores_keep_the_first_and_nothing_stays_nothing():
     boxes = np.array([[5, 5, 4, 2, 0.3]] * 3)
     np.testing.assert_array_equal(rotated_nms(boxes, np.ones(3), np.array([0, 1, 0]), 0.5), [0, 1])
-    empty = Detections.concatenate([])
-    assert [array.shape for array in empty.suppressed(0.1)] == [(0, 5), (0,), (0,)]
+    empty = RotatedDetections.concatenate([])
+    found = empty.suppressed(0.1)
+    assert [a.shape for a in (found.boxes, found.scores, found.labels)] == [(0, 5), (0,), (0,)]
 
 
 def test_many_boxes_take_seconds():
@@ -98,15 +101,15 @@ def test_merged_patches_are_the_whole_image():
 
 def test_only_patches_can_be_merged():
     with pytest.raises(ValueError, match="'P0001' is not the name of a patch"):
-        merge_patches([("P0001", Detections.concatenate([]))])
+        merge_patches([("P0001", RotatedDetections.concatenate([]))])
 
 
 def test_instances_are_taken_and_upright_boxes_refused():
     instances = InstanceData(
         bboxes=RotatedBoxes(torch.rand(3, 5)), scores=torch.rand(3), labels=torch.arange(3)
     )
-    found = Detections.from_instances(instances)
+    found = from_instances(instances)
     assert found.boxes.shape == (3, 5) and found.labels.tolist() == [0, 1, 2]
     instances.bboxes = HorizontalBoxes(torch.rand(3, 4))
     with pytest.raises(ValueError, match="boxes of 4 numbers instead of 5"):
-        Detections.from_instances(instances)
+        from_instances(instances)

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Average precision, against plain loops over shapely polygons and against mmrotate."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from mmrotate.evaluation.functional import mean_ap as mmrotate_mean_ap
 from rotated_boxes import polygon_iou, random_boxes
 
-from mmeformer.rotated import Detections
+from mmeformer.results import RotatedDetections
 from mmeformer.rotated.evaluation import (
     IOU_THRS,
-    Truth,
+    GroundTruth,
     average_precision,
     evaluate,
     match,
@@ -21,7 +23,7 @@ CLASSES = 4
 def random_image(generator, objects):
     """Objects, some ignored, and predictions: shifted, repeated, of wrong class, on nothing."""
     boxes = random_boxes(generator, objects, side=150)
-    truth = Truth(
+    truth = GroundTruth(
         boxes, generator.integers(0, CLASSES - 1, objects), generator.random(objects) < 0.3
     )
     found, labels = [], []
@@ -34,13 +36,13 @@ def random_image(generator, objects):
     found[:, 2:4] = found[:, 2:4].clip(1)
     labels = np.array([*labels, *generator.integers(0, CLASSES, len(false))], int)
     scores = generator.random(len(found)).astype(np.float32)
-    return Detections(found, scores, labels), truth
+    return RotatedDetections(found, scores, labels), truth
 
 
 def random_images(seed):
     generator = np.random.default_rng(seed)
     images = [random_image(generator, objects) for objects in (15, 0, 25, 8)]
-    nothing_found = Detections.concatenate([])
+    nothing_found = RotatedDetections.concatenate([])
     return [*images, (nothing_found, images[0][1])]
 
 
@@ -51,7 +53,9 @@ def brute_force(images, label, iou_thr, mode):
         (
             (-float(score), number, box)
             for number, (detections, _) in enumerate(images)
-            for box, score, found in zip(*detections, strict=True)
+            for box, score, found in zip(
+                detections.boxes, detections.scores, detections.labels, strict=True
+            )
             if found == label
         ),
         key=lambda item: item[0],
@@ -151,8 +155,8 @@ def test_scores_are_those_of_mmrotate(monkeypatch, mode):
 
 def test_of_equal_objects_the_one_that_counts_is_found():
     box = np.array([[50, 50, 20, 10, 0.5]], np.float32)
-    detections = Detections(box, np.ones(1, np.float32), np.zeros(1, int))
-    truth = Truth(box.repeat(3, 0), np.array([0, 0, 1]), np.array([True, False, False]))
+    detections = RotatedDetections(box, np.ones(1, np.float32), np.zeros(1, int))
+    truth = GroundTruth(box.repeat(3, 0), np.array([0, 0, 1]), np.array([True, False, False]))
     iou, index = match(detections, truth)
     assert iou[0] == pytest.approx(1) and index.tolist() == [1]
     nowhere = detections.moved(500, 0)
@@ -161,10 +165,10 @@ def test_of_equal_objects_the_one_that_counts_is_found():
 
 def test_predictions_on_ignored_objects_count_nothing():
     box = np.array([[50, 50, 20, 10, 0.5]], np.float32)
-    hit = Detections(box.repeat(2, 0), np.array([0.9, 0.8], np.float32), np.zeros(2, int))
-    ignored = Truth(box, np.zeros(1, int), np.ones(1, bool))
-    counted = Truth(box, np.zeros(1, int), np.zeros(1, bool))
-    once = hit.take([0])._replace(scores=np.array([0.1], np.float32))
+    hit = RotatedDetections(box.repeat(2, 0), np.array([0.9, 0.8], np.float32), np.zeros(2, int))
+    ignored = GroundTruth(box, np.zeros(1, int), np.ones(1, bool))
+    counted = GroundTruth(box, np.zeros(1, int), np.zeros(1, bool))
+    once = replace(hit.take([0]), scores=np.array([0.1], np.float32))
     # All boxes of the first image are ignored: mmrotate would count its predictions as errors.
     found = evaluate([(hit, ignored), (once, counted)], 1, "area")
     assert found.ap[0, 0] == 1 and found.recall[0, 0] == 1

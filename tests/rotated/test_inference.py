@@ -9,6 +9,7 @@ import tracemalloc
 import cv2
 import numpy as np
 import pytest
+import tiny
 import torch
 from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import MODELS
@@ -20,8 +21,8 @@ from mmrotate.structures.bbox import RotatedBoxes
 from rotated_boxes import polygon_iou
 from torch import nn
 
-from mmeformer.paths import config_dir
-from mmeformer.rotated import Detections, detect_large_image
+from mmeformer import configs
+from mmeformer.rotated import detect_large_image, from_instances
 
 AREA = 30 * 12
 PIPELINE = [
@@ -68,20 +69,20 @@ class BrightRectangles(nn.Module):
 
 
 def scene(width, height, seed=0):
-    """Rotated rectangles of one size and two colours on a grid, so that they never touch."""
+    """Rotated rectangles of one size and two colors on a grid, so that they never touch."""
     generator = np.random.default_rng(seed)
     image = np.zeros((height, width, 3), np.uint8)
     for x in range(25, width - 24, 50):
         for y in range(25, height - 24, 50):
-            centre = (x + generator.uniform(-4, 4), y + generator.uniform(-4, 4))
-            corners = cv2.boxPoints((centre, (30, 12), generator.uniform(0, 180)))
-            colour = (0, 255, 0) if generator.random() < 0.5 else (0, 0, 255)
-            cv2.fillPoly(image, [corners.round().astype(np.int32)], colour)
+            center = (x + generator.uniform(-4, 4), y + generator.uniform(-4, 4))
+            corners = cv2.boxPoints((center, (30, 12), generator.uniform(0, 180)))
+            color = (0, 255, 0) if generator.random() < 0.5 else (0, 0, 255)
+            cv2.fillPoly(image, [corners.round().astype(np.int32)], color)
     return image
 
 
 def by_place(detections):
-    """The same boxes, sorted by their centres."""
+    """The same boxes, sorted by their centers."""
     return detections.take(np.lexsort(detections.boxes.round(1)[:, :2].T))
 
 
@@ -89,10 +90,10 @@ def by_place(detections):
 def test_windows_give_what_the_whole_image_gives(size):
     image = scene(*size)
     model = BrightRectangles()
-    whole = by_place(Detections.from_instances(model._detect(image).pred_instances))
+    whole = by_place(from_instances(model._detect(image).pred_instances))
     assert set(whole.labels) == {1, 2}
     merged = detect_large_image(model, image, size=128, overlap=50, batch_size=3)
-    found = by_place(Detections.from_instances(merged.pred_instances))
+    found = by_place(from_instances(merged.pred_instances))
     np.testing.assert_allclose(found.boxes[:, :2], whole.boxes[:, :2], atol=1e-3)
     np.testing.assert_array_equal(found.labels, whole.labels)
     np.testing.assert_allclose(np.diag(polygon_iou(found.boxes, whole.boxes)), 1, atol=1e-3)
@@ -160,20 +161,13 @@ def test_memory_does_not_grow_with_the_image():
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    """A small detector through config file and checkpoint."""
+    """A tiny detector through config file and checkpoint."""
     folder = tmp_path_factory.mktemp("detector")
-    config = Config.fromfile(
-        config_dir() / "rotated" / "rotated-gfl-le135_efficientformerv2-s0_fpn_1x_dota.py"
-    )
-    config.model.backbone.pop("init_cfg", None)
+    config = tiny.rotated(folder, iterations=1)
+    configs.drop_pretrained(config.model)
     config.model.test_cfg.score_thr = 0.0
     config.model.test_cfg.nms_pre = 50
-    for step in config.test_dataloader.dataset.pipeline:
-        if step.type == "mmdet.Resize":
-            step.scale = (128, 128)
-    meta = dict(classes=("ship", "plane"), palette=[(1, 2, 3), (4, 5, 6)])
-    config.test_dataloader.dataset.metainfo = meta
-    config.model.bbox_head.num_classes = 2
+    meta = dict(config.test_dataloader.dataset.metainfo)
     config.dump(folder / "config.py")
     with DefaultScope.overwrite_default_scope("mmrotate"):
         model = MODELS.build(config.model)
@@ -183,21 +177,21 @@ def detector(tmp_path_factory):
 
 
 def test_detectors_of_mmdet_work_with_config_and_checkpoint_alone(detector, tmp_path):
-    assert detector.dataset_meta["classes"] == ("ship", "plane")
+    assert detector.dataset_meta["classes"] == ("ship", "vehicle", "plane", "court")
     image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), image)
     whole = inference_detector(detector, str(tmp_path / "a.png"))
     assert whole.pred_instances.bboxes.shape[1] == 5 and len(whole.pred_instances) > 0
     # One window as large as the image is the same thing.
     merged = detect_large_image(detector, str(tmp_path / "a.png"), size=128, overlap=0)
-    expected = Detections.from_instances(inference_detector(detector, image).pred_instances)
-    found = Detections.from_instances(merged.pred_instances)
+    expected = from_instances(inference_detector(detector, image).pred_instances)
+    found = from_instances(merged.pred_instances)
     np.testing.assert_allclose(found.scores, expected.suppressed(0.1).scores, atol=1e-6)
     np.testing.assert_allclose(found.boxes, expected.suppressed(0.1).boxes, atol=1e-3)
     # Batches change nothing.
     large = np.random.default_rng(1).integers(0, 256, (128, 200, 3), np.uint8)
     one, two = (
-        Detections.from_instances(
+        from_instances(
             detect_large_image(
                 detector, large, size=128, overlap=60, batch_size=batch
             ).pred_instances

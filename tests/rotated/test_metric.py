@@ -2,6 +2,7 @@
 """The metric in mmengine's evaluator: patches, whole images, submissions, and mistakes."""
 
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ from mmrotate.structures.bbox import QuadriBoxes, RotatedBoxes
 from rotated_boxes import random_boxes, random_detections
 
 from mmeformer.registry import METRICS
-from mmeformer.rotated.detections import Detections
+from mmeformer.results import RotatedDetections
 from mmeformer.rotated.dota import DotaObject, format_label, read_labels
-from mmeformer.rotated.evaluation import Truth, evaluate
+from mmeformer.rotated.evaluation import GroundTruth, evaluate
 from mmeformer.rotated.metric import enclosing_boxes
 from mmeformer.rotated.patches import CutSettings, PatchName, objects_inside
-from mmeformer.rotated.writers import polygons
+from mmeformer.rotated_boxes import corners
 from mmeformer.windows import windows
 
 META = dict(classes=("plane", "ship", "harbor"))
@@ -63,11 +64,11 @@ def near(truth, generator):
     shift = generator.normal(0, 1.5, truth.boxes.shape) * [1, 1, 1, 1, 0.05]
     boxes = (truth.boxes + shift).astype(np.float32)
     boxes[:, 2:4] = boxes[:, 2:4].clip(2)
-    return Detections(boxes, generator.random(len(boxes)).astype(np.float32), truth.labels)
+    return RotatedDetections(boxes, generator.random(len(boxes)).astype(np.float32), truth.labels)
 
 
 def random_truth(generator, count=30, side=150):
-    return Truth(
+    return GroundTruth(
         random_boxes(generator, count, side),
         generator.integers(0, 3, count),
         generator.random(count) < 0.3,
@@ -96,11 +97,11 @@ def test_default_is_the_11_points_of_dota():
 
 def test_table_has_all_classes(caplog):
     generator = np.random.default_rng(1)
-    truth = Truth(random_boxes(generator, 4, 100), np.array([0, 0, 1, 1]), np.zeros(4, bool))
+    truth = GroundTruth(random_boxes(generator, 4, 100), np.array([0, 0, 1, 1]), np.zeros(4, bool))
     logger = MMLogger.get_current_instance()
     logger.addHandler(caplog.handler)
     try:
-        exact = Detections(truth.boxes, np.ones(4, np.float32), truth.labels)
+        exact = RotatedDetections(truth.boxes, np.ones(4, np.float32), truth.labels)
         scores = run(build(), [sample("P", exact, truth)])
     finally:
         logger.removeHandler(caplog.handler)
@@ -120,7 +121,7 @@ def write_labels(folder, truths):
         lines = [
             format_label(polygon, META["classes"][label], int(hard))
             for polygon, label, hard in zip(
-                polygons(truth.boxes), truth.labels, truth.ignored, strict=True
+                corners(truth.boxes), truth.labels, truth.ignored, strict=True
             )
         ]
         text = "imagesource:GoogleEarth\ngsd:0.1\n" + "\n".join(lines)
@@ -130,8 +131,7 @@ def write_labels(folder, truths):
 def cut(name, detections, side, size, overlap):
     """A whole image's predictions as those of its patches; cut ones score less."""
     objects = [
-        DotaObject(polygon, str(row), 0, 0)
-        for row, polygon in enumerate(polygons(detections.boxes))
+        DotaObject(polygon, str(row), 0, 0) for row, polygon in enumerate(detections.corners())
     ]
     for window in windows(side, side, size, overlap):
         rows = [
@@ -162,8 +162,8 @@ def test_merged_patches_are_evaluated_with_the_original_labels(tmp_path):
     # Objects beyond the image's border are in no patch wholly.
     seen = {}
     for name, part in found.items():
-        corners = polygons(part.boxes)
-        seen[name] = part.take(((corners > 0) & (corners < 300)).all((1, 2)))
+        points = part.corners()
+        seen[name] = part.take(((points > 0) & (points < 300)).all((1, 2)))
     expected = evaluate([(seen[name], truths[name]) for name in truths], 3)
     assert scores["dota/AP50"] == pytest.approx(expected.ap[0].mean(), abs=1e-6)
     assert scores["dota/AP"] == pytest.approx(expected.ap.mean(), abs=5e-3)
@@ -188,14 +188,14 @@ def test_difficult_objects_of_label_files_are_ignored_above_the_threshold(tmp_pa
     found = near(truth, generator)
     for threshold, ignored in ((0, truth.ignored), (1, np.zeros(30, bool))):
         metric = build(ann_dir=str(tmp_path / "labelTxt"), diff_thr=threshold)
-        expected = evaluate([(found, truth._replace(ignored=ignored))], 3).ap[0].mean()
+        expected = evaluate([(found, replace(truth, ignored=ignored))], 3).ap[0].mean()
         assert run(metric, [sample("P", found)])["dota/AP50"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_submission_without_labels(tmp_path):
     found = random_detections(np.random.default_rng(4), 10, 100)
     metric = build(submission_dir=str(tmp_path / "task1"))
-    assert run(metric, [sample("P1", found), sample("P2", Detections.concatenate([]))]) == {}
+    assert run(metric, [sample("P1", found), sample("P2", RotatedDetections.concatenate([]))]) == {}
     assert len((tmp_path / "task1" / "Task1_plane.txt").read_text().splitlines()) == int(
         (found.labels == 0).sum()
     )
@@ -207,9 +207,9 @@ def test_submission_without_labels(tmp_path):
     assert len(texts) == 3 and "".join(texts).startswith("P3") and len(texts) == 3
     # Other files are never touched.
     (tmp_path / "task1" / "notes.txt").touch()
-    with pytest.raises(FileExistsError, match="task1 holds something else .* choose another"):
+    with pytest.raises(FileExistsError, match="task1 holds other files .* choose another"):
         build(submission_dir=str(tmp_path / "task1"))
-    with pytest.raises(FileExistsError, match="notes.txt holds something else"):
+    with pytest.raises(FileExistsError, match="notes.txt holds other files"):
         build(submission_dir=str(tmp_path / "task1" / "notes.txt"))
 
 
@@ -226,7 +226,7 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="two images of the data set have the same name"):
         run(build(), [sample("P1", found), sample("P1", found)])
     nothing = random_truth(np.random.default_rng(6), 0)
-    with pytest.raises(ValueError, match="not one object to find"):
+    with pytest.raises(ValueError, match="no image has an object to find"):
         run(build(), [sample("P1", found, nothing)])
     write_labels(tmp_path / "labels", {"P1": nothing})
     with pytest.raises(ValueError, match="'P1' is not the name of a patch"):
@@ -245,8 +245,8 @@ def test_mistakes_are_named(tmp_path):
 def test_boxes_around_rectangles_are_these_rectangles(tmp_path):
     boxes = random_boxes(np.random.default_rng(7), 50, 20_000)
     path = tmp_path / "a.txt"
-    path.write_text("\n".join(format_label(polygon, "ship", 0) for polygon in polygons(boxes)))
+    path.write_text("\n".join(format_label(polygon, "ship", 0) for polygon in corners(boxes)))
     found = enclosing_boxes(read_labels(path))
-    corners = [np.sort(polygons(each).reshape(-1, 8), axis=1) for each in (boxes, found)]
-    np.testing.assert_allclose(*corners, atol=0.03)
+    points = [np.sort(corners(each).reshape(-1, 8), axis=1) for each in (boxes, found)]
+    np.testing.assert_allclose(*points, atol=0.03)
     assert enclosing_boxes([]).shape == (0, 5)

@@ -2,6 +2,7 @@
 """What is written can be read back, and says what was found."""
 
 import json
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -13,9 +14,10 @@ from mmrotate.structures.bbox import RotatedBoxes
 from rotated_boxes import outline, random_detections
 
 from mmeformer.registry import VISUALIZERS
-from mmeformer.rotated import Detections, to_json, write_json, write_picture, write_task1
+from mmeformer.results import RotatedDetections
+from mmeformer.rotated import to_json, write_json, write_picture, write_task1
 from mmeformer.rotated.dota import read_labels
-from mmeformer.rotated.writers import polygons, write_dota_text
+from mmeformer.rotated.writers import write_dota_text
 
 CLASSES = ("plane", "ship", "harbor")
 
@@ -26,7 +28,7 @@ def detections():
 
 
 def test_corners_are_those_of_the_boxes(detections):
-    for box, polygon in zip(detections.boxes, polygons(detections.boxes), strict=True):
+    for box, polygon in zip(detections.boxes, detections.corners(), strict=True):
         expected = np.array(outline(box).exterior.coords)[:4]
         nearest = np.abs(polygon[:, None] - expected[None]).sum(-1).min(1)
         assert nearest.max() < 0.01
@@ -37,15 +39,13 @@ def test_label_files_are_read_back(tmp_path, detections):
     found = read_labels(tmp_path / "a.txt")
     assert [item.name for item in found] == [CLASSES[label] for label in detections.labels]
     assert {item.difficult for item in found} == {0}
-    np.testing.assert_allclose(
-        [item.polygon for item in found], polygons(detections.boxes), atol=0.006
-    )
-    write_dota_text(tmp_path / "a.txt", Detections.concatenate([]), CLASSES)
+    np.testing.assert_allclose([item.polygon for item in found], detections.corners(), atol=0.006)
+    write_dota_text(tmp_path / "a.txt", RotatedDetections.concatenate([]), CLASSES)
     assert read_labels(tmp_path / "a.txt") == []
 
 
 def test_submission_has_every_class_and_every_digit(tmp_path, detections):
-    detections = detections._replace(labels=np.ones(20, int))
+    detections = replace(detections, labels=np.ones(20, int))
     images = {"P1": detections, "P2": detections.take([3])}
     archive = write_task1(tmp_path / "task1", images, CLASSES)
     assert archive == tmp_path / "task1" / "Task1.zip"
@@ -56,9 +56,7 @@ def test_submission_has_every_class_and_every_digit(tmp_path, detections):
     assert [row[0] for row in rows] == ["P1"] * 20 + ["P2"]
     numbers = np.array([row[1:] for row in rows[:20]], float)
     np.testing.assert_allclose(numbers[:, 0], detections.scores, atol=1e-6)
-    np.testing.assert_allclose(
-        numbers[:, 1:], polygons(detections.boxes).reshape(-1, 8), atol=0.006
-    )
+    np.testing.assert_allclose(numbers[:, 1:], detections.corners().reshape(-1, 8), atol=0.006)
     with pytest.raises(ValueError, match="image name 'a b' has white space"):
         write_task1(tmp_path / "other", {"a b": detections}, CLASSES)
     assert [path.name for path in tmp_path.iterdir()] == ["task1"]
@@ -70,8 +68,8 @@ def test_json_says_boxes_in_three_ways(tmp_path, detections):
     assert len(entries) == 20
     for row, entry in enumerate(entries):
         assert entry["image_id"] == "P1"
-        assert entry["category"] == CLASSES[entry["category_id"]]
-        assert entry["category_id"] == detections.labels[row]
+        assert entry["category"] == CLASSES[entry["category_id"] - 1]
+        assert entry["category_id"] == detections.labels[row] + 1
         assert entry["score"] == pytest.approx(detections.scores[row], abs=1e-6)
         np.testing.assert_allclose(entry["rbox"], detections.boxes[row], atol=0.006)
         shape = outline(detections.boxes[row])
@@ -87,29 +85,29 @@ def test_json_says_boxes_in_three_ways(tmp_path, detections):
 def test_picture_shows_boxes_where_they_are(tmp_path):
     image = np.zeros((200, 300, 3), np.uint8)
     boxes = np.array([[200, 100, 120, 60, 0.4], [60, 60, 40, 40, 0]], np.float32)
-    found = Detections(boxes, np.array([0.9, 0.1], np.float32), np.array([1, 0]))
+    found = RotatedDetections(boxes, np.array([0.9, 0.1], np.float32), np.array([1, 0]))
     meta = dict(classes=CLASSES, palette=[(255, 0, 0), (0, 255, 0), (0, 0, 255)])
     write_picture(tmp_path / "a.png", image, found, meta, score_thr=0.5)
     picture = cv2.imread(str(tmp_path / "a.png"))
     assert picture.shape == image.shape
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-    for x, y in np.concatenate([polygons(boxes[:1])[0].mean(0)[None], polygons(boxes[:1])[0]])[1:]:
+    for x, y in found.corners()[0]:
         corner = picture[int(y) - 3 : int(y) + 4, int(x) - 3 : int(x) + 4]
         assert corner[..., 1].max() > 100
     assert picture[:, :100].max() == 0, "the second box scores too low to be drawn"
     write_picture(tmp_path / "b.png", image, found, meta, score_thr=0.5, max_side=150)
     small = cv2.imread(str(tmp_path / "b.png"))
     assert small.shape == (100, 150, 3)
-    x, y = (polygons(boxes[:1])[0][0] / 2).astype(int)
+    x, y = (found.corners()[0][0] / 2).astype(int)
     assert small[y - 3 : y + 4, x - 3 : x + 4, 1].max() > 100
-    write_picture(tmp_path / "c.jpg", image, Detections.concatenate([]), meta)
+    write_picture(tmp_path / "c.jpg", image, RotatedDetections.concatenate([]), meta)
     assert cv2.imread(str(tmp_path / "c.jpg")).max() < 10
 
 
 def test_boxes_beyond_the_border_do_not_shrink_the_picture(tmp_path):
     image = np.random.default_rng(0).integers(0, 100, (120, 160, 3), np.uint8)
     boxes = np.array([[155, 5, 80, 40, 0.4], [0, 119, 10, 300, 0]], np.float32)
-    found = Detections(boxes, np.ones(2, np.float32), np.array([1, 0]))
+    found = RotatedDetections(boxes, np.ones(2, np.float32), np.array([1, 0]))
     write_picture(
         tmp_path / "a.png", image, found, dict(classes=CLASSES, palette=[(255, 0, 0)] * 3)
     )

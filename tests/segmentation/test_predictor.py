@@ -11,9 +11,19 @@ from hypothesis import strategies as st
 from mmseg.visualization import SegLocalVisualizer
 from torch.nn import functional
 
+from mmeformer.results import Segmentation
 from mmeformer.segmentation import predictor as segmentation
-from mmeformer.segmentation.predictor import cores, draw_labels, label_map, segment_windows
-from mmeformer.windows import windows
+from mmeformer.segmentation.predictor import SegmentationPredictor, label_map
+from mmeformer.segmentation.visualizer import draw_labels
+from mmeformer.windows import cores, windows
+
+
+class Segmentor(SegmentationPredictor):
+    """Labels crops with a function in place of a model."""
+
+    def __init__(self, label, dtype=np.uint8):
+        self.dtype = dtype
+        self.predict_images = lambda crops: [Segmentation(labels) for labels in label(crops)]
 
 
 @settings(max_examples=100)
@@ -44,13 +54,16 @@ def test_a_pixel_gets_its_class_where_it_is_farthest_from_the_border():
 
     width, height = 230, 150
     counter, steps = Counter(), []
-    labels = segment_windows(
-        np.zeros((height, width, 3), np.uint8),
-        counter,
-        100,
-        40,
-        4,
-        lambda done, total: steps.append((done, total)),
+    labels = (
+        Segmentor(counter)
+        .predict_windows(
+            np.zeros((height, width, 3), np.uint8),
+            100,
+            40,
+            4,
+            lambda done, total: steps.append((done, total)),
+        )
+        .labels
     )
     places = windows(width, height, 100, 40)
     assert counter.batches == [4, 4] and len(places) == 8
@@ -74,20 +87,14 @@ def test_a_pixel_gets_its_class_where_it_is_farthest_from_the_border():
 
 def test_windows_of_a_pixelwise_model_give_the_whole_map():
     image = np.random.default_rng(0).integers(0, 200, (97, 301, 3), np.uint8)
-    found = segment_windows(
-        image, lambda crops: [crop[..., 1] for crop in crops], 64, 16, 3, lambda done, total: None
+    green = Segmentor(lambda crops: [crop[..., 1] for crop in crops])
+    found = green.predict_windows(image, 64, 16, 3)
+    np.testing.assert_array_equal(found.labels, image[..., 1])
+    many = Segmentor(
+        lambda crops: [crop[..., 1].astype(np.uint16) + 300 for crop in crops], np.uint16
     )
-    np.testing.assert_array_equal(found, image[..., 1])
-    many = segment_windows(
-        image,
-        lambda crops: [crop[..., 1].astype(np.uint16) + 300 for crop in crops],
-        64,
-        16,
-        3,
-        lambda done, total: None,
-        np.uint16,
-    )
-    np.testing.assert_array_equal(many, image[..., 1].astype(int) + 300)
+    found = many.predict_windows(image, 64, 16, 3)
+    np.testing.assert_array_equal(found.labels, image[..., 1].astype(int) + 300)
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -109,18 +116,18 @@ def test_label_map_of_one_channel():
 
 
 def test_memory_is_the_map_and_one_batch():
-    image = np.zeros((2000, 3000, 3), np.uint8)
+    image = np.zeros((1000, 1500, 3), np.uint8)
 
     def predict(crops):
         # As a model would: logits of 20 classes of each crop.
         return [np.zeros((20, *crop.shape[:2]), np.float32).argmax(0) for crop in crops]
 
     tracemalloc.start()
-    segment_windows(image, predict, 200, 50, 2, lambda done, total: None)
+    Segmentor(predict).predict_windows(image, 200, 50, 2)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     window = 200 * 200 * (20 * 4 + 8)
-    assert peak < 2000 * 3000 + 3 * window
+    assert peak < 1000 * 1500 + 3 * window
 
 
 def test_picture_names_large_regions_only():
@@ -138,7 +145,7 @@ def test_picture_names_large_regions_only():
     labels[:4, :4] = 2
     picture = draw_labels(visualizer, np.full((200, 300, 3), 100, np.uint8), labels, classes)
     assert picture.shape == (200, 300, 3)
-    # Half of grey 100 and half of the colour; blue, green, red.
+    # Half of grey 100 and half of the color; blue, green, red.
     np.testing.assert_allclose(picture[190, 10], [177, 50, 50], atol=1)
     np.testing.assert_allclose(picture[190, 290], [50, 177, 50], atol=1)
     np.testing.assert_allclose(picture[1, 1], [50, 50, 177], atol=1)

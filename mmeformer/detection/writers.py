@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detections as annotations of a COCO data set."""
+
+from __future__ import annotations
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from mmeformer.results import Detections, Mask, category_id
+
+
+def to_json(detections: Detections) -> list[dict]:
+    """Objects of one image as COCO annotations, without ``id`` and ``image_id``.
+
+    Returns:
+        Per object ``category_id`` (from 1), ``bbox`` (x, y, width, height), ``area``, ``score``
+        and, if the model has masks, ``segmentation`` (compressed run-length code).
+    """
+    entries = []
+    for index, (box, score, label) in enumerate(
+        zip(detections.boxes, detections.scores, detections.labels, strict=True)
+    ):
+        left, top, right, bottom = (float(edge) for edge in box)
+        entry = dict(
+            category_id=category_id(label),
+            bbox=[round(value, 2) for value in (left, top, right - left, bottom - top)],
+            area=round((right - left) * (bottom - top), 2),
+            iscrowd=0,
+            score=round(float(score), 6),
+        )
+        if detections.instance_masks is not None:
+            mask = detections.instance_masks[index]
+            entry.update(area=mask.area, segmentation=run_length_code(mask, detections.image_size))
+        entries.append(entry)
+    return entries
+
+
+def run_length_code(mask: Mask, image_size: tuple[int, int]) -> dict:
+    """COCO's compressed run-length code of a mask, made without an array of the image's size.
+
+    Args:
+        mask: within the image.
+        image_size: height and width.
+
+    Returns:
+        ``size`` and ``counts`` (text), as in COCO's result files.
+    """
+    height, width = image_size
+    # COCO runs down the columns: where a column's runs begin and end, one after the other.
+    columns = np.pad(mask.array().T.astype(np.int8), ((0, 0), (1, 1)))
+    steps = np.diff(columns, axis=1)
+    begins, ends = (
+        (mask.x + column) * height + mask.y + row
+        for column, row in (np.nonzero(steps == 1), np.nonzero(steps == -1))
+    )
+    # A column full to the bottom goes on at the top of the next one.
+    apart = begins[1:] != ends[:-1]
+    edges = np.empty(2 * (np.count_nonzero(apart) + (len(begins) > 0)), np.int64)
+    if len(begins):
+        edges[0::2] = begins[np.r_[True, apart]]
+        edges[1::2] = ends[np.r_[apart, True]]
+    counts = np.diff(np.r_[0, edges, height * width])
+    if len(counts) > 1 and counts[-1] == 0:
+        counts = counts[:-1]
+    code = coco_mask.frPyObjects(
+        {"size": [height, width], "counts": counts.tolist()}, height, width
+    )
+    return {"size": [height, width], "counts": code["counts"].decode("ascii")}

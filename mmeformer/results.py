@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of all models: frozen records of numpy arrays, in pixels of the image.
+
+Prediction, exported files, writers, metrics and evaluation share them. Only numpy is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmeformer.rotated_boxes import corners, rotated_nms
+
+Array = NDArray[Any]
+
+
+def category_id(label: int) -> int:
+    """Category id in JSON files of a class index: COCO counts categories from 1."""
+    return int(label) + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Pyramid:
+    """Feature maps of a backbone.
+
+    Args:
+        levels: each (C_i, H_i, W_i) ``float32``, the finest first.
+    """
+
+    levels: tuple[Array, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """The class of every pixel.
+
+    Args:
+        labels: (H, W), index of the class.
+    """
+
+    labels: Array
+
+    def colors(self, palette: Sequence[Sequence[int]] | Array) -> Array:
+        """Picture (H, W, 3) ``uint8`` in RGB, with ``palette`` (classes, 3)."""
+        colors: Array = np.asarray(palette, np.uint8)[self.labels]
+        return colors
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The pixels of one object, held for the rectangle around them only.
+
+    Args:
+        x, y: left and upper edge of the rectangle in pixels of the image; may be negative.
+        width, height: of the rectangle; 0 without any pixel.
+        bits: its pixels row by row, eight in a byte (``numpy.packbits``).
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    bits: bytes
+
+    @classmethod
+    def from_array(cls, pixels: Array, x: int = 0, y: int = 0) -> Mask:
+        """From ``pixels`` (H, W) ``bool``, whose first pixel lies at (x, y) of the image."""
+        rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
+        if not len(rows):
+            return cls(x, y, 0, 0, b"")
+        top, left = int(rows[0]), int(columns[0])
+        crop = pixels[top : rows[-1] + 1, left : columns[-1] + 1]
+        height, width = crop.shape
+        return cls(x + left, y + top, width, height, np.packbits(crop).tobytes())
+
+    @classmethod
+    def from_scores(
+        cls, scores: Array, box: Array, threshold: float, image_size: tuple[int, int]
+    ) -> Mask:
+        """From probabilities on a grid over a box: the pixels where they reach the threshold.
+
+        Between the places of the grid probabilities are bilinear, beyond the box they are 0.
+        Source: mmdet's ``FCNMaskHead``.
+
+        Args:
+            scores: (S, S).
+            box: (4,), left, top, right and lower edge.
+            threshold: least probability of a pixel.
+            image_size: height and width; pixels beyond the image are left out.
+        """
+        left, top, right, bottom = (float(edge) for edge in box)
+        height, width = image_size
+        rows = range(max(int(np.floor(top)) - 1, 0), min(int(np.ceil(bottom)) + 1, height))
+        columns = range(max(int(np.floor(left)) - 1, 0), min(int(np.ceil(right)) + 1, width))
+        if not rows or not columns or right <= left or bottom <= top:
+            return cls(0, 0, 0, 0, b"")
+        # The box is upright: interpolation is one small matrix per direction.
+        vertical = _interpolation(rows, top, bottom, scores.shape[0])
+        horizontal = _interpolation(columns, left, right, scores.shape[1])
+        pixels = vertical @ scores @ horizontal.T >= threshold
+        return cls.from_array(pixels, columns.start, rows.start)
+
+    @property
+    def area(self) -> int:
+        """Number of pixels."""
+        return int(np.count_nonzero(self.array()))
+
+    def array(self) -> Array:
+        """Pixels of the rectangle, (height, width) ``bool``."""
+        bits = np.unpackbits(np.frombuffer(self.bits, np.uint8), count=self.height * self.width)
+        return bits.reshape(self.height, self.width).astype(bool)
+
+    def moved(self, x: int, y: int) -> Mask:
+        """The same pixels, moved by (x, y)."""
+        return replace(self, x=self.x + x, y=self.y + y)
+
+    def union(self, others: Sequence[Mask]) -> Mask:
+        """The pixels of this mask and of others."""
+        masks = [mask for mask in (self, *others) if mask.bits]
+        if not masks:
+            return self
+        x, y = min(mask.x for mask in masks), min(mask.y for mask in masks)
+        width = max(mask.x + mask.width for mask in masks) - x
+        height = max(mask.y + mask.height for mask in masks) - y
+        pixels = np.zeros((height, width), bool)
+        for mask in masks:
+            mask.moved(-x, -y).paste(pixels)
+        return Mask.from_array(pixels, x, y)
+
+    def paste(self, image: Array) -> None:
+        """Set the pixels in ``image`` (H, W) ``bool``; those beyond it are left out."""
+        left, top = max(self.x, 0), max(self.y, 0)
+        right = min(self.x + self.width, image.shape[1])
+        bottom = min(self.y + self.height, image.shape[0])
+        if left < right and top < bottom:
+            image[top:bottom, left:right] |= self.array()[
+                top - self.y : bottom - self.y, left - self.x : right - self.x
+            ]
+
+
+def _interpolation(pixels: range, start: float, stop: float, places: int) -> Array:
+    """Weights (pixels, places) of the places between ``start`` and ``stop`` for pixel centers."""
+    centers = np.arange(pixels.start, pixels.stop, dtype=np.float32) + 0.5
+    position = (centers - start) / (stop - start) * places - 0.5
+    distance = np.abs(position[:, None] - np.arange(places))
+    return np.maximum(1 - distance, 0).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """Objects of an image with upright boxes, the best first.
+
+    Args:
+        boxes: (N, 4) ``float32``: left, top, right and lower edge.
+        scores: (N,) ``float32``, from 0 to 1.
+        labels: (N,) ``int64``, index of the class.
+        image_size: height and width of the image.
+        instance_masks: N masks, or None from a model without them. :meth:`masks` gives them as one
+            array.
+    """
+
+    boxes: Array
+    scores: Array
+    labels: Array
+    image_size: tuple[int, int]
+    instance_masks: tuple[Mask, ...] | None = None
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Detections], image_size: tuple[int, int]) -> Detections:
+        """All objects of ``parts``, which lie in one image, in their order."""
+        masks: tuple[Mask, ...] | None = None
+        if parts and all(part.instance_masks is not None for part in parts):
+            masks = tuple(mask for part in parts for mask in part.instance_masks or ())
+        return cls(*_concatenated(parts, 4), image_size, masks)
+
+    def __len__(self) -> int:
+        """Number of objects."""
+        return len(self.scores)
+
+    def take(self, which: Any) -> Detections:
+        """The objects that indices, a slice or a mask (N,) choose."""
+        which = _indices(which, len(self))
+        masks = self.instance_masks
+        return replace(
+            self,
+            boxes=self.boxes[which],
+            scores=self.scores[which],
+            labels=self.labels[which],
+            instance_masks=None if masks is None else tuple(masks[index] for index in which),
+        )
+
+    def moved(self, x: int, y: int, image_size: tuple[int, int]) -> Detections:
+        """The same objects in another image, moved by (x, y)."""
+        masks = self.instance_masks
+        return replace(
+            self,
+            boxes=self.boxes + np.array([x, y, x, y], np.float32),
+            image_size=image_size,
+            instance_masks=None if masks is None else tuple(mask.moved(x, y) for mask in masks),
+        )
+
+    def masks(self) -> Array:
+        """Pixels of every object, (N, H, W) ``bool``.
+
+        Raises:
+            ValueError: the model has no masks.
+        """
+        if self.instance_masks is None:
+            raise ValueError("this model predicts boxes without masks")
+        masks = np.zeros((len(self), *self.image_size), bool)
+        for image, mask in zip(masks, self.instance_masks, strict=True):
+            mask.paste(image)
+        return masks
+
+
+@dataclass(frozen=True, eq=False)
+class RotatedDetections:
+    """Rotated objects of an image, the best first.
+
+    Args:
+        boxes: (N, 5) ``float32``: center x and y, width, height in pixels, and angle in radians
+            from the x axis towards the y axis (le135: from -pi/4 to 3/4 pi).
+        scores: (N,) ``float32``, from 0 to 1.
+        labels: (N,) ``int64``, index of the class.
+    """
+
+    boxes: Array
+    scores: Array
+    labels: Array
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[RotatedDetections]) -> RotatedDetections:
+        """All objects of ``parts`` in their order; no parts make no objects."""
+        return cls(*_concatenated(parts, 5))
+
+    def __len__(self) -> int:
+        """Number of objects."""
+        return len(self.scores)
+
+    def take(self, which: Any) -> RotatedDetections:
+        """The objects that indices, a slice or a mask (N,) choose."""
+        which = _indices(which, len(self))
+        return RotatedDetections(self.boxes[which], self.scores[which], self.labels[which])
+
+    def moved(self, x: float, y: float) -> RotatedDetections:
+        """The same objects, moved by (x, y)."""
+        return replace(self, boxes=self.boxes + np.array([x, y, 0, 0, 0], np.float32))
+
+    def scaled(self, scale: float) -> RotatedDetections:
+        """The same objects in an image that was resized by ``scale``."""
+        return replace(self, boxes=self.boxes * np.array([scale] * 4 + [1], np.float32))
+
+    def suppressed(self, iou_threshold: float) -> RotatedDetections:
+        """What rotated NMS within each class leaves, the best first."""
+        return self.take(rotated_nms(self.boxes, self.scores, self.labels, iou_threshold))
+
+    def corners(self) -> Array:
+        """(N, 4, 2): x and y of the corners, in turn around the box."""
+        return corners(self.boxes)
+
+
+def _concatenated(
+    parts: Sequence[Detections] | Sequence[RotatedDetections], numbers: int
+) -> tuple[Array, Array, Array]:
+    """Boxes, scores and labels of all parts; of the right shapes and types without any part."""
+    return (
+        np.concatenate([np.zeros((0, numbers), np.float32), *(part.boxes for part in parts)]),
+        np.concatenate([np.zeros(0, np.float32), *(part.scores for part in parts)]),
+        np.concatenate([np.zeros(0, np.int64), *(part.labels for part in parts)]),
+    )
+
+
+def _indices(which: Any, count: int) -> Array:
+    indices: Array = np.arange(count)[which]
+    return indices
