@@ -49,11 +49,16 @@ def nms_rotated(
 ) -> Tensor:
     """Indices (K,) into ``dets`` (N, 5) of the boxes that stay, the best first.
 
+    Of equal scores the first in the input counts as the better one, as in torchvision's NMS. The
+    given order is that of a sort which leaves equal scores in any order, different on each machine.
+
     With ``multi_label`` the sixth column is the label, and labels do not suppress each other: mmcv's
     CUDA kernel does the same, its CPU kernel ignores labels.
     """
-    label = dets_sorted[:, 5] if multi_label else None
-    return order[rotated.nms(dets_sorted, iou_threshold, label)]
+    order = scores.argsort(descending=True, stable=True)
+    boxes = dets[order]
+    label = boxes[:, 5] if multi_label else None
+    return order[rotated.nms(boxes, iou_threshold, label)]
 
 
 def box_iou_rotated(
