@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processor time of our operators against mmcv's compiled ones, on one core of a CPU.
 
-Run it where mmcv has compiled operators: ``python benchmarks/operators.py [--rounds 9]``. It prints a
-Markdown table. Rounds of both kinds alternate, and the median counts. On a CPU nearly all of the
+Run it where mmcv has compiled operators: ``python benchmarks/operators.py [--rounds 9]``. It prints
+a Markdown table. Rounds of both kinds alternate, and the median counts. On a CPU nearly all of the
 compiled operators use one thread; processor time does not count what else the machine does.
 """
 
@@ -58,7 +58,8 @@ def cases() -> dict[str, Callable[[], object]]:
     ):
         scores = torch.rand(len(boxes))
         found[f"rotated NMS, {name}"] = lambda b=boxes, s=scores: nms_rotated(b, s, 0.1)
-        found[f"NMS, {name}"] = lambda b=upright(boxes), s=scores: nms(b, s, 0.5)
+        corners = upright(boxes)
+        found[f"NMS, {name}"] = lambda b=corners, s=scores: nms(b, s, 0.5)
     for count in (900, 9000):
         first, second = detections(1, count, 1024), detections(1, count, 1024)
         found[f"rotated IoU, {count:,} aligned pairs"] = lambda a=first, b=second: box_iou_rotated(
@@ -71,11 +72,13 @@ def cases() -> dict[str, Callable[[], object]]:
         boxes = upright(rotated_boxes(count, 800) * torch.tensor([0.8, 0.8, 3, 3, 1])).clamp(0)
         rois = torch.cat([torch.zeros(count, 1), boxes], 1)
 
-        def forward(maps=maps.detach(), rois=rois, size=size):
-            return roi_align(maps, rois, size, 1 / 8, 0, "avg", True)
+        def forward(maps=maps, rois=rois, size=size):
+            return roi_align(maps.detach(), rois, size, 1 / 8, 0, "avg", True)
 
         def both(maps=maps, rois=rois, size=size):
-            return torch.autograd.grad(roi_align(maps, rois, size, 1 / 8, 0, "avg", True).sum(), maps)
+            return torch.autograd.grad(
+                roi_align(maps, rois, size, 1 / 8, 0, "avg", True).sum(), maps
+            )
 
         name = f"{count:,} regions of {size} x {size}, 256 channels"
         found[f"RoIAlign, {name}"] = forward

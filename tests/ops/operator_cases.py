@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs on which mmcv's compiled operators and ours are compared, and calls of ``mmcv.ops`` on them.
+"""Calls of ``mmcv.ops`` on which mmcv's compiled operators and ours are compared.
 
-``python tests/ops/operator_cases.py`` writes ``tests/ops/golden/operators.npz`` in an environment whose
-mmcv has compiled operators.
+``python tests/ops/operator_cases.py`` writes ``tests/ops/golden/operators.npz`` in an environment
+whose mmcv has compiled operators.
 """
 
 import importlib
@@ -61,7 +61,7 @@ def features(name: str) -> Tensor:
 
 
 def regions(name: str, count: int = 7) -> Tensor:
-    """Regions (count, 5) of both maps at 1/4 of an image of 48 x 64 px, some partly or all outside."""
+    """Regions (count, 5) of both maps at 1/4 of an image of 48 x 64 px, some outside."""
     corner = uniform(f"{name}/corner", count, 2, low=-16, high=60)
     size = uniform(f"{name}/size", count, 2, low=0.5, high=40)
     return torch.cat([torch.arange(count)[:, None] % 2, corner, corner + size], 1).float()

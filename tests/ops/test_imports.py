@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which operators mmcv gets, by order of imports, kind of process, kind of mmcv and environment variable.
+"""Which operators mmcv gets, by order of imports, process, kind of mmcv and variable.
 
-Every case is a fresh Python. ``installed`` is an environment as pip makes it, whose ``mmeformer.pth``
-runs at every start; ``checkout`` is one where mmeformer is merely on the path.
+Every case is a fresh Python. ``installed`` is an environment as pip makes it, whose
+``mmeformer.pth`` runs at every start; ``checkout`` is one where mmeformer is merely on the path.
 """
 
 import os
@@ -131,8 +131,8 @@ def test_wrong_choice_is_an_error_where_operators_are_imported(fake):
     python = fake(COMPILED)
     message = run(python, "import mmcv.ops", fails=True, MMEFORMER_OPERATORS="fast")
     assert message.splitlines()[-1] == (
-        "mmeformer.ops.finder.OperatorsError: MMEFORMER_OPERATORS is 'fast'; set it to auto, torch or "
-        "compiled, or unset it"
+        "mmeformer.ops.finder.OperatorsError: MMEFORMER_OPERATORS is 'fast'; set it to auto, torch "
+        "or compiled, or unset it"
     )
 
 
@@ -202,9 +202,9 @@ DETECTION = f"""
 """
 ROTATED = """
     import torch
-    from mmrotate.structures.bbox import RotatedBoxes, bbox_overlaps
-    box = RotatedBoxes(torch.tensor([[9.0, 9, 8, 4, 1]]))
-    assert bbox_overlaps.rbbox_overlaps(box, box).item() > 0.999
+    from mmrotate.structures.bbox.bbox_overlaps import rbbox_overlaps
+    box = torch.tensor([[9.0, 9, 8, 4, 1]])
+    assert rbbox_overlaps(box, box).item() > 0.999
 """
 
 
@@ -283,7 +283,10 @@ def test_worker_processes(place, method, request):
     """
     # A spawned worker runs a file again, not a command.
     (python.parent / "main.py").write_text(textwrap.dedent(code))
-    run(python, "import runpy, sys; sys.argv = ['main.py']; runpy.run_path('main.py', run_name='__main__')")
+    run(
+        python,
+        "import runpy, sys; sys.argv = ['main.py']; runpy.run_path('main.py', run_name='__main__')",
+    )
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
@@ -344,7 +347,7 @@ def test_init_detector_on_a_rotated_model(installed, tiny_configs):
         model.test_cfg.score_thr = 0.0
         model.bbox_head.test_cfg.score_thr = 0.0
         result = inference_detector(model, image).pred_instances
-        assert len(result) > 0 and result.bboxes.tensor.shape[1] == 5
+        assert len(result) > 0 and result.bboxes.shape[1] == 5
     """
     run(installed, code)
 
