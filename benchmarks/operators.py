@@ -54,7 +54,7 @@ def cases() -> dict[str, Callable[[], object]]:
         ("1,000 boxes of 50 objects, 1024 px", detections(50, 20, 1024)),
         ("2,000 boxes of 100 objects, 1024 px", detections(100, 20, 1024)),
         ("5,000 boxes of 500 objects, 4000 px", detections(500, 10, 4000)),
-        ("5,000 boxes apart from each other, 20,000 px", rotated_boxes(5000, 20000)),
+        ("2,000 boxes apart from each other, 12,000 px", rotated_boxes(2000, 12000)),
     ):
         scores = torch.rand(len(boxes))
         found[f"rotated NMS, {name}"] = lambda b=boxes, s=scores: nms_rotated(b, s, 0.1)
