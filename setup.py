@@ -72,16 +72,6 @@ def read_version() -> str:
     return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE).group(1)
 
 
-# Python runs it at every start of the environment; see the module that it carries.
-STARTUP = "mmeformer.pth"
-
-
-def startup() -> str:
-    """The text of :data:`STARTUP`: one line that runs ``mmeformer/ops/startup.py``."""
-    source = (ROOT / "mmeformer" / "ops" / "startup.py").read_text(encoding="utf-8")
-    return f"import sys; exec({source!r}, {{}})\n"
-
-
 class build_py_with_configs(build_py):  # noqa: N801 (setuptools' naming of commands)
     """Copy configs and tools into the built package, never into the source tree."""
 
@@ -104,9 +94,6 @@ class build_py_with_configs(build_py):  # noqa: N801 (setuptools' naming of comm
 
     def run(self) -> None:
         super().run()
-        # An editable wheel holds what lies here, and of the built package nothing.
-        lib = self.get_finalized_command("install").install_lib if self.editable_mode else None
-        Path(lib or self.build_lib, STARTUP).write_text(startup(), encoding="utf-8")
         if self.editable_mode:
             # Whatever lies here becomes the root of the editable wheel.
             self.write_startup(self.get_finalized_command("install").install_lib)
@@ -119,9 +106,8 @@ class build_py_with_configs(build_py):  # noqa: N801 (setuptools' naming of comm
             shutil.copy2(ROOT / source, built)
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
-        shipped = [] if self.editable_mode else list(self.shipped_files())
-        if not self.editable_mode:
-            shipped.append(f"{self.build_lib}/{STARTUP}")
+        shipped = [f"{self.build_lib}/{STARTUP}", *self.shipped_files()]
+        shipped = [] if self.editable_mode else shipped
         return super().get_outputs(include_bytecode) + shipped
 
 
