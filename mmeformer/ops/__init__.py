@@ -2,7 +2,7 @@
 """Operators without a compiler: NMS, RoIAlign, rotated NMS and IoU, and focal loss.
 
 ``mmcv.ops`` imports the compiled extension ``mmcv._ext``. Where mmcv was installed without one, the
-finder registered here answers with :mod:`mmeformer.ops.substitute`, made of torchvision and PyTorch.
+finder registered here answers with :mod:`mmeformer.ops.substitute`, on torchvision and PyTorch.
 ``import mmeformer`` registers it. In an installed package, the first import of mmcv does so too
 (:mod:`mmeformer.ops.startup`), so that mmdet, mmseg and mmrotate may be imported before mmeformer.
 

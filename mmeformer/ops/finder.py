@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The finder of ``mmcv._ext``, and which operators are in use. Imports the standard library only."""
+"""The finder of ``mmcv._ext``, and which operators are in use. Standard library only."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Status(NamedTuple):
 
     Attributes:
         operators: ``"compiled"``: mmcv's own; ``"torch"``: the substitute of this package;
-            ``"broken"``: ``mmcv.ops`` cannot be imported; ``"missing"``: there is no mmcv, it has no
-            ``mmcv.ops``, or it has no compiled operators while the substitute is switched off.
+            ``"broken"``: ``mmcv.ops`` cannot be imported; ``"missing"``: there is no mmcv, it has
+            no ``mmcv.ops``, or it has no compiled operators while the substitute is switched off.
         reason: why, in one line.
     """
 

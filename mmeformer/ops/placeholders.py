@@ -9,8 +9,8 @@ mmdet, mmseg and mmrotate import most operators like this, and go on without the
         def batched_nms(...):
             raise RuntimeError("... requires mmcv to be compiled with ops ...")
 
-:func:`replace_placeholders` runs those very imports again. What was built from a placeholder at import
-(a class that inherits from one) stays as it is: nothing that our models use.
+:func:`replace_placeholders` runs those very imports again. What was built from a placeholder
+at import (a class that inherits from one) stays as it is: nothing that our models use.
 """
 
 from __future__ import annotations

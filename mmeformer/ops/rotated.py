@@ -19,7 +19,7 @@ _PAIRS = 1 << 22
 # Pairs whose IoU is computed at once: few stay in a processor's cache, a GPU wants many.
 _IOU_PAIRS = {"cpu": 1 << 13}
 _GPU_IOU_PAIRS = 1 << 20
-# Boxes among which NMS compares all pairs. Fewer save comparisons with boxes that go, more save rounds.
+# Boxes among which NMS compares all pairs: fewer save comparisons with boxes that go, more rounds.
 _BLOCK = {"cpu": 1024}
 _GPU_BLOCK = 2048
 
@@ -36,8 +36,8 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, mode: str = "iou", aligned: bool = F
         aligned (bool): Compare row by row instead of each with each.
 
     Returns:
-        Tensor: ``(N, M)``, aligned ``(N,)``, in [0, 1]; float64 if an input is, else float32. It is 0
-        where a box has no area.
+        Tensor: ``(N, M)``, aligned ``(N,)``, in [0, 1]; float64 if an input is, else float32. It is
+        0 where a box has no area.
     """
     boxes1, boxes2 = _prepare(boxes1), _prepare(boxes2)
     if aligned:
@@ -59,7 +59,8 @@ def nms(boxes: Tensor, iou_threshold: float, labels: Tensor | None = None) -> Te
     """Greedy non-maximum suppression of boxes that are sorted by their scores, the best first.
 
     A box goes if its IoU with a better one that stays is larger than the threshold. At exactly the
-    threshold it stays, as in mmcv's CUDA kernel and torchvision's NMS; mmcv's CPU kernel removes it.
+    threshold it stays, as in mmcv's CUDA kernel and torchvision's NMS; mmcv's CPU kernel removes
+    it.
 
     Args:
         boxes (Tensor): ``(N, 5)``; further columns are ignored.

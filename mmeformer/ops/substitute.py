@@ -32,7 +32,7 @@ def get_compiling_cuda_version() -> str:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices (K,) of the boxes (N, 4) that stay, the best first; sides are longer by ``offset``."""
+    """Indices (K,) of the boxes (N, 4) that stay, the best first; ``offset`` is added to sides."""
     if offset:
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
     return torchvision.ops.nms(boxes.float(), scores.float(), iou_threshold)
@@ -49,11 +49,16 @@ def nms_rotated(
 ) -> Tensor:
     """Indices (K,) into ``dets`` (N, 5) of the boxes that stay, the best first.
 
-    With ``multi_label`` the sixth column is the label, and labels do not suppress each other: mmcv's
-    CUDA kernel does the same, its CPU kernel ignores labels.
+    Of equal scores the first in the input counts as the better one, as in torchvision's NMS. The
+    given order is that of a sort which leaves equal scores in any order, different on each machine.
+
+    With ``multi_label`` the sixth column is the label, and labels do not suppress each other:
+    mmcv's CUDA kernel does the same, its CPU kernel ignores labels.
     """
-    label = dets_sorted[:, 5] if multi_label else None
-    return order[rotated.nms(dets_sorted, iou_threshold, label)]
+    order = scores.argsort(descending=True, stable=True)
+    boxes = dets[order]
+    label = boxes[:, 5] if multi_label else None
+    return order[rotated.nms(boxes, iou_threshold, label)]
 
 
 def box_iou_rotated(
@@ -138,8 +143,8 @@ def sigmoid_focal_loss_forward(
     """Write the focal loss of logits (N, C) into ``output`` (N, C).
 
     ``target`` (N,) has C for background. ``weight`` (C,) is a factor per class of the target, or
-    empty. Logarithms are those of the logits, so the loss of a certain mistake is exact, where mmcv's
-    kernel rounds the probability to 1 first.
+    empty. Logarithms are those of the logits, so the loss of a certain mistake is exact, where
+    mmcv's kernel rounds the probability to 1 first.
     """
     x = _at_least_float32(input)
     p = x.sigmoid()

@@ -14,8 +14,6 @@ except ImportError as error:
     ) from error
 
 from mmeformer.ops.iou import rotated_iou
-from mmeformer.results import RotatedDetections
-from mmeformer.rotated_boxes import rotated_nms
 
 from .assigner import RotatedATSSAssigner
 from .dataset import DOTADataset

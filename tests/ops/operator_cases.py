@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs on which mmcv's compiled operators and ours are compared, and calls of ``mmcv.ops`` on them.
+"""Calls of ``mmcv.ops`` on which mmcv's compiled operators and ours are compared.
 
-``python tests/ops/operator_cases.py`` writes ``tests/ops/golden/operators.npz`` in an environment whose
-mmcv has compiled operators.
+``python tests/ops/operator_cases.py`` writes ``tests/ops/golden/operators.npz`` in an environment
+whose mmcv has compiled operators.
 """
 
 import importlib
@@ -44,9 +44,11 @@ def turned(name: str, count: int, side: float = 200) -> Tensor:
 
 
 def scores(name: str, count: int, levels: int = 0) -> Tensor:
-    """Scores; with ``levels`` only that many different ones."""
+    """Scores, all different; with ``levels`` only that many different ones."""
     values = uniform(f"{name}/score", count)
-    return (values * levels).floor() / levels if levels else values
+    if levels:
+        return (values * levels).floor() / levels
+    return (values.argsort(stable=True).argsort() + 1) / (count + 1)
 
 
 def labels(name: str, count: int, classes: int = 3) -> Tensor:
@@ -59,7 +61,7 @@ def features(name: str) -> Tensor:
 
 
 def regions(name: str, count: int = 7) -> Tensor:
-    """Regions (count, 5) of both maps at 1/4 of an image of 48 x 64 px, some partly or all outside."""
+    """Regions (count, 5) of both maps at 1/4 of an image of 48 x 64 px, some outside."""
     corner = uniform(f"{name}/corner", count, 2, low=-16, high=60)
     size = uniform(f"{name}/size", count, 2, low=0.5, high=40)
     return torch.cat([torch.arange(count)[:, None] % 2, corner, corner + size], 1).float()
@@ -88,6 +90,15 @@ NO_AREA = torch.tensor(
 )
 
 
+# Boxes, scores and threshold of cases with equal scores.
+TIES = {
+    "nms/ties": (upright("c", 300), scores("c", 300, levels=4), 0.5),
+    "nms/equal scores": (upright("d", 300), torch.full((300,), 0.5), 0.5),
+    "nms_rotated/ties": (turned("d", 300), scores("d", 300, levels=4), 0.1),
+    "nms_rotated/equal scores": (turned("e", 300), torch.full((300,), 0.5), 0.1),
+}
+
+
 def corners(boxes: Tensor) -> Tensor:
     """Corners of boxes (N, 5), their angles left out."""
     return torch.cat([boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2], 1)
@@ -108,8 +119,8 @@ def _nms_cases() -> dict[str, Callable[[], dict[str, Tensor]]]:
     return {
         "nms/300": lambda: case(upright("a", 300), scores("a", 300)),
         "nms/5000": lambda: case(upright("b", 5000, 1000), scores("b", 5000), 0.3),
-        "nms/ties": lambda: case(upright("c", 300), scores("c", 300, levels=4)),
-        "nms/equal scores": lambda: case(upright("d", 300), torch.full((300,), 0.5)),
+        "nms/ties": lambda: case(*TIES["nms/ties"]),
+        "nms/equal scores": lambda: case(*TIES["nms/equal scores"]),
         "nms/offset": lambda: case(upright("e", 300).round(), scores("e", 300), offset=1),
         "nms/at the threshold": lambda: case(corners(AT_THRESHOLD), scores("f", 5)),
         "nms/no area": lambda: case(corners(NO_AREA), scores("g", 6)),
@@ -140,8 +151,8 @@ def _nms_rotated_cases() -> dict[str, Callable[[], dict[str, Tensor]]]:
         "nms_rotated/300": lambda: case(turned("a", 300), scores("a", 300)),
         "nms_rotated/5000": lambda: case(turned("b", 5000, 2000), scores("b", 5000)),
         "nms_rotated/crowded": lambda: case(turned("c", 3000, 200), scores("c", 3000), 0.4),
-        "nms_rotated/ties": lambda: case(turned("d", 300), scores("d", 300, levels=4)),
-        "nms_rotated/equal scores": lambda: case(turned("e", 300), torch.full((300,), 0.5)),
+        "nms_rotated/ties": lambda: case(*TIES["nms_rotated/ties"]),
+        "nms_rotated/equal scores": lambda: case(*TIES["nms_rotated/equal scores"]),
         "nms_rotated/float64": lambda: case(turned("f", 300).double(), scores("f", 300).double()),
         "nms_rotated/counter-clockwise": lambda: case(
             turned("g", 300), scores("g", 300), clockwise=False
