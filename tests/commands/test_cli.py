@@ -141,7 +141,7 @@ CASES = [
     ),
     ("test", "{p}/detection.py {p}/whole.pth " + WORK, "whole.pth: tensor .* is of type int64"),
     ("test", "{p}/detection.py {p}/list.pth " + WORK, "list.pth has no state dict"),
-    ("test", "{p}/rotated.py {p}/detection.pth " + WORK, "detection.pth is not of this config"),
+    ("test", "{p}/rotated.py {p}/detection.pth " + WORK, "detection.pth does not fit this"),
     ("test", "{p}/detection.py {p}/detection.pth --out {out}/a.txt " + WORK, "must end in .pkl"),
     (
         "test",

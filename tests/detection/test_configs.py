@@ -98,6 +98,12 @@ def test_schedules_change_nothing_of_a_step(name):
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in SAME_MODEL])
 def test_trains_a_step_and_predicts(name):
     config = load(name)
+    # Images of 64 px do not need hundreds of proposals.
+    train, test = config.model.train_cfg, config.model.test_cfg
+    for proposals in (train.rpn_proposal, test.rpn):
+        proposals.update(nms_pre=100, max_per_img=50)
+    train.rcnn.sampler.num = 32
+    test.rcnn.max_per_img = 10
     model = MODELS.build(config.model)
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
     num_classes = config.model.roi_head.bbox_head.num_classes
