@@ -75,15 +75,15 @@ doctor: ## Print versions and name every problem of the environment with its fix
 # torch itself brings the CUDA libraries that fit it; a CPU build has none.
 lock: install ## Write constraints.txt anew, with the newest versions within the ranges of setup.py
 	@$(VENV) -m pip install -q uv
-	@sed '/^#/!d' constraints.txt > constraints.txt.part
+	@mkdir -p build
 	@$(VENV) -m uv pip compile -q --universal --python-version 3.10 --all-extras --upgrade \
-		--no-annotate --no-header setup.py \
-		| sed -E -e '/^(cuda|nvidia|triton)/d' \
-			-e "s/ and \((sys_platform == '[a-z]+'|[ ]or[ ])+\)//; s/ ; \((sys_platform == '[a-z]+'|[ ]or[ ])+\)//" \
-			-e "s/python_full_version < '3.14' and //; s/ and python_full_version < '3.14'//" \
-			-e "s/ ; python_full_version < '3.14'//" -e 's/ ; /; /' -e '/^hf-xet/s/;.*//' \
-		>> constraints.txt.part
-	@mv constraints.txt.part constraints.txt
+		--no-annotate --no-header setup.py -o build/resolved.txt
+	@grep '^#' constraints.txt > build/constraints.txt
+	@sed -E -e '/^(cuda|nvidia|triton)/d' \
+		-e "s/ (and|;) \((sys_platform == '[a-z]+'|[ ]or[ ])+\)//" \
+		-e "s/python_full_version < '3.14' and //; s/ (and|;) python_full_version < '3.14'//" \
+		-e 's/ ; /; /' -e '/^hf-xet/s/;.*//' build/resolved.txt >> build/constraints.txt
+	@mv build/constraints.txt constraints.txt
 
 clean: ## Remove build products and caches; data, work_dirs and .venv stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
