@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictions of small models whose weights follow from their names.
+"""Predictions of small models whose weights follow from their names."""
 
-``python tests/ops/model_cases.py`` writes ``tests/ops/golden/models.npz`` in an environment whose
-mmcv has compiled operators.
-"""
-
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,9 +11,6 @@ from golden_weights import image, weight
 from mmdet.structures.bbox import get_box_tensor
 from mmengine.registry import MODELS, init_default_scope
 
-from mmeformer.ops import status
-
-GOLDEN = Path(__file__).parent / "golden" / "models.npz"
 # No score is too low, so that suppression has much to do.
 TEST_CFG = {
     "detection": dict(
@@ -77,16 +69,3 @@ def sample(task: str):
     return DetDataSample(
         metainfo=dict(shape, scale_factor=(1.0, 1.0), batch_input_shape=(128, 128))
     )
-
-
-def write_goldens() -> None:
-    """Store what the models predict with compiled operators."""
-    if status().operators != "compiled":
-        sys.exit("this mmcv has no compiled operators")
-    arrays = {f"{task}/{key}": value for task in TEST_CFG for key, value in predict(task).items()}
-    np.savez_compressed(GOLDEN, **arrays)
-    print(f"{GOLDEN}: {len(arrays)} arrays, {GOLDEN.stat().st_size} bytes")
-
-
-if __name__ == "__main__":
-    write_goldens()

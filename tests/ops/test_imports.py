@@ -21,7 +21,7 @@ NMS = "torch.tensor([[0.0, 0, 9, 9], [1, 0, 9, 9]]), torch.tensor([0.9, 0.8])"
 
 
 def startup_line() -> str:
-    """The line of ``mmeformer.pth`` as ``setup.py`` writes it; tests/test_packaging.py looks at that."""
+    """The line of ``mmeformer.pth`` as ``setup.py`` writes it (tests/test_packaging.py)."""
     source = (ROOT / "mmeformer" / "ops" / "startup.py").read_text(encoding="utf-8")
     return f"import sys; exec({source!r})\n"
 
