@@ -383,7 +383,15 @@ class Split:
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("fork" if "fork" in methods else None)
         with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-            futures = [pool.submit(cut_image, j, self.target, self.settings) for j in self.pending]
+            # A fork has no threads, but would wait for those of OpenCV when it ends them.
+            threads = cv2.getNumThreads()
+            cv2.setNumThreads(1)
+            try:
+                futures = [
+                    pool.submit(cut_image, job, self.target, self.settings) for job in self.pending
+                ]
+            finally:
+                cv2.setNumThreads(threads)
             try:
                 for future in as_completed(futures):
                     yield future.result()
