@@ -12,7 +12,7 @@ PYTEST := $(VENV) -m pytest
 PARALLEL := $(PYTEST)
 else
 PYTEST := OMP_NUM_THREADS=1 $(VENV) -m pytest
-PARALLEL := $(PYTEST) -n $(JOBS)
+PARALLEL := $(PYTEST) -n $(JOBS) --dist worksteal
 endif
 
 .DEFAULT_GOAL := help
@@ -45,13 +45,14 @@ quickstart-seg: install ## The same for Semantic FPN
 quickstart-rotated: install ## The same for rotated boxes
 	@$(VENV) tools/quickstart.py rotated
 
-# Tests that copy their process come first and alone: a copy must have no threads.
+# Tests that copy their process come first and alone: a copy must have no threads. All are in
+# tests/training.
 test: install ## Run the tests, without the slow ones
-	@$(PYTEST) -m "forks and not slow"
+	@$(PYTEST) tests/training -m "forks and not slow"
 	@$(PARALLEL) -m "not forks and not slow and not install"
 
 test-all: install ## Run all tests, on newly drawn inputs where inputs are drawn
-	@$(PYTEST) -m forks --hypothesis-profile=explore
+	@$(PYTEST) tests/training -m forks --hypothesis-profile=explore
 	@$(PARALLEL) -m "not forks" --hypothesis-profile=explore
 
 test-install: install ## Install the built wheel into fresh environments (Python 3.10, 3.13) and use it
