@@ -239,7 +239,7 @@ class DetectionGraph(Graph):
         """See :meth:`Graph.predict`."""
         found = samples.predict_instances(model, image, metainfo)
         masks = found.masks.numpy() if "masks" in found else None
-        return _WholeMasks(*samples.arrays(found), None, metainfo["ori_shape"], None, whole=masks)
+        return _WholeMasks(*samples.arrays(found), metainfo["ori_shape"], whole=masks)
 
 
 def _decode(coder: DeltaXYWHBBoxCoder, anchors: Tensor, deltas: Tensor) -> Tensor:
