@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,10 @@ class Status:
 
 @dataclass
 class _Item:
-    """An image or frame on its way, or the end of a video (``image`` and ``error`` None)."""
+    """An image or a frame, or what is left of it: see the subclasses."""
 
     source: Source
     frame: int | None = None
-    image: np.ndarray | None = None
-    prepared: dict | None = None
-    error: str | None = None
 
     @property
     def title(self) -> str:
@@ -95,6 +92,32 @@ class _Item:
     def name(self) -> str:
         """Name of its files, without suffix."""
         return self.source.name if self.frame is None else f"{self.source.name}/{self.frame:06d}"
+
+
+@dataclass
+class _Image(_Item):
+    """An image or a frame to predict on.
+
+    Args:
+        image: (H, W, 3) uint8.
+        window: side of the windows to cut it into, or None to take it whole.
+        prepared: what the test pipeline made of it; empty if it is cut into windows.
+    """
+
+    image: np.ndarray = field(kw_only=True)
+    window: int | None = field(kw_only=True)
+    prepared: dict = field(default_factory=dict)
+
+
+@dataclass
+class _Failure(_Item):
+    """An image, a frame or the rest of a video that cannot be used, and why."""
+
+    error: str = field(kw_only=True)
+
+
+class _EndOfVideo(_Item):
+    """Follows the last frame of a video."""
 
 
 def run(
@@ -171,10 +194,9 @@ class _Run:
     def all(self, sources: Sequence[Source]) -> Iterator[Status]:
         """Predict on all sources in their order."""
         self.total = len(sources)
-        waiting: list[_Item] = []
+        waiting: list[_Image] = []
         for item in self._items(sources):
-            size = None if item.image is None else self._window(item.image)
-            if item.error is None and item.image is not None and size is None:
+            if isinstance(item, _Image) and item.window is None:
                 pixels = sum(other.image[..., 0].size for other in [*waiting, item])
                 if len(waiting) == self.settings.batch_size or pixels > PIXELS_AT_ONCE:
                     yield from self._predict(waiting)
@@ -184,14 +206,14 @@ class _Run:
             # What came before keeps its place.
             yield from self._predict(waiting)
             waiting = []
-            if item.error is not None:
+            if isinstance(item, _Failure):
                 self.done += item.frame is None and not item.source.is_video
-                yield self._status(item)
-            elif item.image is None:
+                yield self._status(item, item.error)
+            elif isinstance(item, _Image) and item.window is not None:
+                yield self._finish(item, self._predict_windows(item, item.window))
+            else:
                 # The end of a video: its file is complete.
                 self.video_files.close()
-            else:
-                yield self._finish(item, self._predict_windows(item, size))
         yield from self._predict(waiting)
 
     def _items(self, sources: Sequence[Source]) -> Iterator[_Item]:
@@ -202,7 +224,7 @@ class _Run:
             try:
                 image = read(source)
             except (OSError, ValueError) as error:
-                yield _Item(source, error=str(error))
+                yield _Failure(source, error=str(error))
             else:
                 yield self._prepared(source, None, image)
 
@@ -220,22 +242,24 @@ class _Run:
             for index, frame in enumerate(video, start=1):
                 yield self._prepared(source, index - 1, frame)
         except (OSError, ValueError) as error:
-            yield _Item(source, error=str(error))
-        yield _Item(source)
+            yield _Failure(source, error=str(error))
+        yield _EndOfVideo(source)
         self.total += index - promised
 
     def _prepared(self, source: Source, frame: int | None, image: np.ndarray) -> _Item:
-        item = _Item(source, frame, image)
-        if not self._window(image):
-            try:
-                item.prepared = self.predictor.prepare(image)
-            except (ValueError, cv2.error) as error:
-                height, width = image.shape[:2]
-                reason = str(error).strip().splitlines()[-1]
-                item.error = (
-                    f"{item.title} ({width} x {height} pixels) cannot be brought to the model's "
-                    f"size: {reason}"
-                )
+        item = _Image(source, frame, image=image, window=self._window(image))
+        if item.window is not None:
+            return item
+        try:
+            item.prepared = self.predictor.prepare(image)
+        except (ValueError, cv2.error) as error:
+            height, width = image.shape[:2]
+            reason = str(error).strip().splitlines()[-1]
+            message = (
+                f"{item.title} ({width} x {height} pixels) cannot be brought to the model's "
+                f"size: {reason}"
+            )
+            return _Failure(source, frame, error=message)
         return item
 
     def _window(self, image: np.ndarray) -> int | None:
@@ -246,14 +270,14 @@ class _Run:
         is_large = native is not None and max(image.shape[:2]) > self.predictor.large * native
         return native if is_large else None
 
-    def _predict(self, items: Sequence[_Item]) -> Iterator[Status]:
+    def _predict(self, items: Sequence[_Image]) -> Iterator[Status]:
         if not items:
             return
         found = self.predictor.predict([item.prepared for item in items])
         for item, result in zip(items, found, strict=True):
             yield self._finish(item, result)
 
-    def _predict_windows(self, item: _Item, size: int) -> Any:
+    def _predict_windows(self, item: _Image, size: int) -> Any:
         def progress(done: int, total: int) -> None:
             if self.on_window is not None:
                 self.on_window(item.title, done, total)
@@ -262,19 +286,19 @@ class _Run:
             item.image, size, self.overlap, self.settings.batch_size, progress
         )
 
-    def _finish(self, item: _Item, result: Any) -> Status:
+    def _finish(self, item: _Image, result: Any) -> Status:
         if self.results is not None:
             entries = self.predictor.entries(result)
             self.results.add(item.source.file_name, item.image.shape[:2], entries, item.frame)
         self.predictor.write_files(self.out, item.name, result)
         if self.settings.pictures:
             picture = self.predictor.draw(item.image, result)
-            if item.source.is_video:
+            if item.source.is_video and self.video is not None:
                 self.video.add(picture)
             else:
                 write_image(self.out / "pictures" / f"{item.name}.jpg", picture)
         self.done += 1
         return self._status(item)
 
-    def _status(self, item: _Item) -> Status:
-        return Status(item.title, self.done, self.total, item.error)
+    def _status(self, item: _Item, error: str | None = None) -> Status:
+        return Status(item.title, self.done, self.total, error)
