@@ -20,6 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
+from mmeformer.tasks import TASKS
+
 # Distributions that install the same import name; at most one of each row can work.
 RIVALS = {
     "mmengine": ("onedl-mmengine", "mmengine", "mmengine-lite"),
@@ -32,7 +34,7 @@ OPENCV = tuple(
     f"opencv-{kind}python{tail}" for kind in ("", "contrib-") for tail in ("", "-headless")
 )
 # Task packages, and the extra of mmeformer that installs each.
-OPTIONAL = {"mmdet": "detection", "mmseg": "segmentation", "mmrotate": "rotated"}
+OPTIONAL = {task.scope: task.name for task in TASKS.values()}
 # Required by mmdet and used by its lane detection alone (mmeformer/without_imgaug.py).
 NOT_NEEDED = ("imaug", "imgaug")
 # The imports tried, in this order, and what each needs: a failure is reported where it begins.
