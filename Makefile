@@ -61,9 +61,10 @@ test-install: install ## Install the built wheel into fresh environments (Python
 smoke: install ## Import everything and run each task once, in a minute
 	@$(VENV) tests/smoke.py
 
-check: install ## Check code style (ruff)
+check: install ## Check code style and types (ruff, mypy)
 	@$(VENV) -m ruff check .
 	@$(VENV) -m ruff format --check .
+	@$(VENV) -m mypy
 
 format: install ## Fix code style (ruff)
 	@$(VENV) -m ruff check --fix .

@@ -147,7 +147,8 @@ def _interpolation(pixels: range, start: float, stop: float, places: int) -> Arr
     centers = np.arange(pixels.start, pixels.stop, dtype=np.float32) + 0.5
     position = (centers - start) / (stop - start) * places - 0.5
     distance = np.abs(position[:, None] - np.arange(places))
-    return np.maximum(1 - distance, 0).astype(np.float32)
+    weights: Array = np.maximum(1 - distance, 0).astype(np.float32)
+    return weights
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,8 @@ _NAMES = ("", ".augmenters", ".augmentables", ".augmentables.lines", ".augmentab
 class _Placeholder(ModuleType):
     """A module of imgaug whose functions and classes raise when they are called."""
 
+    augmenters: ModuleType
+
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
@@ -66,7 +68,7 @@ class _Finder:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            spec.loader = _Loader(name, spec.origin)
+            spec.loader = _Loader(name, spec.loader.path)
         return spec
 
 

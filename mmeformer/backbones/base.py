@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from mmengine.model import BaseModule, PretrainedInit
@@ -15,6 +16,9 @@ from mmeformer.layers.graphs import in_graph
 from mmeformer.variants import Architecture, find_variant
 
 NUM_STAGES = 4
+
+InitConfig: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+"""mmengine's ``init_cfg``."""
 
 
 def to_grid(value: int | Sequence[int]) -> tuple[int, int]:
@@ -36,7 +40,7 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [[next(rates) for _ in range(depth)] for depth in depths]
 
 
-def strict_pretrained(init_cfg: Mapping | Sequence[Mapping] | None) -> list[dict]:
+def strict_pretrained(init_cfg: InitConfig) -> list[dict[str, Any]]:
     """Copy ``init_cfg`` with every ``Pretrained`` made ``mmeformer.Pretrained`` and put last.
 
     mmengine's own loads whatever happens to fit, and only files in our names.
@@ -71,7 +75,7 @@ class Stage(nn.Module):
         return x
 
 
-def run_block(block: nn.Module, with_cp: bool, x: Tensor, *args) -> Tensor:
+def run_block(block: nn.Module, with_cp: bool, x: Tensor, *args: object) -> Tensor:
     """Call a block, keeping only its input for the backward pass if ``with_cp``."""
     if with_cp and x.requires_grad:
         return run_checkpointed(block, x, *args)
@@ -92,10 +96,11 @@ class PyramidBackbone(BaseModule):
 
     family: str
     stem_act: type[nn.Module]
+    init_cfg: InitConfig
 
     def __init__(
         self,
-        arch: str | Mapping,
+        arch: str | Mapping[str, Any],
         out_indices: Sequence[int] = (0, 1, 2, 3),
         drop_path_rate: float | None = None,
         layer_scale_init_value: float | None = None,
@@ -104,7 +109,7 @@ class PyramidBackbone(BaseModule):
         with_cp: bool = False,
         bias_grid: int | Sequence[int] = 7,
         bias_resize: str = "displacement",
-        init_cfg: dict | list[dict] | None = None,
+        init_cfg: InitConfig = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         self.arch = arch
@@ -167,7 +172,7 @@ class PyramidBackbone(BaseModule):
         ``map_location`` are mmengine's; ``allow_partial=True`` loads what fits.
 
         Raises:
-            mmeformer.checkpoints.safe_load.CheckpointError: the checkpoint cannot be used.
+            mmeformer.errors.CheckpointError: the checkpoint cannot be used.
         """
         if not self.is_init:
             for module in self.modules():

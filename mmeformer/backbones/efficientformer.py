@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -59,7 +60,7 @@ class TokenAttention(nn.Module):
         self.proj = nn.Linear(NUM_HEADS * VALUE_WIDTH, width)
         self.attention_bias = AttentionBias(NUM_HEADS, bias_grid, resize=bias_resize)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, NUM_HEADS, -1).transpose(1, 2)
         query, key, value = qkv.split([KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH], dim=-1)
@@ -106,7 +107,7 @@ class TokenBlock(nn.Module):
         self.ls2 = LayerScale(width, layer_scale, channel_dim=-1)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         x = x + self.drop_path(self.ls1(self.token_mixer(self.norm1(x), size)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
@@ -160,7 +161,7 @@ class EfficientFormer(PyramidBackbone):
     family = "v1"
     stem_act = nn.ReLU
 
-    def __init__(self, arch: str | Mapping = "l1", **kwargs) -> None:
+    def __init__(self, arch: str | Mapping[str, Any] = "l1", **kwargs: Any) -> None:
         super().__init__(arch, **kwargs)
         for index in self.out_indices:
             self.norms[str(index)] = nn.GroupNorm(1, self.architecture.widths[index])
@@ -172,6 +173,7 @@ class EfficientFormer(PyramidBackbone):
         architecture = self.architecture
         width, depth = architecture.widths[index], architecture.depths[index]
         first_attention = depth - architecture.attention_blocks[index]
+        rows, columns = self.bias_grid
         blocks: list[nn.Module] = []
         for position, (ratio, rate) in enumerate(
             zip(architecture.mlp_ratios[index], drop_path, strict=True)
@@ -181,7 +183,7 @@ class EfficientFormer(PyramidBackbone):
             else:
                 # The grid is that of stride 32: an earlier stage sees a finer map.
                 finer = 2 ** (3 - index)
-                grid = tuple(side * finer for side in self.bias_grid)
+                grid = (rows * finer, columns * finer)
                 attention = grid, self.bias_resize, self.with_cp
                 blocks.append(TokenBlock(width, ratio, rate, layer_scale, *attention))
         downsample = None if in_width is None else ConvNorm(in_width, width, 3, stride=2)

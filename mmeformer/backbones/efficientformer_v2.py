@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -26,7 +27,7 @@ def to_heads(x: Tensor) -> Tensor:
     return x.flatten(2).unflatten(1, (NUM_HEADS, -1)).transpose(2, 3)
 
 
-def from_heads(x: Tensor, size: tuple[int, int]) -> Tensor:
+def from_heads(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """(B, heads, H * W, D) -> (B, heads * D, H, W), in channels last."""
     return x.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, size)
 
@@ -92,9 +93,10 @@ class MapAttention(nn.Module):
             out = out[..., : full_size[0], : full_size[1]]
         return self.proj(F.gelu(out))
 
-    def _head_bias(self, size: tuple[int, int]) -> Tensor:
+    def _head_bias(self, size: tuple[int, ...]) -> Tensor:
         """What the second talking head adds for each key: (heads, 1, 1)."""
         bias = self.talking_head2.bias
+        assert bias is not None  # folding takes that of the first head alone
         if self.head_bias_keys is not None:
             # Bias first: CoreML has no quotient of two whole numbers.
             bias = bias * self.head_bias_keys / (size[0] * size[1])
@@ -190,7 +192,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.token_mixer is not None:
+        if self.token_mixer is not None and self.ls1 is not None:
             x = x + self.drop_path(self.ls1(self.token_mixer(x)))
         return x + self.drop_path(self.ls2(self.mlp(x)))
 
@@ -235,7 +237,7 @@ class EfficientFormerV2(PyramidBackbone):
     stem_act = nn.GELU
 
     def __init__(
-        self, arch: str | Mapping = "s0", head_bias_keys: int | None = None, **kwargs
+        self, arch: str | Mapping[str, Any] = "s0", head_bias_keys: int | None = None, **kwargs: Any
     ) -> None:
         super().__init__(arch, **kwargs)
         if head_bias_keys is not None and head_bias_keys < 1:
@@ -253,7 +255,9 @@ class EfficientFormerV2(PyramidBackbone):
         first_attention = depth - architecture.attention_blocks[index]
         # Attention works at stride 32 or, in the last but one stage, on the halved map: one grid.
         halve = index == 2
-        grid = tuple(side * (1 if index >= 2 else 2 ** (3 - index)) for side in self.bias_grid)
+        rows, columns = self.bias_grid
+        finer = 1 if index >= 2 else 2 ** (3 - index)
+        grid = (rows * finer, columns * finer)
         blocks = []
         for position, (ratio, rate) in enumerate(
             zip(architecture.mlp_ratios[index], drop_path, strict=True)
@@ -268,7 +272,7 @@ class EfficientFormerV2(PyramidBackbone):
         if in_width is not None:
             attn = None
             if index == 3:
-                grid = tuple(2 * side for side in self.bias_grid)
+                grid = (2 * rows, 2 * columns)
                 attn = AttentionDownsample(in_width, width, grid, self.bias_resize, self.with_cp)
             downsample = Downsample(in_width, width, attn)
         return Stage(downsample, blocks)

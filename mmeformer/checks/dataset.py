@@ -16,6 +16,7 @@ from mmengine.registry import DATASETS, VISUALIZERS, init_default_scope
 
 from mmeformer.checks.interface import CheckedDataset
 from mmeformer.files import write_bytes
+from mmeformer.images import read_image
 from mmeformer.tasks import TASKS
 
 SPLITS = ("train", "val", "test")
@@ -120,7 +121,7 @@ def draw_samples(dataset: BaseDataset, config: Config, target: Path) -> int:
                 draw_pred=False,
                 out_file=str(picture),
             )
-            tiles.append(_tile(cv2.imread(str(picture))))
+            tiles.append(_tile(read_image(picture)))
     if tiles:
         write_bytes(target, cv2.imencode(".png", _grid(tiles))[1].tobytes())
     return len(tiles)

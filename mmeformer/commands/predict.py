@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import warnings
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -82,7 +83,7 @@ def work(args: argparse.Namespace) -> int:
     config = configs.load_config(args.config, args.cfg_options)
     configs.existing_checkpoint(args.checkpoint)
     sources = inference.find_sources(
-        args.inputs, exclude=[f"{args.out}/{folder}" for folder in FOLDERS]
+        args.inputs, exclude=[Path(args.out, folder) for folder in FOLDERS]
     )
     out = prepare_folder(args.out)
     # The visualizers warn that they have no folder, but pictures are written here, and of boxes

@@ -120,8 +120,8 @@ def work(args: argparse.Namespace) -> int:
                     )
                 if not console.is_terminal and time.monotonic() > printed + LINE_EVERY:
                     printed = time.monotonic()
-                    left = progress.tasks[0].time_remaining
-                    left = "" if left is None else f", {left / 60:.0f} min left"
+                    seconds = progress.tasks[0].time_remaining
+                    left = "" if seconds is None else f", {seconds / 60:.0f} min left"
                     console.print(f"{done} of {total} images{left}")
     except KeyboardInterrupt:
         outcomes.close()

@@ -24,7 +24,8 @@ def work(args: argparse.Namespace) -> None:
     """Evaluate."""
     config = cli.prepare_run(args)
     checkpoint = existing_checkpoint(args.checkpoint)
-    if checkpoint.endswith(".onnx"):
+    exported = checkpoint.endswith(".onnx")
+    if exported:
         # Needs onnxruntime, which evaluating checkpoints does not.
         from mmeformer.deploy.evaluate import use_onnx
 
@@ -33,10 +34,9 @@ def work(args: argparse.Namespace) -> None:
                 f"test-time augmentation needs a checkpoint, not the exported file {checkpoint}"
             )
         use_onnx(config, checkpoint)
-        checkpoint = None
     runner = engine.build_test_runner(
         config,
-        checkpoint,
+        None if exported else checkpoint,
         out=args.out,
         show_dir=args.show_dir,
         tta=args.tta,

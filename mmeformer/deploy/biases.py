@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mmeformer.backbones.base import PyramidBackbone
 from mmeformer.deploy.substitutes import replace_modules
 from mmeformer.layers.attention_bias import AttentionBias, distances, resample_in_graph
 
@@ -15,7 +16,7 @@ from mmeformer.layers.attention_bias import AttentionBias, distances, resample_i
 class _WholeBias(nn.Module):
     """A bias that is there as a whole."""
 
-    def chunks(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+    def chunks(self, size: tuple[int, ...]) -> Callable[[int, int], Tensor]:
         """See :meth:`AttentionBias.chunks`."""
         bias = self(size)
         return lambda first, last: bias[:, first:last]
@@ -29,12 +30,14 @@ class FixedBias(_WholeBias):
         size: (H, W) of the key map.
     """
 
-    def __init__(self, source: AttentionBias, size: tuple[int, int]) -> None:
+    bias: Tensor
+
+    def __init__(self, source: AttentionBias, size: tuple[int, ...]) -> None:
         super().__init__()
         self.register_buffer("bias", source.compute(size).detach().clone())
         self.size = size
 
-    def forward(self, size: tuple[int, int]) -> Tensor:
+    def forward(self, size: tuple[int, ...]) -> Tensor:
         """``size`` (H, W) of the key map -> bias (heads, Nq, H * W).
 
         Raises:
@@ -62,6 +65,8 @@ class GraphBias(_WholeBias):
         ValueError: the bias is resized as a matrix, which has no exact standard operator.
     """
 
+    table: Tensor
+
     def __init__(self, source: AttentionBias) -> None:
         super().__init__()
         if source.resize != "displacement":
@@ -72,7 +77,7 @@ class GraphBias(_WholeBias):
         self.query_stride = source.query_stride
         self.register_buffer("table", source.table.detach().clone())
 
-    def forward(self, size: tuple[int, int]) -> Tensor:
+    def forward(self, size: tuple[int, ...]) -> Tensor:
         """``size`` (H, W) of the key map -> bias (heads, Nq, H * W)."""
         rows = distances(size[0], self.query_stride, self.table.device)
         columns = distances(size[1], self.query_stride, self.table.device)
@@ -89,13 +94,13 @@ class _SizeProbe(nn.Module):
     def __init__(self, source: AttentionBias) -> None:
         super().__init__()
         self.source = source
-        self.size: tuple[int, int] | None = None
+        self.size: tuple[int, ...] = ()
 
-    def forward(self, size: tuple[int, int]) -> Tensor:
+    def forward(self, size: tuple[int, ...]) -> Tensor:
         self.size = tuple(size)
         return self.source(size)
 
-    def chunks(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+    def chunks(self, size: tuple[int, ...]) -> Callable[[int, int], Tensor]:
         self.size = tuple(size)
         return self.source.chunks(size)
 
@@ -105,7 +110,7 @@ def replace_biases(model: nn.Module, make: Callable[[str, AttentionBias], nn.Mod
     replace_modules(model, AttentionBias, make)
 
 
-def fix_biases(backbone: nn.Module, image_size: tuple[int, int]) -> None:
+def fix_biases(backbone: PyramidBackbone, image_size: tuple[int, int]) -> None:
     """Make the biases of a backbone constants of the sizes that an image (H, W) leads to."""
     replace_biases(backbone, lambda _, bias: _SizeProbe(bias))
     weight = backbone.stem.conv1.conv.weight

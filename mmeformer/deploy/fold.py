@@ -83,7 +83,7 @@ def _foldable_pairs(module: nn.Module) -> list[tuple[str, str]]:
 
 def _can_merge(layer: nn.Module, part: nn.Module) -> bool:
     if isinstance(part, _BatchNorm):
-        # Without running statistics it normalises by those of the input.
+        # Without running statistics it normalizes by those of the input.
         return isinstance(layer, nn.Conv2d) and part.running_mean is not None
     return isinstance(part, LayerScale) and isinstance(layer, (nn.Conv2d, nn.Linear))
 
@@ -91,6 +91,7 @@ def _can_merge(layer: nn.Module, part: nn.Module) -> bool:
 def _merge(layer: nn.Conv2d | nn.Linear, part: _BatchNorm | LayerScale) -> nn.Module:
     """A new layer that does what ``part(layer(x))`` does: others may share the old one."""
     if isinstance(part, _BatchNorm):
+        assert isinstance(layer, nn.Conv2d)  # see `_can_merge`
         return fuse_conv_bn_eval(layer, part)
     scaled = copy.deepcopy(layer)
     with torch.no_grad():

@@ -233,7 +233,7 @@ def top_k(scores: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     return scores.topk(traced, dim=1)
 
 
-def cell_shifts(size: tuple[int, int], stride: tuple[int, int], like: Tensor) -> Tensor:
+def cell_shifts(size: tuple[int, ...], stride: tuple[int, int], like: Tensor) -> Tensor:
     """Distances in pixels of each cell of a map from the first one: (H * W, 2), x and y.
 
     Args:

@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmeformer.backbones.efficientformer import PoolBlock
-from mmeformer.layers.blocks import ConvNorm
+from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def replace_modules(
-    model: nn.Module, kind: type[nn.Module], make: Callable[[str, nn.Module], nn.Module]
+    model: nn.Module, kind: type[Kind], make: Callable[[str, Kind], nn.Module]
 ) -> None:
     """Put ``make(name, module)`` in place of every module of a kind below ``model``."""
     for name, module in list(model.named_modules()):
@@ -38,6 +41,10 @@ class FoldedPoolBlock(nn.Module):
     """
 
     folds = PoolBlock.folds
+
+    ls1: LayerScale
+    mlp: ConvMlp
+    ls2: LayerScale
 
     def __init__(self, block: PoolBlock | FoldedPoolBlock) -> None:
         super().__init__()

@@ -119,6 +119,8 @@ class DetectionGraph(Graph):
     compare = staticmethod(check.compare_detections)
     set_prediction = staticmethod(samples.set_instances)
 
+    base_anchors: Tensor
+
     def __init__(self, model: Any, normalize: nn.Module | None = None) -> None:
         super().__init__(normalize)
         _check_supported(model)
@@ -136,10 +138,10 @@ class DetectionGraph(Graph):
     def run(self, image: Tensor, image_size: Tensor) -> tuple[Tensor, ...]:
         """See :meth:`Graph.run`."""
         features = self.model.extract_feat(image)
-        rpn = self.model.rpn_head(features)
-        proposals, valid = self._proposals(*rpn, image_size)
+        rpn_scores, rpn_deltas = self.model.rpn_head(features)
+        proposals, valid = self._proposals(rpn_scores, rpn_deltas, image_size)
         outputs = self._objects(features, proposals, valid, image_size)
-        return (*outputs, *rpn[0], *rpn[1])
+        return (*outputs, *rpn_scores, *rpn_deltas)
 
     def _proposals(
         self, all_scores: list[Tensor], all_deltas: list[Tensor], image_size: Tensor
@@ -150,7 +152,7 @@ class DetectionGraph(Graph):
         an empty batch.
         """
         head, settings = self.model.rpn_head, self.model.rpn_head.test_cfg
-        scores, boxes, levels = [], [], []
+        level_scores, level_boxes, levels = [], [], []
         for level, (logits, deltas) in enumerate(zip(all_scores, all_deltas, strict=True)):
             size = logits.shape[-2:]
             logits = logits.permute(0, 2, 3, 1).flatten(1)
@@ -161,10 +163,10 @@ class DetectionGraph(Graph):
             decoded = _decode(
                 head.bbox_coder, anchors.flatten(0, 1)[index.flatten()], take(deltas, index)
             )
-            scores.append(best)
-            boxes.append(clip(decoded, image_size[:, None]))
+            level_scores.append(best)
+            level_boxes.append(clip(decoded, image_size[:, None]))
             levels.append(torch.full_like(index[0], level))
-        scores, boxes = torch.cat(scores, 1), torch.cat(boxes, 1)
+        scores, boxes = torch.cat(level_scores, 1), torch.cat(level_boxes, 1)
         smallest = (boxes[..., 2:] - boxes[..., :2]).amin(-1)
         scores = torch.where(smallest > settings.min_bbox_size, scores, -1)
         image, index = suppress(
@@ -176,7 +178,7 @@ class DetectionGraph(Graph):
         rank = torch.arange(image.shape[0], device=image.device) - starts[image]
         width = counts.amax().clamp(min=1)
         slots = (image * width + rank)[:, None]
-        total = boxes.shape[0] * width
+        total: Any = boxes.shape[0] * width  # a tensor, which a tracer follows
         chosen = boxes[image, index]
         rows = chosen.new_zeros(total, 4).scatter(0, slots.expand(-1, 4), chosen)
         valid = chosen.new_zeros(total).scatter(0, slots[:, 0], torch.ones_like(chosen[:, 0]))
@@ -253,12 +255,12 @@ def _extract(extractor: SingleRoIExtractor, features: tuple[Tensor, ...], rois: 
     """Pool features (M, C, S, S) of ``rois`` (M, 5), image and edges, each from its level."""
     count = extractor.num_inputs
     levels = extractor.map_roi_levels(rois, count)
-    order, pooled = [], []
+    rows, pooled = [], []
     for level, (feature, layer) in enumerate(
         zip(features[:count], extractor.roi_layers, strict=True)
     ):
         own = (levels == level).nonzero()[:, 0]
-        order.append(own)
+        rows.append(own)
         pooled.append(
             torchvision.ops.roi_align(
                 feature,
@@ -269,7 +271,7 @@ def _extract(extractor: SingleRoIExtractor, features: tuple[Tensor, ...], rois: 
                 layer.aligned,
             )
         )
-    order = torch.cat(order)
+    order = torch.cat(rows)
     back = torch.zeros_like(order).scatter(0, order, torch.arange(order.shape[0]).to(order))
     return torch.cat(pooled)[back]
 

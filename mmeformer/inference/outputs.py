@@ -151,7 +151,7 @@ class VideoWriter:
         if self._writer is None:
             draft = self._files.enter_context(replacing(self.path))
             size = picture.shape[1], picture.shape[0]
-            code = cv2.VideoWriter_fourcc(*"mp4v")
+            code = cv2.VideoWriter.fourcc(*"mp4v")
             self._writer = cv2.VideoWriter(str(draft), code, self.fps, size)
             self._files.callback(self._writer.release)
             if not self._writer.isOpened():

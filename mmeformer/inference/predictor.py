@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import new_class
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.infer import BaseInferencer
+from mmengine.model import BaseModel
 from mmengine.registry import DATASETS
 from torch import nn
 
@@ -105,16 +107,14 @@ class Predictor(ABC, Generic[Result]):
             raise ValueError(f"mask format {mask_format!r} must be {' or '.join(cls.mask_formats)}")
         cls.set_visualizer(config.visualizer)
 
-        class Inferencer(StrictInferencer, cls.inferencer_class):
-            pass
-
-        inferencer = Inferencer(
+        inferencer_class = new_class("Inferencer", (StrictInferencer, cls.inferencer_class))
+        inferencer = inferencer_class(
             config, checkpoint, device=device, scope=config.default_scope, show_progress=False
         )
         return cls(inferencer, native_size(config), mask_format)
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> BaseModel:
         """The folded model."""
         return self.inferencer.model
 
@@ -215,10 +215,11 @@ class Predictor(ABC, Generic[Result]):
         """
 
 
-class StrictInferencer:
-    """Mixin for OpenMMLab's inferencers: the weights must be the model's, and the model is folded.
+class StrictInferencer(BaseInferencer):
+    """Comes before one of OpenMMLab's inferencers among the bases of a class.
 
-    The inferencers themselves load whichever weights happen to fit.
+    The weights must be the model's, and the model is folded. The inferencers themselves load
+    whichever weights happen to fit.
     """
 
     def _init_model(self, cfg, weights: str, device: str) -> nn.Module:

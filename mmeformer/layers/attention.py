@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,19 @@ class TalkingHead(nn.Conv2d):
         return x if self.bias is None else x + self.bias[:, None, None]
 
 
+class Bias(Protocol):
+    """A bias of logits, such as :class:`mmeformer.layers.attention_bias.AttentionBias`.
+
+    Sizes are (H, W) of the key map.
+    """
+
+    def __call__(self, size: tuple[int, ...]) -> Tensor:
+        """The bias of all queries: (heads, Nq, H * W)."""
+
+    def chunks(self, size: tuple[int, ...]) -> Callable[[int, int], Tensor]:
+        """A function from the first and the last query (exclusive) to their bias."""
+
+
 def unchanged(x: Tensor) -> Tensor:
     """No talking head."""
     return x
@@ -58,8 +72,8 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: nn.Module,
-    size: tuple[int, int],
+    bias: Bias,
+    size: tuple[int, ...],
     scale: float,
     query_stride: int = 1,
     mix_logits: Callable[[Tensor], Tensor] = unchanged,
@@ -72,7 +86,7 @@ def attend(
         query: (B, heads, Nq, D), row after row of every ``query_stride``-th place.
         key: (B, heads, H * W, D).
         value: (B, heads, H * W, V).
-        bias: an :class:`mmeformer.layers.attention_bias.AttentionBias` or what stands for it.
+        bias: of the logits.
         size: (H, W) of the key map.
         scale: of the products.
         query_stride: as the bias has it.
@@ -97,7 +111,7 @@ def attend(
     def attend_chunk(query: Tensor, first: int) -> Tensor:
         return attend_to_all_keys(query, bias_of(first, first + query.shape[2]))
 
-    run: Callable = attend_chunk
+    run: Callable[..., Any] = attend_chunk
     if torch.is_grad_enabled():
         run = partial(checkpoint, attend_chunk, use_reentrant=False, preserve_rng_state=False)
     # A split, whose gradient is put together once; each slice would have one of full size.

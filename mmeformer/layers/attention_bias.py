@@ -59,7 +59,7 @@ def _resample_offsets(table: Tensor, dim: int, target: int) -> Tensor:
     return torch.lerp(below, above, share.expand_as(below))
 
 
-def resize_offset_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
+def resize_offset_table(table: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Resize a table of offsets by displacement: (heads, Rh, Rw) -> (heads, *grid).
 
     Offset ``d`` of the new grid is offset ``d * R / grid`` of the old one: the same share of the
@@ -147,7 +147,7 @@ class AttentionBias(nn.Module):
         self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._cached_table: Tensor | None = None
 
-    def compute(self, size: tuple[int, int]) -> Tensor:
+    def compute(self, size: tuple[int, ...]) -> Tensor:
         """The bias (heads, Nq, H * W) of a key map of ``size`` (H, W), straight from the table."""
         if self.resize == "displacement":
             return expand_offset_table(resize_offset_table(self.table, size), self.query_stride)
@@ -159,16 +159,16 @@ class AttentionBias(nn.Module):
             matrix[None], size=(queries, height * width), mode="bicubic", align_corners=False
         )[0]
 
-    def forward(self, size: tuple[int, int]) -> Tensor:
+    def forward(self, size: tuple[int, ...]) -> Tensor:
         """``size`` (H, W) of the key map -> bias (heads, Nq, H * W)."""
         if self.training or self._differentiable() or in_graph():
             return self.compute(size)
-        return self._cached(tuple(size))
+        return self._cached((size[0], size[1]))
 
     def _differentiable(self) -> bool:
         return torch.is_grad_enabled() and self.table.requires_grad
 
-    def chunks(self, size: tuple[int, int]) -> Callable[[int, int], Tensor]:
+    def chunks(self, size: tuple[int, ...]) -> Callable[[int, int], Tensor]:
         """The bias of some queries: a function from the first and the last one (exclusive).
 
         The queries must be those of whole rows. The function returns (heads, queries, H * W);
@@ -206,7 +206,7 @@ class AttentionBias(nn.Module):
                 self._cache.popitem(last=False)
         return self._cache[size]
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, object]:
         # A copied or pickled module starts with an empty cache: it may be moved before it is used.
         return {**self.__dict__, "_cache": OrderedDict(), "_cached_table": None}
 

@@ -85,7 +85,7 @@ class ConvMlp(nn.Module):
         return self.fc2(self.mid(self.fc1(x)))
 
 
-def run_checkpointed(block: nn.Module, *args) -> Tensor:
+def run_checkpointed(block: nn.Module, *args: object) -> Tensor:
     """Call a block so that only its arguments are kept for the backward pass.
 
     The backward pass runs the block again; batch norms take in the statistics of the first run

@@ -75,10 +75,9 @@ def _failed_imports(module: ModuleType) -> Iterator[tuple[str, str, str]]:
         if not isinstance(node, ast.Try):
             continue
         for statement in node.body:
-            if isinstance(statement, ast.ImportFrom) and _is_operators(statement.module):
+            if not isinstance(statement, ast.ImportFrom):
+                continue
+            module_name = statement.module or ""
+            if module_name == "mmcv.ops" or module_name.startswith("mmcv.ops."):
                 for alias in statement.names:
-                    yield statement.module, alias.name, alias.asname or alias.name
-
-
-def _is_operators(module: str | None) -> bool:
-    return module is not None and (module == "mmcv.ops" or module.startswith("mmcv.ops."))
+                    yield module_name, alias.name, alias.asname or alias.name

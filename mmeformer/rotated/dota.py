@@ -122,7 +122,8 @@ def read_label_files(
             neither list; names the first place of each.
     """
     known, dropped = set(classes), set(dropped_classes)
-    files, bad, unknown = [], [], {}
+    files, bad = [], []
+    unknown: dict[str, list[str]] = {}
     for path in paths:
         try:
             objects = read_labels(path)
@@ -163,7 +164,8 @@ def list_images(folder: str | Path, suffix: str | None = None) -> dict[str, Path
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {folder} does not exist")
     wanted = IMAGE_SUFFIXES if suffix is None else ("." + suffix.lower().removeprefix("."),)
-    images, others = {}, set()
+    images: dict[str, Path] = {}
+    others = set()
     for name in sorted(os.listdir(folder)):
         stem, ending = os.path.splitext(name)
         if name.startswith("."):

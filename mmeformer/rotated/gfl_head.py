@@ -212,6 +212,7 @@ class RotatedGFLHead(AnchorHead):
             boxes = get_box_tensor(self.bbox_coder.decode(pos_anchors, self.integral(logits)))
 
             losses = {}
+            cls_targets: Tensor | tuple[Tensor, Tensor]
             if isinstance(self.loss_cls, QualityFocalLoss):
                 quality = scores.new_zeros(len(scores))
                 quality[positive] = rotated_iou(boxes.detach(), pos_targets)
@@ -263,7 +264,7 @@ class RotatedGFLHead(AnchorHead):
         """
         if batch_gt_instances_ignore is None:
             batch_gt_instances_ignore = [None] * len(batch_img_metas)
-        targets = multi_apply(
+        labels, label_weights, bbox_targets = multi_apply(
             self._get_targets_single,
             valid_flag_list,
             batch_gt_instances,
@@ -272,7 +273,7 @@ class RotatedGFLHead(AnchorHead):
             anchors=anchors,
             num_level_anchors=num_level_anchors,
         )
-        return tuple(map(torch.cat, targets))
+        return torch.cat(labels), torch.cat(label_weights), torch.cat(bbox_targets)
 
     def _get_targets_single(
         self,

@@ -32,7 +32,7 @@ class _GFLGraph(Graph):
 
     def __init__(self, model: Any, normalize: nn.Module | None = None) -> None:
         super().__init__(normalize)
-        head = getattr(model, "bbox_head", None)
+        head: Any = getattr(model, "bbox_head", None)
         require(
             type(head).__name__ == "RotatedGFLHead",
             f"{type(model).__name__} has no RotatedGFLHead",
@@ -66,6 +66,8 @@ class RotatedGraph(_GFLGraph):
 
     extra_inputs = ("image_size",)
     output_names = ("boxes", "scores", "labels", "image_index")
+
+    anchors: Tensor
 
     def __init__(self, model: Any, normalize: nn.Module | None = None) -> None:
         super().__init__(model, normalize)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmcv.transforms import Compose
+from mmdet.models import BaseDetector
 from mmdet.structures import DetDataSample
 from mmdet.utils import get_test_pipeline_cfg
 from mmengine.registry import DefaultScope
-from torch import nn
 
 from mmeformer.images import read_image
 from mmeformer.results import RotatedDetections
@@ -21,7 +21,7 @@ from mmeformer.windows import Progress, Window, predict_windows, windows
 
 
 def detect_large_image(
-    model: nn.Module,
+    model: BaseDetector,
     image: str | Path | np.ndarray,
     *,
     size: int = 1024,
@@ -56,7 +56,7 @@ def detect_large_image(
             ``(H, W, 3)`` uint8; ``size``, ``overlap`` or ``batch_size`` out of range.
     """
     path = None if isinstance(image, np.ndarray) else str(image)
-    pixels = image if path is None else read_image(path)
+    pixels = image if isinstance(image, np.ndarray) else read_image(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(
             f"an image is (H, W, 3) uint8 in the order blue, green, red, not {pixels.shape} "
@@ -85,7 +85,7 @@ def merge_windows(
     return RotatedDetections.concatenate(parts).suppressed(iou_thr)
 
 
-def _predictor(model: nn.Module) -> Callable[[list[np.ndarray]], Sequence[RotatedDetections]]:
+def _predictor(model: BaseDetector) -> Callable[[list[np.ndarray]], Sequence[RotatedDetections]]:
     """A function from the crops of a batch to their boxes, through the model's test pipeline."""
     steps = [
         step for step in get_test_pipeline_cfg(model.cfg.copy()) if "Annotations" not in step.type

@@ -28,6 +28,8 @@ class RotatedIntegral(nn.Module):
         ValueError: ``reg_max`` is not positive, or a range does not increase.
     """
 
+    points: Tensor
+
     def __init__(
         self,
         reg_max: int = 8,

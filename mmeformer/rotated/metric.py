@@ -111,7 +111,7 @@ class DOTAMetric(BaseMetric):
             archive = write_task1(self.submission_dir, images, classes)
             logger.info(f"boxes of {len(images)} images for DOTA's Task 1 are in {archive}")
         if self.label_files is not None:
-            truths = self._read_truths(images)
+            truths = self._read_truths(self.label_files, images)
         elif self.merge_patches or (self.submission_dir is not None and not truths):
             return {}
         if len(truths) != len(images):
@@ -135,22 +135,24 @@ class DOTAMetric(BaseMetric):
             "AP75": float(ap[IOU_THRS.index(0.75)]),
         }
 
-    def _read_truths(self, images: dict[str, RotatedDetections]) -> dict[str, GroundTruth]:
-        folder = next(iter(self.label_files.values())).parent
-        if missing := [name for name in images if name not in self.label_files]:
+    def _read_truths(
+        self, label_files: dict[str, Path], images: dict[str, RotatedDetections]
+    ) -> dict[str, GroundTruth]:
+        folder = next(iter(label_files.values())).parent
+        if missing := [name for name in images if name not in label_files]:
             raise FileNotFoundError(
                 f"ann_dir {folder} has no label file for {len(missing)} of {len(images)} images, "
                 f"such as {missing[0]}; correct ann_dir, or add an empty file for an image without "
                 "objects"
             )
-        if untested := self.label_files.keys() - images.keys():
+        if untested := label_files.keys() - images.keys():
             MMLogger.get_current_instance().warning(
                 f"ann_dir {folder} has {len(untested)} images that were not tested, such as "
                 f"{min(untested)}; their objects do not count"
             )
         classes = self.dataset_meta["classes"]
         files = read_label_files(
-            (self.label_files[name] for name in images),
+            (label_files[name] for name in images),
             classes,
             self.dataset_meta.get("dropped_classes", ()),
         )

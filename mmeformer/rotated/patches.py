@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -266,7 +266,7 @@ class Split:
         self.finished = len(jobs) - len(self.pending)
 
     def _jobs(self, sources) -> dict[str, Job]:
-        jobs = {}
+        jobs: dict[str, Job] = {}
         for image_folder, label_folder in sources:
             if (label_folder is not None) != self._has_labels:
                 raise ValueError("some folders have labels and some have none; cut them separately")
@@ -329,7 +329,7 @@ class Split:
             files.append(self.target / "annfiles" / f"{name}.txt")
         return files
 
-    def run(self, workers: int = 1) -> Iterator[Outcome]:
+    def run(self, workers: int = 1) -> Generator[Outcome, None, None]:
         """Cut the :attr:`pending` images; delete patches of images that changed or are gone.
 
         Args:

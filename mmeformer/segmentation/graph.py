@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class SegmentationGraph(Graph):
         ValueError: another kind of model.
     """
 
-    extra_inputs = ("output_size",)
+    extra_inputs: tuple[str, ...] = ("output_size",)
     output_names = ("labels",)
     raw_names = ("raw_logits",)
     compare = staticmethod(check.compare_labels)
@@ -62,17 +63,16 @@ class SegmentationGraph(Graph):
         raw = head(self.model.extract_feat(image))
         logits = self._resize(raw, image.shape[-2:])
         if output_size is not None:
-            height, width = output_size.unbind()
-            if not torch.jit.is_tracing():
-                height, width = int(height), int(width)
-            logits = self._resize(logits, (height, width))
+            # A tracer follows tensors, but not the numbers in them.
+            size: Any = output_size.unbind() if torch.jit.is_tracing() else output_size.tolist()
+            logits = self._resize(logits, size)
         if head.out_channels == 1:
             labels = (logits.sigmoid() > head.threshold).squeeze(1)
         else:
             labels = logits.argmax(1)
         return labels.to(torch.uint8 if head.num_classes <= 256 else torch.int32), raw
 
-    def _resize(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+    def _resize(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         return F.interpolate(
             logits, size=size, mode="bilinear", align_corners=self.model.align_corners
         )

@@ -56,7 +56,7 @@ class SegmentationPredictor(Predictor[Segmentation]):
         palette = self.model.dataset_meta.get("palette")
         if palette is None or len(palette) != count:
             palette = np.random.default_rng(0).integers(0, 256, (count, 3)).tolist()
-        self.palette = [tuple(int(value) for value in color) for color in palette]
+        self.palette = [(int(r), int(g), int(b)) for r, g, b in palette]
         self.legend = [
             dict(id=index, name=name, color=list(color))
             for index, (name, color) in enumerate(zip(self.classes, self.palette, strict=True))
@@ -124,7 +124,7 @@ def merge_windows(
         size: height and width of the image.
         dtype: of the labels.
     """
-    labels = np.empty(size, dtype)
+    labels: np.ndarray = np.empty(size, dtype)
     for window, core, found in zip(places, cores(places), results, strict=True):
         x0, y0, x1, y1 = core
         left, top = window[:2]
@@ -153,22 +153,20 @@ def label_map(
     Returns:
         (H, W) int64, equal to the ``argmax`` of the logits interpolated to ``size``.
     """
-    step = max(1, LOGITS_AT_ONCE // (size[0] * size[1]))
-    best = labels = None
-    for start in range(0, len(logits), step):
-        enlarged = functional.interpolate(
-            logits[None, start : start + step],
-            size=tuple(size),
-            mode="bilinear",
-            align_corners=align_corners,
+
+    def enlarge(logits: Tensor) -> Tensor:
+        return functional.interpolate(
+            logits[None], size=tuple(size), mode="bilinear", align_corners=align_corners
         )[0]
-        if len(logits) == 1:
-            return (enlarged[0].sigmoid() > threshold).long()
-        value, index = enlarged.max(0)
-        if best is None:
-            best, labels = value, index
-        else:
-            better = value > best
-            best = torch.where(better, value, best)
-            labels = torch.where(better, index + start, labels)
+
+    if len(logits) == 1:
+        assert threshold is not None, "a single channel needs a threshold"
+        return (enlarge(logits)[0].sigmoid() > threshold).long()
+    step = max(1, LOGITS_AT_ONCE // (size[0] * size[1]))
+    best, labels = enlarge(logits[:step]).max(0)
+    for start in range(step, len(logits), step):
+        value, index = enlarge(logits[start : start + step]).max(0)
+        better = value > best
+        best = torch.where(better, value, best)
+        labels = torch.where(better, index + start, labels)
     return labels

@@ -7,6 +7,7 @@ Written as DOTA patches: ``images/`` and ``annfiles/`` with DOTA-v1.0 label file
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def _draw(image: np.ndarray, label: int, corners: np.ndarray, color: np.ndarray)
     """Draw an object so that it touches all four sides of its box."""
     origin, along, across = corners[3], corners[0] - corners[3], corners[2] - corners[3]
 
-    def fill(points: list[tuple[float, float]], shade: float) -> None:
+    def fill(points: Sequence[tuple[float, float]], shade: float) -> None:
         # Points are relative to the rear left corner, 0 to 1 along and across. OpenCV takes them
         # in units of 1/16 px.
         places = [origin + u * along + v * across for u, v in points]

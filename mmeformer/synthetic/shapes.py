@@ -47,6 +47,8 @@ def outline(label: int, center: tuple[float, float], radius: float, angle: float
         angle: rotation in radians.
     """
     name = CLASSES[label]
+    directions: np.ndarray
+    radii: np.ndarray
     if name == "circle":
         directions = np.linspace(0, 2 * math.pi, 48, endpoint=False)
         radii = np.full(48, radius)
@@ -163,7 +165,7 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: tuple[int,
 
     (root / split).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
-    images, annotations = [], []
+    images, annotations = [], list[dict[str, object]]()
     for index in range(count):
         rng = np.random.default_rng([*seed, index])
         image, instances = draw_scene(rng, size)

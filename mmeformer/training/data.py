@@ -68,7 +68,7 @@ class GuardedDataset(Dataset):
         """Number of samples."""
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict | None:
         """Load a sample; a :class:`~mmeformer.training.randomness.Draw` as index sets its seed.
 
         Raises:
@@ -80,7 +80,7 @@ class GuardedDataset(Dataset):
         index = int(index)
         if getattr(self.dataset, "test_mode", False):
             return self._load(index)
-        unreadable: dict[str, str] = {}
+        unreadable: dict[str, str | None] = {}
         for _ in range(getattr(self.dataset, "max_refetch", 1000) + 1):
             try:
                 sample = self._load(index)

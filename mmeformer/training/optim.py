@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
@@ -12,7 +13,7 @@ from mmeformer.backbones.base import PyramidBackbone
 from mmeformer.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 
-def layer_index(name: str, depths: list[int]) -> int:
+def layer_index(name: str, depths: Sequence[int]) -> int:
     """Depth of a backbone tensor: 0 for the stem, then 1, 2, ... for the blocks.
 
     A downsample layer has the depth of the block after it; layers after the blocks (pyramid norms)
@@ -59,7 +60,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         multipliers = {}
         for child in module.modules():
             if isinstance(child, PyramidBackbone):
-                depths = [len(stage.blocks) for stage in child.stages]
+                depths = child.architecture.depths[: len(child.stages)]
                 for name, parameter in child.named_parameters():
                     distance = sum(depths) + 1 - layer_index(name, depths)
                     multipliers[id(parameter)] = rate**distance

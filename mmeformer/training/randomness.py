@@ -27,15 +27,17 @@ SAMPLE, STEP = 0, 1
 class Draw(int):
     """An index of a data set, with the number of draws before it in all processes."""
 
+    position: int
+
     def __new__(cls, index: int, position: int) -> Draw:
         """Make the draw of ``index`` at ``position`` (from 0) of the run."""
         draw = super().__new__(cls, index)
         draw.position = position
         return draw
 
-    def __getnewargs__(self) -> tuple[int, int]:
+    def __reduce__(self) -> tuple[type[Draw], tuple[int, int]]:
         # For pickling: samplers run in the main process, data sets in workers.
-        return int(self), self.position
+        return Draw, (int(self), self.position)
 
 
 class PositionSampler(Sampler):

@@ -44,6 +44,9 @@ class Runner(MMEngineRunner):
     """
 
     _fine_tuning = False
+    # mmengine's.
+    _load_from: str | None
+    _resume: bool
 
     @staticmethod
     def build_dataloader(
@@ -103,6 +106,7 @@ class Runner(MMEngineRunner):
         """Choose the file to resume from and take over its seed, before any data is loaded."""
         start: list = [None, None]
         if is_main_process():
+            newest: tuple[str | Path, dict] | None
             if self._load_from is None:
                 newest = newest_resumable(self.work_dir)
             else:
