@@ -256,7 +256,7 @@ class RotatedDetections:
         return replace(self, boxes=self.boxes * np.array([scale] * 4 + [1], np.float32))
 
     def suppressed(self, iou_threshold: float) -> RotatedDetections:
-        """What rotated NMS within each class leaves, the best first."""
+        """The objects that rotated NMS within each class keeps, the best first."""
         return self.take(rotated_nms(self.boxes, self.scores, self.labels, iou_threshold))
 
     def corners(self) -> Array:

@@ -94,7 +94,7 @@ class MapAttention(nn.Module):
         return self.proj(F.gelu(out))
 
     def _head_bias(self, size: tuple[int, ...]) -> Tensor:
-        """What the second talking head adds for each key: (heads, 1, 1)."""
+        """The term that the second talking head adds for each key: (heads, 1, 1)."""
         bias = self.talking_head2.bias
         assert bias is not None  # folding takes that of the first head alone
         if self.head_bias_keys is not None:

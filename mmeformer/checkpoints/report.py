@@ -20,7 +20,7 @@ def shorten(items: Sequence[str], shown: int = SHOWN) -> str:
 
 @dataclass
 class Report:
-    """What happened to every tensor of a checkpoint: each is in exactly one of these lists.
+    """The fate of every tensor of a checkpoint: each is in exactly one of these lists.
 
     Args:
         title: what was done, such as ``"loaded into efficientformerv2_s0"``.

@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mask-format",
         choices=["palette", "ids"],
-        help="of segmentation: labels with colours (default), or as grey values",
+        help="of segmentation: labels with colors (default), or as gray values",
     )
     parser.add_argument("--no-pictures", action="store_true", help="results only, which is faster")
     cli.add_config_options(parser)
