@@ -56,7 +56,7 @@ test-all: install ## Run all tests, on newly drawn inputs where inputs are drawn
 	@$(PARALLEL) -m "not forks" --hypothesis-profile=explore
 
 test-install: install ## Install the built wheel into fresh environments (Python 3.10, 3.13) and use it
-	@$(VENV) -m pytest -m install
+	@$(PARALLEL) -m install
 
 smoke: install ## Import everything and run each task once, in a minute
 	@$(VENV) tests/smoke.py

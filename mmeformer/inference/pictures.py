@@ -10,7 +10,7 @@ SMALLEST_PICTURE, LARGEST_PICTURE = 640, 4096
 """Longer side of pictures, pixels: names do not fit into smaller ones, and matplotlib, which draws
 them, takes long before it reaches its limit of 65,535."""
 
-NAME_PIXELS = 5000
+NAME_PIXELS = 20000
 """Pixels of a picture per name. With more objects names are left out, as they would cover the
 picture; the colors tell the classes."""
 

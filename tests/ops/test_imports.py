@@ -3,6 +3,8 @@
 
 Every case is a fresh Python. ``installed`` is an environment as pip makes it, whose
 ``mmeformer.pth`` runs at every start; ``checkout`` is one where mmeformer is merely on the path.
+Importing mmdet takes several seconds, so most cases with the real packages run with the tests of
+installation.
 """
 
 import os
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+INSTALL = pytest.mark.install
 NMS = "torch.tensor([[0.0, 0, 9, 9], [1, 0, 9, 9]]), torch.tensor([0.9, 0.8])"
 
 
@@ -209,11 +212,11 @@ ROTATED = """
     "first, then, packages",
     [
         ("mmdet.models", DETECTION, ["mmdet"]),
-        ("mmdet.apis", DETECTION, ["mmdet"]),
-        ("mmseg.apis", AFTER, ["mmseg"]),
+        pytest.param("mmdet.apis", DETECTION, ["mmdet"], marks=INSTALL),
+        pytest.param("mmseg.apis", AFTER, ["mmseg"], marks=INSTALL),
         ("mmrotate.apis", ROTATED, ["mmdet", "mmrotate"]),
-        ("mmcv.ops", AFTER, ["mmcv"]),
-        ("mmeformer", DETECTION, ["mmdet"]),
+        pytest.param("mmcv.ops", AFTER, ["mmcv"], marks=INSTALL),
+        pytest.param("mmeformer", DETECTION, ["mmdet"], marks=INSTALL),
     ],
 )
 def test_orders_of_imports_in_an_installed_environment(first, then, packages, installed):
@@ -222,13 +225,17 @@ def test_orders_of_imports_in_an_installed_environment(first, then, packages, in
     run(installed, f"import {first}\n" + textwrap.dedent(then) + "\nimport mmeformer")
 
 
-@pytest.mark.parametrize("first, then", [("mmdet.apis", DETECTION), ("mmrotate.apis", ROTATED)])
+@pytest.mark.parametrize(
+    "first, then",
+    [("mmdet.apis", DETECTION), pytest.param("mmrotate.apis", ROTATED, marks=INSTALL)],
+)
 def test_a_checkout_replaces_placeholders(first, then, checkout):
     for package in ("mmdet", "mmrotate"):
         pytest.importorskip(package)
     run(checkout, f"import {first}\nimport mmeformer\n" + textwrap.dedent(then))
 
 
+@INSTALL
 def test_only_placeholders_are_replaced(checkout):
     for package in ("mmdet", "mmseg"):
         pytest.importorskip(package)
@@ -255,6 +262,7 @@ def test_only_placeholders_are_replaced(checkout):
     run(checkout, code)
 
 
+@INSTALL
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 @pytest.mark.parametrize("place", ["installed", "checkout"])
 def test_worker_processes(place, method, request):
@@ -286,6 +294,7 @@ def test_worker_processes(place, method, request):
     )
 
 
+@INSTALL
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 def test_processes_of_torchrun(installed):
     pytest.importorskip("mmdet")
@@ -321,6 +330,7 @@ def tiny_configs(tmp_path_factory):
     return paths
 
 
+@INSTALL
 def test_init_detector_and_inferencer_of_mmdet(installed, tiny_configs):
     code = f"""
         from mmdet.apis import DetInferencer, inference_detector, init_detector
@@ -335,6 +345,7 @@ def test_init_detector_and_inferencer_of_mmdet(installed, tiny_configs):
     run(installed, code)
 
 
+@INSTALL
 def test_init_detector_on_a_rotated_model(installed, tiny_configs):
     code = f"""
         from mmdet.apis import inference_detector, init_detector
@@ -349,6 +360,7 @@ def test_init_detector_on_a_rotated_model(installed, tiny_configs):
     run(installed, code)
 
 
+@INSTALL
 def test_inferencer_of_mmseg(installed, tiny_configs):
     code = f"""
         from mmseg.apis import MMSegInferencer
