@@ -7,6 +7,7 @@ Importing mmdet takes several seconds, so most cases with the real packages run 
 installation.
 """
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -54,6 +55,15 @@ def installed(tmp_path_factory, dependencies):
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, dependencies):
     folder = tmp_path_factory.mktemp("checkout")
+    if importlib.util.find_spec("imgaug") is None:
+        # Without it and without mmeformer.pth, nobody can import mmdet first.
+        stub = tmp_path_factory.mktemp("stub")
+        (stub / "imgaug" / "augmentables").mkdir(parents=True)
+        for module in ("__init__", "augmenters", "augmentables/__init__"):
+            (stub / "imgaug" / f"{module}.py").write_text("")
+        lines = "LineString = LineStringsOnImage = object"
+        (stub / "imgaug" / "augmentables" / "lines.py").write_text(lines)
+        dependencies = [*dependencies, str(stub)]
     return environment(folder, str(ROOT), *dependencies, startup=False)
 
 
