@@ -61,8 +61,9 @@ def checkout(tmp_path_factory, dependencies):
         (stub / "imgaug" / "augmentables").mkdir(parents=True)
         for module in ("__init__", "augmenters", "augmentables/__init__"):
             (stub / "imgaug" / f"{module}.py").write_text("")
-        lines = "LineString = LineStringsOnImage = object"
-        (stub / "imgaug" / "augmentables" / "lines.py").write_text(lines)
+        names = "LineString = LineStringsOnImage = SegmentationMapsOnImage = object"
+        for module in ("lines", "segmaps"):
+            (stub / "imgaug" / "augmentables" / f"{module}.py").write_text(names)
         dependencies = [*dependencies, str(stub)]
     return environment(folder, str(ROOT), *dependencies, startup=False)
 
