@@ -13,6 +13,7 @@ from typing import Any
 import coremltools
 import numpy as np
 import torch
+from coremltools.converters.mil import Builder, register_torch_op
 from coremltools.converters.mil.mil.types import builtin_to_string
 from torch import nn
 
@@ -28,6 +29,21 @@ from mmeformer.runtime.images import Prepared, as_image, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 
 TARGET = coremltools.target.iOS16
+
+
+@register_torch_op(torch_alias=["int"], override=True)
+def _int(context: Any, node: Any) -> None:
+    """Convert PyTorch's ``int`` of a tensor with one element.
+
+    coremltools 9.0 calls Python's ``int`` on an array of shape (1,), an error since numpy 2.4.
+    """
+    x = context[node.inputs[0]]
+    if x.val is not None:
+        result = Builder.const(val=int(np.asarray(x.val).item()), name=node.name)
+    else:
+        scalar = Builder.squeeze(x=x, name=f"{node.name}_item") if len(x.shape) else x
+        result = Builder.cast(x=scalar, dtype="int32", name=node.name)
+    context.add(result, node.name)
 
 
 def write(
