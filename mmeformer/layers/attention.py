@@ -60,7 +60,7 @@ class Bias(Protocol):
         """The bias of all queries: (heads, Nq, H * W)."""
 
     def chunks(self, size: tuple[int, ...]) -> Callable[[int, int], Tensor]:
-        """A function from the first and the last query (exclusive) to their bias."""
+        """A function of ``first`` and ``last`` (exclusive) that gives the bias of these queries."""
 
 
 def unchanged(x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def attend(
         bias: of the logits.
         size: (H, W) of the key map.
         scale: of the products.
-        query_stride: as the bias has it.
+        query_stride: that of the bias.
         mix_logits, mix_attention: talking heads before and after the softmax.
         with_cp: use chunks of queries in training too, recomputed in the backward pass.
 

@@ -397,7 +397,7 @@ ERRORS = [
     ("{p}/rotated.py {p}/detection.pth {p}/images", "detection.pth does not fit this config"),
     ("{p}/segmentation.py {p}/rotated.pth {p}/images", "rotated.pth does not fit this config"),
     (DET + "{p}/gone.png", "input .*gone.png does not exist"),
-    (DET + "{p}/gone/*.png", "no image or video fits"),
+    (DET + "{p}/gone/*.png", "no image or video matches"),
     (DET + "{p}/images --score-thr -0.1", "score threshold -0.1 must be at least 0"),
     (DET + "{p}/images --score-thr 1.5", "score threshold 1.5 must be"),
     (DET + "{p}/images --batch-size 0", "batch size 0 must be at least 1"),
