@@ -113,7 +113,7 @@ def test_command_line(task, place, tmp_path, capfd):
     status = predict_main([*arguments, "--out", out, "--batch-size", 2, "--device", "cpu", *thr])
     output = capfd.readouterr()
     assert status == 1, output.err
-    assert re.search(r"skipped: .*images/bad.png is cut off", output.out), output.out
+    assert re.search(r"skipped: .*images/bad.png is truncated", output.out), output.out
     assert "predicted on 6 images" in output.out
     assert "error: 1 inputs were not" in output.err and "Traceback" not in output.err
 
