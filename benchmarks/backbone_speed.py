@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of the backbones as ratios to the reference's way of working, and to timm.
+"""Compare the backbones with the reference's way of working and with timm: time and memory.
 
     python benchmarks/backbone_speed.py inference --variants efficientformerv2_s0 efficientformer_l1
     python benchmarks/backbone_speed.py training
     python benchmarks/backbone_speed.py growth
 
-All ways of one line have the same weights and take turns in one run, so that a slow moment of the
-machine meets them alike; each has its shortest time. What the baseline does is written in
-reference_way.py. Tables go to the standard output in Markdown, and as JSON to --out.
+All ways of running a backbone have the same weights and take turns in one run, so that a slow
+moment of the machine affects all of them; the shortest time of each counts. See reference_way.py
+for the baseline. Tables are printed in Markdown; --out gets the results as JSON.
 """
 
 import argparse
@@ -41,9 +41,9 @@ MIB = 2**20
 def build(variant: str, image: torch.Tensor | None = None, **kwargs) -> nn.Module:
     """A backbone with the same random weights for the same variant and bias grid.
 
-    With an image its norms get the statistics that they meet there, as in a trained network. In
-    evaluation the maps would otherwise grow from block to block, up to logits of a million, and
-    nearly all attention consist of denormal numbers, which take a processor many times longer.
+    With an image, its norms get the statistics of that image, as in a trained network. Otherwise
+    maps would grow from block to block in evaluation, logits would reach a million, and nearly all
+    attention weights would be denormal numbers, which take a processor many times longer.
     """
     torch.manual_seed(0)
     row = VARIANTS[variant]
@@ -65,7 +65,7 @@ def build(variant: str, image: torch.Tensor | None = None, **kwargs) -> nn.Modul
 
 
 def onnx_call(backbone: nn.Module, image: torch.Tensor, folder: str) -> Callable[[], object]:
-    """Runs the folded backbone, exported for this size, in onnxruntime."""
+    """A function that runs the folded backbone, exported for this size, in onnxruntime."""
     import onnxruntime
 
     substitute_for_graph(backbone)
@@ -81,8 +81,8 @@ def onnx_call(backbone: nn.Module, image: torch.Tensor, folder: str) -> Callable
 def shortest(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Seconds of the fastest run of each call.
 
-    Each timed run comes after one that is not, as another call's weights fill the cache, and that
-    after a pause, as onnxruntime's threads spin on for a while when their work is done.
+    Before each timed run come a pause, because onnxruntime's threads keep spinning for a while, and
+    an untimed run, because the cache is full of another call's weights.
     """
     best = dict.fromkeys(calls, float("inf"))
     with torch.inference_mode():
@@ -139,9 +139,9 @@ def training(variant: str, size: tuple[int, int], args: argparse.Namespace) -> d
 
 
 def one_training(variant: str, size: tuple[int, int], args: argparse.Namespace) -> dict:
-    """The shortest step, and how far it takes the memory beyond that after a small step.
+    """The shortest step, and the growth of peak memory over that of a small step.
 
-    Ours with the C library's memory as our command lines set it on a CPU.
+    Ours uses the C library's memory settings of our command lines on a CPU.
     """
     image = torch.randn(1, 3, *size)
     if args.way == "reference's way":
@@ -152,7 +152,7 @@ def one_training(variant: str, size: tuple[int, int], args: argparse.Namespace) 
         grid = [max(1, side // 32) for side in size]
         model = build(variant, bias_grid=grid, with_cp=with_cp)
     model.train()
-    # Brings in the code of the libraries.
+    # Loads the libraries' code.
     sum(level.mean() for level in model(image[..., :64, :64])).backward()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     best = float("inf")

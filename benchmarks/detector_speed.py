@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mask R-CNN with our backbones and with mmdet's ResNet-50: time and memory as ratios.
+"""Compare Mask R-CNN with our backbones to Mask R-CNN with ResNet-50: time and memory as ratios.
 
     python benchmarks/detector_speed.py --variants efficientformerv2_s0 efficientformer_l1
 
-Both have the same neck, heads, images and objects. Weights are random, so proposals are noise, but
-as many as in use. Ours run as in tools/train.py and tools/predict.py: channels last, folded for
-inference. Each model runs in its own process, to measure its peak of resident memory.
+Necks, heads, images and objects are the same. Weights are random, so proposals are noise, but their
+number is realistic. Ours run in channels last, and folded for inference. Each model runs in its own
+process, to measure its peak resident memory.
 """
 
 import argparse

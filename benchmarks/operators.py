@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processor time of our operators against mmcv's compiled ones, on one core of a CPU.
+"""Compare CPU time of our operators and mmcv's compiled ones, on one core.
 
 Run it where mmcv has compiled operators: ``python benchmarks/operators.py [--rounds 9]``. It prints
-a Markdown table. Rounds of both kinds alternate, and the median counts. On a CPU nearly all of the
-compiled operators use one thread; processor time does not count what else the machine does.
+a Markdown table of medians; rounds of both kinds alternate. On a CPU nearly all compiled operators
+use one thread. CPU time does not count other programs on the machine.
 """
 
 import argparse
@@ -21,7 +21,7 @@ MODULES = ("nms", "box_iou_rotated", "roi_align")
 
 
 def use(extension) -> None:
-    """Let ``mmcv.ops`` call one extension or the other."""
+    """Make ``mmcv.ops`` call ``extension``."""
     for name in MODULES:
         importlib.import_module(f"mmcv.ops.{name}").ext_module = extension
 
@@ -34,18 +34,19 @@ def rotated_boxes(count: int, side: int) -> Tensor:
 
 
 def detections(objects: int, each: int, side: int) -> Tensor:
-    """Rotated boxes as a head gives them: ``each`` of slightly different ones per object."""
+    """Rotated boxes as a head predicts them: ``each`` slightly different ones per object."""
     boxes = rotated_boxes(objects, side).repeat_interleave(each, 0)
     noise = torch.randn_like(boxes) * torch.tensor([3.0, 3, 3, 3, 0.1])
     return (boxes + noise)[torch.randperm(len(boxes))]
 
 
 def upright(boxes: Tensor) -> Tensor:
+    """Corners (N, 4) of rotated boxes as if their angle were zero."""
     return torch.cat([boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2], 1)
 
 
 def cases() -> dict[str, Callable[[], object]]:
-    """What is timed: sizes of the three tasks."""
+    """The calls to time, by name, with the sizes of the three tasks."""
     from mmcv.ops import box_iou_rotated, nms, nms_rotated, roi_align
 
     torch.manual_seed(0)
@@ -104,7 +105,7 @@ def main() -> None:
             start = time.process_time()
             call()
             times[extension].append(1000 * (time.process_time() - start))
-        # The first round of each warms up.
+        # The first round of each is a warm-up.
         theirs, ours = (statistics.median(values[1:]) for values in times.values())
         print(f"| {name} | {theirs:.1f} | {ours:.1f} | {theirs / ours:.1f} |", flush=True)
 

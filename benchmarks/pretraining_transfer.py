@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does pretraining help a detector? Shown on generated data, without downloads.
+"""Measure how much pretraining helps a detector, on generated data and without downloads.
 
-1. Pretrain V2-S0 as a classifier of single shapes (random colour, size, turn and background).
-2. Train the quickstart detector from those weights, through ``init_cfg`` as users load ImageNet
-   weights, and from scratch: the same data, schedule and seeds.
+1. Pretrain V2-S0 as a classifier of single shapes (random color, size, rotation and background).
+2. Train the quickstart detector from those weights (through ``init_cfg``, as users load ImageNet
+   weights) and from scratch, with the same data, schedule and seeds.
 3. Write box and mask AP50 over the iterations as JSON and as a plot.
 
     python benchmarks/pretraining_transfer.py --out work_dirs/transfer --seeds 0 1 2
 
-A second run in the same folder goes on where the first one stopped.
+A second run in the same folder continues where the first one stopped.
 """
 
 import argparse
@@ -37,18 +37,18 @@ def shape_images(rng: np.random.Generator, count: int, size: int) -> tuple[np.nd
     images = np.empty((count, size, size, 3), dtype=np.uint8)
     labels = rng.integers(len(CLASSES), size=count)
     for image, label in zip(images, labels, strict=True):
-        background, colour = rng.uniform(0, 255, (2, 3))
+        background, color = rng.uniform(0, 255, (2, 3))
         image[:] = background
         radius = rng.uniform(0.2, 0.45) * size
-        centre = tuple(rng.uniform(radius, size - radius, 2))
-        points = outline(int(label), centre, radius, rng.uniform(0, 2 * math.pi))
-        cv2.fillPoly(image, [np.round(points).astype(np.int32)], colour.tolist())
+        center = tuple(rng.uniform(radius, size - radius, 2))
+        points = outline(int(label), center, radius, rng.uniform(0, 2 * math.pi))
+        cv2.fillPoly(image, [np.round(points).astype(np.int32)], color.tolist())
         image[:] = (image + rng.normal(0, 8, image.shape)).clip(0, 255)
     return images, labels
 
 
 def to_batch(images: np.ndarray) -> torch.Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float, normalised."""
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float, normalized."""
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() - MEAN) / STD
 
 
@@ -86,7 +86,7 @@ def pretrain(path: Path, iterations: int, size: int, batch: int, layer_scale: fl
 
 
 def train_detector(work_dir: Path, seed: int, checkpoint: Path | None, iterations: int) -> list:
-    """Train the quickstart detector, or find it trained; return rows of step and AP50."""
+    """Train the quickstart detector, unless that is done; return rows of step and AP50."""
     curve = work_dir / "curve.json"
     if curve.is_file():
         return load(str(curve))
@@ -101,7 +101,7 @@ def train_detector(work_dir: Path, seed: int, checkpoint: Path | None, iteration
     )
     config.param_scheduler[-1].end = iterations
     config.work_dir = str(work_dir)
-    # mmengine would hand out the visualizer of the run before, and with it that run's log.
+    # Otherwise mmengine reuses the visualizer of the previous run, and with it that run's log.
     config.visualizer.name = str(work_dir)
     if checkpoint is not None:
         config.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(checkpoint))
@@ -128,11 +128,11 @@ def draw(results: dict, picture: Path) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for axes, title in zip(panels, METRICS, strict=True):
-        for colour, (start, runs) in zip(("C0", "C1"), results["runs"].items(), strict=True):
+        for color, (start, runs) in zip(("C0", "C1"), results["runs"].items(), strict=True):
             steps = [row["step"] for row in runs[0]]
             curves = np.array([[row[title] for row in run] for run in runs])
-            axes.plot(steps, curves.T, color=colour, alpha=0.3, linewidth=1)
-            axes.plot(steps, curves.mean(0), color=colour, marker="o", label=start)
+            axes.plot(steps, curves.T, color=color, alpha=0.3, linewidth=1)
+            axes.plot(steps, curves.mean(0), color=color, marker="o", label=start)
         axes.set(title=title, xlabel="iteration")
         axes.grid(alpha=0.3)
     panels[0].legend()
@@ -140,7 +140,7 @@ def draw(results: dict, picture: Path) -> None:
 
 
 def main() -> None:
-    """Run all of it."""
+    """Pretrain, train the detectors and plot their AP50."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

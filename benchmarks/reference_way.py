@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our backbones set to the reference's way of working, as the baseline of the measurements.
+"""Our backbones run the reference's way, as the baseline of the measurements.
 
-Same weights, same numbers (up to rounding), but as snap-research/EfficientFormer works downstream
-(``detection/`` and ``segmentation/``): the bias matrix is expanded and resized by bicubic
-interpolation at every forward pass, the logits of all queries are one tensor that is scaled, biased
-and mixed by convolutions in passes of their own, layer scales take a pass of theirs, 1x1
-convolutions are convolutions, maps are NCHW, and nothing is folded or computed again.
+Weights and results are the same (up to rounding), but the computation is that of
+snap-research/EfficientFormer downstream (``detection/`` and ``segmentation/``). The bias matrix is
+expanded and resized by bicubic interpolation in every forward pass. The logits of all queries are
+one tensor; scale, bias and talking heads (as convolutions) take a pass each. Maps are NCHW, and
+nothing is folded or recomputed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def attend(
     mix_attention=None,
     with_cp=False,
 ):
-    """:func:`mmeformer.layers.attention.attend` of all queries at once, in a pass per operation."""
+    """:func:`mmeformer.layers.attention.attend` for all queries at once, one pass per operation."""
     logits = (query @ key.transpose(2, 3)) * scale + bias.compute(tuple(size))
     if mix_logits is not None:
         logits = mix_logits(logits)
@@ -59,7 +59,7 @@ class ReferenceWay(nn.Module):
         super().__init__()
         biases = [module for module in backbone.modules() if isinstance(module, AttentionBias)]
         if any(bias.resize != "matrix" for bias in biases):
-            raise ValueError("the reference resizes matrices: build with bias_resize='matrix'")
+            raise ValueError("build the backbone with bias_resize='matrix'")
         self.backbone = backbone
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

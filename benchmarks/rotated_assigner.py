@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of ATSS for rotated boxes: candidates only, against mmrotate's all pairs.
+"""Compare ATSS for rotated boxes, ours (candidates only) and mmrotate's (all pairs).
 
     python benchmarks/rotated_assigner.py
     python benchmarks/rotated_assigner.py --boxes 100 5000 --reference-up-to 5000
 
-Random boxes of 10 to 100 px in one 1024 px image, anchors of the head (strides 8 to 128). Each run
-has a process of its own, so that its peak memory is its own.
+Prints time, memory and whether the assignments agree. Boxes are random, 10 to 100 px in one 1024 px
+image; anchors are those of the head (strides 8 to 128). Each run has its own process, so that peak
+memory can be measured.
 """
 
 import argparse
@@ -22,13 +23,13 @@ def run(name: str, num_boxes: int, size: int, threads: int) -> tuple[float, floa
     """Assign once.
 
     Args:
-        name (str): Registered assigner, with scope.
-        num_boxes (int): Boxes in the image.
-        size (int): Side of the image in pixels.
-        threads (int): Threads of PyTorch.
+        name: registered assigner, with scope.
+        num_boxes: boxes in the image.
+        size: side of the image in pixels.
+        threads: threads of PyTorch.
 
     Returns:
-        tuple: Seconds, MiB of peak memory above the level before, hash of the assignment.
+        Seconds, increase of peak memory in MiB, hash of the assignment.
     """
     from mmrotate.structures.bbox import RotatedBoxes
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does the rotated recipe train every variant stably? Loss curves of all seven, side by side.
+"""Train every variant with the rotated recipe and plot losses and gradient norms side by side.
 
     python benchmarks/rotated_recipe.py --out work_dirs/recipe
     python benchmarks/rotated_recipe.py --out work_dirs/recipe-dota --data data/patches --side 256
 
-Each variant is trained from scratch with the quickstart's recipe (AdamW without decay for norms,
-biases and layer scales, warm-up, gradient clipping, cosine, trained batch norms) on generated
-scenes, or on patches in DOTA's format that tools/split_dota.py cut. Written to the folder: losses
-and gradient norms as JSON and a plot. A second run goes on where the first one stopped.
+Shows whether training is stable. Each variant is trained from scratch with the quickstart's recipe
+(AdamW without decay for norms, biases and layer scales, warm-up, gradient clipping, cosine, trained
+batch norms) on generated scenes, or on patches in DOTA's format from tools/split_dota.py. The
+folder gets losses and gradient norms as JSON and as a plot. A second run continues where the first
+one stopped.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def build_config(variant: str, folder: Path, side: int, args: argparse.Namespace
 
 
 def train(variant: str, args: argparse.Namespace) -> list[dict]:
-    """Rows of ``step``, ``loss`` and ``grad_norm``, one per iteration."""
+    """Train a variant, unless that is done; return step, loss and gradient norm per iteration."""
     folder = args.out / variant
     curve = folder / "curve.json"
     if curve.is_file():
@@ -70,7 +71,7 @@ def train(variant: str, args: argparse.Namespace) -> list[dict]:
 
 
 def draw(curves: dict[str, list[dict]], picture: Path) -> None:
-    """Loss, and gradient norm before clipping, as means over ten iterations."""
+    """Plot loss and gradient norm before clipping, as means over ten iterations."""
     import matplotlib
 
     matplotlib.use("Agg")

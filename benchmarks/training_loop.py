@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a training iteration goes: data, forward parts, backward, optimizer, the rest.
+"""Measure where the time of a training iteration goes: data, forward parts, backward, optimizer.
 
     python benchmarks/training_loop.py detection --iterations 10
     python benchmarks/training_loop.py detection --size 800 1344 --batch 1 --iterations 4
 
-Trains a quickstart's config on its generated data, if asked for with images enlarged to another
-size, and prints the share of each part. Parts below another one are included in it.
+Trains a quickstart's config on its generated data (``--size`` resizes the images) and prints the
+share of each part. Parts that begin with "-" are included in the part above them.
 """
 
 import argparse
@@ -16,8 +16,7 @@ from pathlib import Path
 
 from mmengine.hooks import Hook
 
-from mmeformer import configs
-from mmeformer.quickstart import TASKS
+from mmeformer import configs, tasks
 from mmeformer.training import engine
 
 PARTS = {
@@ -35,7 +34,7 @@ PARTS = {
 
 
 class Clock(Hook):
-    """Sums up the time of parts, and of whole iterations after the first two."""
+    """Sums up the time of parts and of whole iterations, without the first two iterations."""
 
     priority = "LOWEST"
 
@@ -70,13 +69,13 @@ class Clock(Hook):
         self.watch(runner.optim_wrapper, "step", "clipping and optimizer")
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Data has arrived."""
+        """Data has arrived: add the time spent waiting for it."""
         if self.running:
             self.seconds["waiting for data"] += time.perf_counter() - self.ended
         self.started = time.perf_counter()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """The iteration is over, hooks and logging included."""
+        """The iteration is over, including hooks and logging: add its time."""
         now = time.perf_counter()
         if self.running:
             self.iterations += 1
@@ -90,12 +89,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("task", choices=sorted(TASKS))
+    parser.add_argument("task", choices=sorted(tasks.TASKS))
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"))
     parser.add_argument("--batch", type=int)
     args = parser.parse_args()
-    quickstart = TASKS[args.task]
+    quickstart = tasks.load(tasks.TASKS[args.task].quickstart)
     config = configs.load_config(quickstart.config)
     quickstart.generate(Path(config.data_root))
     config.train_cfg.max_iters = config.train_cfg.val_interval = args.iterations + 2

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """EfficientFormer V1 and V2 backbones for OpenMMLab detection, segmentation and rotated detection.
 
-Importing the package costs nothing: the backbones (and with them torch, timm and mmengine) are
-imported at their first use, so that ``python -m mmeformer.doctor`` can name a broken installation.
-It lets mmcv find its operators where none are compiled (:mod:`mmeformer.ops`),
-and mmdet be imported without imgaug (:mod:`mmeformer.without_imgaug`).
+Importing the package is cheap: the backbones (and with them torch, timm and mmengine) are imported
+at their first use, so that ``python -m mmeformer.doctor`` can diagnose a broken installation. The
+import makes mmcv find its operators where none are compiled (:mod:`mmeformer.ops`), and makes mmdet
+importable without imgaug (:mod:`mmeformer.without_imgaug`).
 """
 
 from importlib import import_module

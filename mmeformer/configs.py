@@ -20,8 +20,8 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
         options: settings to override, by dotted key (``--cfg-options``).
 
     Raises:
-        FileNotFoundError: neither exists; names shipped configs with similar names.
-        ValueError: it cannot be read; says why.
+        FileNotFoundError: neither exists; the message names similar shipped configs.
+        ValueError: it cannot be read; the message says why.
     """
     path = Path(path)
     if not path.is_file():

@@ -2,8 +2,8 @@
 """``python -m mmeformer.doctor``: installed versions, operators and GPUs, and every problem's fix.
 
 :func:`gather` collects :class:`Facts`, :func:`diagnose` finds problems in them without touching the
-system, :func:`report` words both. Only the standard library is imported with this module, and every
-other import is tried in a process apart: a library built for another torch may end its process.
+system, :func:`report` prints both. This module imports only the standard library. Every other
+import is tried in a child process, as a library built for another torch may crash its process.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from mmeformer.tasks import TASKS
 
-# Distributions that install the same import name; at most one of each row can work.
+# Distributions that install the same import name; only one of each row can be installed.
 RIVALS = {
     "mmengine": ("onedl-mmengine", "mmengine", "mmengine-lite"),
     "mmcv": ("onedl-mmcv", "mmcv", "mmcv-lite", "mmcv-full"),
@@ -35,9 +35,10 @@ OPENCV = tuple(
 )
 # Task packages, and the extra of mmeformer that installs each.
 OPTIONAL = {task.scope: task.name for task in TASKS.values()}
-# Required by mmdet and used by its lane detection alone (mmeformer/without_imgaug.py).
+# Required by mmdet, but used by its lane detection only (mmeformer/without_imgaug.py).
 NOT_NEEDED = ("imaug", "imgaug")
-# The imports tried, in this order, and what each needs: a failure is reported where it begins.
+# The imports that are tried, in this order, and those that each needs: only the first failure of a
+# chain is reported.
 NEEDS = {
     "numpy": (),
     "cv2": ("numpy",),
@@ -53,10 +54,10 @@ NEEDS = {
     "mmeformer": ("mmengine", "timm"),
 }
 TORCH_FIX = (
-    "install both in one command and from one place: make repair (or: pip install "
+    "install both in one command and from one source: make repair (or: pip install "
     "--force-reinstall torch==VERSION torchvision==VERSION)"
 )
-# Failures of imports and trials, as their errors read, and the fix.
+# Patterns of error messages, and the fix.
 KNOWN_FAILURES = (
     (r"torchvision::nms|different CUDA major versions", TORCH_FIX),
     (
@@ -68,7 +69,7 @@ KNOWN_FAILURES = (
         r"_ARRAY_API|numpy\.core\.multiarray|numpy\.dtype size changed",
         "it was built for another numpy: make repair (or reinstall it together with numpy)",
     ),
-    (r"pkg_resources", "newer setuptools lack it: pip install 'setuptools<81'"),
+    (r"pkg_resources", "newer setuptools do not have it: pip install 'setuptools<81'"),
     (r"MMEFORMER_OPERATORS", "unset MMEFORMER_OPERATORS"),
     (r"mmcv-lite", "pip uninstall -y mmcv-lite && pip install onedl-mmcv"),
     (
@@ -85,8 +86,8 @@ class Probe:
     """Outcome of importing one entry of :data:`NEEDS`.
 
     Attributes:
-        values: facts learnt, for example ``{"version": "2.12.1+cu130", "cuda": "13.0"}``.
-        error: one line, or "" when the import and the trial behind it worked.
+        values: what was found, for example ``{"version": "2.12.1+cu130", "cuda": "13.0"}``.
+        error: one line, or "" if the import and its test worked.
     """
 
     values: Mapping[str, str] = field(default_factory=dict)
@@ -95,7 +96,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that :func:`diagnose` looks at.
+    """Everything that :func:`diagnose` looks at.
 
     Attributes:
         python: version, such as "3.11.7".
@@ -125,8 +126,8 @@ class Problem:
 
     Attributes:
         what: one sentence.
-        fix: the way out, a command where there is one.
-        note: True if things work all the same, which leaves the exit status at 0.
+        fix: how to fix it, a command if there is one.
+        note: True if things work anyway; the exit status is then 0.
     """
 
     what: str
@@ -138,7 +139,7 @@ class Problem:
 
 
 def canonical(name: str) -> str:
-    """Distribution name in the spelling that package indexes compare by (PEP 503)."""
+    """Normalized distribution name (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -196,7 +197,7 @@ def probe_version(module: str) -> dict[str, str]:
     """Version of any other module, after importing it."""
     version = getattr(importlib.import_module(module), "__version__", "")
     if module == "mmdet":
-        # Importing the bare package tells nothing of what its data sets need.
+        # Importing the package alone does not import what its data sets need.
         importlib.import_module("mmdet.datasets")
     return {"version": str(version)}
 
@@ -222,14 +223,14 @@ def run_probe(name: str) -> Probe:
 
 
 def _silence() -> None:
-    # Some packages greet on import.
+    # Some packages print on import.
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
 
 
 def run_probes(names: tuple[str, ...], run: Callable[[str], Probe] = run_probe) -> dict[str, Probe]:
-    """Run probes one after the other in a child process, a fresh one after each that kills it.
+    """Run probes one after the other in a child process, which is replaced if a probe kills it.
 
     Args:
         names: keys of :data:`NEEDS`.
@@ -322,7 +323,7 @@ def check_requirements(facts: Facts) -> Iterator[Problem]:
     """Missing packages, and versions out of the range that mmeformer or the forks declare."""
     from packaging.requirements import Requirement
 
-    # Another distribution of the same import name serves as well.
+    # Another distribution with the same import name satisfies a requirement too.
     rivals = {name: names for names in (*RIVALS.values(), OPENCV) for name in names}
     owners = ["mmeformer", "torch", "torchvision", "timm", *rivals]
     complaints: dict[str, list[str]] = {}
@@ -397,7 +398,7 @@ def check_imports(facts: Facts) -> Iterator[Problem]:
 
 
 def diagnose(facts: Facts) -> list[Problem]:
-    """All problems, from what lies deepest to what rests on it; empty if all is well."""
+    """All problems, causes before consequences; empty if there are none."""
     checks = [check_rivals, check_torch, check_imports]
     problems = []
     if "packaging" in facts.distributions:
@@ -411,7 +412,7 @@ def diagnose(facts: Facts) -> list[Problem]:
 
 
 def describe(name: str, facts: Facts) -> str:
-    """The text behind one name in the table of versions."""
+    """The text after one name in the table of versions."""
     probe, provider = facts.probes[name], facts.provider(name)
     if name == "operators":
         return (

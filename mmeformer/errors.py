@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that the user can fix, all of one base class.
+"""Errors that the user can fix; all have one base class.
 
-Command lines show their message alone, without a traceback.
+Command lines show only their message, without a traceback.
 """
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write files so that they are whole or not there, whatever happens meanwhile."""
+"""Write files atomically: a file is complete or not there, whatever happens."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ def replacing(path: str | Path, sync: bool = False) -> Iterator[Path]:
     """Write a file or a folder under a temporary name, and rename it when it is complete.
 
     If the block fails, the draft is removed and an existing file stays as it was. A killed process
-    leaves a hidden draft (see :func:`is_draft`), which nothing reads and no later write meets.
+    leaves a hidden draft (see :func:`is_draft`). Nothing reads it, and no later write uses its
+    name.
 
     Args:
-        path: file or folder to write. Missing parent folders are made. A link is followed. An
+        path: file or folder to write. Missing parent folders are created. A link is followed. An
             existing file or folder is replaced, a folder with all its content. Devices and pipes
             cannot be replaced and are written to directly.
-        sync: wait until the content has reached the disk, so that ``path`` is whole even after a
+        sync: wait until the content has reached the disk, so that ``path`` is complete even after a
             power failure.
 
     Yields:
         The draft: a path beside ``path`` with the same suffix, where nothing exists yet. The block
-        makes a file or a folder there.
+        creates a file or a folder there.
 
     Raises:
-        OSError: it cannot be written; names ``path``.
+        OSError: it cannot be written; the error names ``path``.
     """
     target = Path(path).expanduser()
     if target.exists() and not target.is_file() and not target.is_dir():
@@ -53,7 +54,7 @@ def replacing(path: str | Path, sync: bool = False) -> Iterator[Path]:
     except OSError as error:
         if error.filename is None or os.fspath(error.filename) != str(draft):
             raise
-        # The user knows nothing of the draft.
+        # The user does not know the draft's name.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         _remove(draft)
@@ -72,7 +73,7 @@ def write_bytes(path: str | Path, data: bytes, sync: bool = False) -> None:
 
 
 def is_draft(path: str | Path) -> bool:
-    """Whether a name is that of a draft: of a file that is being written, or never was finished."""
+    """Whether a name is that of a draft: a file that is being written, or was never finished."""
     return re.fullmatch(r"\..*\.draft-[0-9a-f]{8}(\..*)?", Path(path).name) is not None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read and write image files: whole, or an error."""
+"""Read and write complete image files; incomplete ones are an error."""
 
 from __future__ import annotations
 

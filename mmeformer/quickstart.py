@@ -21,7 +21,7 @@ class Quickstart:
 
     Args:
         config: path below ``configs/``.
-        generate: function that writes the data set into a folder, unless it is there already.
+        generate: function that writes the data set to a folder, unless it is there already.
         goals: metric name -> smallest value that counts as success.
     """
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Child registries of mmengine's roots, scope ``mmeformer``.
 
-mmengine imports this very file by itself when it meets a scoped name such as
+mmengine imports this file by itself when it finds a scoped name such as
 ``type="mmeformer.EfficientFormerV2"``, and then the modules in ``locations``
-(``mmengine.registry.Registry.import_from_location``). So configs need no ``custom_imports``, save
-for what works with one of mmdet and mmseg only: the runtime base of each task imports that, so that
-nobody needs both.
+(``mmengine.registry.Registry.import_from_location``). So configs need ``custom_imports`` only for
+modules that need mmdet or mmseg: the runtime base of each task imports these, so that nobody needs
+both libraries.
 """
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
@@ -20,9 +20,9 @@ from mmengine.registry import Registry
 
 from mmeformer.checkpoints import safe_load
 
-# mmengine would unpickle checkpoints without restriction. mmdet's and mmseg's inferencers read a
-# checkpoint before they build a model, so this cannot wait for the first backbone; and every module
-# that registers something imports this file.
+# By default mmengine unpickles checkpoints without restriction. The safe reader is installed here
+# because every module that registers something imports this file. The first backbone would be too
+# late: mmdet's and mmseg's inferencers read a checkpoint before they build a model.
 safe_load.install()
 
 MODELS = Registry(

@@ -52,12 +52,12 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class Mask:
-    """The pixels of one object, held for the rectangle around them only.
+    """The pixels of one object, stored only for the rectangle around them.
 
     Args:
-        x, y: left and upper edge of the rectangle in pixels of the image; may be negative.
-        width, height: of the rectangle; 0 without any pixel.
-        bits: its pixels row by row, eight in a byte (``numpy.packbits``).
+        x, y: left and top edge of the rectangle in pixels of the image; may be negative.
+        width, height: of the rectangle; 0 if there are no pixels.
+        bits: its pixels row by row, eight per byte (``numpy.packbits``).
     """
 
     x: int
@@ -68,7 +68,7 @@ class Mask:
 
     @classmethod
     def from_array(cls, pixels: Array, x: int = 0, y: int = 0) -> Mask:
-        """From ``pixels`` (H, W) ``bool``, whose first pixel lies at (x, y) of the image."""
+        """Make a mask from ``pixels`` (H, W) ``bool``, the first of which is at (x, y)."""
         rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
         if not len(rows):
             return cls(x, y, 0, 0, b"")
@@ -81,15 +81,15 @@ class Mask:
     def from_scores(
         cls, scores: Array, box: Array, threshold: float, image_size: tuple[int, int]
     ) -> Mask:
-        """From probabilities on a grid over a box: the pixels where they reach the threshold.
+        """Make a mask of the pixels where probabilities on a grid over a box reach a threshold.
 
-        Between the places of the grid probabilities are bilinear, beyond the box they are 0.
+        Between grid points probabilities are interpolated bilinearly; outside the box they are 0.
         Source: mmdet's ``FCNMaskHead``.
 
         Args:
             scores: (S, S).
-            box: (4,), left, top, right and lower edge.
-            threshold: least probability of a pixel.
+            box: (4,), left, top, right and bottom edge.
+            threshold: smallest probability of a pixel.
             image_size: height and width; pixels beyond the image are left out.
         """
         left, top, right, bottom = (float(edge) for edge in box)
@@ -143,7 +143,7 @@ class Mask:
 
 
 def _interpolation(pixels: range, start: float, stop: float, places: int) -> Array:
-    """Weights (pixels, places) of the places between ``start`` and ``stop`` for pixel centers."""
+    """Weights (pixels, places) of ``places`` grid points from ``start`` to ``stop``, per pixel."""
     centers = np.arange(pixels.start, pixels.stop, dtype=np.float32) + 0.5
     position = (centers - start) / (stop - start) * places - 0.5
     distance = np.abs(position[:, None] - np.arange(places))
@@ -156,7 +156,7 @@ class Detections:
     """Objects of an image with upright boxes, the best first.
 
     Args:
-        boxes: (N, 4) ``float32``: left, top, right and lower edge.
+        boxes: (N, 4) ``float32``: left, top, right and bottom edge.
         scores: (N,) ``float32``, from 0 to 1.
         labels: (N,) ``int64``, index of the class.
         image_size: height and width of the image.
@@ -172,7 +172,7 @@ class Detections:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Detections], image_size: tuple[int, int]) -> Detections:
-        """All objects of ``parts``, which lie in one image, in their order."""
+        """All objects of ``parts``, which are of one image, in their order."""
         masks: tuple[Mask, ...] | None = None
         if parts and all(part.instance_masks is not None for part in parts):
             masks = tuple(mask for part in parts for mask in part.instance_masks or ())
@@ -235,7 +235,7 @@ class RotatedDetections:
 
     @classmethod
     def concatenate(cls, parts: Sequence[RotatedDetections]) -> RotatedDetections:
-        """All objects of ``parts`` in their order; no parts make no objects."""
+        """All objects of ``parts`` in their order; ``parts`` may be empty."""
         return cls(*_concatenated(parts, 5))
 
     def __len__(self) -> int:
@@ -267,7 +267,7 @@ class RotatedDetections:
 def _concatenated(
     parts: Sequence[Detections] | Sequence[RotatedDetections], numbers: int
 ) -> tuple[Array, Array, Array]:
-    """Boxes, scores and labels of all parts; of the right shapes and types without any part."""
+    """Boxes, scores and labels of all parts; with the right shapes and types if there are none."""
     return (
         np.concatenate([np.zeros((0, numbers), np.float32), *(part.boxes for part in parts)]),
         np.concatenate([np.zeros(0, np.float32), *(part.scores for part in parts)]),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Geometry of rotated boxes in numpy alone: corners, overlap and non-maximum suppression.
+"""Geometry of rotated boxes in numpy: corners, IoU and non-maximum suppression.
 
 A box is five numbers: center x, center y, width and height in pixels, and the angle in radians from
-the x axis towards the y axis. Prediction, evaluation and exported files use this module; PyTorch's
-side, with gradients, is the rotated IoU of the training losses.
+the x axis towards the y axis. Prediction, evaluation and exported files use this module. For
+training there is a rotated IoU with gradients in PyTorch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Array = NDArray[Any]
 
 _TINY = 1e-12
 _PAIRS = 1 << 13
-"""Pairs of boxes that are compared at once, which bounds memory."""
+"""Pairs of boxes that are compared at once; bounds memory."""
 
 
 def corners(boxes: Array) -> Array:
@@ -107,7 +107,7 @@ def rotated_nms(boxes: Array, scores: Array, labels: Array, iou_threshold: float
         boxes: (N, 5).
         scores: (N,).
         labels: (N,), index of the class.
-        iou_threshold: of two boxes of a class with a larger IoU, the one with the lower score goes.
+        iou_threshold: of two boxes of a class with a larger IoU, the lower score is removed.
 
     Returns:
         (K,) int64, indices of the boxes that stay, the best first; of equal scores, the first.
@@ -134,20 +134,21 @@ def _meeting(
     """Pairs of equal labels whose upright rectangles overlap or touch, about ``_PAIRS`` at once.
 
     Yields:
-        Indices into the first and the second boxes. The first ones rise, and all pairs of a first
-        box come together.
+        Indices into the first and the second boxes. The first ones increase, and all pairs of a
+        first box are in one chunk.
     """
     if not len(boxes1) or not len(boxes2):
         return
     left1, top1, right1, bottom1 = _bounds(boxes1)
     left2, top2, right2, bottom2 = _bounds(boxes2)
-    # Classes are placed side by side along the x axis: one sweep finds the neighbors of all.
+    # Shift classes apart along the x axis, so that one sweep finds the neighbors of all classes.
     start = min(left1.min(), left2.min())
     stride = max(right1.max(), right2.max()) - start + 1
     shift1, shift2 = labels1 * stride - start, labels2 * stride - start
     left1, right1, left2, right2 = left1 + shift1, right1 + shift1, left2 + shift2, right2 + shift2
     by_left = np.argsort(left2, kind="stable")
-    # What meets a box begins before its end, and after its begin less the width of the widest.
+    # A rectangle that meets a box starts left of its right edge, and at most the largest width left
+    # of its left edge.
     widest = (right2 - left2).max()
     begins = np.searchsorted(left2[by_left], left1 - widest, "left")
     counts = np.searchsorted(left2[by_left], right1, "right") - begins
@@ -158,7 +159,7 @@ def _meeting(
         stop = max(row + 1, int(np.searchsorted(total, done + _PAIRS, "right")))
         own = counts[row:stop]
         first = np.repeat(np.arange(row, stop), own)
-        # Of each row, the places `begins` to `begins + counts` in the order of the left edges.
+        # For each row, the positions `begins` to `begins + counts` in the order of the left edges.
         skipped = total[row:stop] - own - done - begins[row:stop]
         second = by_left[np.arange(len(first)) - np.repeat(skipped, own)]
         for meets in (

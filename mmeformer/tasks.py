@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One row per task. Nothing else in the project names the tasks one by one.
 
-A task is one row here, one room (``mmeformer/<name>/``) with what it alone needs, and its configs.
-Rows name functions and classes as ``"module:name"``; :func:`load` imports them at first use, so
-that each task needs its own libraries only. This module imports the standard library alone.
+A task is one row here, one room (``mmeformer/<name>/``) for its own code, and its configs. Rows
+name functions and classes as ``"module:name"``; :func:`load` imports them at first use, so that
+each task needs only its own libraries. This module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Export:
 
     Args:
         graph: subclass of :class:`mmeformer.deploy.graphs.Graph` for ONNX.
-        coreml_graph: the same for CoreML; None where CoreML lacks operators for it.
+        coreml_graph: the same for CoreML; None if CoreML does not have the operators.
         decoder: function from the outputs of an exported file to results; see
             :mod:`mmeformer.runtime.decoders`.
         stretches: whether an image is stretched to the size of a fixed-size export; else it keeps
@@ -35,10 +35,10 @@ class Export:
 
 @dataclass(frozen=True)
 class Task:
-    """All that the shared rooms need to know of a task.
+    """Everything that the shared rooms need to know of a task.
 
     Args:
-        name: as on command lines and in exported files.
+        name: used on command lines and in exported files.
         scope: ``default_scope`` of its configs.
         libraries: import names of the libraries it needs beyond mmengine and mmcv.
         predictor: subclass of :class:`mmeformer.inference.predictor.Predictor`.
@@ -64,7 +64,7 @@ _ROWS = (
         scope="mmdet",
         libraries=("mmdet",),
         predictor="mmeformer.detection.predictor:DetectionPredictor",
-        outputs="predictions.json (a COCO data set with scores; masks in run-length code)",
+        outputs="predictions.json (a COCO data set with scores; masks as RLE)",
         export=Export(
             graph="mmeformer.detection.graph:DetectionGraph",
             coreml_graph=None,
@@ -111,7 +111,7 @@ TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
 """Every task by name."""
 
 BACKBONE = "backbone"
-"""Stands where a task's name stands for exports of the bare backbone."""
+"""Used in place of a task's name for exports of the bare backbone."""
 
 _BACKBONE_EXPORT = Export(
     graph="mmeformer.deploy.graphs:BackboneGraph",
@@ -128,7 +128,7 @@ def exports() -> dict[str, Export]:
 
 
 def load(reference: str) -> Any:
-    """Import what a row names as ``"module:name"``."""
+    """Import the object that a row names as ``"module:name"``."""
     module, _, name = reference.partition(":")
     return getattr(import_module(module), name)
 
@@ -137,7 +137,7 @@ def of_config(config: Mapping[str, Any]) -> Task:
     """The task of a config, by its ``default_scope``.
 
     Raises:
-        ValueError: no task has this scope; names those there are.
+        ValueError: no task has this scope; the message names the known ones.
     """
     scope = config.get("default_scope")
     for task in TASKS.values():

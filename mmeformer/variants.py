@@ -25,7 +25,7 @@ class Architecture:
     Args:
         widths: channels of the four stages.
         depths: number of blocks of the four stages.
-        attention_blocks: number of blocks with attention of the four stages; they are the last.
+        attention_blocks: number of blocks with attention in each stage; they are the last ones.
         mlp_ratios: expansion ratio of the MLP of every block, one tuple per stage.
         drop_path_rate: stochastic depth rate of the last block.
         layer_scale_init_value: initial value of every layer scale.
@@ -194,7 +194,7 @@ def find_variant(family: str, arch: str) -> Variant:
     """Return the variant ``arch`` of ``family`` (``"v1"`` or ``"v2"``).
 
     Raises:
-        ValueError: there is no such variant; names those that exist.
+        ValueError: there is no such variant; the message names those that exist.
     """
     rows = {row.arch: row for row in _ROWS if row.family == family}
     key = str(arch).lower()

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place where the version is written; ``setup.py`` reads it as text."""
+"""The version, which is written only here; ``setup.py`` reads it as text."""
 
 __version__ = "0.2.0"

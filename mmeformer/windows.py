@@ -16,8 +16,8 @@ Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 
 FILL = (104, 116, 124)
-"""Color (blue, green, red) beyond the border of an image: ImageNet's mean, which models see as 0
-after normalization, like the padding of a batch."""
+"""Color (blue, green, red) of padding: ImageNet's mean, which becomes 0 after normalization, like
+the padding of a batch."""
 
 
 def windows(width: int, height: int, size: int, overlap: int) -> list[Window]:
@@ -25,18 +25,18 @@ def windows(width: int, height: int, size: int, overlap: int) -> list[Window]:
 
     Neighbors share ``overlap`` pixels. The last window of a row or column is moved back to end at
     the border, so that it is as large as the others. An object whose width and height are at most
-    ``overlap`` lies whole in at least one window.
+    ``overlap`` lies completely inside at least one window.
 
     Args:
         width, height: of the image, pixels.
-        size: side of a window, pixels. Where the image is smaller, so is the window.
+        size: side of a window, pixels. If the image is smaller, so is the window.
         overlap: pixels, less than ``size``.
 
     Returns:
         The windows.
 
     Raises:
-        ValueError: a size below 1, or an overlap that is negative or not less than ``size``.
+        ValueError: a size is below 1, or the overlap is negative or not less than ``size``.
     """
     if width < 1 or height < 1 or size < 1:
         raise ValueError(
@@ -81,8 +81,8 @@ def crop(image: np.ndarray, window: Window, size: int | None = None) -> np.ndarr
 def cores(places: Sequence[Window]) -> list[Window]:
     """Rectangles that cover an image without overlap, one within each of its windows.
 
-    Neighbors share their overlap half and half, so every pixel belongs to the window in which it is
-    farthest from the border.
+    Each of two neighbors gets half of their overlap, so every pixel belongs to the window in which
+    it is farthest from the border.
 
     Args:
         places: as :func:`windows` gives them.
@@ -97,7 +97,7 @@ def cores(places: Sequence[Window]) -> list[Window]:
 
 
 def _shares(spans: set[tuple[int, int]]) -> dict[int, tuple[int, int]]:
-    """Of overlapping spans of one direction, the share of each by its start."""
+    """Divide overlapping spans of one direction: start of a span -> its own part."""
     ordered = sorted(spans)
     middles = [
         (end + start) // 2 for (_, end), (start, _) in zip(ordered, ordered[1:], strict=False)
@@ -117,7 +117,7 @@ def predict_windows(
     pad_to: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Result]:
-    """Run a model over the windows of an image, of which only one batch is held at a time.
+    """Run a model over the windows of an image, with only one batch in memory at a time.
 
     Args:
         image: ``(H, W, 3)``.
@@ -125,7 +125,7 @@ def predict_windows(
         predict: gets the crops of one batch and returns one result for each.
         batch_size: windows per call; the last call may get fewer.
         pad_to: side that smaller windows are padded to, see :func:`crop`.
-        progress: called with the number of finished windows and of all, after each.
+        progress: called after each window with the numbers of finished and of all windows.
 
     Yields:
         The result of each window, in the order of ``places``.

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets mmdet be imported without imgaug.
+"""Makes mmdet importable without imgaug.
 
 ``mmdet/datasets/transforms/generate_line.py`` (lane detection) imports imgaug, and every mmdet data
-set imports that file. None of our tasks needs it, while its distribution, imaug, holds back OpenCV
-(< 4.13) and with it numpy (< 2.3). Where imgaug is not installed, the file is imported with
-placeholders for imgaug's names; the one transform that uses them, ``ImageAug``, then raises. Nobody
-else sees the placeholders, so ``import imgaug`` fails elsewhere as it should.
+set imports that file. None of our tasks needs imgaug, and its distribution, imaug, holds back
+OpenCV (< 4.13) and with it numpy (< 2.3). If imgaug is not installed, the file is imported with
+placeholders for imgaug's names; the one transform that uses them, ``ImageAug``, then raises. No
+other module gets the placeholders, so ``import imgaug`` fails elsewhere as it should.
 
 Only the standard library is imported here.
 """
@@ -41,7 +41,7 @@ class _Loader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         placeholders = {f"imgaug{name}": _Placeholder(f"imgaug{name}") for name in _NAMES}
         for placeholder in placeholders.values():
-            placeholder.__path__ = []  # A package, as far as imports are concerned.
+            placeholder.__path__ = []  # Makes it a package for imports.
         # `import imgaug.augmenters as iaa` reads the attribute.
         placeholders["imgaug"].augmenters = placeholders["imgaug.augmenters"]
         sys.modules.update(placeholders)
@@ -55,7 +55,7 @@ class _Loader(SourceFileLoader):
 def _installed() -> bool:
     try:
         return find_spec("imgaug") is not None
-    except (ImportError, ValueError):  # Somebody keeps it from being imported.
+    except (ImportError, ValueError):  # Its import was blocked.
         return False
 
 
@@ -73,6 +73,6 @@ class _Finder:
 
 
 def register() -> None:
-    """Let mmdet's data sets be imported without imgaug. A second call changes nothing."""
+    """Make mmdet's data sets importable without imgaug. A second call changes nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -1,5 +1,5 @@
 _base_ = "rotated-gfl-le135_efficientformerv2-s2_fpn_1x_dota.py"
-# Generalized focal loss: the score learns the IoU of its box, the distributions their target.
+# Generalized focal loss: the score learns the IoU of its box, each distribution learns its target.
 model = dict(
     bbox_head=dict(
         loss_cls=dict(_delete_=True, type="mmdet.QualityFocalLoss", use_sigmoid=True, beta=2.0),

@@ -43,7 +43,7 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
 def strict_pretrained(init_cfg: InitConfig) -> list[dict[str, Any]]:
     """Copy ``init_cfg`` with every ``Pretrained`` made ``mmeformer.Pretrained`` and put last.
 
-    mmengine's own loads whatever happens to fit, and only files in our names.
+    mmengine's own loads whatever happens to fit, and only files with our names.
     """
     entries = [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg or []
     pretrained, others = [], []
@@ -166,7 +166,7 @@ class PyramidBackbone(BaseModule):
     def init_weights(self) -> None:
         """Initialize as published (linear layers: normal, std 0.02), then by ``init_cfg``.
 
-        ``dict(type="Pretrained", checkpoint=...)`` takes a local path, an address or
+        ``dict(type="Pretrained", checkpoint=...)`` takes a local path, a URL or
         ``timm://<model>.<tag>``, in any published format, and loads all of it or raises
         (:func:`mmeformer.checkpoints.load.load_pretrained`). Its keys ``prefix`` and
         ``map_location`` are mmengine's; ``allow_partial=True`` loads what fits.
@@ -194,9 +194,9 @@ class PyramidBackbone(BaseModule):
         if in_graph():
             # Compilers choose memory formats by themselves, and ONNX has none.
             return self.pyramid(x)
-        # oneDNN and cuDNN work in channels last: they would reorder other maps, layer after layer.
+        # oneDNN and cuDNN work in channels last: they would reorder other maps in every layer.
         outputs = self.pyramid(x.contiguous(memory_format=torch.channels_last))
-        # What follows may rely on the format it gave: mmcv's RoIAlign silently takes any map for
+        # Later layers may rely on the input's format: mmcv's RoIAlign silently treats every map as
         # one of the default format.
         given = memory_format(x)
         return tuple(level.contiguous(memory_format=given) for level in outputs)

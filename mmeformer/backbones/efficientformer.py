@@ -22,7 +22,7 @@ VALUE_WIDTH = 128
 
 
 class Pooling(nn.Module):
-    """Mean of 3 x 3 places (of those inside the map) less the place: (B, C, H, W) -> the same."""
+    """3 x 3 average pooling (without padding) minus the input: (B, C, H, W) -> the same shape."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False) - x
@@ -113,7 +113,7 @@ class TokenBlock(nn.Module):
 
 
 class TokenStage(Stage):
-    """A stage whose last blocks work on tokens; the map becomes tokens once and returns once."""
+    """A stage whose last blocks work on tokens; it converts the map to tokens and back once."""
 
     def run_blocks(self, x: Tensor, with_cp: bool) -> Tensor:
         size = x.shape[-2:]
@@ -134,8 +134,8 @@ class EfficientFormer(PyramidBackbone):
     """EfficientFormer V1 with pyramid outputs.
 
     Source: arXiv 2206.01191; repository snap-research/EfficientFormer, ``detection/backbone.py``.
-    Every output level has a GroupNorm of one group, as the reference has downstream; an ImageNet
-    checkpoint holds none of them.
+    Every output level has a GroupNorm of one group, as in the reference downstream; ImageNet
+    checkpoints do not have these norms.
 
     Args:
         arch: ``"l1"``, ``"l3"`` or ``"l7"``, or a dict with the fields of
@@ -181,7 +181,7 @@ class EfficientFormer(PyramidBackbone):
             if position < first_attention:
                 blocks.append(PoolBlock(width, ratio, rate, layer_scale))
             else:
-                # The grid is that of stride 32: an earlier stage sees a finer map.
+                # The grid is given at stride 32: an earlier stage sees a finer map.
                 finer = 2 ** (3 - index)
                 grid = (rows * finer, columns * finer)
                 attention = grid, self.bias_resize, self.with_cp

@@ -35,8 +35,9 @@ def from_heads(x: Tensor, size: tuple[int, ...]) -> Tensor:
 class MapAttention(nn.Module):
     """Attention with talking heads on a map: (B, C, H, W) -> (B, C, H, W).
 
-    With ``halve`` the map is first halved, attended, and brought back by a bilinear factor of two.
-    An odd side is halved upwards and the result cropped, so even sides equal the reference.
+    With ``halve``, attention works on a map of half the size, whose result is upsampled by two
+    (bilinear). Half of an odd side is rounded up and the result cropped; even sides are as in the
+    reference.
 
     ``head_bias_keys``: see :class:`EfficientFormerV2`.
     """
@@ -85,7 +86,8 @@ class MapAttention(nn.Module):
             mix_attention=self.talking_head2.mix,
             with_cp=self.with_cp,
         )
-        # The second head's bias is the same for all queries and keys: it meets the sum of values.
+        # The second head's bias is the same for all queries and keys, so it multiplies the sum of
+        # the values.
         out = out + self._head_bias(size) * value.sum(dim=2, keepdim=True)
         out = from_heads(out, size) + self.v_local(value_map)
         if self.halve:
@@ -94,11 +96,11 @@ class MapAttention(nn.Module):
         return self.proj(F.gelu(out))
 
     def _head_bias(self, size: tuple[int, ...]) -> Tensor:
-        """The term that the second talking head adds for each key: (heads, 1, 1)."""
+        """The bias that the second talking head adds for each key: (heads, 1, 1)."""
         bias = self.talking_head2.bias
         assert bias is not None  # folding takes that of the first head alone
         if self.head_bias_keys is not None:
-            # Bias first: CoreML has no quotient of two whole numbers.
+            # Bias first: CoreML cannot divide two integers.
             bias = bias * self.head_bias_keys / (size[0] * size[1])
         return bias[:, None, None]
 
@@ -119,7 +121,10 @@ class LocalGlobalQuery(nn.Module):
 
 
 class AttentionDownsample(nn.Module):
-    """Attention from every second place to all: (B, C, H, W) -> (B, out, ceil(H/2), ceil(W/2))."""
+    """Attention with queries at every second position.
+
+    (B, C, H, W) -> (B, out_width, ceil(H / 2), ceil(W / 2)).
+    """
 
     scale = DOWNSAMPLE_KEY_WIDTH**-0.5
 
@@ -172,7 +177,7 @@ class Downsample(nn.Module):
 
 
 class Block(nn.Module):
-    """MLP with a depthwise convolution, before it attention if given: (B, C, H, W) -> same."""
+    """Attention, if given, then an MLP with a depthwise convolution: (B, C, H, W) -> the same."""
 
     folds = {"ls1": "token_mixer.proj.conv", "ls2": "mlp.fc2.conv"}
 
@@ -222,11 +227,11 @@ class EfficientFormerV2(PyramidBackbone):
         bias_resize: ``"displacement"``, or ``"matrix"`` for checkpoints trained downstream by the
             reference; see :class:`mmeformer.layers.attention_bias.AttentionBias`.
         head_bias_keys: the number of keys for which the bias of the second talking head was
-            trained; 49 for ImageNet weights (224 px). That bias stands behind the softmax and is
-            added once per key, so its part of the output grows with the area of the map: 21-fold
-            from 224 px to 1024 px. With a number it is scaled by ``head_bias_keys / keys`` and
-            keeps the part it was trained with at any size. None (default) is the reference's way,
-            which its downstream checkpoints need.
+            trained; 49 for ImageNet weights (224 px). That bias comes after the softmax and is
+            added once per key, so its share of the output grows with the area of the map: 21-fold
+            from 224 px to 1024 px. If ``head_bias_keys`` is set, the bias is scaled by
+            ``head_bias_keys / keys`` and keeps its trained share at any size. None (default) is the
+            reference's way, which its downstream checkpoints need.
         init_cfg: mmengine's initialization config.
 
     Raises:
@@ -253,7 +258,7 @@ class EfficientFormerV2(PyramidBackbone):
         architecture = self.architecture
         width, depth = architecture.widths[index], architecture.depths[index]
         first_attention = depth - architecture.attention_blocks[index]
-        # Attention works at stride 32 or, in the last but one stage, on the halved map: one grid.
+        # Attention works at stride 32, in the last but one stage on the halved map: the same grid.
         halve = index == 2
         rows, columns = self.bias_grid
         finer = 1 if index >= 2 else 2 ** (3 - index)

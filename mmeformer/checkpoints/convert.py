@@ -58,9 +58,9 @@ REFERENCE_RESIZES = (
 def convert(source: str, target: str | Path, to: str = "native", force: bool = False) -> Report:
     """Convert a checkpoint file.
 
-    Whole models of the reference (mmdet 2.x, mmseg 0.x) become whole models of ours and back; the
-    names of necks and heads are the same in mmdet 3.x and mmseg 1.x. Into timm's format, only the
-    backbone of a whole model is written.
+    Whole models of the reference (mmdet 2.x, mmseg 0.x) are converted to whole models of ours and
+    back; the names of necks and heads are the same in mmdet 3.x and mmseg 1.x. For timm's format,
+    only the backbone of a whole model is written.
 
     Args:
         source: as in :func:`mmeformer.checkpoints.load.load_pretrained`.
@@ -72,7 +72,7 @@ def convert(source: str, target: str | Path, to: str = "native", force: bool = F
     Raises:
         FileExistsError: ``target`` exists and ``force`` is not given.
         FileNotFoundError: the source does not exist.
-        ValueError: unknown ``to`` or suffix of ``target``.
+        ValueError: ``to`` or the suffix of ``target`` is unknown.
         CheckpointError: the source cannot be read or is incomplete, or the target cannot be
             written; an existing target stays as it was.
     """
@@ -167,7 +167,7 @@ def _to_native(parsed: ParsedCheckpoint, variant: Variant, source: str) -> Trans
 
 def _target_format(to: str, parsed: ParsedCheckpoint) -> Format:
     if to == "reference":
-        # The reference's detectors and segmentors keep their trained tables by another name.
+        # The reference's detectors and segmentors store their trained tables under another name.
         downstream = bool(parsed.other_tensors) or parsed.format is REFERENCE_DOWNSTREAM
         return REFERENCE_DOWNSTREAM if downstream else REFERENCE
     return {"native": NATIVE, "timm": TIMM}[to]
@@ -212,7 +212,7 @@ def _add_advice(
 
 def _convert_meta(parsed: ParsedCheckpoint, to: str) -> dict[str, object]:
     meta = {str(key): _to_plain(value) for key, value in parsed.meta.items()}
-    # The reference keeps its arguments and epoch beside the weights instead of under "meta".
+    # The reference stores its arguments and epoch beside the weights instead of under "meta".
     for key, value in parsed.other_entries.items():
         if isinstance(value, (int, float, str, argparse.Namespace)):
             meta[key] = _to_plain(value)
@@ -230,7 +230,7 @@ def _convert_meta(parsed: ParsedCheckpoint, to: str) -> dict[str, object]:
 
 
 def _to_plain(value: object) -> object:
-    """Convert a value to Python's own types, which every reader can read."""
+    """Convert a value to Python's built-in types, which every reader accepts."""
     if isinstance(value, argparse.Namespace):
         return _to_plain(vars(value))
     if isinstance(value, Mapping):
@@ -243,14 +243,14 @@ def _to_plain(value: object) -> object:
 
 
 def write(content: Mapping[str, Mapping[str, object]], target: Path) -> None:
-    """Write a checkpoint in the container of the target's suffix; all of it, or nothing.
+    """Write a checkpoint in the container that the target's suffix names, completely or not at all.
 
     Args:
         content: as :func:`convert_content` returns it.
         target: file to write.
 
     Raises:
-        CheckpointError: it cannot be written; names the file.
+        CheckpointError: it cannot be written; the message names the file.
     """
     try:
         with replacing(target, sync=True) as draft:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published checkpoint formats, and how to recognize the one of a state dict.
+"""The published checkpoint formats, and how to recognize the format of a state dict.
 
-A format is one function from our tensor names to its own, one from our shapes to its own, and the
-named rules by which tensors that a backbone has no place for are dropped. Everything else in this
-package works on any format: a new one is a new file and an entry here.
+A format is one function from our tensor names to its names, one from our shapes to its shapes, and
+named rules that drop tensors which are not part of a backbone. Everything else in this package
+works with any format: a new format is a new file and an entry here.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ HUGGINGFACE = Format(
     ),
 )
 
-# Patterns of names that occur in one format, most specific first. The last one also matches a part
-# of a V2 file of timm without attention, where timm's names and ours are the same.
+# Patterns of names that occur in one format only, most specific first. The last one also matches
+# those parts of timm's V2 files that have no attention, where timm's names and ours are the same.
 _MARKS = (
     (r"efficientformer\.(patch_embed|encoder)\..+", HUGGINGFACE),
     (r"network\.\d+\..+\.attention_biases_seg", REFERENCE_DOWNSTREAM),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a checkpoint of any published format into a backbone: all of it, or an error."""
+"""Load a checkpoint of any published format into a backbone, completely or with an error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Pretrained:
     Our backbones use it for every ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
 
     Args:
-        checkpoint: local path, address, or ``timm://efficientformerv2_s0.snap_dist_in1k``.
+        checkpoint: local path, URL, or ``timm://efficientformerv2_s0.snap_dist_in1k``.
         prefix: start of the backbone's names in the file; None finds it.
         map_location: device to read the file to, as in ``torch.load``.
         allow_partial: load what fits and report the rest instead of raising.
@@ -82,7 +82,7 @@ def load_pretrained(
 
     Args:
         backbone: an ``EfficientFormer`` or ``EfficientFormerV2``.
-        checkpoint: local path (``.pth``, ``.bin``, ``.safetensors``), address, or
+        checkpoint: local path (``.pth``, ``.bin``, ``.safetensors``), URL, or
             ``timm://<model>.<tag>``.
         prefix: start of the backbone's names in the file, such as ``"backbone."``; None finds it.
         map_location: device to read the file to, as in ``torch.load``.
@@ -162,7 +162,7 @@ def _record_dropped(
     found: Translation,
     wanted: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Report what is not loaded on purpose, and take it out of ``found``."""
+    """Report the tensors that are left out on purpose, and remove them from ``found``."""
     prefix = parsed.prefix
     for rule, names in found.dropped.items():
         report.drop(rule, [prefix + name for name in names])
@@ -173,7 +173,7 @@ def _record_dropped(
     if parsed.other_tensors:
         report.drop(parsed.other_parts(), parsed.other_tensors)
     if "ema_state_dict" in parsed.other_entries:
-        # mmengine's EMAHook saves the averages as the model's weights, the others beside them.
+        # mmengine's EMAHook saves the averages as the model's weights, and the last weights beside.
         report.notes.append("the weights are the moving averages (EMA) of the training")
     if parsed.other_entries:
         report.notes.append(
@@ -190,7 +190,7 @@ def _match_tensors(
     """Select what to load and fill in the report.
 
     Returns:
-        Our name -> tensor to load, and reason -> names of what does not fit.
+        Our name -> tensor to load, and reason -> names of tensors that do not fit.
     """
     tensors: dict[str, Tensor] = {}
     problems: dict[str, list[str]] = {}

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check that a checkpoint belongs to a model.
 
-mmengine loads what happens to fit and logs the rest, so that a wrong file ends in a score of zero.
+mmengine loads the tensors that happen to fit and only logs the rest, so a wrong file would show as
+a score of zero.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ def require_match(
         part: compare only names that begin with this, such as ``"backbone."``.
 
     Raises:
-        CheckpointError: tensors are missing or have another shape, and what the file seems to hold
-            instead; or a tensor holds NaN or is not floating point. Names the first of them.
+        CheckpointError: tensors are missing or have another shape, or a tensor has NaN or is not
+            floating point. The message names the first ones, and the variant that the file seems to
+            hold instead.
     """
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
@@ -76,7 +78,7 @@ def require_match(
 
 
 def _compare_backbones(model: nn.Module, checkpoint: Mapping[str, object]) -> str:
-    """Name the variants of the file and of the model where they differ, as a clause or ``""``."""
+    """A clause that names the variants of the file and the model if they differ, else ``""``."""
     try:
         parsed = parse_checkpoint(checkpoint, "")
     except CheckpointError:

@@ -21,7 +21,7 @@ WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class ParsedCheckpoint:
-    """The backbone in a checkpoint, and what else the checkpoint holds.
+    """The backbone in a checkpoint, and the rest of its content.
 
     Args:
         format: format of the backbone's tensors.
@@ -134,12 +134,12 @@ def check_values(tensors: Mapping[str, Tensor], source: str) -> None:
         source: the file, for messages.
 
     Raises:
-        CheckpointError: a tensor is integer, quantized, 8-bit or sparse, or holds NaN or infinite
-            values; names it.
+        CheckpointError: a tensor is integer, quantized, 8-bit or sparse, or has NaN or infinite
+            values; the message names it.
     """
     for name, tensor in tensors.items():
         if tensor.dtype in WEIGHT_TYPES and tensor.layout is torch.strided:
-            # As float32, which is what models hold: a larger number would be infinite there.
+            # As float32, the type of the model's weights: a larger number would become infinite.
             finite = torch.isfinite(tensor.float())
             if not finite.all():
                 raise CheckpointError(

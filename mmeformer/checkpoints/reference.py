@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor names of the reference implementation (snap-research/EfficientFormer).
 
-The reference gives its stages and the downsamples between them one numbering: stage ``i`` is
+The reference numbers its stages and the downsamples between them together: stage ``i`` is
 ``network.{2 i}``, the downsample before it ``network.{2 i - 1}``. In V1, a layer without parameters
-that flattens the map to tokens is counted among the blocks of the last stage.
+that flattens the map to tokens counts as one of the blocks of the last stage.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def reference_name(name: str, family: str, architecture: Architecture, downstrea
         name: such as ``stages.2.blocks.4.token_mixer.q.conv.weight``.
         family: ``"v1"`` or ``"v2"``.
         architecture: of the backbone.
-        downstream: the reference's detection and segmentation backbones keep the tables that they
-            train under ``attention_biases_seg``; the classifier's are ``attention_biases``.
+        downstream: names of the reference's detection and segmentation backbones, which store their
+            trained tables as ``attention_biases_seg``; the classifier's are ``attention_biases``.
 
     Raises:
         KeyError: our backbones have no such tensor.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a checkpoint: what happened to every tensor."""
+"""Report of a loaded or converted checkpoint: what happened to every tensor."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def shorten(items: Sequence[str], shown: int = SHOWN) -> str:
 
 @dataclass
 class Report:
-    """The fate of every tensor of a checkpoint: each is in exactly one of these lists.
+    """Accounts for every tensor of a checkpoint: each is in exactly one of these lists.
 
     Args:
         title: what was done, such as ``"loaded into efficientformerv2_s0"``.
-        source: the file or address.
+        source: the file or URL.
         format: title of the format found.
         variant: name of the published variant found, or None.
         loaded: our names of the tensors that were loaded or converted.

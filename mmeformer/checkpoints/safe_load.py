@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read checkpoint files without ever running code that is in them.
+"""Read checkpoint files without ever running code in them.
 
-A ``.pth`` file is a pickle, and a pickle may call any function. Here every file goes through
-``torch.load(weights_only=True)``, which accepts tensors and plain containers only, and the few more
-types below that training checkpoints of mmengine and of the reference hold. There is no fallback
-to full unpickling, neither in :func:`read` nor, after :func:`install`, in mmengine.
+A ``.pth`` file is a pickle, and a pickle may call any function. Here every file is read with
+``torch.load(weights_only=True)``, which accepts only tensors and plain containers, and the few
+other types below that training checkpoints of mmengine and the reference contain. There is no
+fallback to full unpickling, neither in :func:`read` nor, after :func:`install`, in mmengine.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _FOLDER = 0x10
 
 
 def _get_statistic(owner: type, name: str) -> Callable[..., object]:
-    """Replace ``getattr`` in checkpoints: methods of a ``HistoryBuffer`` only.
+    """Replacement of ``getattr`` in checkpoints: only methods of a ``HistoryBuffer``.
 
     A pickled ``HistoryBuffer`` refers to its statistics as ``getattr(HistoryBuffer, "mean")``. The
     real ``getattr`` would give a file access to much more.
@@ -59,7 +59,7 @@ def _get_statistic(owner: type, name: str) -> Callable[..., object]:
 
 
 def _numeric_dtype(code: str, align: bool = False, copy: bool = False) -> np.dtype[np.generic]:
-    """Replace ``numpy.dtype`` in checkpoints: numbers only, no objects, no records."""
+    """Replacement of ``numpy.dtype`` in checkpoints: only numbers, no objects, no records."""
     if isinstance(code, str) and re.fullmatch(r"[<>=|]?[bifu]\d{1,2}", code):
         dtype: np.dtype[np.generic] = np.dtype(code, align, copy)
         return dtype
@@ -90,12 +90,12 @@ _ALLOWED: list[Callable[..., object] | tuple[Callable[..., object], str]] = [
     *sorted({type(np.dtype(code)) for code in "?bhilqBHILQefd"}, key=lambda cls: cls.__name__),
     *_numpy_functions(),
 ]
-# A history buffer fills its list of statistics when the first one is made.
+# The list of statistics is filled when the first history buffer is created.
 HistoryBuffer()
 
 
 def _container_format(head: bytes) -> str | None:
-    """Recognize ``"torch"`` or ``"safetensors"`` by the first bytes of a file; None for neither."""
+    """``"torch"`` or ``"safetensors"``, by the first bytes of a file; None if it is neither."""
     # The length of a safetensors header may begin with any byte, so safetensors is checked first.
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 100_000_000:
         return "safetensors"
@@ -105,7 +105,7 @@ def _container_format(head: bytes) -> str | None:
 
 
 def _explain_other_file(head: bytes) -> str:
-    """Say what a file that is not a checkpoint seems to be, and the fix."""
+    """Say what kind of file this seems to be instead of a checkpoint, and the fix."""
     text = head.lstrip().lower()
     if not head:
         return "is empty: download or copy it again"
@@ -159,7 +159,7 @@ def _read_safetensors(path: Path, map_location: MapLocation) -> dict[str, Any]:
         content = safetensors.torch.load_file(path)
         with safetensors.safe_open(path, "pt") as file:
             texts = file.metadata() or {}
-        # Written by our conversion; the format has no other place for it.
+        # Written by our conversion; the format has no other place for metadata.
         meta = json.loads(texts["meta"]) if "meta" in texts else None
     except Exception as error:  # safetensors raises several kinds, all about a damaged file
         raise CheckpointError(_damaged_message(path, error)) from error
@@ -171,7 +171,7 @@ def _read_safetensors(path: Path, map_location: MapLocation) -> dict[str, Any]:
 def _read_torch(path: Path, map_location: MapLocation) -> object:
     try:
         with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
-            # The cases that torch warns of (unusual protocols, programs) are errors below.
+            # What torch warns of here (unusual protocols, TorchScript programs) are errors below.
             warnings.simplefilter("ignore", UserWarning)
             _verify_archive(path)
             return torch.load(path, map_location=map_location, weights_only=True)
@@ -196,7 +196,7 @@ def _verify_archive(path: Path) -> None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                # torch would take it for a folder and return uninitialized memory.
+                # torch would treat it as a folder and return uninitialized memory.
                 if member.external_attr & _FOLDER and member.file_size:
                     raise zipfile.BadZipFile(f"its member {member.filename} is marked as a folder")
             if bad := archive.testzip():
@@ -211,7 +211,7 @@ def _damaged_message(path: Path, error: Exception) -> str:
 def _refused_message(path: Path, error: pickle.UnpicklingError) -> str:
     message = str(error)
     names = re.findall(r"GLOBAL ([^\n]+?) (?:was not|is not|whose module)", message)
-    # Some refusals name no global, such as a call of a function that does not exist.
+    # Some refusals do not name a global, such as a call of a function that does not exist.
     reason = re.search(r"WeightsUnpickler error:\s*([^\n]+)", message)
     what = ", ".join(names) or (reason[1] if reason else message.strip().splitlines()[0])
     return (
@@ -231,12 +231,12 @@ def download(url: str) -> Path:
         The local copy.
 
     Raises:
-        CheckpointError: the download failed; names the address.
+        CheckpointError: the download failed; the message names the URL.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     name = os.path.basename(urllib.parse.urlparse(url).path)
     if not name:
-        raise CheckpointError(f"{url} names no file: use the address of the checkpoint itself")
+        raise CheckpointError(f"{url} names no file: use the URL of the checkpoint itself")
     path = folder / name
     if is_main_process():
         _fetch(url, path)
@@ -254,7 +254,7 @@ def _fetch(url: str, path: Path) -> None:
         torch.hub.download_url_to_file(url, str(path), progress=False)
     except OSError as error:
         raise CheckpointError(
-            f"{url} could not be downloaded ({error}): check the address and the connection, or "
+            f"{url} could not be downloaded ({error}): check the URL and the connection, or "
             "download it elsewhere and use its local path"
         ) from error
 
@@ -265,7 +265,7 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict[str
 
 
 def load_from_http(filename: str, map_location: MapLocation = None) -> dict[str, Any]:
-    """Loader of addresses for mmengine; see :func:`download` and :func:`read`."""
+    """Loader of URLs for mmengine; see :func:`download` and :func:`read`."""
     path = download(filename)
     try:
         return read(path, map_location)
@@ -304,7 +304,7 @@ def load_from_timm(filename: str, map_location: MapLocation = None) -> dict[str,
 
 
 def _load_named(filename: str, table: dict[str, str], map_location: MapLocation) -> dict[str, Any]:
-    """Load a name of one of mmengine's collections (name -> address)."""
+    """Load a name of one of mmengine's collections (name -> URL)."""
     name = filename.split("://", 1)[1]
     if name not in table:
         raise CheckpointError(f"{filename} is unknown to mmengine: check the name")
@@ -322,7 +322,7 @@ def load_from_openmmlab(filename: str, map_location: MapLocation = None) -> dict
 
 
 def load_from_mmcls(filename: str, map_location: MapLocation = None) -> dict[str, Any]:
-    """Loader of ``mmcls://`` names for mmengine: the backbone alone."""
+    """Loader of ``mmcls://`` names for mmengine: only the backbone."""
     content = _load_named(filename, get_mmcls_models(), map_location)
     state_dict = content.get("state_dict", content)
     prefix = "backbone."
@@ -361,7 +361,7 @@ _LOADERS = {
 
 
 def load(source: str | Path, map_location: MapLocation = "cpu") -> dict[str, Any]:
-    """Read a checkpoint from a local path, an address or a named collection (``timm://...``).
+    """Read a checkpoint from a local path, a URL or a named collection (``timm://...``).
 
     Raises:
         FileNotFoundError: the local file does not exist.

@@ -28,7 +28,7 @@ class Translation:
         tensors: our name -> tensor in our shape.
         origin: our name -> name in the file.
         dropped: rule -> names in the file.
-        unexplained: names in the file that belong to no tensor of ours and to no rule.
+        unexplained: names in the file that match none of our tensors and no rule.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -51,7 +51,7 @@ def to_native(
         form: format of ``state``.
         family: ``"v1"`` or ``"v2"``.
         architecture: of the backbone.
-        shapes: every name of ours that may occur -> our shape; a flat bias table that is not square
+        shapes: all our names that may occur -> our shape; a flat bias table that is not square
             takes its grid from here.
     """
     result = Translation()
@@ -133,7 +133,7 @@ def _published_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class VariantMatch:
-    """How much of a published variant a state dict holds: ``matched`` of ``total`` tensors."""
+    """Match of a state dict with a published variant: ``matched`` of ``total`` tensors."""
 
     variant: Variant
     matched: int

@@ -14,7 +14,7 @@ def class_names(names: str | Sequence[str] | None, key: str = "classes") -> tupl
         key: entry of ``metainfo``, for messages.
 
     Raises:
-        ValueError: a single text instead of a sequence.
+        ValueError: ``names`` is a single text instead of a sequence.
     """
     if isinstance(names, str):
         raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Findings that the data-set checks of all tasks report, and when they stop a training."""
+"""Problems that the data-set checks of all tasks report, and when they stop a training."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MAX_LEFT_OUT = 0.01
 
 @dataclass(frozen=True)
 class Finding:
-    """An error or a flaw of a data set.
+    """A problem of a data set: an error or a warning.
 
     Args:
-        severity: ``"error"`` (training would crash or learn nonsense) or ``"warning"``.
+        severity: ``"error"`` (training would crash or learn wrong things) or ``"warning"``.
         kind: short name of the problem, the same for every file that has it.
         path: the file, or the folder if no single file is the cause.
         message: what is wrong and how to fix it.
@@ -42,7 +42,7 @@ def errors_first(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def format_findings(findings: Sequence[Finding], per_kind: int = 5) -> str:
-    """Findings as text, one per line: the first ``per_kind`` of each kind and the number left."""
+    """Findings as text, one per line: the first ``per_kind`` of each kind, and how many follow."""
     total = Counter(finding.kind for finding in findings)
     shown: Counter[str] = Counter()
     lines = []
@@ -64,7 +64,7 @@ def stop_on_errors(findings: Sequence[Finding], left_out: Mapping[str, int]) -> 
             total number of images or boxes. Up to :data:`MAX_LEFT_OUT` of them are only logged.
 
     Raises:
-        ValueError: the data set has errors; lists files and fixes.
+        ValueError: the data set has errors; the message lists files and fixes.
     """
     counts = Counter(finding.kind for finding in findings)
     few = {kind for kind, total in left_out.items() if counts[kind] <= MAX_LEFT_OUT * total}
@@ -73,5 +73,5 @@ def stop_on_errors(findings: Sequence[Finding], left_out: Mapping[str, int]) -> 
         raise ValueError(f"the data set has errors:\n{format_findings(errors)}")
     if findings:
         print_log(
-            f"the data set has flaws:\n{format_findings(findings)}", "current", logging.WARNING
+            f"the data set has problems:\n{format_findings(findings)}", "current", logging.WARNING
         )

@@ -17,13 +17,13 @@ from mmeformer.checks.findings import ERROR, WARNING, Finding
 # EXIF: the image is stored rotated by 90 degrees. OpenCV rotates it back when reading.
 ORIENTATION_TAG = 274
 SIDEWAYS = (5, 6, 7, 8)
-# Errors of Pillow for files that are truncated, no images, or too large.
+# Pillow's errors for files that are truncated, not images, or too large.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 EMPTY = "is empty; copy it again"
-CUT_OFF = "is cut off; copy it again"
+TRUNCATED = "is truncated; copy it again"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def is_local(path: str) -> bool:
 
 
 def quick_fault(path: str) -> str | None:
-    """Why a local image is missing or incomplete, or None; reads a few bytes at both ends.
+    """The reason why a local image is unusable, or None; reads a few bytes at both ends.
 
     OpenCV decodes truncated files and leaves the rest of the image gray. JPEG and PNG files have an
     end marker, so that truncation shows without decoding. Other formats pass.
@@ -65,14 +65,14 @@ def quick_fault(path: str) -> str | None:
         return f"cannot be read ({error.strerror})"
     # Some cameras and editors write more data after the end marker: then read the whole file.
     if start == PNG_START and not end.endswith(PNG_END):
-        return None if PNG_END in Path(path).read_bytes() else CUT_OFF
+        return None if PNG_END in Path(path).read_bytes() else TRUNCATED
     if start.startswith(JPEG_START) and not end.endswith(JPEG_END):
         return _pillow_fault(path)
     return None
 
 
 def decode_fault(path: str) -> str | None:
-    """Why a local image cannot be decoded, or None; decodes it as in training."""
+    """The reason why a local image cannot be decoded, or None; decodes it as in training."""
     if fault := quick_fault(path) or _pillow_fault(path):
         return fault
     try:
@@ -87,8 +87,8 @@ def read_header(path: str) -> ImageFile:
     """Read the size and pixel format of a local image.
 
     Raises:
-        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: the file is no image, or
-            too large (:data:`UNREADABLE`).
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: the file is not an
+            image, or is too large (:data:`UNREADABLE`).
     """
     with Image.open(path) as image:
         width, height = image.size
@@ -104,7 +104,7 @@ def in_threads(function, items: Sequence) -> list:
 
 
 def find_missing(paths: Sequence[str]) -> list[Finding]:
-    """Findings about local images that do not exist.
+    """Find local images that do not exist.
 
     Lists folders instead of testing each file, which is faster on network disks.
     """
@@ -126,7 +126,7 @@ def check_images(
     sizes: Mapping[str, tuple[int, int]] | None = None,
     decode: bool = False,
 ) -> list[Finding]:
-    """Findings about existing images; see :func:`check_image`.
+    """Check existing images; see :func:`check_image`.
 
     Args:
         paths: local files.
@@ -143,7 +143,7 @@ def check_images(
 def check_image(
     path: str, size: tuple[int, int] | None = None, decode: bool = False
 ) -> Finding | None:
-    """The finding about an existing image, or None.
+    """Check an existing image; returns the first problem, or None.
 
     Args:
         path: a local file.
@@ -180,6 +180,6 @@ def _pillow_fault(path: str) -> str | None:
         with Image.open(path) as image:
             image.load()
     except UNREADABLE as error:
-        reason = "is no image" if "identify image" in str(error) else f"is damaged ({error})"
+        reason = "is not an image" if "identify image" in str(error) else f"is damaged ({error})"
         return f"{reason}; copy it again"
     return None

@@ -17,7 +17,7 @@ class CheckedDataset:
     :meth:`findings` itself."""
 
     def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
-        """Everything that is wrong with the labels and images.
+        """All problems of the labels and images.
 
         Works on a data set that is built with ``lazy_init=True``.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check the data sets of a config before training on them.
 
-Prints a table of findings with the first places of each kind, and draws samples with their labels.
+Prints a table of problems with the first places of each kind, and draws samples with their labels.
 The exit status is 1 if there are errors.
 
 Examples:
@@ -25,7 +25,7 @@ from mmeformer.commands import cli
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """The command line's arguments."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,7 +46,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def as_table(findings: list[Finding], title: str, first: int) -> Table:
-    """Table of findings by kind, with the first ``first`` places of each."""
+    """Table of problems by kind, with the first ``first`` places of each."""
     kinds = defaultdict(list)
     for finding in findings:
         kinds[finding.severity, finding.kind].append(finding)

@@ -28,10 +28,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 def run(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     """Run a command; returns the exit status: 1 after an error, else what ``work`` returns, or 0.
 
-    An error is printed as one line that begins with ``error:``. Its traceback comes before that
-    line with ``--debug``, and also if the error is no :class:`~mmeformer.errors.UserError` and came
-    in the middle of training, testing or prediction: then the input is rarely the cause, and a long
-    run should not have to be repeated to see where it failed.
+    An error is printed as one line that begins with ``error:``. Its traceback is printed before
+    that line with ``--debug``, and also if the error is not a
+    :class:`~mmeformer.errors.UserError` and was raised in the middle of training, testing or
+    prediction: then the input is rarely the cause, and nobody should have to repeat a long run to
+    see where it failed.
     """
     try:
         return work(args) or 0
@@ -46,7 +47,7 @@ def run(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
 
 
 def one_text(error: Exception) -> str:
-    """Text of an error without tracebacks of data workers, with its type if the text is unclear."""
+    """Text of an error, without tracebacks of data workers, and with its type if that helps."""
     text = str(error).strip()
     if isinstance(error, KeyError) and len(error.args) == 1:
         # str() of a KeyError adds quotes and escapes line breaks.

@@ -25,7 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="SRC", help="file, address or timm://<model>.<tag>")
+    parser.add_argument("source", metavar="SRC", help="file, URL or timm://<model>.<tag>")
     parser.add_argument("target", metavar="DST", help="file: .pth, .pt, .bin or .safetensors")
     parser.add_argument("--to", choices=TARGETS, default="native", help="default: %(default)s")
     parser.add_argument("--force", action="store_true", help="overwrite DST if it exists")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predict on images, folders, globs and videos with a trained model.
 
-The output folder gets pictures/ and videos/ with the results drawn in, and files of each task:
+The output folder gets pictures/ and videos/ with the results drawn in, and the task's own files:
 {outputs}
 
 Images that cannot be read are named and skipped; the exit status is then 1.
@@ -26,7 +26,7 @@ from mmeformer import configs
 from mmeformer.commands import cli
 from mmeformer.tasks import TASKS
 
-# Seconds between lines of progress where the output is not a terminal.
+# Seconds between lines of progress if the output is not a terminal.
 LINE_EVERY = 30
 
 
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=int, default=1, help="images, frames or windows at once (%(default)s)"
     )
-    parser.add_argument("--score-thr", type=float, help="least score of a detection (0.3)")
+    parser.add_argument("--score-thr", type=float, help="smallest score of a detection (0.3)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU, if any)")
     parser.add_argument(
         "--window",
@@ -86,8 +86,8 @@ def work(args: argparse.Namespace) -> int:
         args.inputs, exclude=[Path(args.out, folder) for folder in FOLDERS]
     )
     out = prepare_folder(args.out)
-    # The visualizers warn that they have no folder, but pictures are written here, and of boxes
-    # that end at the border.
+    # The visualizers warn that they have no folder, but pictures are written by this command. They
+    # also warn of boxes that end at the border.
     warnings.filterwarnings("ignore", module="mmengine.visualization")
     predictor = inference.load_predictor(
         config,
@@ -133,7 +133,7 @@ def work(args: argparse.Namespace) -> int:
             tell(f"{status.done} of {status.total} images{_left(progress, images)}")
     print(f"predicted on {finished} images; results in {out}")
     if failed:
-        print(f"error: {failed} inputs were not, or not wholly, predicted on", file=sys.stderr)
+        print(f"error: {failed} inputs were skipped or incomplete", file=sys.stderr)
         return 1
     return 0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters, multiply-adds, memory and latency of a model, in one table.
+"""Measure parameters, multiply-adds, memory and latency of a model, in one table.
 
 Examples:
     profile.py efficientformerv2_s0
@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> tuple[Profile, dict]:
-    """Profile a model; returns the profile and the conditions it was made under."""
+    """Profile a model; returns the profile and the conditions of the measurement."""
     variant = VARIANTS.get(args.config)
     size = tuple(args.size or ((224, 224) if variant else (512, 512)))
     request = Request("onnx", BACKBONE if variant else args.part, size, args.batch)

@@ -8,7 +8,7 @@ from mmeformer.commands import cli
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """The command line's arguments."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=list(tasks.TASKS))
     parser.add_argument("--work-dir", help="default: work_dirs/quickstart-TASK")

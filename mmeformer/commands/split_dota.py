@@ -30,7 +30,7 @@ LINE_EVERY = 30
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line's arguments."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

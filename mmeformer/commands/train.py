@@ -8,7 +8,7 @@ from mmeformer.training import engine
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """The command line's arguments."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     cli.add_config(parser)
     parser.add_argument(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention biases of inference copies: constants of one size, or a graph for every size."""
+"""Attention biases of inference copies: constants for one size, or a graph for every size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmeformer.layers.attention_bias import AttentionBias, distances, resample_i
 
 
 class _WholeBias(nn.Module):
-    """A bias that is there as a whole."""
+    """A bias that is always computed as a whole."""
 
     def chunks(self, size: tuple[int, ...]) -> Callable[[int, int], Tensor]:
         """See :meth:`AttentionBias.chunks`."""
@@ -23,7 +23,7 @@ class _WholeBias(nn.Module):
 
 
 class FixedBias(_WholeBias):
-    """The bias of one size as a constant.
+    """The bias for one size, as a constant.
 
     Args:
         source: the bias to fix.
@@ -41,9 +41,9 @@ class FixedBias(_WholeBias):
         """``size`` (H, W) of the key map -> bias (heads, Nq, H * W).
 
         Raises:
-            ValueError: another size than the one it was made for.
+            ValueError: ``size`` is not the size it was made for.
         """
-        # A tracer hands out sizes that are no plain numbers.
+        # In a trace, sizes are not plain numbers.
         if not torch.jit.is_tracing() and tuple(size) != self.size:
             raise ValueError(
                 f"this copy was folded for an attention map of {self.size}, but got {tuple(size)}; "
@@ -53,13 +53,13 @@ class FixedBias(_WholeBias):
 
 
 class GraphBias(_WholeBias):
-    """The bias of any size, computed by tensor operations alone, so that a graph can hold it.
+    """The bias for any size, computed by tensor operations only, so that a graph can contain it.
 
-    The same numbers as :class:`AttentionBias`, whose Python arithmetic on sizes a tracer would
-    freeze.
+    Gives the same numbers as :class:`AttentionBias`, whose Python arithmetic on sizes would become
+    constants in a trace.
 
     Args:
-        source: the bias to express; ``"displacement"`` only.
+        source: the bias to replace; ``"displacement"`` only.
 
     Raises:
         ValueError: the bias is resized as a matrix, which has no exact standard operator.
@@ -89,7 +89,7 @@ class GraphBias(_WholeBias):
 
 
 class _SizeProbe(nn.Module):
-    """Stands in for a bias and notes the size that it is asked for."""
+    """Stands in for a bias and records the size that it is called with."""
 
     def __init__(self, source: AttentionBias) -> None:
         super().__init__()
@@ -106,12 +106,12 @@ class _SizeProbe(nn.Module):
 
 
 def replace_biases(model: nn.Module, make: Callable[[str, AttentionBias], nn.Module]) -> None:
-    """Put ``make(name, bias)`` in place of every attention bias."""
+    """Replace every attention bias by ``make(name, bias)``."""
     replace_modules(model, AttentionBias, make)
 
 
 def fix_biases(backbone: PyramidBackbone, image_size: tuple[int, int]) -> None:
-    """Make the biases of a backbone constants of the sizes that an image (H, W) leads to."""
+    """Replace the biases of a backbone by constants for images of ``image_size`` (H, W)."""
     replace_biases(backbone, lambda _, bias: _SizeProbe(bias))
     weight = backbone.stem.conv1.conv.weight
     with torch.no_grad():

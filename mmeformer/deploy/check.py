@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare what an exported file answers with what the model does."""
+"""Compare the results of an exported file with those of the model in PyTorch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from mmeformer.rotated_boxes import rotated_iou
 from mmeformer.runtime import Pyramid, Segmentation
 
 RAW_TOLERANCE = 1e-4
-"""Largest difference of a raw tensor, as a share of its largest value."""
+"""Largest allowed difference of a raw tensor, as a share of its largest value."""
 
 MATCHED = 0.99
-"""Least share of detections that have a counterpart."""
+"""Smallest allowed share of detections that have a counterpart."""
 
 MATCH_IOU = 0.99
 MATCH_SCORE = 1e-3
 
 LABELS_DIFFER = 1e-3
-"""Largest share of pixels of another class: where two classes score the same but for rounding."""
+"""Largest allowed share of pixels of another class: two classes can score the same up to rounding.
+"""
 
 
 class CheckFailed(UserError, RuntimeError):
-    """An exported model does not answer as the model in PyTorch does."""
+    """The results of an exported model differ from those of the model in PyTorch."""
 
 
 class Comparison:
@@ -39,7 +40,7 @@ class Comparison:
 
     Attributes:
         lines: one per comparison, to print.
-        failures: those beyond tolerance; empty if all is well.
+        failures: the lines beyond tolerance; empty if there are none.
     """
 
     def __init__(self, title: str = "") -> None:
@@ -48,7 +49,7 @@ class Comparison:
         self.failures: list[str] = []
 
     def add(self, line: str, ok: bool) -> None:
-        """Note a result."""
+        """Add a result."""
         self.lines.append(line + ("" if ok else "  <- beyond tolerance"))
         if not ok:
             self.failures.append(line)
@@ -78,14 +79,14 @@ def relative_difference(ours: np.ndarray, expected: np.ndarray) -> float:
 
     Infinite where shapes differ or a number is not finite.
     """
-    # NaN would pass for the smaller of two differences.
+    # NaN would pass as the smaller of two differences.
     if ours.shape != expected.shape or not (np.isfinite(ours) & np.isfinite(expected)).all():
         return float("inf")
     difference = np.abs(ours.astype(np.float64) - expected).max()
     return float(difference / max(np.abs(expected).max(), 1e-12))
 
 
-# Functions that compare results of a task: pairs (expected, ours), one per image.
+# Functions that compare the results of a task, given pairs (expected, ours), one per image.
 
 
 def compare_pyramids(pairs: Sequence[tuple[Pyramid, Pyramid]], comparison: Comparison) -> None:
@@ -102,7 +103,7 @@ def compare_pyramids(pairs: Sequence[tuple[Pyramid, Pyramid]], comparison: Compa
 def compare_labels(
     pairs: Sequence[tuple[Segmentation, Segmentation]], comparison: Comparison
 ) -> None:
-    """Count pixels of another class."""
+    """Count the pixels that have another class."""
     differ = sum(int((ours.labels != expected.labels).sum()) for expected, ours in pairs)
     total = sum(ours.labels.size for _, ours in pairs)
     line = f"{differ} of {total} pixels have another class"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write CoreML packages, and check of them what can be checked away from Apple's systems."""
+"""Write CoreML packages, and check them as far as that is possible without Apple's systems."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def write(
 ) -> Comparison:
     """Write a CoreML package and check it.
 
-    CoreML runs on Apple's systems alone. Elsewhere the folded program is compared with the model
-    before coremltools converts it, on random and real images; of the package, inputs, outputs,
+    CoreML runs on Apple's systems only. Elsewhere the folded program is compared with the model
+    before coremltools converts it, on random and real images; in the package, inputs, outputs,
     operators and weights are checked.
 
     Args:
@@ -108,7 +108,7 @@ def convert(
         half: compute and store weights in float16.
     """
     with torch.no_grad(), warnings.catch_warnings():
-        # See the ONNX export: the comparison shows whether one of them mattered.
+        # As for the ONNX export: the comparison shows whether a warning mattered.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         traced = torch.jit.trace(graph, example, check_trace=False)
     if metadata.preprocessing_in_graph:
@@ -180,7 +180,7 @@ def check_package(
         package: as converted.
         graph: that was converted.
         example: an ``image`` input.
-        half: whether it is to be in float16.
+        half: whether it must be in float16.
         comparison: receives the results.
     """
     expected = dict(zip(graph.output_names, graph(example), strict=True))

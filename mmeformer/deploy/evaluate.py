@@ -18,8 +18,8 @@ from mmeformer.registry import MODELS
 class OnnxModel(BaseModel):
     """An exported ONNX file in place of a model, for mmengine's test loop.
 
-    :mod:`mmeformer.runtime` reads, prepares and predicts each image file, as a product does. From
-    the data loader come only the file's name and the ground truth.
+    :mod:`mmeformer.runtime` reads, prepares and predicts each image file, as in a product. The data
+    loader only supplies the file's name and the ground truth.
 
     Args:
         file: the ``.onnx`` file.
@@ -31,12 +31,12 @@ class OnnxModel(BaseModel):
 
     def __init__(self, file: str) -> None:
         super().__init__()
-        # One image at a time: the batch of the data loader is not that of the graph.
+        # One image at a time: the data loader's batch size is not that of the graph.
         self.predictor = runtime.load(file, torch.get_num_threads())
         self.graph = tasks.load(self.predictor.metadata.export.graph)
 
     def test_step(self, data: dict) -> list:
-        """The samples of a batch, with predictions as the OpenMMLab model sets them."""
+        """Predict a batch; return its samples with predictions as the OpenMMLab model sets them."""
         samples = list(data["data_samples"])
         for sample in samples:
             self.graph.set_prediction(sample, self.predictor.predict(sample.img_path))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export models to ONNX and CoreML; writes only files that passed their check."""
+"""Export models to ONNX and CoreML; only files that passed the check are written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REAL_IMAGES = 4
 
 @dataclass(frozen=True)
 class Request:
-    """Choices for an export.
+    """Options of an export.
 
     Args:
         target: ``"onnx"`` or ``"coreml"``.
@@ -33,7 +33,7 @@ class Request:
         half: CoreML in float16.
 
     Raises:
-        ValueError: a combination that does not exist.
+        ValueError: the options do not go together.
     """
 
     target: str
@@ -58,7 +58,7 @@ class Request:
             raise ValueError("--fp16 is for CoreML; ONNX files are float32")
 
     def task(self, config: Config) -> str:
-        """The key of :func:`mmeformer.tasks.exports` that this part of a config's model has.
+        """The key of :func:`mmeformer.tasks.exports` for this part of a config's model.
 
         Raises:
             ValueError: the config is of no known task.
@@ -85,8 +85,8 @@ def export(
         checkpoint: of the model.
         out: file to write (a folder, for CoreML).
         request: see :class:`Request`.
-        images: real images for the check, beside random ones; none takes the first of the config's
-            test data, if they are there.
+        images: real images for the check, beside random ones; if empty, the first images of the
+            config's test data, if they exist.
         force: replace existing files.
         report: called with each line of the check.
 
@@ -97,7 +97,7 @@ def export(
         ValueError: this model, or this request, cannot be exported.
         FileNotFoundError: a file does not exist.
         FileExistsError: ``out`` or its JSON file exists.
-        CheckFailed: the exported model answers differently; nothing is written.
+        CheckFailed: the exported model gives other results; nothing is written.
     """
     out = Path(out)
     if out.suffix != SUFFIXES[request.target]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An inference copy of a model with everything merged that inference can do without."""
+"""Copies of models for inference, with norms and layer scales merged into other layers."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from mmeformer.layers.blocks import LayerScale
 
 
 def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Module:
-    """An inference copy of a backbone or of a whole detector or segmentor.
+    """Make an inference copy of a backbone or of a whole detector or segmentor.
 
     Batch norms are merged into the convolutions before them (our own blocks, mmcv's ``ConvModule``
-    of necks and heads, neighbours in ``nn.Sequential``), layer scales into the convolution or
-    linear layer before them; drop path is gone. What remains has no
-    layer to go to: layer norms and group norms (their statistics depend on the input) and V1's
-    scale of its pooling mixer, which is a difference of two maps. Outputs agree with the model's in
-    eval mode to 1e-5 of their largest value.
+    of necks and heads, neighbors in ``nn.Sequential``), layer scales into the convolution or linear
+    layer before them; drop path is removed. Layer norms and group norms remain, because their
+    statistics depend on the input, and so does the layer scale of V1's pooling mixer, which is a
+    difference of two maps. Outputs agree with the model's in eval mode to 1e-5 of their largest
+    value.
 
     Args:
-        model: left as it is.
-        image_size: (H, W) in pixels of all inputs to come, if they have one size: the attention
-            biases then become constants. None keeps them: they are cached per size in eager mode.
+        model: is not changed.
+        image_size: (H, W) in pixels of all inputs, if they have one size: the attention biases then
+            become constants. None keeps them: they are cached per size in eager mode.
 
     Returns:
-        A copy in eval mode without gradients, on the same device. It cannot be trained, and its
-        state dict has names of its own.
+        A copy in eval mode without gradients, on the same device. It cannot be trained, and the
+        names in its state dict differ from the model's.
 
     Raises:
         ValueError: ``image_size`` is given, but the model has none of our backbones.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     substitute(model)
-    # Parents come before their parts: in reverse, a part is folded before its parent uses it.
+    # Parents come before their children: in reverse, a child is folded before its parent uses it.
     for module in reversed(list(model.modules())):
         for absorbed, layer in _foldable_pairs(module):
             part = getattr(module, absorbed)
@@ -63,7 +63,7 @@ def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Modu
 
 
 def _foldable_pairs(module: nn.Module) -> list[tuple[str, str]]:
-    """(name of a part, path of the layer before it that takes it in) of one module."""
+    """(name of a part, path of the layer before it that it is merged into) of one module."""
     if isinstance(module, ConvModule):
         order = [step for step in module.order if step != "act" or module.with_activation]
         follows = "norm" in order and order.index("norm") == order.index("conv") + 1
@@ -83,13 +83,13 @@ def _foldable_pairs(module: nn.Module) -> list[tuple[str, str]]:
 
 def _can_merge(layer: nn.Module, part: nn.Module) -> bool:
     if isinstance(part, _BatchNorm):
-        # Without running statistics it normalizes by those of the input.
+        # Without running statistics, a norm uses those of the input.
         return isinstance(layer, nn.Conv2d) and part.running_mean is not None
     return isinstance(part, LayerScale) and isinstance(layer, (nn.Conv2d, nn.Linear))
 
 
 def _merge(layer: nn.Conv2d | nn.Linear, part: _BatchNorm | LayerScale) -> nn.Module:
-    """A new layer that does what ``part(layer(x))`` does: others may share the old one."""
+    """A new layer that computes ``part(layer(x))``; other modules may share the old layer."""
     if isinstance(part, _BatchNorm):
         assert isinstance(layer, nn.Conv2d)  # see `_can_merge`
         return fuse_conv_bn_eval(layer, part)

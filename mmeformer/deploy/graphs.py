@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models as graphs: tensors in, tensors out, every choice that depends on data an operator.
+"""Models as graphs: tensors in, tensors out, and operators for everything that depends on data.
 
-A graph calls the trained layers of a model and expresses what lies around them (anchors, choice of
-boxes, suppression) so that it can be traced for any batch and size. Each task has its graphs in its
-own room; its row in :mod:`mmeformer.tasks` names them.
+A graph calls the trained layers of a model and expresses the rest (anchors, selection of boxes,
+NMS) so that it can be traced for any batch and size. Each task has its graphs in its own room; its
+row in :mod:`mmeformer.tasks` names them.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from mmeformer.variants import STRIDES
 
 
 class Graph(nn.Module):
-    """Base of all graphs: all that exporting needs to know of a task.
+    """Base of all graphs; has everything that exporting needs to know of a task.
 
     ``forward(image, *others)`` returns the outputs named by ``output_names``, then the raw tensors
     named by ``raw_names``. The check of an export compares raw tensors number by number; the
-    finished file holds none (``raw_names = ()`` leaves them out).
+    finished file has none (``raw_names = ()`` leaves them out).
 
     Subclasses take a model as their first argument and raise a ``ValueError`` for one that they
     cannot express.
 
     Args:
-        normalize: makes the network's input of the ``image`` input; None takes it as it is.
+        normalize: converts the ``image`` input to the network's input; None: they are the same.
     """
 
     extra_inputs: tuple[str, ...] = ()
-    """Inputs beside ``image``, of ``image_size`` (B, 2) ``float32``: height and width of each image
-    without padding, and ``output_size`` (2,) ``int64``: height and width of the outputs."""
+    """Inputs beside ``image``: ``image_size`` (B, 2) ``float32``, height and width of each image
+    without padding, or ``output_size`` (2,) ``int64``, height and width of the outputs."""
 
     output_names: tuple[str, ...]
     raw_names: tuple[str, ...] = ()
@@ -74,16 +74,16 @@ class Graph(nn.Module):
 
     @staticmethod
     def settings(config: Config, model: Any) -> dict[str, Any]:
-        """Fields of :class:`mmeformer.runtime.Metadata` that this kind of model decides.
+        """Fields of :class:`mmeformer.runtime.Metadata` that depend on the kind of model.
 
         Raises:
-            ValueError: the config asks for what the runtime lacks.
+            ValueError: the config needs something that the runtime does not have.
         """
         raise NotImplementedError
 
     @staticmethod
     def predict(model: Any, image: Tensor, metainfo: dict[str, Any]) -> Any:
-        """Predict by the OpenMMLab model's own ``predict``, as a reference for exported files.
+        """Predict with the OpenMMLab model's own ``predict``, as a reference for exported files.
 
         Args:
             model: as it was trained.
@@ -91,7 +91,7 @@ class Graph(nn.Module):
             metainfo: of the image, as OpenMMLab's test pipelines set it.
 
         Returns:
-            The result, or None where there is none beyond the outputs of the graph.
+            The result, or None if the outputs of the graph are all there is.
         """
         raise NotImplementedError
 
@@ -115,7 +115,7 @@ def graph_class(task: str, target: str) -> Any:
     reference = export.coreml_graph if target == "coreml" else export.graph
     if reference is None:
         raise ValueError(
-            f"CoreML has no operators to choose boxes and masks: export models for {task} to ONNX, "
+            f"CoreML has no operators to select boxes and masks: export models for {task} to ONNX, "
             "or their --part backbone to CoreML"
         )
     return tasks.load(reference)
@@ -145,7 +145,7 @@ def _blank_padding(image: Tensor, image_size: Tensor) -> Tensor:
 
 
 class Normalize(nn.Module):
-    """Images as OpenCV reads them -> the network's input (B, 3, H, W) ``float32``.
+    """Converts images as OpenCV reads them to the network's input (B, 3, H, W) ``float32``.
 
     Args:
         mean, std: of the channels in the network's order, on a scale of 0 to 255.
@@ -174,7 +174,7 @@ class Normalize(nn.Module):
 
 
 def find_backbone(model: nn.Module) -> PyramidBackbone:
-    """The EfficientFormer in a model.
+    """Find the EfficientFormer backbone in a model.
 
     Raises:
         ValueError: there is none.
@@ -224,17 +224,17 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
 
 def top_k(scores: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """The ``limit`` best of (B, N) along N, or all if they are fewer: values and indices."""
+    """Values and indices of the ``limit`` best scores (B, N) along N, or of all if N is smaller."""
     count = scores.shape[1]
     if not torch.jit.is_tracing():
         return scores.topk(min(limit, count), dim=1)
-    # A number would be frozen at what the traced example had.
+    # A number would become the constant of the traced example.
     traced: Any = torch.minimum(torch.tensor(limit), torch.as_tensor(count))
     return scores.topk(traced, dim=1)
 
 
 def cell_shifts(size: tuple[int, ...], stride: tuple[int, int], like: Tensor) -> Tensor:
-    """Distances in pixels of each cell of a map from the first one: (H * W, 2), x and y.
+    """Distance in pixels of each cell of a map from the first one: (H * W, 2), x and y.
 
     Args:
         size: (H, W) of the map.
@@ -250,6 +250,6 @@ def cell_shifts(size: tuple[int, ...], stride: tuple[int, int], like: Tensor) ->
 
 
 def require(condition: bool, otherwise: str) -> None:
-    """Raise a ``ValueError`` for a model that no graph can express."""
+    """Raise a ``ValueError`` with the message ``otherwise`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"{otherwise}; `--part backbone` exports the backbone of every model")

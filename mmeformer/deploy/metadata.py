@@ -27,7 +27,7 @@ def export_metadata(
     batch: int | None = None,
     preprocessing_in_graph: bool = False,
 ) -> Metadata:
-    """Metadata of a model that is to be exported.
+    """Metadata of a model to export.
 
     Args:
         config: of the model.
@@ -55,7 +55,7 @@ def export_metadata(
 
 
 def task_settings(config: Config, model: nn.Module) -> dict[str, Any]:
-    """Fields of the metadata that all tasks have: from test pipeline and data set.
+    """Metadata fields of all tasks, from test pipeline and data set.
 
     Raises:
         ValueError: the test pipeline has steps that the runtime lacks.
@@ -69,7 +69,7 @@ def task_settings(config: Config, model: nn.Module) -> dict[str, Any]:
 
 
 def detector_settings(config: Config, model: nn.Module, test_cfg: dict) -> dict[str, Any]:
-    """:func:`task_settings`, and those of detectors: from ``test_cfg`` of the last stage."""
+    """:func:`task_settings` and the fields of detectors, from ``test_cfg`` of the last stage."""
     return dict(
         pad_divisor=config.model.data_preprocessor.get("pad_size_divisor", 1),
         score_threshold=test_cfg["score_thr"],
@@ -93,7 +93,7 @@ def _pipeline_settings(config: Config) -> dict[str, Any]:
             settings["multiple"] = step.get("size_divisor", 32)
         else:
             raise ValueError(
-                f"the runtime lacks the step {step['type']} of the test pipeline: it has one "
+                f"the runtime does not have the step {step['type']} of the test pipeline, only one "
                 "Resize with a scale, then one ResizeToMultiple"
             )
     return settings

@@ -30,7 +30,7 @@ def build_model(config: Config, checkpoint: str | None = None) -> nn.Module:
     Raises:
         FileNotFoundError: the checkpoint does not exist.
         ValueError: its tensors are not exactly those of this model.
-        CheckpointError: it holds NaN, or numbers of another kind.
+        CheckpointError: its weights are NaN or not floating point.
     """
     init_default_scope(config.get("default_scope", "mmengine"))
     if "custom_imports" in config:
@@ -52,7 +52,7 @@ def build_model(config: Config, checkpoint: str | None = None) -> nn.Module:
 
 
 def sample_images(config: Config, limit: int) -> list[Path]:
-    """Up to ``limit`` images of the config's test data; empty where it is not on this machine."""
+    """Up to ``limit`` images of the config's test data; empty if it is not on this machine."""
     dataset = config.test_dataloader.dataset
     prefix = dataset.get("data_prefix") or {}
     folder = Path(dataset.get("data_root") or ".", prefix.get("img_path") or prefix.get("img", ""))

@@ -24,10 +24,10 @@ OPSET = 17
 """Has LayerNormalization (17) and half-pixel RoiAlign (16); needs onnxruntime 1.13 or newer."""
 
 TRACED_SIZE = (64, 96)
-"""Of the example image of a graph for any size: small, and its sides differ."""
+"""Height and width of the example image of a graph for any size: small, and its sides differ."""
 
 RANDOM_SIZE = (160, 224)
-"""Of the random images that such a graph is compared on."""
+"""Height and width of the random images that such a graph is compared on."""
 
 
 def write(
@@ -78,12 +78,12 @@ def trace(graph: Graph, metadata: Metadata, path: Path) -> None:
     """Write a graph to an ONNX file, without metadata."""
     inputs = example_inputs(graph, metadata)
     with torch.no_grad(), warnings.catch_warnings():
-        # Comparisons of sizes in the libraries' Python (assertions, special cases of empty input):
-        # the check afterwards shows whether one of them mattered.
+        # From comparisons of sizes in the libraries' Python (assertions, special cases for empty
+        # input): the check afterwards shows whether one of them mattered.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        # PyTorch's newer exporter cannot express graphs whose sizes depend on data (suppression).
+        # PyTorch's newer exporter cannot express graphs whose sizes depend on data (NMS).
         warnings.simplefilter("ignore", DeprecationWarning)
-        # Scatter to distinct places, which is well defined.
+        # About scatter, which is well defined here: its indices are distinct.
         warnings.filterwarnings("ignore", message=".*ONNX.*", category=UserWarning)
         torch.onnx.export(
             graph,
@@ -100,7 +100,7 @@ def trace(graph: Graph, metadata: Metadata, path: Path) -> None:
 def example_inputs(graph: Graph, metadata: Metadata) -> dict[str, Tensor]:
     """Inputs of the right shapes for an ONNX graph, by name."""
     height, width = metadata.size or TRACED_SIZE
-    # Two images where any number is allowed: a batch of one may be broadcast by mistake.
+    # Two images if any number is allowed: a batch of one may be broadcast by mistake.
     batch = metadata.batch or 2
     image = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
     if metadata.preprocessing_in_graph:
@@ -138,7 +138,7 @@ def _compare(
     images: Sequence[np.ndarray | Path],
     comparison: check.Comparison,
 ) -> None:
-    """Compare raw tensors with those of the model as it was trained, and results with its own."""
+    """Compare raw tensors and results with those of the model as it was trained."""
     metadata = finished.metadata
     reference = graph_class(copy.deepcopy(model)).eval()
     raw = reference.raw_names or reference.output_names
@@ -169,12 +169,12 @@ def _compare(
     if pairs:
         reference.compare(pairs, comparison)
     if metadata.batch != 1 and len(images) > 1:
-        # The last one is a real image, if there are any: in it there is something to find.
+        # The last image is a real one, if there are any: it shows objects.
         same = _same_in_a_batch(finished, as_image(images[-1]), reference.compare)
         comparison.add(
-            "images of a batch give the same as alone"
+            "images give the same results in a batch as alone"
             if same
-            else "an image of a batch gives another result than alone",
+            else "an image gives another result in a batch than alone",
             same,
         )
 
@@ -205,7 +205,7 @@ def _same_in_a_batch(
     image: np.ndarray,
     compare: Callable[[Sequence[tuple], check.Comparison], None],
 ) -> bool:
-    """Whether an image and its mirror image give together what each gives alone."""
+    """Whether an image and its mirror image give the same results in a batch as alone."""
     together = [image, np.ascontiguousarray(image[:, ::-1])]
     for pair in zip(
         map(predictor.predict, together), predictor.predict_batch(together), strict=True

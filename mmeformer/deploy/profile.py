@@ -36,7 +36,7 @@ MODES = ("eager", "channels_last", "folded", "folded_channels_last", "compile", 
 
 @dataclass(frozen=True)
 class Part:
-    """Counts of a part of a model: single ``params`` and ``macs``, not millions."""
+    """Number of parameters and multiply-adds of a part of a model (not in millions)."""
 
     name: str
     params: int
@@ -80,12 +80,12 @@ def _part_paths(graph: Graph) -> list[str]:
 
 
 def count_classifier(variant: Variant, image_size: int = 224) -> list[Part]:
-    """Count the parts of the published classifier of a variant; sums are the published figures.
+    """Count the parts of the published classifier of a variant; totals are the published figures.
 
-    The papers do not say how they count; these rules give all 14 published figures.
-    V1 is counted as trained: a batch norm costs 2 operations per element, a layer norm 5. V2 is
-    counted as deployed: batch norms and layer scales folded into the convolutions (one norm before
-    the heads included), a bilinear resize costs 4 per element. These are the costs in fvcore.
+    The papers do not say how they count; these rules give all 14 published figures. V1 is counted
+    as trained: a batch norm costs 2 operations per element, a layer norm 5. V2 is counted as
+    deployed: batch norms and layer scales are folded into the convolutions (also the norm before
+    the heads), and a bilinear resize costs 4 operations per element. These are the costs in fvcore.
     """
     v1 = variant.family == "v1"
     backbone = (EfficientFormer if v1 else EfficientFormerV2)(variant.arch).eval()
@@ -124,7 +124,7 @@ def count_classifier(variant: Variant, image_size: int = 224) -> list[Part]:
 
 
 class _LiveStorage(TorchDispatchMode):
-    """Sums the bytes of live storages that operators make."""
+    """Sums the bytes of the live storages that operators create."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def _storage(value) -> torch.UntypedStorage | None:
 
 @torch.no_grad()
 def inference_memory(call: Callable[[], object]) -> int:
-    """Peak of bytes in tensors that ``call`` makes; parameters are not counted."""
+    """Peak number of bytes in tensors that ``call`` creates; parameters are not counted."""
     with _LiveStorage() as live:
         call()
     return live.peak
@@ -196,9 +196,9 @@ class Latency:
 
 
 def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, Latency]:
-    """Measure the latency of each call, in turns, so that a slow moment affects all alike.
+    """Measure the latency of each call; calls take turns, so that a slow moment affects all.
 
-    Every call runs twice beforehand.
+    Every call runs twice as a warm-up.
     """
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -320,7 +320,7 @@ def profile(
     Args:
         model: in eval mode.
         metadata, graph_class: as for an export of a fixed size and batch.
-        modes: of :data:`MODES`, to measure the latency of.
+        modes: the :data:`MODES` to measure the latency of.
         rounds: runs of each mode.
         variant: count the published classifier of this variant instead of ``model``'s parts.
     """

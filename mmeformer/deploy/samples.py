@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects in mmdet's data samples, upright and rotated ones: to numpy and back."""
+"""Conversion of the objects in mmdet's data samples, upright or rotated, to numpy and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmeformer.runtime import Detections, RotatedDetections
 
 
 def predict_instances(model: Any, image: Tensor, metainfo: dict[str, Any]) -> InstanceData:
-    """Predict by a detector's own ``predict``; see ``predict`` of a graph."""
+    """Predict with a detector's own ``predict``; arguments as in ``Graph.predict``."""
     (sample,) = model.predict(image, [DetDataSample(metainfo=metainfo)], rescale=True)
     return sample.pred_instances
 
@@ -29,7 +29,7 @@ def arrays(found: InstanceData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def set_instances(sample: DetDataSample, result: Detections | RotatedDetections) -> None:
     """Put a result into a data sample, as the detector in PyTorch does.
 
-    Boxes of the ground truth become plain tensors, which metrics compare them with.
+    Boxes of the ground truth become plain tensors, as metrics expect.
     """
     found = InstanceData(
         bboxes=torch.from_numpy(result.boxes),

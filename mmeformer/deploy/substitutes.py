@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that do the same as those of our backbones, faster, in copies for inference."""
+"""Faster equivalents of our backbones' modules, for inference copies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Kind = TypeVar("Kind", bound=nn.Module)
 def replace_modules(
     model: nn.Module, kind: type[Kind], make: Callable[[str, Kind], nn.Module]
 ) -> None:
-    """Put ``make(name, module)`` in place of every module of a kind below ``model``."""
+    """Replace every module of a kind below ``model`` by ``make(name, module)``."""
     for name, module in list(model.named_modules()):
         if isinstance(module, kind):
             parent, _, attribute = name.rpartition(".")
@@ -27,14 +27,14 @@ def replace_modules(
 
 
 class InplaceGelu(nn.Module):
-    """GELU in place: the largest maps of the network are not held twice."""
+    """GELU in place: the largest maps of the network do not exist twice."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.aten.gelu_(x)
 
 
 class FoldedPoolBlock(nn.Module):
-    """A :class:`PoolBlock` without drop path: its mixer is one pass over the map and its means.
+    """A :class:`PoolBlock` without drop path, whose mixer is one pass over the map and its means.
 
     Args:
         block: the block; its layers are used, not copied.
@@ -62,9 +62,9 @@ class FoldedPoolBlock(nn.Module):
 class GraphPoolBlock(FoldedPoolBlock):
     """A :class:`FoldedPoolBlock` for exported graphs.
 
-    onnxruntime holds maps in blocks of channels from one convolution to the next. For sums and
-    products it brings all three maps into order and the result back, so the mixer consists of
-    depthwise convolutions. PyTorch would take several times longer for them.
+    Between convolutions, onnxruntime stores maps in blocks of channels. For sums and products it
+    would reorder all three maps, and the result again, so here the mixer consists of depthwise
+    convolutions. In PyTorch these take several times longer.
     """
 
     def mix(self, x: Tensor, means: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class GraphPoolBlock(FoldedPoolBlock):
 
 
 def substitute(model: nn.Module) -> None:
-    """Put faster modules into a copy for inference, before or after its norms are merged."""
+    """Put faster modules into an inference copy, before or after its norms are merged."""
     replace_modules(model, PoolBlock, lambda _, block: FoldedPoolBlock(block))
     for module in model.modules():
         if isinstance(module, ConvNorm) and isinstance(module.act, nn.GELU):
@@ -82,5 +82,5 @@ def substitute(model: nn.Module) -> None:
 
 
 def substitute_for_graph(model: nn.Module) -> None:
-    """Put what exported graphs run faster into a folded copy."""
+    """Put modules that are faster in exported graphs into a folded copy."""
     replace_modules(model, FoldedPoolBlock, lambda _, block: GraphPoolBlock(block))

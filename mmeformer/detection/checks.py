@@ -16,7 +16,7 @@ from mmeformer.checks.images import check_images, find_missing
 LEFT_OUT = ("empty box", "inverted box", "box outside image", "short polygon")
 """Kinds of annotations that mmdet silently leaves out of training."""
 LIST_KEYS = ("images", "annotations", "categories")
-# Pixels: a box may reach this far beyond its image, by rounding.
+# A box may reach this many pixels beyond its image, by rounding.
 TOLERANCE = 1.0
 NUMBER = (int, float)
 
@@ -48,7 +48,7 @@ def check_coco(
         decode: decode these images in full.
 
     Returns:
-        Findings, errors first; kinds: ``not COCO``, ``bad entry``, ``repeated id``, ``unknown
+        The problems, errors first; kinds: ``not COCO``, ``bad entry``, ``repeated id``, ``unknown
         image``, ``unknown category``, ``unused category``, ``inverted box``, ``empty box``, ``box
         outside image``, ``box beyond image``, ``short polygon``, ``mask outside image``, ``mask
         size``, ``damaged mask``, ``missing mask``, ``unused class``, ``missing image``,
@@ -57,7 +57,7 @@ def check_coco(
     if not isinstance(content, Mapping) or not all(
         isinstance(content.get(key, []), list) for key in LIST_KEYS
     ):
-        message = f"is not COCO: it must hold the lists {', '.join(LIST_KEYS)}; export it again"
+        message = f"is not COCO: it must have the lists {', '.join(LIST_KEYS)}; export it again"
         return [Finding(ERROR, "not COCO", path, message)]
     findings: list[Finding] = []
 
@@ -79,7 +79,7 @@ def check_coco(
         seen.add(number)
         image = images.get(image_id)
         if image is None:
-            message = f"annotation {number} belongs to image {image_id}, which `images` lacks"
+            message = f"annotation {number} belongs to image {image_id}, which is not in `images`"
             wrong("unknown image", message)
             continue
         category = categories.get(annotation["category_id"])
@@ -87,7 +87,7 @@ def check_coco(
             wrong(
                 "unknown category",
                 f"annotation {number} ({image['file_name']}) has category_id "
-                f"{annotation['category_id']}, which `categories` lacks",
+                f"{annotation['category_id']}, which is not in `categories`",
             )
             continue
         if category["name"] not in classes:
@@ -246,9 +246,9 @@ def run_lengths(counts: str | list) -> np.ndarray | None:
     """Run lengths of a COCO mask: background, object, background, ... in pixels.
 
     Args:
-        counts: a list, or text with six bits per character. The text holds each number five bits at
-            a time, lowest first; from the fourth number on, the difference to the number two before
-            (``rleFrString`` in cocodataset/cocoapi, ``common/maskApi.c``).
+        counts: a list, or text with six bits per character. The text has each number five bits at a
+            time, lowest first; from the fourth number on, it has the difference to the number two
+            places before (``rleFrString`` in cocodataset/cocoapi, ``common/maskApi.c``).
 
     Returns:
         (runs,) int64, or None if ``counts`` is invalid.

@@ -26,7 +26,7 @@ class CocoDataset(CheckedDataset, MMDetCocoDataset):
     """mmdet's ``CocoDataset`` that checks its annotation file and images.
 
     mmdet silently drops annotations whose category is not in ``metainfo["classes"]``, and numbers
-    the classes in the order of the file, not of the config. A misspelled or reordered list then
+    the classes in the order of the file, not of the config. With a misspelled or reordered list it
     trains on nothing or shows wrong names. This class checks all annotations and the first
     :attr:`CHECKED_FILES` images (:mod:`mmeformer.detection.checks`) and logs warnings. Arguments
     are those of mmdet; images must be local.
@@ -40,7 +40,7 @@ class CocoDataset(CheckedDataset, MMDetCocoDataset):
     """
 
     def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
-        """Everything that is wrong; see :class:`~mmeformer.checks.interface.CheckedDataset`."""
+        """All problems; see :class:`~mmeformer.checks.interface.CheckedDataset`."""
         self._require_file(self.ann_file)
         try:
             content = json.loads(Path(self.ann_file).read_bytes())
@@ -103,8 +103,8 @@ class CocoDataset(CheckedDataset, MMDetCocoDataset):
                 f"classes {missing} of the config are not among the categories of {path}, "
                 f"which are {in_file}; correct `classes` in the config"
             )
-        # mmdet takes the order of the file. Another order in the config would have no effect on
-        # training and show wrong names afterwards.
+        # mmdet uses the order of the file. Another order in the config has no effect on training,
+        # but shows wrong names afterwards.
         order = [name for name in in_file if name in wanted]
         if order != wanted:
             raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mask R-CNN and Faster R-CNN of mmdet as graphs, suppression and masks included."""
+"""mmdet's Mask R-CNN and Faster R-CNN as graphs, including NMS and masks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class NonMaxSuppression(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, boxes, scores, limit, iou_threshold, score_threshold):
-        """(B, N, 4), (B, 1, N) -> (M, 3) ``int64``: image, 0, box; by image, the best first."""
+        """(B, N, 4), (B, 1, N) -> (M, 3) ``int64``: image, 0, box; per image, the best first."""
         selected = []
         for index, (own_boxes, own_scores) in enumerate(zip(boxes, scores[:, 0], strict=True)):
             above = (own_scores > score_threshold).nonzero()[:, 0]
@@ -60,20 +60,20 @@ def suppress(
     score_threshold: float,
     limit: int,
 ) -> tuple[Tensor, Tensor]:
-    """Non-maximum suppression in each group of boxes of each image.
+    """Non-maximum suppression within each group of boxes of each image.
 
-    Groups are moved apart by an offset, with the arithmetic of mmcv's ``batched_nms``.
+    Groups are moved apart by an offset, as in mmcv's ``batched_nms``.
 
     Args:
         boxes: (B, N, 4).
         scores: (B, N).
         groups: (N,), level or class.
-        iou_threshold: boxes that overlap more suppress each other.
+        iou_threshold: of two boxes that overlap more, the worse one is removed.
         score_threshold: boxes with this score or a lower one are left out.
-        limit: most boxes per image.
+        limit: largest number of boxes per image.
 
     Returns:
-        Image (M,) and index in the image (M,) of the kept boxes: by image, the best first.
+        Image (M,) and index in the image (M,) of the kept boxes: per image, the best first.
     """
     offset = groups.to(boxes) * (boxes.flatten(1).amax(1, keepdim=True) + 1)
     moved = boxes + offset[..., None]
@@ -101,18 +101,19 @@ class _WholeMasks(Detections):
 
 
 class DetectionGraph(Graph):
-    """Boxes and masks of all images of a batch, one image after the other.
+    """Graph for the boxes and masks of all images of a batch, one image after the other.
 
-    Outputs, for N objects in all, each image's best first: ``boxes`` (N, 4) in pixels of the input
-    (left, top, right, lower edge), ``scores`` (N,), ``labels`` (N,) ``int64``, ``image_index``
-    (N,) ``int64``, and with masks ``masks`` (N, S, S): probabilities on a grid over the box.
+    Outputs, for N objects in total, each image's best first: ``boxes`` (N, 4) in pixels of the
+    input (left, top, right, bottom edge), ``scores`` (N,), ``labels`` (N,) ``int64``,
+    ``image_index`` (N,) ``int64``, and ``masks`` (N, S, S) if the model has masks: probabilities on
+    a grid over the box.
 
     Args:
         model: a two-stage detector with an ``RPNHead`` and a ``StandardRoIHead``.
         normalize: see :class:`Graph`.
 
     Raises:
-        ValueError: the model has other parts than these.
+        ValueError: the model has other components.
     """
 
     extra_inputs = ("image_size",)
@@ -146,10 +147,10 @@ class DetectionGraph(Graph):
     def _proposals(
         self, all_scores: list[Tensor], all_deltas: list[Tensor], image_size: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Proposals (B, K, 4), and which of them are valid (B, K).
+        """Proposals (B, K, 4) and a mask of the valid ones (B, K).
 
-        K is the number of the image with the most, and at least 1, so that no later layer meets
-        an empty batch.
+        K is the largest number of proposals of an image, and at least 1, so that no later layer
+        gets an empty batch.
         """
         head, settings = self.model.rpn_head, self.model.rpn_head.test_cfg
         level_scores, level_boxes, levels = [], [], []
@@ -172,7 +173,7 @@ class DetectionGraph(Graph):
         image, index = suppress(
             boxes, scores, torch.cat(levels), settings.nms.iou_threshold, -0.5, settings.max_per_img
         )
-        # From one list to a row per image.
+        # Put the list of all proposals into one row per image.
         counts = (image[:, None] == torch.arange(boxes.shape[0], device=image.device)).sum(0)
         starts = counts.cumsum(0) - counts
         rank = torch.arange(image.shape[0], device=image.device) - starts[image]
@@ -216,7 +217,7 @@ class DetectionGraph(Graph):
         outputs = (found, scores[image, index], labels[index], image)
         if not head.with_mask:
             return outputs
-        # One more than there are: convolutions of some runtimes refuse an empty batch.
+        # Add a dummy region: convolutions of some runtimes reject an empty batch.
         padded = torch.cat([torch.cat([image[:, None].to(found), found], 1), rois[:1]])
         masks = head.mask_head(_extract(head.mask_roi_extractor, features, padded))[:-1]
         if not head.mask_head.class_agnostic:
@@ -246,13 +247,13 @@ class DetectionGraph(Graph):
 
 def _decode(coder: DeltaXYWHBBoxCoder, anchors: Tensor, deltas: Tensor) -> Tensor:
     """Decode ``deltas`` (B, K, 4) against ``anchors`` (B * K, 4), without clipping."""
-    # The coder's own method uses another formula in an export.
+    # The coder's own method uses another formula during export.
     boxes = delta2bbox(anchors, deltas.flatten(0, 1), coder.means, coder.stds)
     return boxes.view(deltas.shape)
 
 
 def _extract(extractor: SingleRoIExtractor, features: tuple[Tensor, ...], rois: Tensor) -> Tensor:
-    """Pool features (M, C, S, S) of ``rois`` (M, 5), image and edges, each from its level."""
+    """Pool features (M, C, S, S) of ``rois`` (M, 5: image index and edges), each from its level."""
     count = extractor.num_inputs
     levels = extractor.map_roi_levels(rois, count)
     rows, pooled = [], []

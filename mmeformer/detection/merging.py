@@ -15,10 +15,10 @@ from mmeformer.results import Detections
 from mmeformer.windows import Window
 
 SAME = 0.5
-"""IoU of two boxes within the pixels that both windows see, from which they are one object."""
+"""Two boxes are one object above this IoU, computed in the pixels that both windows see."""
 
 NEAR_BORDER = 0.02
-"""Share of a window's side (and at least 2 pixels) within which a box ends at its border."""
+"""A box ends at its window's border if it is this close: share of the side, at least 2 pixels."""
 
 Pairs = list[tuple[int, int]]
 
@@ -29,21 +29,22 @@ def merge_windows(
     size: tuple[int, int],
     iou_thr: float = 0.5,
 ) -> Detections:
-    """Objects of a whole image from those of its overlapping windows.
+    """Merge the objects of overlapping windows into those of the whole image.
 
     Boxes of one class from two windows are compared:
 
-    - Of two objects that lie whole in their windows and overlap by more than ``iou_thr``, the one
-      with the lower score goes (non-maximum suppression).
-    - An object that is cut by the border of its window goes if another window shows it whole.
-    - An object that no window shows whole is joined from its fragments: box and mask become their
-      union.
+    - Of two objects that lie completely inside their windows and overlap by more than ``iou_thr``,
+      the one with the lower score is removed (non-maximum suppression).
+    - An object that is cut by the border of its window is removed if another window shows it
+      completely.
+    - An object that no window shows completely is joined from its fragments: box and mask become
+      their union.
 
     Args:
         places: the windows.
         results: the objects of each window, in its own pixels.
         size: height and width of the image.
-        iou_thr: for whole objects.
+        iou_thr: for complete objects.
 
     Returns:
         In pixels of the image, the best first.
@@ -62,7 +63,7 @@ def merge_windows(
     fragment = cut.copy()
     for first, second in same:
         if cut[first] != cut[second]:
-            # Another window shows the object whole.
+            # Another window shows the object completely.
             fragment[first] = fragment[second] = False
     links = [pair for pair in same if fragment[pair[0]] and fragment[pair[1]]]
     joined = _joined(objects, np.flatnonzero(fragment), links)
@@ -71,7 +72,7 @@ def merge_windows(
 
 
 def _is_cut(boxes: np.ndarray, windows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(N,) bool: whether a box ends at a border of its window inside the image."""
+    """(N,) bool: whether a box ends at a border of its window that is not a border of the image."""
     height, width = size
     sides = windows[:, 2:] - windows[:, :2]
     reach = np.maximum(2, NEAR_BORDER * sides)
@@ -87,7 +88,7 @@ def _related(
     cut: np.ndarray,
     iou_thr: float,
 ) -> tuple[Pairs, Pairs]:
-    """Pairs of whole objects that overlap, and pairs with a cut one that are the same object."""
+    """Pairs of complete objects that overlap, and pairs that show one object, at least once cut."""
     duplicates: Pairs = []
     same: Pairs = []
     for first, second, shared in _neighbors(window_of, windows):
@@ -96,7 +97,7 @@ def _related(
         boxes = [torch.from_numpy(objects.boxes[which]) for which in (first, second)]
         low, high = torch.from_numpy(shared[:2]).repeat(2), torch.from_numpy(shared[2:]).repeat(2)
         visible = [torch.minimum(torch.maximum(box, low), high) for box in boxes]
-        # Boxes without a pixel in common are 0 / 0 there, which exceeds nothing.
+        # Boxes outside the shared pixels give 0 / 0 = NaN there, which exceeds no threshold.
         for pairs, overlap, threshold, wanted in (
             (duplicates, box_iou(*boxes), iou_thr, both_whole),
             (same, box_iou(*visible), SAME, ~both_whole),
@@ -109,7 +110,7 @@ def _related(
 def _neighbors(
     window_of: np.ndarray, windows: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For two windows that overlap: the objects of each, and the rectangle that both see."""
+    """For every two windows that overlap: the objects of each, and the rectangle that both see."""
     ends = np.searchsorted(window_of, np.arange(len(windows) + 1))
     members = [np.arange(ends[index], ends[index + 1]) for index in range(len(windows))]
     for index, window in enumerate(windows):
@@ -124,7 +125,7 @@ def _neighbors(
 
 
 def _suppress(scores: np.ndarray, whole: np.ndarray, duplicates: Pairs) -> np.ndarray:
-    """(N,) bool: which ``whole`` objects stay; of a pair, the one with the lower score goes."""
+    """(N,) bool: which ``whole`` objects stay; of a pair, the lower score is removed."""
     others: dict[int, list[int]] = {}
     for first, second in duplicates:
         others.setdefault(first, []).append(second)
@@ -133,7 +134,7 @@ def _suppress(scores: np.ndarray, whole: np.ndarray, duplicates: Pairs) -> np.nd
     order = np.argsort(-scores, kind="stable")
     for index in order[whole[order]]:
         if stays[index]:
-            # Whatever is better than this one and overlaps it is already gone.
+            # Better objects that overlap this one would have removed it.
             stays[others.get(index, [])] = False
     return stays
 
@@ -143,7 +144,7 @@ def _joined(objects: Detections, fragments: np.ndarray, links: Pairs) -> list[De
 
     Args:
         objects: all objects.
-        fragments: indices of the fragments, rising.
+        fragments: indices of the fragments, in increasing order.
         links: pairs of fragments of one object.
     """
     if not len(fragments):
@@ -156,7 +157,7 @@ def _joined(objects: Detections, fragments: np.ndarray, links: Pairs) -> list[De
 
 
 def _union(fragments: Detections) -> Detections:
-    """One object of the best fragment's score and label with the box and the mask of all."""
+    """One object with the score and label of the best fragment, and box and mask of all of them."""
     best = fragments.take([np.argmax(fragments.scores)])
     boxes, masks = fragments.boxes, fragments.instance_masks
     box = np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)])[None]

@@ -23,8 +23,8 @@ class DetectionPredictor(Predictor[Detections]):
     """Predicts :class:`mmeformer.results.Detections`."""
 
     inferencer_class = DetInferencer
-    # A photograph shows its objects at any number of pixels, and is resized as in training; only
-    # what is far larger than a photograph is taken at its own size.
+    # Objects in photographs have any size in pixels, so photographs are resized as in training.
+    # Only images that are far larger than photographs keep their size and are cut.
     large = 8.0
 
     @classmethod

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test-time augmentation for instance segmentation; mmdet has it for boxes only."""
+"""Test-time augmentation for instance segmentation; mmdet's is for boxes only."""
 
 from __future__ import annotations
 

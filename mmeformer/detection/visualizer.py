@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw upright boxes and masks, also many of them in large pictures."""
+"""Draw upright boxes and masks, even many of them in large pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmeformer.registry import VISUALIZERS
 from mmeformer.results import Detections, Mask
 
 DRAWN_AT_ONCE = 2**28
-"""Bytes of the masks that are laid over a picture at once."""
+"""Bytes of the masks that are drawn over a picture at once."""
 
 
 @VISUALIZERS.register_module()
@@ -62,7 +62,7 @@ class InstanceVisualizer(DetLocalVisualizer):
 def draw_detections(
     visualizer: DetLocalVisualizer, image: np.ndarray, found: Detections
 ) -> np.ndarray:
-    """Picture of objects, of the size that :func:`at_picture_size` gives the image.
+    """Draw objects into a picture of the size that :func:`at_picture_size` gives the image.
 
     Args:
         visualizer: with classes and palette; :class:`InstanceVisualizer` leaves out names that
@@ -78,7 +78,7 @@ def draw_detections(
     size = picture.shape[:2]
     visualizer.names = len(found) * NAME_PIXELS <= size[0] * size[1]
     step = max(1, DRAWN_AT_ONCE // (size[0] * size[1]))
-    # The least certain first: the others are drawn over them.
+    # The lowest scores first: the others are drawn over them.
     order = np.arange(len(found))[::-1]
     for start in range(0, len(order), step):
         group = found.take(order[start : start + step])
@@ -104,7 +104,7 @@ def draw_detections(
 
 
 def paste_scaled(picture: np.ndarray, mask: Mask, scale: float) -> None:
-    """Set a mask's pixels in ``picture`` (H, W) bool, which shows the image at ``scale``."""
+    """Set a mask's pixels in ``picture`` (H, W) bool, which is ``scale`` times the image's size."""
     left, top = int(mask.x * scale), int(mask.y * scale)
     right = min(picture.shape[1], max(left + 1, round((mask.x + mask.width) * scale)))
     bottom = min(picture.shape[0], max(top + 1, round((mask.y + mask.height) * scale)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detections as annotations of a COCO data set."""
+"""Write detections as annotations of a COCO data set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def to_json(detections: Detections) -> list[dict]:
 
     Returns:
         Per object ``category_id`` (from 1), ``bbox`` (x, y, width, height), ``area``, ``score``
-        and, if the model has masks, ``segmentation`` (compressed run-length code).
+        and, if the model has masks, ``segmentation`` (compressed run-length encoding).
     """
     entries = []
     for index, (box, score, label) in enumerate(
@@ -36,7 +36,7 @@ def to_json(detections: Detections) -> list[dict]:
 
 
 def run_length_code(mask: Mask, image_size: tuple[int, int]) -> dict:
-    """COCO's compressed run-length code of a mask, made without an array of the image's size.
+    """Encode a mask as COCO's compressed RLE, without an array of the image's size.
 
     Args:
         mask: within the image.
@@ -46,14 +46,14 @@ def run_length_code(mask: Mask, image_size: tuple[int, int]) -> dict:
         ``size`` and ``counts`` (text), as in COCO's result files.
     """
     height, width = image_size
-    # COCO runs down the columns: where a column's runs begin and end, one after the other.
+    # COCO's runs go down the columns: find where the runs of each column begin and end.
     columns = np.pad(mask.array().T.astype(np.int8), ((0, 0), (1, 1)))
     steps = np.diff(columns, axis=1)
     begins, ends = (
         (mask.x + column) * height + mask.y + row
         for column, row in (np.nonzero(steps == 1), np.nonzero(steps == -1))
     )
-    # A column full to the bottom goes on at the top of the next one.
+    # A run that reaches the bottom of a column can continue at the top of the next one.
     apart = begins[1:] != ends[:-1]
     edges = np.empty(2 * (np.count_nonzero(apart) + (len(begins) > 0)), np.int64)
     if len(begins):

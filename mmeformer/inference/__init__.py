@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a trained model and files to results and pictures, for all tasks.
+"""Prediction on files with a trained model of any task: results and pictures.
 
 ``tools/predict.py`` is the command line. In a program::
 

@@ -18,8 +18,8 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
 LEAST_SHARE = 0.9
-"""A video with less than this share of the frames that its header promises counts as cut off. Some
-formats only estimate the number."""
+"""A video with less than this share of the frames that its header announces counts as truncated.
+Some formats only estimate the number."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Source:
     Args:
         path: of the image or video.
         file_name: path below the folder that was given, with ``/``.
-        name: the same without suffix, unless two files would then have one name. Outputs are called
-            after it.
+        name: the same without suffix, unless two files would then have the same name. Outputs are
+            named after it.
     """
 
     path: Path
@@ -47,14 +47,14 @@ def find_sources(inputs: Sequence[str | Path], exclude: Iterable[Path] = ()) -> 
     """List the files of all inputs in their order, each file once.
 
     Args:
-        inputs: files (of any suffix), folders (searched with all folders below for known suffixes,
-            without hidden files) and globs (known suffixes; ``**`` for any folders).
+        inputs: files (of any suffix), folders (searched recursively for known suffixes, without
+            hidden files) and globs (known suffixes; ``**`` for any folders).
         exclude: folders that are not searched, such as those of an earlier run's outputs.
 
     Raises:
         FileNotFoundError: an input does not exist.
-        ValueError: a folder or a glob without such a file, or two files whose outputs would have
-            one name.
+        ValueError: a folder or a glob has no such file, or the outputs of two files would have the
+            same name.
     """
     exclude = [Path(folder).resolve() for folder in exclude]
     found: dict[Path, Source] = {}
@@ -72,7 +72,7 @@ def find_sources(inputs: Sequence[str | Path], exclude: Iterable[Path] = ()) -> 
         elif glob.has_magic(text):
             pairs = list(_expand(text, exclude))
             if not pairs:
-                raise ValueError(f"no image or video fits {text}")
+                raise ValueError(f"no image or video matches {text}")
         else:
             raise FileNotFoundError(f"input {path} does not exist")
         for file, name in pairs:
@@ -141,14 +141,14 @@ class Video:
 
     Attributes:
         fps: frames per second.
-        expected: number of frames that the header promises.
+        expected: number of frames that the header announces.
 
     Raises:
         ValueError: it cannot be opened as a video.
     """
 
     def __init__(self, path: Path) -> None:
-        # Imported here as mmcv takes seconds, and mistakes in the inputs should not wait for it.
+        # Imported here because mmcv takes seconds; mistakes in the inputs are reported before.
         from mmcv import VideoReader
 
         self.path = path
@@ -164,7 +164,7 @@ class Video:
         """Frames, ``(H, W, 3)`` uint8, blue, green, red.
 
         Raises:
-            ValueError: after the last one, if many more were promised.
+            ValueError: after the last one, if many frames are missing.
         """
         count = 0
         while (frame := self._reader.read()) is not None:
@@ -172,6 +172,6 @@ class Video:
             yield frame
         if count < LEAST_SHARE * self.expected:
             raise ValueError(
-                f"{self.path} is cut off or damaged: only {count} of {self.expected} frames could "
-                "be read"
+                f"{self.path} is truncated or damaged: only {count} of {self.expected} frames "
+                "could be read"
             )

@@ -20,7 +20,7 @@ from mmeformer.inference.outputs import LEGEND, RESULTS, JsonResults, VideoWrite
 from mmeformer.inference.predictor import Predictor
 
 PIXELS_AT_ONCE = 2**25
-"""Most pixels of a batch of more than one image; the memory for masks grows with them."""
+"""Largest number of pixels in a batch of several images; the memory for masks grows with it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Settings:
         pictures: whether to draw pictures and videos.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number is out of range.
     """
 
     batch_size: int = 1
@@ -60,12 +60,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Status:
-    """State of a run after an image, a frame, or a video that cannot be read to its end.
+    """Progress of a run after an image, a frame, or a video that cannot be read to its end.
 
     Args:
         name: path of the file, with the frame's number.
         done: images and frames that are finished or skipped so far.
-        total: images and frames in all, as far as is known.
+        total: all images and frames, as far as known.
         error: why it was skipped, or None.
     """
 
@@ -77,7 +77,7 @@ class Status:
 
 @dataclass
 class _Item:
-    """An image or a frame, or what is left of it: see the subclasses."""
+    """An entry in the sequence of images, frames, failures and ends of videos."""
 
     source: Source
     frame: int | None = None
@@ -100,8 +100,8 @@ class _Image(_Item):
 
     Args:
         image: (H, W, 3) uint8.
-        window: side of the windows to cut it into, or None to take it whole.
-        prepared: what the test pipeline made of it; empty if it is cut into windows.
+        window: side of the windows to cut it into, or None to predict on the whole image.
+        prepared: output of the test pipeline; empty if the image is cut into windows.
     """
 
     image: np.ndarray = field(kw_only=True)
@@ -129,22 +129,22 @@ def run(
 ) -> Iterator[Status]:
     """Predict on all sources and write results and pictures below ``out``.
 
-    An image that cannot be read is skipped, and its status says why. Faults of the model and of
-    the output folder end the run.
+    An image that cannot be read is skipped, and its status says why. Errors in the model or the
+    output folder end the run.
 
     Args:
         predictor: see :func:`mmeformer.inference.predictor.load_predictor`.
         sources: see :func:`mmeformer.inference.inputs.find_sources`.
         out: a folder that exists.
         settings: see there.
-        on_window: called with the image's name and the numbers of finished windows and of all.
+        on_window: called with the image's name and the numbers of finished and of all windows.
 
     Yields:
         The status after every image and frame, when its files are written, and after every video
         that cannot be read to its end.
 
     Raises:
-        ValueError: an overlap that is not less than the window.
+        ValueError: the overlap is not less than the window.
         OSError: an output cannot be written.
     """
     state = _Run(predictor, out, settings, on_window)
@@ -203,7 +203,7 @@ class _Run:
                     waiting = []
                 waiting.append(item)
                 continue
-            # What came before keeps its place.
+            # Finish the waiting images first, to keep the order.
             yield from self._predict(waiting)
             waiting = []
             if isinstance(item, _Failure):
@@ -256,14 +256,14 @@ class _Run:
             height, width = image.shape[:2]
             reason = str(error).strip().splitlines()[-1]
             message = (
-                f"{item.title} ({width} x {height} pixels) cannot be brought to the model's "
-                f"size: {reason}"
+                f"{item.title} ({width} x {height} pixels) cannot be resized to the model's "
+                f"input: {reason}"
             )
             return _Failure(source, frame, error=message)
         return item
 
     def _window(self, image: np.ndarray) -> int | None:
-        """Side of the windows to cut an image into, or None to take it whole."""
+        """Side of the windows to cut an image into, or None to predict on the whole image."""
         size, native = self.settings.window, self.predictor.native_size
         if size is not None:
             return size or None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write files of results; each is whole or not there, see :mod:`mmeformer.files`."""
+"""Write files of results, completely or not at all; see :mod:`mmeformer.files`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mmeformer.files import replacing
 from mmeformer.results import category_id
 
 FOLDERS = ("pictures", "videos", "masks", "labels")
-"""Folders of outputs, below the one that is asked for."""
+"""Folders of outputs, below the output folder."""
 
 RESULTS, LEGEND = "predictions.json", "classes.json"
 
 
 def prepare_folder(out: str | Path) -> Path:
-    """Make a folder for outputs and make sure that it can be written to.
+    """Create a folder for outputs and check that it is writable.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: it is not.
     """
     out = Path(out)
     try:
@@ -48,10 +48,10 @@ def write_mask(
     """Write a label map as a PNG file.
 
     Args:
-        path: ends in ``.png``; folders are made.
+        path: ends in ``.png``; missing folders are created.
         labels: (H, W) uint8 or uint16.
-        palette: (red, green, blue) per label: the file is then an indexed one, whose pixels are
-            labels and shown in these colors. None writes gray values.
+        palette: (red, green, blue) per label, for an indexed file whose pixels are labels and are
+            shown in these colors. None writes gray values.
     """
     image = Image.fromarray(labels)
     if palette is not None:
@@ -63,7 +63,7 @@ def write_mask(
 class JsonResults:
     """A COCO data set of predictions that grows image by image; made by :func:`json_results`.
 
-    Only the images are held in memory.
+    Only the entries of the images are in memory, not their annotations.
 
     Args:
         file: to write to.
@@ -96,7 +96,7 @@ class JsonResults:
             json.dump(dict(id=self._annotations, image_id=image["id"], **entry), self._file)
 
     def finish(self, classes: Sequence[str]) -> None:
-        """Write what follows the annotations."""
+        """Write the rest of the file after the annotations."""
         categories = [dict(id=category_id(label), name=name) for label, name in enumerate(classes)]
         self._file.write('\n],\n"categories": ')
         json.dump(categories, self._file)
@@ -109,9 +109,9 @@ class JsonResults:
 def json_results(path: Path, classes: Sequence[str]) -> Iterator[JsonResults]:
     """Write a COCO data set of predictions; the file appears if the block succeeds.
 
-    It has ``images`` (``id``, ``file_name``, ``height``, ``width`` and, of videos, ``frame``),
-    ``categories`` and ``annotations`` with ``score``: pycocotools, FiftyOne and label tools read
-    it.
+    The file has ``images`` (``id``, ``file_name``, ``height``, ``width`` and, for videos,
+    ``frame``), ``categories``, and ``annotations`` with ``score``. pycocotools, FiftyOne and label
+    tools read it.
 
     Args:
         path: of the file.
@@ -124,12 +124,12 @@ def json_results(path: Path, classes: Sequence[str]) -> Iterator[JsonResults]:
 
 
 class VideoWriter:
-    """An MP4 video of pictures, a context manager.
+    """Context manager that writes an MP4 video of pictures.
 
-    The file is made at the first picture, and appears if the block succeeds.
+    The file is started at the first picture, and appears if the block succeeds.
 
     Args:
-        path: ends in ``.mp4``; folders are made.
+        path: ends in ``.mp4``; missing folders are created.
         fps: frames per second.
     """
 
@@ -143,7 +143,7 @@ class VideoWriter:
         return self
 
     def add(self, picture: np.ndarray) -> None:
-        """Add a picture, (H, W, 3) uint8, blue, green, red; all are as large as the first.
+        """Add a picture, (H, W, 3) uint8, blue, green, red; all have the size of the first.
 
         Raises:
             OSError: this OpenCV cannot write the video.

@@ -7,24 +7,24 @@ import cv2
 import numpy as np
 
 SMALLEST_PICTURE, LARGEST_PICTURE = 640, 4096
-"""Longer side of pictures, pixels: names do not fit into smaller ones, and matplotlib, which draws
-them, takes long before it reaches its limit of 65,535."""
+"""Limits of a picture's longer side, in pixels. Names do not fit into smaller pictures, and
+matplotlib, which draws them, is slow long before its limit of 65,535."""
 
 NAME_PIXELS = 20000
-"""Pixels of a picture per name. With more objects names are left out, as they would cover the
-picture; the colors tell the classes."""
+"""Pixels of a picture per name. With more objects, names are left out, as they would cover the
+picture; the colors show the classes."""
 
 
 def at_picture_size(
     image: np.ndarray, smallest: int = SMALLEST_PICTURE, largest: int = LARGEST_PICTURE
 ) -> tuple[np.ndarray, float]:
-    """Bring an image to the size at which it is drawn on.
+    """Resize an image to the size at which it is drawn on.
 
     Args:
         image: ``(H, W, 3)``.
-        smallest: longer side, pixels, up to which small images are enlarged by a whole number, so
-            that pixels stay pixels.
-        largest: longer side, pixels, to which large images are shrunk.
+        smallest: longer side in pixels up to which small images are enlarged, by a whole number so
+            that they stay sharp.
+        largest: longer side in pixels to which large images are shrunk.
 
     Returns:
         The image ``(H', W', 3)`` and its scale.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model from images to results: the template of all tasks."""
+"""Predictors, which turn images into results with a trained model: the base of all tasks."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ Result = TypeVar("Result")
 
 
 class Predictor(ABC, Generic[Result]):
-    """A model of one task, from images to results, files and pictures.
+    """Predicts with a model of one task: from images to results, files and pictures.
 
     This class builds the model, makes batches, and cuts large images into windows. A task's
-    subclass says how samples become results, how those of windows are merged, drawn and written.
-    Images are ``(H, W, 3)`` uint8, blue, green, red. Results are of :mod:`mmeformer.results`.
+    subclass defines how samples become results, and how results of windows are merged, drawn and
+    written. Images are ``(H, W, 3)`` uint8, blue, green, red. Results are those of
+    :mod:`mmeformer.results`.
 
     Args:
         inferencer: of OpenMMLab, with the folded model, the test pipeline and the visualizer.
-        native_size: side of the squares of pixels that the model sees at their own size, or None
-            where the config does not tell. Windows of large images are that large.
+        native_size: side in pixels of the largest square that the model sees without resizing, or
+            None if the config does not tell. Windows of large images have this side.
         mask_format: one of ``mask_formats``; None takes the first.
     """
 
@@ -55,7 +56,7 @@ class Predictor(ABC, Generic[Result]):
     """Whether windows of images that are smaller than a window are padded to its size."""
 
     has_scores: bool = True
-    """Whether results have scores, of which those below a threshold are left out."""
+    """Whether results have scores, so that those below a threshold can be left out."""
 
     mask_formats: tuple[str, ...] = ()
     """Formats of mask files, the default first; none for tasks without such files."""
@@ -87,13 +88,13 @@ class Predictor(ABC, Generic[Result]):
         score_thr: float | None = None,
         mask_format: str | None = None,
     ) -> Predictor[Result]:
-        """A predictor of a config that :func:`load_predictor` has prepared; changes it in place.
+        """Build a predictor from a config that :func:`load_predictor` prepared; changes the config.
 
         Args:
             config, checkpoint, device, score_thr, mask_format: see :func:`load_predictor`.
 
         Raises:
-            ValueError: an option that the task does not have.
+            ValueError: the task does not have one of the options.
         """
         if cls.has_scores:
             _set_score_thr(config.model.test_cfg, SCORE_THR if score_thr is None else score_thr)
@@ -119,18 +120,18 @@ class Predictor(ABC, Generic[Result]):
         return self.inferencer.model
 
     def prepare(self, image: np.ndarray) -> dict:
-        """An image through the test pipeline.
+        """Run the test pipeline on an image.
 
         Raises:
-            ValueError, cv2.error: an image that cannot be brought to the model's size.
+            ValueError, cv2.error: the image cannot be resized to the model's input.
         """
         return self.inferencer.pipeline(image)
 
     def predict(self, prepared: Sequence[dict]) -> list[Result]:
-        """Results of prepared images.
+        """Predict on prepared images.
 
-        Those of one size go through the model together: a batch of mixed sizes would be padded,
-        and the result of an image would depend on its neighbors.
+        Images of one size go through the model together. A batch of mixed sizes would be padded,
+        and the result of an image would depend on the others.
         """
         groups = defaultdict(list)
         for index, item in enumerate(prepared):
@@ -143,7 +144,7 @@ class Predictor(ABC, Generic[Result]):
         return [found[index] for index in range(len(prepared))]
 
     def predict_images(self, images: Sequence[np.ndarray]) -> list[Result]:
-        """Results of images."""
+        """Predict on images."""
         return self.predict([self.prepare(image) for image in images])
 
     def predict_windows(
@@ -154,15 +155,15 @@ class Predictor(ABC, Generic[Result]):
         batch_size: int = 1,
         progress: Progress | None = None,
     ) -> Result:
-        """Result of an image of any size, window by window.
+        """Predict on an image of any size, window by window.
 
-        Beside the image and the result, only one batch of windows is held.
+        Beside the image and the results, only one batch of windows is in memory.
 
         Args:
             image: see above.
             size, overlap: of the windows, see :func:`mmeformer.windows.windows`.
             batch_size: windows per call of the model.
-            progress: called with the number of finished windows and of all.
+            progress: called with the numbers of finished and of all windows.
         """
         height, width = image.shape[:2]
         places = windows(width, height, size, overlap)
@@ -182,13 +183,13 @@ class Predictor(ABC, Generic[Result]):
 
     @abstractmethod
     def results_of_batch(self, batch: dict) -> list[Result]:
-        """Results of a collated batch, one per image."""
+        """Predict on a collated batch; one result per image."""
 
     @abstractmethod
     def merge(
         self, places: Sequence[Window], results: Iterable[Result], size: tuple[int, int]
     ) -> Result:
-        """Result of a whole image from those of its windows.
+        """Merge the results of windows into that of the whole image.
 
         Args:
             places: the windows.
@@ -198,7 +199,7 @@ class Predictor(ABC, Generic[Result]):
 
     @abstractmethod
     def draw(self, image: np.ndarray, result: Result) -> np.ndarray:
-        """Picture of a result, of the size that
+        """Draw a result into a picture of the size that
         :func:`mmeformer.inference.pictures.at_picture_size` gives the image."""
 
     def entries(self, result: Result) -> list[dict]:
@@ -216,9 +217,9 @@ class Predictor(ABC, Generic[Result]):
 
 
 class StrictInferencer(BaseInferencer):
-    """Comes before one of OpenMMLab's inferencers among the bases of a class.
+    """Mixin for OpenMMLab's inferencers that requires matching weights and folds the model.
 
-    The weights must be the model's, and the model is folded. The inferencers themselves load
+    It must come before the inferencer among the bases of a class. The inferencers themselves load
     whichever weights happen to fit.
     """
 
@@ -227,14 +228,14 @@ class StrictInferencer(BaseInferencer):
         return fold(super()._init_model(cfg, weights, device))
 
     def _init_collate(self, cfg) -> Callable:
-        # mmengine finds the same, after a warning about its search for another.
+        # mmengine's own search ends with the same function, after a warning.
         return pseudo_collate
 
     def _load_weights_to_model(self, model: nn.Module, checkpoint: dict, cfg) -> None:
         require_match(model, checkpoint, self._weights)
         meta = checkpoint.setdefault("meta", {})
         if "dataset_meta" not in meta and "CLASSES" not in meta:
-            # The inferencers would take the classes of COCO or Cityscapes.
+            # Otherwise the inferencers use the classes of COCO or Cityscapes.
             meta["dataset_meta"] = _metainfo(cfg)
         super()._load_weights_to_model(model, checkpoint, cfg)
 
@@ -252,10 +253,10 @@ def _metainfo(config: Config) -> dict:
 
 
 def _set_score_thr(test_cfg: ConfigDict, score_thr: float) -> None:
-    """Let a detector itself leave out what is too uncertain, in place.
+    """Set the score threshold of a detector's test settings, in place.
 
-    The results are those of leaving it out afterwards, as only better boxes suppress others, but no
-    masks are made for it.
+    The results are the same as if low scores were dropped afterwards, since only better boxes
+    suppress others; but no masks are computed for them.
     """
     test_cfg.get("rcnn", test_cfg).score_thr = score_thr
 
@@ -271,7 +272,7 @@ def load_predictor(
     """Load a trained model of any task.
 
     Args:
-        config: left as it is.
+        config: is not changed.
         checkpoint: a trained model of this config, read weights-only.
         device: such as ``cpu`` or ``cuda:1``; None takes the first GPU, if there is one.
         score_thr: detections with this score or a lower one are not reported (default 0.3).
@@ -280,8 +281,8 @@ def load_predictor(
     Raises:
         FileNotFoundError: the checkpoint does not exist.
         CheckpointError: it is damaged, refused, or not of this config's model.
-        ValueError: an argument out of range or not of this task; a device that is not there; a
-            config of no known task, or without a model or test data.
+        ValueError: an argument is out of range or does not fit the task; the device does not exist;
+            the config is of no known task, or has no model or test data.
     """
     task = tasks.of_config(config)
     if missing := [key for key in ("model", "test_dataloader") if key not in config]:
@@ -324,10 +325,10 @@ def _existing_device(name: str | None) -> str:
 
 
 def native_size(config: Config) -> int | None:
-    """Side of the squares of pixels that a model of this config sees at their own size.
+    """Side in pixels of the largest square that a model of this config sees without resizing.
 
-    That is the shorter side that the test pipeline resizes to, else the crop size of the
-    segmentor's test settings or of its data preprocessor; None where there is none.
+    This is the shorter side that the test pipeline resizes to, else the crop size of the
+    segmentor's test settings or of its data preprocessor, else None.
     """
     for step in config.test_dataloader.dataset.pipeline:
         if step.type.rpartition(".")[2] == "Resize" and "scale" in step:

@@ -2,8 +2,8 @@
 """Attention with a bias by displacement, of all queries at once or in chunks of queries.
 
 The matrix of logits of all queries and keys grows with the square of the area: 35 MB per block at
-800 x 1344 px, 537 MB at 2048 px. Where nothing of it is kept for a backward pass, it is made and
-used in chunks of queries, never as a whole.
+800 x 1344 px, 537 MB at 2048 px. If none of it is kept for a backward pass, it is computed in
+chunks of queries and never exists as a whole.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch.utils.checkpoint import checkpoint
 from mmeformer.layers.graphs import in_graph
 
 CPU_CHUNK = 2**20
-"""Logits at a time on a CPU: 4 MiB stay in its cache through bias, softmax and talking heads."""
+"""Logits per chunk on a CPU: 4 MiB stay in its cache through bias, softmax and talking heads."""
 
 LARGEST_MATRIX = 2**28
-"""Logits that are made at once on a GPU, and in training: 1 GiB in float32.
+"""Logits that are computed at once on a GPU, and in training: 1 GiB in float32.
 
-A GPU has no cache for a chunk to stay in, and each chunk costs it the start of every operator. In
-training the chunks are computed again in the backward pass, which costs time.
+On a GPU, chunks gain no cache hits, and each chunk launches every kernel again. In training, chunks
+are recomputed in the backward pass, which costs time.
 """
 
 
 class TalkingHead(nn.Conv2d):
     """1x1 convolution over attention heads (arXiv 2003.02436): (B, heads, n, m) -> the same.
 
-    Written as a product of matrices, which leaves the large matrix (n, m) as it lies in memory.
+    Written as a matrix product, which does not reorder the large matrix (n, m) in memory.
     """
 
     def __init__(self, heads: int) -> None:
@@ -40,9 +40,9 @@ class TalkingHead(nn.Conv2d):
 
     def mix(self, x: Tensor) -> Tensor:
         """The convolution without its bias."""
-        # Not by `@`, which copies the large matrix to make one product of all images.
+        # Not `@`, which copies the large matrix to make one product of all images.
         weight = self.weight.flatten(1).expand(x.shape[0], -1, -1)
-        # Not by `unflatten`: PyTorch's ONNX exporter then takes the sizes for constants.
+        # Not `unflatten`, whose sizes PyTorch's ONNX exporter takes for constants.
         return torch.bmm(weight, x.flatten(2)).view(x.shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Bias(Protocol):
         """The bias of all queries: (heads, Nq, H * W)."""
 
     def chunks(self, size: tuple[int, ...]) -> Callable[[int, int], Tensor]:
-        """A function from the first and the last query (exclusive) to their bias."""
+        """A function of ``first`` and ``last`` (exclusive) that gives the bias of these queries."""
 
 
 def unchanged(x: Tensor) -> Tensor:
@@ -83,20 +83,20 @@ def attend(
     """``softmax(scale * query @ key^T + bias) @ value``, with talking heads around the softmax.
 
     Args:
-        query: (B, heads, Nq, D), row after row of every ``query_stride``-th place.
+        query: (B, heads, Nq, D), row by row, at every ``query_stride``-th position.
         key: (B, heads, H * W, D).
         value: (B, heads, H * W, V).
         bias: of the logits.
         size: (H, W) of the key map.
         scale: of the products.
-        query_stride: as the bias has it.
+        query_stride: that of the bias.
         mix_logits, mix_attention: talking heads before and after the softmax.
-        with_cp: use chunks of queries in training too, computed again in the backward pass.
+        with_cp: use chunks of queries in training too, recomputed in the backward pass.
 
     Returns:
         (B, heads, Nq, V).
     """
-    # Scales the query rather than the products, which are far more numbers.
+    # Scale the query, not the products, which are far more numbers.
     query, key = query * scale, key.transpose(2, 3)
 
     def attend_to_all_keys(query: Tensor, bias: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def attend(
     run: Callable[..., Any] = attend_chunk
     if torch.is_grad_enabled():
         run = partial(checkpoint, attend_chunk, use_reentrant=False, preserve_rng_state=False)
-    # A split, whose gradient is put together once; each slice would have one of full size.
+    # `split` puts the gradient together once; each slice would have a gradient of full size.
     chunks = enumerate(query.split(step, dim=2))
     return torch.cat([run(chunk, index * step) for index, chunk in chunks], dim=2)
 
@@ -122,7 +122,7 @@ def attend(
 def _queries_per_chunk(query: Tensor, key: Tensor, row: int, with_cp: bool) -> int | None:
     """Queries per chunk, in whole rows of ``row`` queries, or None if one chunk holds all."""
     if in_graph():
-        # A graph should not hold a number of chunks: it is made for one size and serves others.
+        # A graph made for one size serves others, so it must not contain a number of chunks.
         return None
     cheap = with_cp or not torch.is_grad_enabled()
     limit = CPU_CHUNK if cheap and query.device.type == "cpu" else LARGEST_MATRIX

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learned attention bias of both versions: one table of offsets and its only resize."""
+"""The learned attention bias of both versions: a table of offsets, and how it is resized."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ RESIZE_MODES = ("displacement", "matrix")
 def resample_in_graph(table: Tensor, dim: int, target: int) -> Tensor:
     """:func:`_resample_offsets` by tensor operations alone.
 
-    For graphs that serve every ``target``, where Python arithmetic on it would be frozen.
+    For graphs that serve every ``target``: Python arithmetic would become constants there.
     """
     source = table.shape[dim]
-    # The quotient last and in float64: its whole numbers must stay whole.
+    # Divide last and in float64: whole numbers must stay whole.
     positions = torch.arange(target, device=table.device, dtype=torch.float64) * source / target
     positions = positions.clamp(max=source - 1)
     lower = positions.floor().clamp(max=max(source - 2, 0))
@@ -35,14 +35,14 @@ def resample_in_graph(table: Tensor, dim: int, target: int) -> Tensor:
 
 
 def _resample_offsets(table: Tensor, dim: int, target: int) -> Tensor:
-    """Read the line of offsets along ``dim`` at ``target`` offsets instead of its own number."""
+    """Resample the offsets along ``dim`` to ``target`` offsets, by linear interpolation."""
     if torch.compiler.is_compiling():
         return resample_in_graph(table, dim, target)
     source = table.shape[dim]
     if source == target:
         return table
-    # Python numbers, so that a traced or exported graph holds plain constants. Gather and lerp
-    # rather than a product with a weight matrix: autocast would run a product in half precision.
+    # Python numbers, so that a traced or exported graph has plain constants. Gather and lerp, not a
+    # product with a weight matrix, which autocast would run in half precision.
     positions = [min(offset * source / target, source - 1) for offset in range(target)]
     lower = [min(int(position), max(source - 2, 0)) for position in positions]
     upper = [min(index + 1, source - 1) for index in lower]
@@ -62,13 +62,14 @@ def _resample_offsets(table: Tensor, dim: int, target: int) -> Tensor:
 def resize_offset_table(table: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Resize a table of offsets by displacement: (heads, Rh, Rw) -> (heads, *grid).
 
-    Offset ``d`` of the new grid is offset ``d * R / grid`` of the old one: the same share of the
-    image, so an entry keeps meaning the same displacement. Between two entries the value is linear;
-    beyond the last entry (the largest displacement ever trained) it stays at the last one. Offset 0
-    stays offset 0, and a grid ``k`` times as large keeps every old entry exactly, at ``k * d``.
+    Offset ``d`` of the new grid is offset ``d * R / grid`` of the old one: the same fraction of the
+    image, so an entry still stands for the same displacement. Between two entries the value is
+    interpolated linearly; beyond the last entry (the largest trained displacement) it is the last
+    one. Offset 0 stays offset 0, and a grid ``k`` times as large keeps every old entry exactly, at
+    ``k * d``.
 
-    Differentiable; returns ``table`` itself when the grid is already right. This is the only
-    resize of trained offsets in the project: the forward pass and the checkpoint loader share it.
+    Differentiable; returns ``table`` itself if it has this grid already. This is the only resize of
+    trained offsets in the project: the forward pass and the checkpoint loader share it.
     """
     return _resample_offsets(_resample_offsets(table, -2, grid[0]), -1, grid[1])
 
@@ -76,8 +77,9 @@ def resize_offset_table(table: Tensor, grid: tuple[int, ...]) -> Tensor:
 def expand_offset_table(table: Tensor, query_stride: int = 1) -> Tensor:
     """Expand a table (heads, H, W) to the bias matrix (heads, Nq, H * W) of that grid.
 
-    Keys are all places of the grid, queries every ``query_stride``-th place in each direction
-    (Nq = ceil(H / s) * ceil(W / s)). Entry (query, key) is ``table[:, |s*qy - ky|, |s*qx - kx|]``.
+    Keys are at all positions of the grid, queries at every ``query_stride``-th position in each
+    direction (Nq = ceil(H / s) * ceil(W / s)). Entry (query, key) is
+    ``table[:, |s*qy - ky|, |s*qx - kx|]``.
     """
     dy = distances(table.shape[1], query_stride, table.device)
     dx = distances(table.shape[2], query_stride, table.device)
@@ -90,8 +92,8 @@ def distances(side: int, query_stride: int, device: torch.device) -> Tensor:
     return (places[::query_stride, None] - places).abs()
 
 
-# Selections along one axis, not by pairs of indices: their gradient adds whole lines, where that of
-# pairs adds single numbers, in one thread.
+# Select along one axis at a time, not by pairs of indices: the gradient then adds whole rows or
+# columns, where that of pairs adds single numbers, in one thread.
 
 
 def _select_columns(table: Tensor, dx: Tensor) -> Tensor:
@@ -112,24 +114,24 @@ class AttentionBias(nn.Module):
     Args:
         num_heads: attention heads.
         grid: rows and columns of the table: offsets 0 .. grid - 1 in either direction.
-        query_stride: 2 where queries sit on every second place of the key grid, else 1.
+        query_stride: 2 if queries are at every second position of the key grid, else 1.
         resize: how a feature map of another size gets its bias. ``"displacement"`` resizes the
             table of offsets (:func:`resize_offset_table`). ``"matrix"`` expands the table on its
             own grid and resizes that matrix by bicubic interpolation, exactly as the reference
             implementation does downstream (snap-research/EfficientFormer, ``detection/`` and
-            ``segmentation/``): on maps that are not square it mixes rows and columns, so it serves
-            only published downstream checkpoints.
+            ``segmentation/``). On maps that are not square this mixes rows and columns, so use it
+            only for published downstream checkpoints.
 
-    In eval mode and without gradients the bias of the latest sizes is kept. It is used only while
-    the table still holds, value for value, what it was computed from, so neither training, loading
-    nor moving can leave it stale.
+    In eval mode and without gradients the bias of the latest sizes is cached. Every use compares
+    the table with the one that the cache was computed from, value by value, so neither training,
+    loading nor moving can leave it stale.
     """
 
     MAX_CACHED_SIZES = 2
     """Landscape and portrait; one bias at 800 x 1344 px takes 35 MB."""
 
     MAX_CACHED_NUMBERS = 2**24
-    """A larger bias (64 MiB in float32) is not kept as a whole: see :meth:`chunks`."""
+    """A larger bias (64 MiB in float32) is not cached as a whole: see :meth:`chunks`."""
 
     def __init__(
         self,
@@ -148,7 +150,7 @@ class AttentionBias(nn.Module):
         self._cached_table: Tensor | None = None
 
     def compute(self, size: tuple[int, ...]) -> Tensor:
-        """The bias (heads, Nq, H * W) of a key map of ``size`` (H, W), straight from the table."""
+        """The bias (heads, Nq, H * W) of a key map of ``size`` (H, W), without the cache."""
         if self.resize == "displacement":
             return expand_offset_table(resize_offset_table(self.table, size), self.query_stride)
         height, width = size
@@ -169,10 +171,10 @@ class AttentionBias(nn.Module):
         return torch.is_grad_enabled() and self.table.requires_grad
 
     def chunks(self, size: tuple[int, ...]) -> Callable[[int, int], Tensor]:
-        """The bias of some queries: a function from the first and the last one (exclusive).
+        """A function ``(first, last)`` that returns the bias of these queries (``last`` exclusive).
 
-        The queries must be those of whole rows. The function returns (heads, queries, H * W);
-        differentiable. A bias that is large or has a gradient is never held as a whole.
+        The queries must be whole rows. The function returns (heads, queries, H * W) and is
+        differentiable. A bias that is large or has a gradient never exists as a whole.
         """
         height, width = size
         per_row = -(-width // self.query_stride)
@@ -207,7 +209,7 @@ class AttentionBias(nn.Module):
         return self._cache[size]
 
     def __getstate__(self) -> dict[str, object]:
-        # A copied or pickled module starts with an empty cache: it may be moved before it is used.
+        # A copied or pickled module starts with an empty cache: it may be moved before its use.
         return {**self.__dict__, "_cache": OrderedDict(), "_cached_table": None}
 
     def extra_repr(self) -> str:

@@ -20,7 +20,7 @@ class ConvNorm(nn.Module):
     """
 
     folds = {"bn": "conv"}
-    """For `mmeformer.deploy.fold`, as in all blocks: module -> the layer that takes it in."""
+    """For `mmeformer.deploy.fold`, as in all blocks: module -> the layer that it is merged into."""
 
     def __init__(
         self,
@@ -86,10 +86,10 @@ class ConvMlp(nn.Module):
 
 
 def run_checkpointed(block: nn.Module, *args: object) -> Tensor:
-    """Call a block so that only its arguments are kept for the backward pass.
+    """Call a block and keep only its arguments for the backward pass.
 
-    The backward pass runs the block again; batch norms take in the statistics of the first run
-    alone.
+    The backward pass runs the block again; batch norms update their statistics in the first run
+    only.
     """
     return checkpoint(
         block,
@@ -101,7 +101,7 @@ def run_checkpointed(block: nn.Module, *args: object) -> Tensor:
 
 @contextmanager
 def keep_statistics(block: nn.Module) -> Iterator[None]:
-    """Within it the batch norms of ``block`` leave their running statistics as they are."""
+    """Context in which the batch norms of ``block`` do not change their running statistics."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:

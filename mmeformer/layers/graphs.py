@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a forward pass runs or is being written down as a graph."""
+"""Tell whether a forward pass is being recorded as a graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 def in_graph() -> bool:
     """Whether ``torch.compile`` or a tracer (the ONNX and CoreML exports) records operators.
 
-    Choices and Python arithmetic by the size of a map would be frozen into its graph, and the bias
-    cache, which compares values, would break it.
+    Branches and Python arithmetic that depend on the size of a map would become constants of the
+    graph, and the bias cache, which compares values, would break it.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()

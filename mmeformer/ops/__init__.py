@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators without a compiler: NMS, RoIAlign, rotated NMS and IoU, and focal loss.
 
-``mmcv.ops`` imports the compiled extension ``mmcv._ext``. Where mmcv was installed without one, the
-finder registered here answers with :mod:`mmeformer.ops.substitute`, on torchvision and PyTorch.
-``import mmeformer`` registers it. In an installed package, the first import of mmcv does so too
-(:mod:`mmeformer.ops.startup`), so that mmdet, mmseg and mmrotate may be imported before mmeformer.
+``mmcv.ops`` imports the compiled extension ``mmcv._ext``. If mmcv was installed without one, an
+import finder supplies :mod:`mmeformer.ops.substitute`, built on torchvision and PyTorch.
+``import mmeformer`` registers the finder. In an installed package, the first import of mmcv does so
+too (:mod:`mmeformer.ops.startup`), so that mmdet, mmseg and mmrotate may be imported before
+mmeformer.
 
 The environment variable ``MMEFORMER_OPERATORS`` chooses:
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The finder of ``mmcv._ext``, and which operators are in use. Standard library only."""
+"""The import finder of ``mmcv._ext`` and the status of the operators. Standard library only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Status(NamedTuple):
         operators: ``"compiled"``: mmcv's own; ``"torch"``: the substitute of this package;
             ``"broken"``: ``mmcv.ops`` cannot be imported; ``"missing"``: there is no mmcv, it has
             no ``mmcv.ops``, or it has no compiled operators while the substitute is switched off.
-        reason: why, in one line.
+        reason: explanation, in one line.
     """
 
     operators: str
@@ -40,7 +40,7 @@ class Status(NamedTuple):
 
 
 class _Finder:
-    """Finds ``mmcv._ext`` and nothing else, as :data:`VARIABLE` said when it was registered."""
+    """Finds ``mmcv._ext`` only, as :data:`VARIABLE` chose when it was registered."""
 
     def __init__(self, choice: str) -> None:
         self.choice = choice
@@ -59,15 +59,15 @@ class _Finder:
 
 
 def register() -> None:
-    """Let ``mmcv.ops`` find its operators as :data:`VARIABLE` says at this moment.
+    """Make ``mmcv.ops`` find its operators as :data:`VARIABLE` says now.
 
-    Another call replaces the choice of the one before, which has no effect on operators that are
-    already imported. An unknown value is an error when ``mmcv.ops`` asks for its operators, not
-    here: ``import mmeformer`` must work for ``mmeformer doctor`` to name the mistake.
+    A later call replaces the choice, except for operators that are already imported. An unknown
+    value raises an error when ``mmcv.ops`` imports its operators, not here: ``import mmeformer``
+    must work so that ``mmeformer doctor`` can name the mistake.
     """
     choice = os.environ.get(VARIABLE) or "auto"
     finder = _Finder(choice)
-    # In place: Python and other packages hold this very list.
+    # In place: Python and other packages hold references to this list.
     sys.meta_path[:] = [other for other in sys.meta_path if not isinstance(other, _Finder)]
     if choice == "auto":
         # Python's own finder comes first and finds a compiled extension.
@@ -81,9 +81,10 @@ def register() -> None:
 
 
 def status() -> Status:
-    """Import ``mmcv.ops`` and tell which operators it uses.
+    """Import ``mmcv.ops`` and report which operators it uses.
 
-    Call it in a process of its own where an extension built for another torch may end the process.
+    An extension built for another torch may crash the process: if that is possible, call this in a
+    subprocess.
     """
     try:
         importlib.import_module("mmcv.ops")

@@ -32,17 +32,17 @@ def rotated_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     boxes without area has IoU 0.
 
     Args:
-        boxes1 (Tensor): ``(..., 5)``: centre x, centre y, width, height in pixels (negative sizes
-            count as 0) and angle in radians, x axis towards y axis; any range of angles.
-        boxes2 (Tensor): ``(..., 5)``, aligned with ``boxes1``. The leading dimensions broadcast:
+        boxes1: ``(..., 5)``: center x, center y, width, height in pixels (negative sizes count as
+            0) and angle in radians, from the x axis towards the y axis; any range of angles.
+        boxes2: ``(..., 5)``, aligned with ``boxes1``. The leading dimensions broadcast:
             ``rotated_iou(a[:, None], b[None])`` is the matrix of all pairs.
 
     Returns:
-        Tensor: ``(...)`` in [0, 1], computed in float64 if one of the inputs is float64, else in
-        float32, also under autocast.
+        ``(...)`` in [0, 1], computed in float64 if one of the inputs is float64, else in float32,
+        also under autocast.
 
     Raises:
-        ValueError: If the last dimension is not 5.
+        ValueError: the last dimension is not 5.
     """
     for name, boxes in (("boxes1", boxes1), ("boxes2", boxes2)):
         if boxes.shape[-1:] != (5,):
@@ -66,7 +66,7 @@ def rotated_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     dx = ((x2 - x1) / scale).clamp(-4, 4)
     dy = ((y2 - y1) / scale).clamp(-4, 4)
 
-    # From here on: origin in the centre of box 1, axes along the sides of box 2.
+    # From here on: origin in the center of box 1, axes along the sides of box 2.
     cos2, sin2 = angle2.cos(), angle2.sin()
     x2, y2 = dx * cos2 + dy * sin2, dy * cos2 - dx * sin2
     cos1, sin1 = (angle1 - angle2).cos(), (angle1 - angle2).sin()
@@ -78,7 +78,7 @@ def rotated_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     intersection = _area_inside(corners, x2 - w2 / 2, x2 + w2 / 2, y2 - h2 / 2, y2 + h2 / 2)
 
     area1, area2 = w1 * h1, w2 * h2
-    # Rounding must not lead out of what is possible.
+    # Rounding must not lead out of the possible range.
     intersection = torch.minimum(intersection.clamp(min=0), torch.minimum(area1, area2))
     union = area1 + area2 - intersection
     has_area = union > _TINY
@@ -89,13 +89,12 @@ def _area_inside(corners: Tensor, left: Tensor, right: Tensor, low: Tensor, high
     """Signed area of a polygon inside an upright rectangle.
 
     Args:
-        corners (Tensor): ``(..., n, 2)``, counter-clockwise (x axis towards y axis) for a positive
-            area.
-        left, right, low, high (Tensor): ``(...)``, the rectangle, ``left <= right`` and
-            ``low <= high``.
+        corners: ``(..., n, 2)``, counter-clockwise (from the x axis towards the y axis) for a
+            positive area.
+        left, right, low, high: ``(...)``, the rectangle, ``left <= right`` and ``low <= high``.
 
     Returns:
-        Tensor: ``(...)``.
+        ``(...)``.
     """
     left, right, low, high = (bound[..., None] for bound in (left, right, low, high))
     # Around a closed polygon any height may be subtracted. The rectangle's height nearest to the
@@ -119,8 +118,8 @@ def _area_inside(corners: Tensor, left: Tensor, right: Tensor, low: Tensor, high
 def _mean_of_clamp(start: Tensor, end: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Mean of ``clamp(y, low, high)`` while y runs from ``start`` to ``end``.
 
-    The clamped ends' mean, corrected by what the clamp cut off at each end, in proportion to the
-    share of the way that lies between ``low`` and ``high``.
+    It is the mean of the clamped ends, corrected by what the clamp cut off at each end, times the
+    share of the path that lies between ``low`` and ``high``.
     """
     from_, to = _clamp(start, low, high), _clamp(end, low, high)
     share = (to - from_) / _nonzero(end - start)

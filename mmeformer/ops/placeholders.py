@@ -9,8 +9,8 @@ mmdet, mmseg and mmrotate import most operators like this, and go on without the
         def batched_nms(...):
             raise RuntimeError("... requires mmcv to be compiled with ops ...")
 
-:func:`replace_placeholders` runs those very imports again. What was built from a placeholder
-at import (a class that inherits from one) stays as it is: nothing that our models use.
+:func:`replace_placeholders` runs those imports again. Classes that inherit from a placeholder keep
+it; our models use none of them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def replace_placeholders() -> None:
 
 
 def _failed_imports(module: ModuleType) -> Iterator[tuple[str, str, str]]:
-    """Module, name and local name of operators that ``module`` imports on trial at its top."""
+    """Module, name and local name of the operators that ``module`` imports in a ``try`` block."""
     try:
         source = inspect.getsource(module)
     except (OSError, TypeError):

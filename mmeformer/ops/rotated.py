@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overlaps and suppression of rotated boxes in plain PyTorch, on any device.
+"""IoU and NMS of rotated boxes in plain PyTorch, on any device.
 
-Boxes are rows of centre x, centre y, width, height in pixels and angle in radians. Only pairs whose
-upright rectangles meet are computed, by :func:`mmeformer.ops.iou.rotated_iou`.
+Boxes are rows of center x, center y, width, height in pixels and angle in radians. The IoU is
+computed only for pairs whose upright rectangles meet (:func:`mmeformer.ops.iou.rotated_iou`).
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ from mmeformer.ops.iou import rotated_iou
 
 __all__ = ["box_iou", "nms"]
 
-# Pairs whose rectangles are compared at once, which bounds memory.
+# Pairs whose rectangles are compared at once; bounds memory.
 _PAIRS = 1 << 22
-# Pairs whose IoU is computed at once: few stay in a processor's cache, a GPU wants many.
+# Pairs whose IoU is computed at once: few fit into a CPU cache, a GPU needs many.
 _IOU_PAIRS = {"cpu": 1 << 13}
 _GPU_IOU_PAIRS = 1 << 20
-# Boxes among which NMS compares all pairs: fewer save comparisons with boxes that go, more rounds.
+# Boxes among which NMS compares all pairs. Small blocks save comparisons with removed boxes, large
+# blocks save rounds.
 _BLOCK = {"cpu": 1024}
 _GPU_BLOCK = 2048
 
 
-# How many pairs and rounds there are depends on the numbers: no graph for torch.compile.
+# The number of pairs and rounds depends on the data, which would break a graph of torch.compile.
 @torch.compiler.disable
 def box_iou(boxes1: Tensor, boxes2: Tensor, mode: str = "iou", aligned: bool = False) -> Tensor:
     """IoU, or intersection over the first box's area, without a gradient.
 
     Args:
-        boxes1 (Tensor): ``(N, 5)``; further columns are ignored.
-        boxes2 (Tensor): ``(M, 5)``; aligned ``(N, 5)``.
-        mode (str): ``"iou"``, or ``"iof"`` for intersection over the area of ``boxes1``.
-        aligned (bool): Compare row by row instead of each with each.
+        boxes1: ``(N, 5)``; further columns are ignored.
+        boxes2: ``(M, 5)``; aligned ``(N, 5)``.
+        mode: ``"iou"``, or ``"iof"`` for intersection over the area of ``boxes1``.
+        aligned: compare row by row instead of each with each.
 
     Returns:
-        Tensor: ``(N, M)``, aligned ``(N,)``, in [0, 1]; float64 if an input is, else float32. It is
-        0 where a box has no area.
+        ``(N, M)``, aligned ``(N,)``, in [0, 1]; float64 if an input is, else float32. It is 0 where
+        a box has no area.
     """
     boxes1, boxes2 = _prepare(boxes1), _prepare(boxes2)
     if aligned:
@@ -48,9 +49,9 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, mode: str = "iou", aligned: bool = F
     rows = max(1, _PAIRS // max(1, len(boxes2)))
     bounds2 = _bounds(boxes2)
     for start in range(0, len(boxes1), rows):
-        part = boxes1[start : start + rows]
-        first, second = _meet(_bounds(part), bounds2).nonzero(as_tuple=True)
-        result[first + start, second] = _overlap(part[first], boxes2[second], mode)
+        chunk = boxes1[start : start + rows]
+        first, second = _meet(_bounds(chunk), bounds2).nonzero(as_tuple=True)
+        result[first + start, second] = _overlap(chunk[first], boxes2[second], mode)
     return result
 
 
@@ -58,17 +59,17 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, mode: str = "iou", aligned: bool = F
 def nms(boxes: Tensor, iou_threshold: float, labels: Tensor | None = None) -> Tensor:
     """Greedy non-maximum suppression of boxes that are sorted by their scores, the best first.
 
-    A box goes if its IoU with a better one that stays is larger than the threshold. At exactly the
-    threshold it stays, as in mmcv's CUDA kernel and torchvision's NMS; mmcv's CPU kernel removes
-    it.
+    A box is removed if its IoU with a better one that stays is larger than the threshold. At
+    exactly the threshold it stays, as in mmcv's CUDA kernel and torchvision's NMS; mmcv's CPU
+    kernel removes it.
 
     Args:
-        boxes (Tensor): ``(N, 5)``; further columns are ignored.
-        iou_threshold (float): See above.
-        labels (Tensor, optional): ``(N,)``; boxes of different labels do not suppress each other.
+        boxes: ``(N, 5)``; further columns are ignored.
+        iou_threshold: see above.
+        labels: ``(N,)``; boxes of different labels do not suppress each other.
 
     Returns:
-        Tensor: ``(K,)`` int64, indices of the boxes that stay, in order.
+        ``(K,)`` int64, indices of the boxes that stay, in order.
     """
     boxes = _prepare(boxes)
     bounds = _bounds(boxes)
@@ -96,15 +97,15 @@ def nms(boxes: Tensor, iou_threshold: float, labels: Tensor | None = None) -> Te
 
 
 def _greedy(first: Tensor, second: Tensor, count: int) -> Tensor:
-    """Mask ``(count,)`` of what stays if each box in turn, unless removed, removes others.
+    """Mask ``(count,)`` of the boxes that stay if each box in turn, unless removed, removes others.
 
-    All boxes stay at first. A round removes what the boxes that stayed in the round before remove.
-    It settles at least the first unsettled box; in practice a handful of rounds settles all.
+    All boxes stay at first. In each round, the boxes that stayed in the previous round remove
+    others. A round settles at least one more box; in practice a few rounds settle all.
 
     Args:
-        first (Tensor): ``(P,)``, index of the box that removes.
-        second (Tensor): ``(P,)``, index of the box that is removed, larger than ``first``.
-        count (int): Number of boxes.
+        first: ``(P,)``, index of the box that removes.
+        second: ``(P,)``, index of the box that is removed, larger than ``first``.
+        count: number of boxes.
     """
     keep = torch.ones(count, dtype=torch.bool, device=first.device)
     while True:
@@ -116,7 +117,7 @@ def _greedy(first: Tensor, second: Tensor, count: int) -> Tensor:
 
 
 def _prepare(boxes: Tensor) -> Tensor:
-    """The five numbers of each box in float32, float64 if they are; half types are too coarse."""
+    """The five numbers of each box, in float64 if they are, else float32: half is too coarse."""
     boxes = boxes.detach()[:, :5]
     return boxes if boxes.dtype == torch.float64 else boxes.float()
 

@@ -2,15 +2,16 @@
 """Imports mmeformer when mmcv is first imported, so that mmcv finds its operators.
 
 ``setup.py`` puts this file's text into ``mmeformer.pth``, which Python runs at every start in an
-environment with mmeformer; nothing imports this module. It must therefore be quick, fail never, and
-leave processes without mmcv alone: mmeformer itself is found only then, on the path of that moment.
+environment with mmeformer; nothing imports this module. So it must be quick, must never fail, and
+must not affect processes without mmcv: mmeformer itself is imported only together with mmcv, from
+the path of that moment.
 """
 
 import sys
 
 
 class _BeforeMMCV:
-    """Finds nothing."""
+    """Finds no module; imports mmeformer when mmcv is asked for."""
 
     done = False
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The module ``mmcv._ext`` where mmcv has no compiled one; see :mod:`mmeformer.ops`.
+"""Substitute for ``mmcv._ext`` where mmcv has no compiled one; see :mod:`mmeformer.ops`.
 
-Functions have the names and arguments of mmcv's C++ functions, and write results into the tensors
-that those are given. An operator that is not here exists by name, because ``mmcv.ops`` asks for all
-of them at import, and raises an error when it is called.
+Functions have the names and arguments of mmcv's C++ functions, and like those write results into
+tensors they are given. ``mmcv.ops`` asks for all operators at import, so an operator that is not
+here exists by name, and raises an error when it is called.
 
 Source: mmcv/ops/csrc/pytorch/pybind.cpp in mmcv 2.x (names and arguments).
 """
@@ -49,11 +49,11 @@ def nms_rotated(
 ) -> Tensor:
     """Indices (K,) into ``dets`` (N, 5) of the boxes that stay, the best first.
 
-    Of equal scores the first in the input counts as the better one, as in torchvision's NMS. The
-    given order is that of a sort which leaves equal scores in any order, different on each machine.
+    Among equal scores the first in the input ranks first, as in torchvision's NMS. ``order`` is not
+    used: it comes from a sort that leaves equal scores in an order that depends on the machine.
 
-    With ``multi_label`` the sixth column is the label, and labels do not suppress each other:
-    mmcv's CUDA kernel does the same, its CPU kernel ignores labels.
+    With ``multi_label`` the sixth column is the label, and boxes of different labels do not
+    suppress each other: mmcv's CUDA kernel does the same, its CPU kernel ignores labels.
     """
     order = scores.argsort(descending=True, stable=True)
     boxes = dets[order]
@@ -112,7 +112,7 @@ def roi_align_backward(
     rois = rois.to(grad_output.dtype)
     size = (aligned_height, aligned_width)
     if grad_output.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
-        # torchvision's backward kernel is refused there, its operator in plain PyTorch is not.
+        # PyTorch refuses torchvision's backward kernel there, but not its plain PyTorch operator.
         maps = torch.zeros_like(grad_input, dtype=grad_output.dtype, requires_grad=True)
         with torch.enable_grad():
             regions = torchvision.ops.roi_align(
@@ -143,7 +143,7 @@ def sigmoid_focal_loss_forward(
     """Write the focal loss of logits (N, C) into ``output`` (N, C).
 
     ``target`` (N,) has C for background. ``weight`` (C,) is a factor per class of the target, or
-    empty. Logarithms are those of the logits, so the loss of a certain mistake is exact, where
+    empty. Logarithms are computed from the logits, so the loss of a confident mistake is exact;
     mmcv's kernel rounds the probability to 1 first.
     """
     x = _at_least_float32(input)
@@ -170,7 +170,7 @@ def _choose(positive: Tensor, negative: Tensor, target: Tensor, weight: Tensor) 
     classes = torch.arange(positive.shape[1], device=positive.device)
     loss = torch.where(target[:, None] == classes, positive, negative)
     if weight.numel():
-        # Background has no weight; mmcv's kernel reads behind the end there.
+        # Background has no weight; mmcv's kernel reads past the end of ``weight`` there.
         of_row = torch.cat([weight.to(loss), loss.new_ones(1)])[target]
         loss = loss * of_row[:, None]
     return loss

@@ -41,7 +41,7 @@ class RotatedATSSAssigner(BaseAssigner):
             ``mode="iof"`` for boxes to ignore. None means mmrotate's.
         ignore_iof_thr: a prior with more than this share of its area inside a box to ignore is
             ignored: neither positive nor negative, unless its level has so few priors that it
-            becomes positive anyway. If not above 0, no prior is ignored.
+            becomes positive anyway. With 0 or less, no prior is ignored.
     """
 
     def __init__(

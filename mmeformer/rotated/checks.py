@@ -14,7 +14,7 @@ from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first
 from mmeformer.checks.images import check_images
 from mmeformer.rotated.dota import DotaObject, read_labels
 
-# Pixels: a narrower box has no area to learn from.
+# A box narrower than this many pixels has no area to learn from.
 THIN = 1e-3
 
 
@@ -42,7 +42,7 @@ def check_dota(
         decode: decode these images in full.
 
     Returns:
-        Findings, errors first; kinds: ``bad label line``, ``unknown class``, ``empty box``,
+        The problems, errors first; kinds: ``bad label line``, ``unknown class``, ``empty box``,
         ``crossed corners``, ``image without labels``, ``labels without image``, ``unused class``,
         ``unreadable image``, ``deep image``.
     """
@@ -64,7 +64,7 @@ def check_dota(
                 counts[item.name] += 1
     if labels:
         findings += [
-            Finding(WARNING, "image without labels", str(images[stem]), "counts as without objects")
+            Finding(WARNING, "image without labels", str(images[stem]), "counts as empty")
             for stem in images
             if stem not in labels
         ]

@@ -26,13 +26,13 @@ from mmeformer.rotated.dota import (
 
 @DATASETS.register_module()
 class DOTADataset(CheckedDataset, MMRotateDOTADataset):
-    """mmrotate's ``DOTADataset`` for original and patch label files and for own classes.
+    """mmrotate's ``DOTADataset`` for original label files, those of patches, and any classes.
 
     Lists the images in alphabetical order. An image without a label file, or with an empty one, has
     no objects (``filter_cfg=dict(filter_empty_gt=True)`` leaves it out of training). Header lines
     are skipped. Objects without area and objects with ``difficult > diff_thr`` are ignored in
-    training and evaluation. Label files without an image, classes without an object and similar
-    flaws are logged. Files must be local.
+    training and evaluation. Label files without an image, classes without an object and the like
+    are logged. Files must be local.
 
     Args:
         diff_thr: as in mmrotate; the default ignores no difficult object.
@@ -70,12 +70,12 @@ class DOTADataset(CheckedDataset, MMRotateDOTADataset):
             ]
         else:
             require_color_per_class(loaded["palette"], classes)
-        # mmrotate takes a tuple of colors for a single color.
+        # mmrotate mistakes a tuple of colors for a single color.
         loaded["palette"] = [tuple(color) for color in loaded["palette"]]
         return loaded
 
     def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
-        """Everything that is wrong; see :class:`~mmeformer.checks.interface.CheckedDataset`.
+        """All problems; see :class:`~mmeformer.checks.interface.CheckedDataset`.
 
         Raises:
             FileNotFoundError: a folder is missing, or has no file of its kind.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotated detections from and to mmdet's data samples, and of whole images from their patches."""
+"""Convert rotated detections from and to mmdet's data samples, and merge those of patches."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mmeformer.results import RotatedDetections
 from mmeformer.rotated.patches import parse_patch_name
 
 MERGE_IOU = 0.1
-"""IoU above which the less certain of two boxes goes when windows of an image are merged: that of
-the published recipe's NMS and of mmrotate's merging."""
+"""Of two boxes with a larger IoU, merging windows removes the one with the lower score. Same as in
+the published recipe's NMS and in mmrotate's merging."""
 
 
 def from_instances(instances: Mapping) -> RotatedDetections:
@@ -37,7 +37,7 @@ def from_instances(instances: Mapping) -> RotatedDetections:
 
 
 def to_sample(detections: RotatedDetections, **metainfo) -> DetDataSample:
-    """Data sample with ``detections`` as ``pred_instances``, as mmdet's own tools take it."""
+    """Data sample with ``detections`` as ``pred_instances``, as mmdet's own tools expect it."""
     instances = InstanceData(
         bboxes=RotatedBoxes(torch.from_numpy(detections.boxes)),
         scores=torch.from_numpy(detections.scores),
@@ -47,22 +47,22 @@ def to_sample(detections: RotatedDetections, **metainfo) -> DetDataSample:
 
 
 def check_rotated(boxes: np.ndarray) -> None:
-    """Make sure that boxes have five numbers.
+    """Check that boxes have five numbers.
 
     Raises:
-        ValueError: they have not.
+        ValueError: they do not.
     """
     if boxes.shape[-1] != 5:
         raise ValueError(
-            f"boxes of {boxes.shape[-1]} numbers instead of 5 (center, size, angle); give them the "
-            "type 'rbox', in the pipeline by ConvertBoxType"
+            f"boxes have {boxes.shape[-1]} numbers instead of 5 (center, size, angle); convert "
+            "them to the type 'rbox', in the pipeline with ConvertBoxType"
         )
 
 
 def merge_patches(
     patches: Iterable[tuple[str, RotatedDetections]], iou_thr: float = MERGE_IOU
 ) -> dict[str, RotatedDetections]:
-    """Detections of whole images from those of their patches.
+    """Merge the detections of patches into those of whole images.
 
     Args:
         patches: pairs of a patch's name, ``NAME__SIZE__X___Y``, and its detections.

@@ -44,8 +44,8 @@ def read_labels(path: str | Path) -> list[DotaObject]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not UTF-8 text or has invalid lines; names the file, the lines and
-            what is wrong with them.
+        ValueError: the file is not UTF-8 text or has invalid lines; the message names the file, the
+            lines and what is wrong with them.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -86,7 +86,7 @@ def _parse(fields: list[str], line: int) -> DotaObject:
 
 
 def _some(items: Collection[str], separator: str = ", ") -> str:
-    """The first items, and the number of the others."""
+    """Join the first items, and add the number of the others."""
     shown = separator.join(list(items)[:_SHOWN])
     return shown + (f"{separator}and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
 
@@ -119,7 +119,7 @@ def read_label_files(
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file has invalid lines (see :func:`read_labels`), or class names that are in
-            neither list; names the first place of each.
+            neither list; the message names the first place of each.
     """
     known, dropped = set(classes), set(dropped_classes)
     files, bad = [], []
@@ -142,7 +142,7 @@ def read_label_files(
             for name, places in sorted(unknown.items())
         )
         raise ValueError(
-            f"the label files have classes that the config lacks:\n  {found}\nThe config has "
+            f"the label files have classes that are not in the config:\n  {found}\nThe config has "
             f"{list(classes)}. Correct the labels or metainfo.classes; to leave these objects out "
             f"on purpose, set metainfo.dropped_classes={tuple(sorted(unknown))}"
         )

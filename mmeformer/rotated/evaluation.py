@@ -2,8 +2,8 @@
 """Average precision of rotated boxes, by the rules of PASCAL VOC as mmrotate and DOTA apply them.
 
 mmrotate's ``eval_rbbox_map`` gives the same numbers, with one exception: in an image where all
-boxes are ignored it counts predictions on them as errors. It also starts processes that each import
-everything, and compares all boxes of a class with each other once per threshold.
+boxes are ignored it counts predictions on them as errors. It is also slower: it starts processes
+that each import everything, and compares all boxes of a class once per threshold.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Evaluation:
 
     Args:
         ap: ``(10, C)`` float64, per threshold of :data:`IOU_THRS`; NaN for a class without objects.
-        recall: ``(10, C)``, of all its predictions; NaN likewise.
-        objects: ``(C,)``, those that are not ignored.
-        detections: ``(C,)``.
+        recall: ``(10, C)``, recall of all predictions of the class; NaN likewise.
+        objects: ``(C,)``, number of objects that are not ignored.
+        detections: ``(C,)``, number of predictions.
     """
 
     ap: np.ndarray
@@ -58,15 +58,15 @@ def match(detections: RotatedDetections, truth: GroundTruth) -> tuple[np.ndarray
     """Find for each prediction the object of its class with the largest IoU.
 
     Returns:
-        IoU ``(N,)`` and index of the object ``(N,)``; 0 and -1 where nothing overlaps. Of objects
-        with equal IoU one that is not ignored comes first.
+        IoU ``(N,)`` and index of the object ``(N,)``; 0 and -1 where nothing overlaps. Among
+        objects with equal IoU, one that is not ignored is preferred.
     """
     iou = np.zeros(len(detections.scores))
     index = np.full(len(detections.scores), -1)
     box, target, overlap = overlapping_pairs(
         detections.boxes, detections.labels, truth.boxes, truth.labels
     )
-    # The last one written stays: the best.
+    # The last one written stays, so the best comes last.
     worst_first = np.lexsort((-target, ~truth.ignored[target], overlap))
     box, target, overlap = box[worst_first], target[worst_first], overlap[worst_first]
     iou[box], index[box] = overlap, target
@@ -75,10 +75,10 @@ def match(detections: RotatedDetections, truth: GroundTruth) -> tuple[np.ndarray
 
 
 def average_precision(recall: np.ndarray, precision: np.ndarray, mode: str) -> float:
-    """Area below a precision-recall curve, whose precision is first made to fall monotonically.
+    """Area below a precision-recall curve, after making its precision monotonically decreasing.
 
     Args:
-        recall, precision: ``(N,)``, recall rising.
+        recall, precision: ``(N,)``, by increasing recall.
         mode: ``11points``, the mean at the recalls 0, 0.1, ..., 1 (VOC 2007; DOTA's server and
             mmrotate), or ``area`` (VOC 2010 and later).
     """
@@ -95,12 +95,12 @@ def evaluate(
 ) -> Evaluation:
     """Average precision of every class at every threshold of :data:`IOU_THRS`.
 
-    In the order of their scores, predictions take the object of their class with the largest IoU.
-    A prediction is correct if the IoU reaches the threshold and no better one took the object. It
-    does not count if the object is ignored, and is wrong otherwise.
+    Predictions are matched in the order of their scores, each to the object of its class with the
+    largest IoU. A prediction is correct if the IoU reaches the threshold and no better prediction
+    has matched the object. It does not count if the object is ignored, and is wrong otherwise.
 
     Args:
-        images: predictions and objects of each.
+        images: predictions and objects of each image.
         num_classes: C.
         mode: one of :data:`MODES`, see :func:`average_precision`.
     """
@@ -108,7 +108,7 @@ def evaluate(
     labels = np.concatenate([detections.labels for detections, _ in images])
     scores = np.concatenate([detections.scores for detections, _ in images])
     iou = np.concatenate([overlap for overlap, _ in found])
-    # Objects get numbers over all images, so that each can be found once.
+    # Number the objects of all images, so that each can be found once.
     starts = np.cumsum([0] + [len(truth.labels) for _, truth in images])
     target = np.concatenate(
         [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rotated GFL detector as a graph. Imports no mmrotate: the model brings what it needs."""
+"""The rotated GFL detector as a graph. Does not import mmrotate: the model already has."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class _GFLGraph(Graph):
 
 
 class RotatedGraph(_GFLGraph):
-    """Candidates of all images of a batch, before the suppression of overlapping ones.
+    """Graph for the candidates of all images of a batch, before NMS.
 
-    ONNX has no operator for the overlap of rotated boxes, so :mod:`mmeformer.runtime` suppresses
-    them. Outputs, for N candidates in all: ``boxes`` (N, 5), center x and y, width and height in
+    ONNX has no operator for the overlap of rotated boxes, so :mod:`mmeformer.runtime` does the
+    NMS. Outputs, for N candidates in total: ``boxes`` (N, 5), center x and y, width and height in
     pixels of the input and angle in radians (le135, as the model's coder gives it), ``scores``
     (N,), ``labels`` (N,) ``int64`` and ``image_index`` (N,) ``int64``.
     """
@@ -77,7 +77,7 @@ class RotatedGraph(_GFLGraph):
             for kind in ("scores", "boxes")
             for level in range(generator.num_levels)
         )
-        # The anchor of the first cell; all others are moved by the stride.
+        # The anchor of the first cell; all others are shifted by the stride.
         first = generator.grid_priors([(1, 1)] * generator.num_levels, device="cpu")
         self.register_buffer("anchors", torch.cat([get_box_tensor(level) for level in first]))
 
@@ -117,14 +117,14 @@ class RotatedGraph(_GFLGraph):
         anchors = torch.cat([anchors[:, :2] + shifts, anchors[:, 2:]], 1)
         boxes = get_box_tensor(head.bbox_coder.decode(anchors, deltas))
         boxes = boxes.view(cells.shape[0], -1, 5)
-        # The coder would clip centers too, but only to an image of a size known beforehand.
+        # The coder can clip centers too, but only to an image size known beforehand.
         limit = (image_size.flip(-1) - 1)[:, None]
         centers = torch.minimum(boxes[..., :2].clamp(min=0), limit)
         return torch.cat([centers, boxes[..., 2:]], -1), best, labels
 
 
 class RotatedRawGraph(_GFLGraph):
-    """The maps of the head, for targets without operators that choose boxes.
+    """Graph for the maps of the head, for targets without operators to select boxes.
 
     For every level i: ``scores{i}`` (B, classes, H_i, W_i) from 0 to 1 and ``deltas{i}``
     (B, 5, H_i, W_i): expected dx, dy, dw, dh and angle against the level's anchor.

@@ -44,7 +44,7 @@ def detect_large_image(
             mmrotate use.
         batch_size: windows per call of the model.
         iou_thr: for merging, see :func:`merge_windows`.
-        progress: called with the number of finished windows and of all windows after each.
+        progress: called after each batch with the number of finished windows and of all windows.
 
     Returns:
         Sample whose ``pred_instances`` have ``bboxes`` (RotatedBoxes ``(N, 5)`` in pixels of the
@@ -74,7 +74,7 @@ def merge_windows(
     results: Iterable[RotatedDetections],
     iou_thr: float = MERGE_IOU,
 ) -> RotatedDetections:
-    """Detections of a whole image from those of its windows, by NMS within each class.
+    """Merge the detections of windows into those of the whole image, by NMS within each class.
 
     Args:
         places: the windows.
@@ -86,7 +86,7 @@ def merge_windows(
 
 
 def _predictor(model: BaseDetector) -> Callable[[list[np.ndarray]], Sequence[RotatedDetections]]:
-    """A function from the crops of a batch to their boxes, through the model's test pipeline."""
+    """A function that predicts the boxes of a batch of crops, through the model's test pipeline."""
     steps = [
         step for step in get_test_pipeline_cfg(model.cfg.copy()) if "Annotations" not in step.type
     ]

@@ -10,10 +10,10 @@ __all__ = ["RotatedIntegral"]
 
 
 class RotatedIntegral(nn.Module):
-    """Integral that turns logits of the head into the five deltas of a rotated box.
+    """Converts logits of the head into the five deltas of a rotated box.
 
     Each delta is the expectation of a softmax over ``reg_max + 1`` points, evenly spaced over its
-    range. mmdet's ``Integral`` does so for four distances, with the points 0, 1, ... ``reg_max``.
+    range. mmdet's ``Integral`` does this for four distances, with the points 0, 1, ... ``reg_max``.
 
     Source: Li et al., "Generalized Focal Loss: Learning Qualified and Distributed Bounding Boxes
     for Dense Object Detection", NeurIPS 2020, section 3.2.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOTA's metrics for mmengine's evaluator, of patches or of whole images merged from them."""
+"""DOTA's metrics for mmengine's evaluator, on patches or on whole images merged from them."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ class DOTAMetric(BaseMetric):
         eval_mode: ``11points`` (VOC 2007; DOTA's server and mmrotate's default) or ``area``.
         merge_patches: merge predictions of patches named ``NAME__SIZE__X___Y`` into whole images.
             Needs ``ann_dir``, ``submission_dir`` or both.
-        merge_iou_thr: of the NMS in merging.
+        merge_iou_thr: IoU threshold of the NMS that merges patches.
         ann_dir: folder of the original label files to evaluate with, one per image.
         diff_thr: objects of ``ann_dir`` with a larger flag ``difficult`` are ignored; the default
             is what DOTA's server does. (For objects that the data set loads, its own ``diff_thr``
             decides.)
-        submission_dir: folder to make for DOTA's Task 1, see
+        submission_dir: folder to write a submission for DOTA's Task 1 to, see
             :func:`mmeformer.rotated.writers.write_task1`; an earlier submission in it is replaced.
-            The only result if there are no objects to evaluate with.
+            It is the only result if there are no objects to evaluate with.
         collect_device, prefix: as in mmengine.
 
     Raises:
         ValueError: an unknown ``eval_mode``, or ``merge_patches`` without a purpose.
         FileNotFoundError: ``ann_dir`` is missing or has no label files.
-        FileExistsError: ``submission_dir`` holds other files than a submission.
+        FileExistsError: ``submission_dir`` has files that are not of a submission.
     """
 
     default_prefix = "dota"
@@ -76,22 +76,22 @@ class DOTAMetric(BaseMetric):
         self.merge_iou_thr = merge_iou_thr
         self.diff_thr = diff_thr
         self.submission_dir = None if submission_dir is None else Path(submission_dir)
-        # Check now what else would fail at the end of the test only.
+        # Check this now; otherwise it would fail at the end of the test.
         self.label_files = None if ann_dir is None else list_labels(ann_dir)
         if self.submission_dir is not None and not is_task1(self.submission_dir):
             raise FileExistsError(
-                f"submission_dir {submission_dir} holds other files than a submission; choose "
+                f"submission_dir {submission_dir} has files that are not of a submission; choose "
                 "another"
             )
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        """Keep of each sample the image's name, its detections, and its ground truth or None."""
+        """Store the image's name, detections and ground truth (or None) of each sample."""
         for sample in data_samples:
             detections = from_instances(sample["pred_instances"])
             self.results.append((str(sample["img_id"]), detections, _ground_truth(sample)))
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """Merge, write and evaluate, as the arguments of the class say.
+        """Merge, write and evaluate, depending on the arguments of the class.
 
         Raises:
             ValueError: there is nothing to evaluate with, or an image name does not fit.

@@ -70,7 +70,7 @@ def parse_patch_name(name: str) -> PatchName:
 
 @dataclass(frozen=True)
 class CutSettings:
-    """Settings of cutting.
+    """Settings for cutting images into patches.
 
     Args:
         size: side of a window at rate 1, in pixels.
@@ -222,18 +222,18 @@ class Split:
     """Cuts one data set into one folder and can resume after an interruption.
 
     Writes ``images/`` and, if the data set has labels, ``annfiles/``. The manifest has the settings
-    and the patches of every finished image. These are cut again only if the image or its labels
+    and the patches of every finished image. A finished image is cut again only if it or its labels
     changed, or a patch is missing.
 
     Args:
         sources: pairs of image folder and label folder (None: no labels). Images without a label
             file count as without objects.
-        target: a folder that is empty, does not exist, or was begun with the same arguments.
-        settings: settings of cutting.
+        target: a folder that is empty, does not exist, or is from a run with the same arguments.
+        settings: how to cut.
 
     Attributes:
-        pending (list[Job]): images to cut.
-        finished (int): number of images that an earlier run cut.
+        pending: images to cut.
+        finished: number of images that an earlier run cut.
 
     Raises:
         FileNotFoundError: a folder of ``sources`` is missing, or has no file of its kind.
@@ -310,7 +310,7 @@ class Split:
         return done
 
     def _is_unused(self) -> bool:
-        """Whether the target is an empty folder, or has only what a run leaves that was killed
+        """Whether the target is an empty folder, or has only what is left of a run that was killed
         before it wrote the manifest: empty folders and a draft of the manifest."""
         return self.target.is_dir() and all(
             is_draft(path) or (path.name in _FOLDERS and path.is_dir() and not any(path.iterdir()))
@@ -369,7 +369,7 @@ class Split:
                     path.unlink()
 
     def _fix_manifest(self) -> None:
-        """Begin the manifest, or remove an unfinished last line."""
+        """Create the manifest, or remove its unfinished last line."""
         path = self.target / MANIFEST
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         write_text(path, text[: text.rfind("\n") + 1] or json.dumps(self._header) + "\n")
@@ -383,7 +383,7 @@ class Split:
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("fork" if "fork" in methods else None)
         with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-            # A fork has no threads, but would wait for those of OpenCV when it ends them.
+            # A forked process does not have OpenCV's threads, but would wait for them to end.
             threads = cv2.getNumThreads()
             cv2.setNumThreads(1)
             try:

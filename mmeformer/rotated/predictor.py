@@ -24,8 +24,8 @@ class RotatedPredictor(Predictor[RotatedDetections]):
     """Predicts :class:`mmeformer.results.RotatedDetections`."""
 
     inferencer_class = DetInferencer
-    # Aerial images are learned in patches at their own size: whatever is larger is cut, and smaller
-    # images are padded as patches are.
+    # Models of aerial images are trained on patches at full resolution: larger images are cut, and
+    # smaller ones are padded as patches are.
     large = 1.0
     pads_windows = True
 
@@ -33,7 +33,7 @@ class RotatedPredictor(Predictor[RotatedDetections]):
     def set_visualizer(cls, settings: ConfigDict) -> None:
         """See the base class."""
         if settings.type == "RotLocalVisualizer":
-            # Crowded pictures and boxes beyond the border are more than mmrotate's can do.
+            # mmrotate's cannot handle crowded pictures and boxes beyond the border.
             settings.type = "mmeformer.RotatedVisualizer"
 
     def results_of_batch(self, batch: dict) -> list[RotatedDetections]:

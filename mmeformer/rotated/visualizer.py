@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmrotate's visualizer for crowded pictures and for objects that go beyond the border."""
+"""mmrotate's visualizer, extended for crowded pictures and objects beyond the border."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mmeformer.registry import VISUALIZERS
 class RotatedVisualizer(RotLocalVisualizer):
     """mmrotate's ``RotLocalVisualizer`` whose pictures keep the size of their image.
 
-    With mmrotate's own, a box that goes beyond the border, as those of objects cut by a patch do,
-    makes matplotlib zoom out: the image shrinks within a white margin.
+    With mmrotate's own, a box that reaches beyond the border (such as that of an object cut by a
+    patch) makes matplotlib zoom out: the image shrinks within a white margin.
 
     Args:
         name, *args, **kwargs: as in mmrotate.
         max_texts: with more boxes, class names and scores are left out, as they would cover the
-            picture; the colors tell the classes.
+            picture; the colors show the classes.
     """
 
     def __init__(self, name: str = "visualizer", *args, max_texts: int = 100, **kwargs) -> None:
@@ -29,7 +29,7 @@ class RotatedVisualizer(RotLocalVisualizer):
         self._texts = True
 
     def set_image(self, image: np.ndarray) -> None:
-        """Begin a picture; what is drawn later does not change its limits."""
+        """Start a picture; later drawing does not change its limits."""
         super().set_image(image)
         self.ax_save.set_autoscale_on(False)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write rotated boxes as DOTA text, JSON and pictures; each file is whole or not there."""
+"""Write rotated boxes as DOTA text, JSON and pictures; no file is left incomplete."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def write_dota_text(
     :func:`mmeformer.rotated.dota.read_labels` and label tools read it.
 
     Args:
-        path: the file; folders are made.
-        detections: choose by score before.
+        path: the file; missing folders are created.
+        detections: without those whose score is too low.
         classes: names, by label.
     """
     lines = [
@@ -39,7 +39,7 @@ def write_dota_text(
 
 
 def is_task1(folder: str | Path) -> bool:
-    """Whether :func:`write_task1` would replace nothing but what it wrote itself."""
+    """Whether :func:`write_task1` would replace only its own files."""
     folder = Path(folder)
     return not folder.exists() or (
         folder.is_dir()
@@ -53,13 +53,13 @@ def is_task1(folder: str | Path) -> bool:
 def write_task1(
     folder: str | Path, images: Mapping[str, RotatedDetections], classes: Sequence[str]
 ) -> Path:
-    """Write what DOTA's evaluation server takes for Task 1 (oriented boxes).
+    """Write a submission to Task 1 (oriented boxes) of DOTA's evaluation server.
 
-    ``Task1_<class>.txt`` for every class, with a line ``image score x1 y1 ... x4 y4`` per box, and
-    all of them in ``Task1.zip``.
+    Writes ``Task1_<class>.txt`` for every class, with a line ``image score x1 y1 ... x4 y4`` per
+    box, and all of them in ``Task1.zip``.
 
     Args:
-        folder: made or replaced.
+        folder: created or replaced.
         images: detections by image name (without suffix).
         classes: names, by label.
 
@@ -67,7 +67,7 @@ def write_task1(
         Path of the zip file.
 
     Raises:
-        ValueError: an image name with white space, which the format does not allow.
+        ValueError: an image name has white space, which the format does not allow.
     """
     lines: list[list[str]] = [[] for _ in classes]
     for image, detections in images.items():
@@ -145,7 +145,7 @@ def draw_boxes(
     visualizer: RotatedVisualizer,
     score_thr: float = 0.0,
 ) -> np.ndarray:
-    """An image with boxes drawn in.
+    """Draw boxes into a copy of an image.
 
     Args:
         image: ``(H, W, 3)`` uint8, blue, green, red.
@@ -174,10 +174,10 @@ def write_picture(
     score_thr: float = 0.3,
     max_side: int = LARGEST_PICTURE,
 ) -> None:
-    """Write an image with boxes drawn in.
+    """Write an image with boxes drawn into it.
 
     Args:
-        path: the suffix gives the format.
+        path: its suffix determines the format.
         image: ``(H, W, 3)`` uint8, blue, green, red.
         detections: in pixels of the image.
         dataset_meta: ``classes`` and ``palette``, as a detector's ``dataset_meta``.

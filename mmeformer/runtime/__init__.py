@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run exported models with numpy, OpenCV and onnxruntime alone: no PyTorch, no OpenMMLab.
+"""Run exported models with only numpy, OpenCV and onnxruntime: no PyTorch, no OpenMMLab.
 
 .. code-block:: python
 

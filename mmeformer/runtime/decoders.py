@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the outputs of an exported file to results: one function per task, named by its row.
+"""Convert the outputs of an exported file to results: one function per task, named in its row.
 
 Every function takes the prepared images of a run, the graph's outputs by name and the file's
-metadata, and returns one result per image, in pixels of the image. A graph of a fixed batch may
-have been filled up, so outputs may be of more images than there are.
+metadata, and returns one result per image, in pixels of the image. The batch of a graph with a
+fixed batch size may have been filled up, so there may be outputs for more images than given.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def decode_pyramids(
 def decode_segmentation(
     batch: Sequence[Prepared], outputs: Outputs, metadata: Metadata
 ) -> list[Segmentation]:
-    """``labels`` (B, H, W), resized to the image where the graph did not do that."""
+    """``labels`` (B, H, W), resized to the image if the graph did not do that."""
     results = []
     for item, labels in zip(batch, outputs["labels"], strict=False):
         if labels.shape != item.original:
@@ -48,7 +48,7 @@ def decode_segmentation(
 def decode_detections(
     batch: Sequence[Prepared], outputs: Outputs, metadata: Metadata
 ) -> list[Detections]:
-    """Boxes (N, 4) and masks (N, S, S) of the whole batch, already suppressed."""
+    """Boxes (N, 4) and masks (N, S, S) of the whole batch, after NMS."""
     results = []
     for item, own in _by_image(batch, outputs):
         boxes = own["boxes"] / np.array(_scale_factors(item)[::-1] * 2, np.float32)
@@ -66,7 +66,7 @@ def decode_detections(
 def decode_rotated(
     batch: Sequence[Prepared], outputs: Outputs, metadata: Metadata
 ) -> list[RotatedDetections]:
-    """Candidates (N, 5) of the whole batch; suppresses overlapping ones."""
+    """Candidates (N, 5) of the whole batch, before NMS; does the NMS."""
     assert metadata.iou_threshold is not None, "the export of a rotated detector has one"
     results = []
     for item, own in _by_image(batch, outputs):
@@ -92,9 +92,9 @@ def _scale_factors(item: Prepared) -> tuple[float, float]:
 
 
 def _rescale_rotated(boxes: NDArray[Any], height: float, width: float) -> NDArray[Any]:
-    """Rotated boxes (N, 5) of the network's input in pixels of the image.
+    """Rotated boxes (N, 5) of the network's input, in pixels of the image.
 
-    Both factors are the same but for rounding, and so the boxes stay rectangles. Source: mmrotate's
+    Both factors are equal up to rounding, so the boxes stay rectangles. Source: mmrotate's
     ``RotatedBoxes.rescale_``.
     """
     cos, sin = np.cos(boxes[:, 4]), np.sin(boxes[:, 4])

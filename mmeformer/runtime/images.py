@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepare images for the network, step for step as OpenMMLab's test pipelines do."""
+"""Prepare images for the network, with the same steps as OpenMMLab's test pipelines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmeformer.runtime.metadata import Metadata
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as the network takes it.
+    """An image as input of the network.
 
     Args:
         data: (3, H, W) ``float32``, normalized; or (H, W, 3) ``uint8`` for a graph that normalizes.
@@ -48,7 +48,7 @@ def as_image(image: NDArray[Any] | str | Path) -> NDArray[Any]:
 
 
 def prepare(image: NDArray[Any], metadata: Metadata) -> Prepared:
-    """Resize, normalize and pad an image (H, W, 3) as ``metadata`` says."""
+    """Resize, normalize and pad an image (H, W, 3) as described by ``metadata``."""
     original = (image.shape[0], image.shape[1])
     height, width = _network_size(original, metadata)
     image = _resize(image, height, width)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metadata of an exported model: how to feed it, and what its outputs mean."""
+"""Metadata of an exported model: how to prepare inputs, and what its outputs mean."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from mmeformer import tasks
 
 FORMAT = 1
-"""Raised when a reader of the old format would misread the new one."""
+"""Version of the format; increased when a reader of the old format would misread the new one."""
 
 KEY = "mmeformer"
 """The entry of an ONNX file's ``metadata_props``, and of a CoreML model's user metadata."""
@@ -19,7 +19,7 @@ KEY = "mmeformer"
 
 @dataclass(frozen=True)
 class Metadata:
-    """How to feed an exported model, and what its outputs mean.
+    """How to prepare inputs of an exported model, and what its outputs mean.
 
     Args:
         task: a key of :func:`mmeformer.tasks.exports`.
@@ -35,17 +35,17 @@ class Metadata:
             side is at most the larger and the short side at most the smaller, or, without
             ``keep_ratio``, to exactly (width, height). None leaves images at their size.
         keep_ratio: see ``scale``.
-        multiple: after that, sides are stretched up to multiples of this.
-        pad_divisor: after normalizing, the right and the lower side are padded with zeros up to
-            multiples of this.
+        multiple: after that, images are stretched until their sides are multiples of this.
+        pad_divisor: after normalizing, images are padded with zeros at the right and at the bottom
+            until their sides are multiples of this.
         classes: names, in the order of the labels.
         palette: a color (R, G, B) for each class, or empty.
         strides: of a backbone's outputs, in pixels.
-        score_threshold: detections scored lower are not reported.
+        score_threshold: detections with a lower score are not reported.
         iou_threshold: of the last non-maximum suppression, in the graph or in
             :mod:`mmeformer.runtime.decoders`.
-        max_per_image: most detections of an image.
-        mask_threshold: least probability of a mask's pixel.
+        max_per_image: largest number of detections of an image.
+        mask_threshold: smallest probability of a mask's pixel.
     """
 
     task: str
@@ -104,8 +104,8 @@ class Metadata:
         known = {field.name for field in fields(cls)}
         if set(values) != known:
             raise ValueError(
-                f"{source}: its metadata has missing {sorted(known - set(values))} and unknown "
-                f"{sorted(set(values) - known)} entries; export the model again"
+                f"{source}: its metadata has missing entries {sorted(known - set(values))} and "
+                f"unknown entries {sorted(set(values) - known)}; export the model again"
             )
         return cls(**{name: _as_tuple(value) for name, value in values.items()})
 

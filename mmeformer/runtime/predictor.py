@@ -17,11 +17,11 @@ from mmeformer.runtime.images import Prepared, as_image, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 
 MAX_LOGITS = 2**28
-"""Most logits (1 GiB of them) that a segmentation graph is asked to resize at once."""
+"""Largest number of logits (1 GiB) that a segmentation graph resizes at once."""
 
 
 def load(path: str | Path, threads: int = 0, providers: Sequence[str] | None = None) -> Predictor:
-    """A predictor for a file that ``tools/export.py`` wrote.
+    """Load a file that ``tools/export.py`` wrote.
 
     Args:
         path: the ``.onnx`` file. Its metadata is inside; the JSON file beside it is for people.
@@ -84,7 +84,7 @@ class Predictor:
         """Predict on several images; see :meth:`predict`.
 
         Images of one size go through the network together, as many as the model's batch allows.
-        No image is padded for the sake of another.
+        No image is padded to the size of another.
         """
         prepared = [prepare(as_image(image), self.metadata) for image in images]
         groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
@@ -103,7 +103,7 @@ class Predictor:
     def run(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
         """Run the graph on prepared images of one size; returns its outputs by name.
 
-        The batch of a graph of a fixed batch is filled up with the last image.
+        If the graph has a fixed batch size, the batch is filled up with the last image.
         """
         items = list(batch)
         items += [items[-1]] * ((self.metadata.batch or len(items)) - len(items))
@@ -115,7 +115,7 @@ class Predictor:
         return dict(zip(self.output_names, self.session.run(None, inputs), strict=True))
 
     def _output_size(self, original: tuple[int, int]) -> tuple[int, int]:
-        """``original`` (H, W), or a smaller size of that shape where memory demands it."""
+        """``original`` (H, W), or a smaller size of the same shape if memory requires it."""
         height, width = original
         logits = height * width * max(len(self.metadata.classes), 1)
         shrink = min((MAX_LOGITS / logits) ** 0.5, 1.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of images and label masks, for errors that cause crashes or silently low scores."""
+"""Checks of images and label masks for errors that cause crashes or silently lower scores."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def check_pairs(
 ) -> list[Finding]:
     """Check images and their label masks.
 
-    Checks that all masks exist. Of the first ``limit`` pairs reads the whole mask, as mmseg reads
-    it, and the header and the end of the image.
+    Checks that all masks exist. For the first ``limit`` pairs, reads the whole mask, as mmseg does,
+    and the header and the end of the image.
 
     Args:
         pairs: paths of images and masks.
@@ -58,8 +58,8 @@ def check_pairs(
         decode: decode the images in full too.
 
     Returns:
-        Findings, errors first; kinds: ``missing mask``, ``unreadable image``, ``unreadable mask``,
-        ``color mask``, ``size mismatch``, ``label out of range``, ``0/255 masks``,
+        The problems, errors first; kinds: ``missing mask``, ``unreadable image``, ``unreadable
+        mask``, ``color mask``, ``size mismatch``, ``label out of range``, ``0/255 masks``,
         ``reduce_zero_label``, ``nothing labeled``, ``unused class``.
     """
     exists = in_threads(os.path.isfile, [mask for _, mask in pairs])
@@ -82,7 +82,7 @@ def check_pairs(
         classes,
         reduce_zero_label,
         ignore_index,
-        # Only if all masks of a training set were read can a class be said to be missing.
+        # Only if all masks of a training set were read, a class is known to be missing.
         complete=training and len(read) == len(pairs),
     )
     return errors_first(findings)
@@ -128,12 +128,12 @@ def _read_pair(pair: tuple[str, str], decode: bool) -> _Labels:
         return wrong(
             "color mask",
             mask,
-            f"has shape {labels.shape}, so its pixels are colors; save one channel that holds the "
-            "label of each pixel",
+            f"has shape {labels.shape}, so its pixels are colors; save one channel with the label "
+            "of each pixel",
         )
     if not (np.issubdtype(labels.dtype, np.integer) or labels.dtype == bool):
         return wrong(
-            "unreadable mask", mask, f"holds {labels.dtype} numbers; save labels as 8-bit integers"
+            "unreadable mask", mask, f"has {labels.dtype} numbers; save labels as 8-bit integers"
         )
     if labels.shape != image_size:
         return wrong(
@@ -174,7 +174,7 @@ def _check_labels(
                 ERROR,
                 "0/255 masks",
                 example.mask,
-                f"holds, like all {len(read)} masks read, only 0 and {ignore_index}, and "
+                f"has, like all {len(read)} masks read, only 0 and {ignore_index}, and "
                 f"{ignore_index} means 'unlabeled': only value 0 would be learned. Save "
                 f"{ignore_index} as 1 (or as the label of {classes[-1]!r})",
             )
@@ -187,7 +187,7 @@ def _check_labels(
                 ERROR,
                 "reduce_zero_label",
                 example.mask,
-                f"holds the value {len(classes)}, but {len(classes)} classes have the values 0 to "
+                f"has the value {len(classes)}, but {len(classes)} classes have the values 0 to "
                 f"{len(classes) - 1}. If value 0 means 'other' and {len(classes)} is "
                 f"{classes[-1]!r}, set reduce_zero_label=True; otherwise a class is missing in "
                 "`classes`",
@@ -204,14 +204,14 @@ def _check_labels(
             WARNING,
             "nothing labeled",
             item.mask,
-            f"holds only {' and '.join(map(str, sorted(item.counts)))}: no pixel of any class; "
+            f"has only {' and '.join(map(str, sorted(item.counts)))}: no pixel of any class; "
             "correct the mask or remove it",
         )
         for item in read
         if not item.counts.keys() & set(labels) and not item.counts.keys() & beyond
     ]
     unused = [name for value, name in zip(labels, classes, strict=True) if value not in seen]
-    # Value 0 and all classes but the last: masks that count from 0 look like this.
+    # Value 0 and all classes but the last one occur: this is typical of masks that count from 0.
     if reduce_zero_label and len(classes) > 1 and 0 in seen and unused == [classes[-1]]:
         findings.append(
             Finding(
@@ -248,6 +248,6 @@ def _out_of_range(item: _Labels, beyond: set[int], labels: range, ignore_index: 
         ERROR,
         "label out of range",
         item.mask,
-        f"holds {values} ({pixels} pixels), but labels go from {labels[0]} to {labels[-1]}, and "
+        f"has {values} ({pixels} pixels), but labels go from {labels[0]} to {labels[-1]}, and "
         f"{ignore_index} means 'unlabeled'; {hint}",
     )

@@ -18,9 +18,10 @@ from mmeformer.segmentation.checks import check_pairs, find_masks_without_image
 class CheckedSegDataset(CheckedDataset, BaseSegDataset):
     """A ``BaseSegDataset`` that checks its files before it returns samples.
 
-    Checks that every image has a mask, and sizes and values of the first :attr:`CHECKED_FILES`
-    pairs (:func:`mmeformer.segmentation.checks.check_pairs`); about 3 s for 500 images of
-    683 x 512 px. Warnings are logged. Arguments are those of mmseg; files must be local.
+    Checks that every image has a mask, and checks sizes and values of the first
+    :attr:`CHECKED_FILES` pairs (:func:`mmeformer.segmentation.checks.check_pairs`); this takes
+    about 3 s for 500 images of 683 x 512 px. Warnings are logged. Arguments are those of mmseg;
+    files must be local.
 
     Raises:
         FileNotFoundError: a folder is missing, or has no file with the suffix.
@@ -41,7 +42,7 @@ class CheckedSegDataset(CheckedDataset, BaseSegDataset):
         return data_list
 
     def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
-        """Everything that is wrong; see :class:`~mmeformer.checks.interface.CheckedDataset`.
+        """All problems; see :class:`~mmeformer.checks.interface.CheckedDataset`.
 
         Masks are always read in full.
         """
@@ -56,7 +57,7 @@ class CheckedSegDataset(CheckedDataset, BaseSegDataset):
         ]
         if not pairs:  # a test set without masks
             return []
-        # If the config selects some known classes, the masks still have the labels of all.
+        # If the config selects some of the known classes, the masks still have the labels of all.
         classes = self.METAINFO.get("classes") or self.metainfo["classes"]
         findings = check_pairs(
             pairs,

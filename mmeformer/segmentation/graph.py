@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segmentors of mmseg as graphs."""
+"""mmseg's segmentors as graphs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SegmentationGraph(Graph):
     """Class of every pixel: ``labels`` (B, H, W), ``uint8`` up to 256 classes.
 
     Logits are resized to the size of the input and then to ``output_size``, as in mmseg, so that
-    labels of an image that was resized for the network are as sharp as mmseg's.
+    the labels of an image that was resized for the network are those of mmseg.
 
     Args:
         model: an ``EncoderDecoder`` in "whole" test mode.
@@ -63,7 +63,7 @@ class SegmentationGraph(Graph):
         raw = head(self.model.extract_feat(image))
         logits = self._resize(raw, image.shape[-2:])
         if output_size is not None:
-            # A tracer follows tensors, but not the numbers in them.
+            # A trace records tensors, but not the Python numbers in them.
             size: Any = output_size.unbind() if torch.jit.is_tracing() else output_size.tolist()
             logits = self._resize(logits, size)
         if head.out_channels == 1:
@@ -101,13 +101,16 @@ class SegmentationGraph(Graph):
 
 
 class FixedSizeSegmentationGraph(SegmentationGraph):
-    """The same with ``labels`` of the size of the input: CoreML has no other resize."""
+    """A :class:`SegmentationGraph` with ``labels`` of the size of the input.
+
+    CoreML cannot resize to a size that is an input.
+    """
 
     extra_inputs = ()
 
 
 class _AnyUpsample(nn.Module):
-    """mmseg's ``Upsample``, without turning sizes into the numbers of the traced example."""
+    """mmseg's ``Upsample`` for any size: sizes do not become constants of the traced example."""
 
     def __init__(self, source: Upsample) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ class SegNumClassCheckHook(Hook):
     many trains outputs that no label uses.
 
     Raises:
-        ValueError: the numbers differ; names the head and both.
+        ValueError: the numbers differ; the message names the head and both numbers.
     """
 
     def before_train(self, runner: Runner) -> None:

@@ -23,7 +23,7 @@ from mmeformer.segmentation.visualizer import draw_labels
 from mmeformer.windows import Window, cores
 
 LOGITS_AT_ONCE = 2**26
-"""Numbers (256 MiB of them) that are made at once when logits are brought to the image's size."""
+"""Numbers (256 MiB) that are computed at once when logits are resized to the image."""
 
 
 class SegmentationPredictor(Predictor[Segmentation]):
@@ -71,8 +71,8 @@ class SegmentationPredictor(Predictor[Segmentation]):
 
     def results_of_batch(self, batch: dict) -> list[Segmentation]:
         """See the base class."""
-        # mmseg's own `predict` would bring the logits of all classes to the size of the image:
-        # 7 GB for a photograph of 12 megapixels and 150 classes.
+        # mmseg's own `predict` resizes the logits of all classes to the image: 7 GB for a
+        # photograph of 12 megapixels and 150 classes.
         data = self.model.data_preprocessor(batch, False)
         metas = [sample.metainfo for sample in data["data_samples"]]
         logits = self.model.inference(data["inputs"], metas)
@@ -113,10 +113,10 @@ def merge_windows(
     size: tuple[int, int],
     dtype: type = np.uint8,
 ) -> Segmentation:
-    """Label map of a whole image from those of its windows.
+    """Merge the label maps of windows into that of the whole image.
 
-    Each pixel gets its class from the window in which it lies farthest from the border, where the
-    model sees most of what is around it. Results are read one by one.
+    Each pixel gets its class from the window in which it is farthest from the border, where the
+    model sees most of its surroundings. Results are read one by one.
 
     Args:
         places: the windows.
@@ -133,7 +133,7 @@ def merge_windows(
 
 
 def _without_padding(logits: Tensor, meta: dict) -> Tensor:
-    """Logits (C, H, W) of the part of the model's input that the data preprocessor did not add."""
+    """Logits (C, H, W) without the padding that the data preprocessor added to the input."""
     left, right, top, bottom = meta.get("img_padding_size", meta.get("padding_size", (0, 0, 0, 0)))
     height, width = logits.shape[1:]
     return logits[:, top : height - bottom, left : width - right]
@@ -142,10 +142,10 @@ def _without_padding(logits: Tensor, meta: dict) -> Tensor:
 def label_map(
     logits: Tensor, size: tuple[int, int], *, align_corners: bool, threshold: float | None
 ) -> Tensor:
-    """Find the most likely class of every pixel, without all logits at the image's size.
+    """Find the most likely class of every pixel, without resizing all logits at once.
 
     Args:
-        logits: (C, h, w); a single channel is that of the second of two classes.
+        logits: (C, h, w); a single channel is the logit of the second of two classes.
         size: height and width of the image.
         align_corners: of the bilinear interpolation.
         threshold: for a single channel, the probability from which a pixel is of the second class.

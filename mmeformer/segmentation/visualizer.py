@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw label maps, also large ones."""
+"""Draw label maps, even large ones."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mmengine.visualization import Visualizer
 from mmseg.structures import SegDataSample
 
 NAMED_SHARE = 0.002
-"""Share of a picture that a class must cover for its name to be written there."""
+"""Share of a picture that a class must cover for its name to be written."""
 
 
 def draw_labels(
     visualizer: Visualizer, image: np.ndarray, labels: np.ndarray, classes: Sequence[str]
 ) -> np.ndarray:
-    """An image with its classes laid over it in their colors, and their names.
+    """Draw the classes over an image, in their colors and with their names.
 
     Args:
         visualizer: mmseg's ``SegLocalVisualizer`` with classes and palette.
@@ -33,7 +33,7 @@ def draw_labels(
     sample = SegDataSample(
         pred_sem_seg=PixelData(data=torch.from_numpy(labels[None].astype(np.int64)))
     )
-    # mmseg's own names are placed by sorting the pixels of every class, which takes minutes.
+    # To place names, mmseg sorts the pixels of every class, which takes minutes.
     visualizer.add_datasample(
         "labels",
         np.ascontiguousarray(image[..., ::-1]),
@@ -45,7 +45,7 @@ def draw_labels(
         region = (labels == label).astype(np.uint8)
         if region.mean() < NAMED_SHARE:
             continue
-        # Padded, so that the border of the image counts as one of the region.
+        # Padded, so that the border of the image counts as a border of the region.
         depth = cv2.distanceTransform(np.pad(region, 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
         place = np.unravel_index(depth.argmax(), depth.shape)[::-1]
         visualizer.draw_texts(

@@ -69,7 +69,7 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[Ro
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A background of two similar colors in blotches, (size, size, 3) uint8."""
+    """A blotchy background of two similar colors, (size, size, 3) uint8."""
     blotches = cv2.resize(rng.random((5, 5)), (size, size), interpolation=cv2.INTER_CUBIC)
     share = blotches.clip(0, 1)[..., None]
     base = rng.uniform(40, 170, 3)

@@ -70,7 +70,7 @@ def outline(label: int, center: tuple[float, float], radius: float, angle: float
 def draw_scene(
     rng: np.random.Generator, size: int, max_shapes: int = 5
 ) -> tuple[np.ndarray, list[Instance]]:
-    """Draw a random image (size, size, 3) uint8 BGR with instances, at least one of them whole.
+    """Draw a random image (size, size, 3) uint8 BGR with instances; at least one is fully visible.
 
     The background is a color gradient with noise. There are 2 to ``max_shapes`` shapes in colors
     that differ from the background, with a radius of 12% to 24% of the side.
@@ -160,7 +160,7 @@ def generate_once(root: Path, recipe: dict, write: Callable[[Path], None]) -> Pa
 
 
 def _write_split(root: Path, split: str, count: int, size: int, seed: tuple[int, int]) -> None:
-    # Comes with mmdet; the scenes work without it.
+    # Imported here: pycocotools comes with mmdet, and scenes without annotations do not need it.
     from pycocotools import mask as coco_mask
 
     (root / split).mkdir(parents=True)

@@ -27,7 +27,7 @@ class CompileHook(Hook):
     has the numbers.
 
     Args:
-        parts: names of modules of the model. Those that it lacks are skipped.
+        parts: names of modules of the model. Those that it does not have are skipped.
         **options: options of ``torch.compile``, such as ``dynamic=True`` for one graph for all
             sizes from the start.
 

@@ -32,8 +32,8 @@ class UnreadableFileError(TrainingError):
 class GuardedDataset(Dataset):
     """Wrapper of a data set that seeds every sample and replaces samples with unreadable files.
 
-    In training, a sample whose file is missing, empty, cut off or cannot be decoded is replaced by
-    a random other one, which reports the file to
+    In training, a sample whose file is missing, empty, truncated or cannot be decoded is replaced
+    by a random other one, which reports the file to
     :class:`mmeformer.training.hooks.UnreadableFilesHook`. In validation and testing such a file is
     an error, since scores on different sets of images cannot be compared. Only local files are
     checked, not URLs. All other attributes are those of the data set.
@@ -107,7 +107,7 @@ class GuardedDataset(Dataset):
             if reason := quick_fault(path):
                 raise UnreadableFileError(path, reason)
         try:
-            # prepare_data returns None for a sample that the pipeline rejects, so that the loop
+            # prepare_data returns None for a sample that the pipeline rejects, so that __getitem__
             # above replaces it. The data set's own __getitem__ would do so without the checks.
             if hasattr(self.dataset, "prepare_data"):
                 return self.dataset.prepare_data(index)

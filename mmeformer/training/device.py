@@ -25,7 +25,7 @@ def prepare_device(config: Config, launcher: str) -> None:
     if torch.cuda.is_available():
         return
     if config.model.get("backbone", {}).get("with_cp"):
-        # Recomputation says that memory is short, not time.
+        # Who asks for recomputation is short of memory, not of time.
         return_freed_memory()
     else:
         keep_freed_memory()

@@ -36,7 +36,7 @@ def build_train_runner(
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
 
     Raises:
-        ValueError: the config is not a training config, or lacks the base batch size for
+        ValueError: the config is not a training config, or does not have the base batch size for
             ``auto_scale_lr``.
         FileNotFoundError: the checkpoint to resume from does not exist.
     """
@@ -74,7 +74,7 @@ def build_test_runner(
 
     Args:
         config: with ``work_dir`` set.
-        checkpoint: of this config's model; None for a model that brings its weights, such as
+        checkpoint: of this config's model; None for a model that has its own weights, such as
             :class:`mmeformer.deploy.evaluate.OnnxModel`.
         out: ``.pkl`` file for all predictions.
         show_dir: folder for pictures of predictions.
@@ -82,8 +82,8 @@ def build_test_runner(
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
 
     Raises:
-        ValueError: ``out`` does not end in .pkl or .pickle, or the config lacks the entries for
-            ``tta`` or ``show_dir``.
+        ValueError: ``out`` does not end in .pkl or .pickle, or the config does not have the entries
+            for ``tta`` or ``show_dir``.
         FileNotFoundError: the checkpoint does not exist.
         OSError: ``show_dir`` or the folder of ``out`` cannot be written to.
     """

@@ -33,7 +33,7 @@ class UnreadableFilesHook(Hook):
             always may.
 
     Raises:
-        TrainingError: more files are unreadable; lists the first ones.
+        TrainingError: more files are unreadable; the message lists the first ones.
     """
 
     INTERVAL = 100
@@ -96,8 +96,8 @@ class FiniteLossHook(Hook):
     mmengine's ``CheckInvalidLossHook`` checks every 50 iterations and reports no details.
 
     Raises:
-        TrainingError: names the iteration, all terms of the loss, the images, and the last
-            checkpoint, which was saved before.
+        TrainingError: a loss is not finite. The message names the iteration, all terms of the loss,
+            the images, and the last checkpoint.
     """
 
     # Before any hook that saves the loss or the weights.
@@ -114,7 +114,7 @@ class FiniteLossHook(Hook):
         }
         bad = not all(map(math.isfinite, terms.values()))
         if get_world_size() > 1:
-            # The shared gradient has spoiled the weights of all processes: none may save them.
+            # The shared gradient made the weights of all processes invalid: none may save them.
             anywhere = torch.tensor(float(bad))
             all_reduce(anywhere, "max")
             if anywhere and not bad:

@@ -9,8 +9,8 @@ from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 class EpochBasedTrainLoop(MMEngineEpochBasedTrainLoop):
     """mmengine's loop that, after a restart, skips the batches already trained on.
 
-    mmengine restarts the epoch and trains on its first batches twice. Matters for checkpoints by
-    iteration (``CheckpointHook(by_epoch=False)``). Arguments are those of mmengine.
+    mmengine restarts the epoch and trains on its first batches twice. This matters for checkpoints
+    by iteration (``CheckpointHook(by_epoch=False)``). Arguments are those of mmengine.
     """
 
     def run_epoch(self) -> None:

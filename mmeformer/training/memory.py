@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the C library for CPU processes that allocate large tensors all the time."""
+"""Settings of the C library for CPU processes that often allocate large tensors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _M_MMAP_MAX = -4
 def keep_freed_memory() -> bool:
     """Make the C library keep freed memory instead of returning it to the system.
 
-    By default each large tensor is new memory that the kernel fills with zeros page by page, which
-    takes a quarter of the processor time of a training step. The process then keeps its peak size.
-    Works with glibc on Linux and does nothing elsewhere.
+    By default each large tensor gets new memory, which the kernel fills with zeros page by page.
+    This takes a quarter of the CPU time of a training step. With these settings the process keeps
+    its peak size. Works with glibc on Linux and does nothing elsewhere.
 
     Returns:
-        Whether the settings were accepted.
+        True if the settings were accepted.
     """
     return _mallopt(_M_MMAP_MAX, 0) and _mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
@@ -33,9 +33,9 @@ def return_freed_memory() -> bool:
     quarter of the time.
 
     Returns:
-        Whether the setting was accepted.
+        True if the setting was accepted.
     """
-    # Less than the chunks of attention (layers/attention.py), which have many sizes.
+    # Smaller than the chunks of attention (layers/attention.py), which have many sizes.
     return _mallopt(_M_MMAP_THRESHOLD, 2**21)
 
 

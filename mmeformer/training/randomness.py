@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random numbers that depend only on the seed and the position in the schedule.
 
-mmengine seeds once at the start, so that every draw depends on all draws before it: a restart,
-another number of workers or a validation in between change everything that follows. Here every
-sample and every step has its own seed. A restart needs no stored state, and two processes augment
-the images of a batch as one process would.
+mmengine seeds once at the start, so every random number depends on all numbers drawn before it: a
+restart, another number of workers or a validation in between changes everything that follows. Here
+every sample and every step has its own seed. A restart needs no stored state, and two processes
+augment the images of a batch as one process would.
 """
 
 from __future__ import annotations

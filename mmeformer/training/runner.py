@@ -30,7 +30,7 @@ from mmeformer.training.saving import (
 
 
 class Runner(MMEngineRunner):
-    """mmengine's Runner; everything below works without entries in configs.
+    """mmengine's Runner with these additions, which need no entries in configs.
 
     - A resumed run draws the same data and random numbers as an uninterrupted one
       (:mod:`mmeformer.training.randomness`, :mod:`mmeformer.training.loops`).
@@ -44,7 +44,7 @@ class Runner(MMEngineRunner):
     """
 
     _fine_tuning = False
-    # mmengine's.
+    # Attributes of mmengine's Runner.
     _load_from: str | None
     _resume: bool
 
@@ -103,7 +103,7 @@ class Runner(MMEngineRunner):
         return super().train()
 
     def _find_start(self) -> None:
-        """Choose the file to resume from and take over its seed, before any data is loaded."""
+        """Choose the file to resume from and use its seed, before any data is loaded."""
         start: list = [None, None]
         if is_main_process():
             newest: tuple[str | Path, dict] | None

@@ -43,8 +43,8 @@ def read_resumable(path: str | Path) -> dict:
 def newest_resumable(work_dir: str | Path) -> tuple[Path, dict] | None:
     """Find the checkpoint to resume from.
 
-    That is the one that ``last_checkpoint`` names if it is complete, else the newest complete one.
-    Damaged files are logged as warnings.
+    It is the one that ``last_checkpoint`` names, if complete, else the newest complete one. Damaged
+    files are logged as warnings.
 
     Returns:
         The file and its content on the CPU, or None if the work directory has no checkpoints.
@@ -75,7 +75,7 @@ def _candidates(work_dir: Path) -> Iterator[Path]:
     named: list[Path] = []
     pointer = work_dir / POINTER
     if pointer.is_file() and (text := pointer.read_text().strip()):
-        # The folder may have been moved or copied: prefer files here to those at the old path.
+        # The folder may have been moved or copied: prefer files in it to those at the old path.
         named = [work_dir / Path(text).name]
         if not named[0].is_file():
             named = [Path(text)]
@@ -90,7 +90,7 @@ def _candidates(work_dir: Path) -> Iterator[Path]:
 class CheckpointHook(MMEngineCheckpointHook):
     """mmengine's hook that removes an old checkpoint only after the new one is on the disk.
 
-    mmengine removes first, so that a kill or a full disk at that moment leaves no checkpoint.
+    mmengine removes it first, so a kill or a full disk at that moment leaves no checkpoint.
     Arguments are those of mmengine. :class:`mmeformer.training.runner.Runner` uses it in place of
     mmengine's.
     """
@@ -148,7 +148,7 @@ class CheckpointHook(MMEngineCheckpointHook):
                     self._remove(path)
 
     def _best(self) -> dict[str | None, str]:
-        """Paths of the best checkpoints by metric, or under None where there is one metric."""
+        """Paths of the best checkpoints by metric, or under None if there is only one metric."""
         if hasattr(self, "best_ckpt_path_dict"):
             paths = self.best_ckpt_path_dict
         else:

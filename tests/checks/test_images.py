@@ -49,7 +49,7 @@ def test_more_after_the_end_is_no_fault(path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is empty"), (b"<html>not found</html>", "is no image"), (None, "does not exist")],
+    [(b"", "is empty"), (b"<html>not found</html>", "is not an image"), (None, "does not exist")],
 )
 def test_no_images(tmp_path, content, message):
     path = tmp_path / "picture.png"

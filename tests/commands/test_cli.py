@@ -334,7 +334,7 @@ def test_odd_images_are_accepted(rotated, tmp_path, capfd):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is empty"), (b"nonsense", "cannot be read"), (None, "is cut off")],
+    [(b"", "is empty"), (b"nonsense", "cannot be read"), (None, "is truncated")],
 )
 def test_bad_images_are_named(rotated, tmp_path, capfd, content, message):
     config, images = rotated

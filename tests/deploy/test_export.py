@@ -255,7 +255,7 @@ class TestBadInput:
 
     def test_coreml_has_no_mask_rcnn(self, trained, tmp_path):
         request = Request("coreml", size=(64, 64))
-        with pytest.raises(ValueError, match="no operators to choose boxes"):
+        with pytest.raises(ValueError, match="no operators to select boxes"):
             self.run(trained("detection"), tmp_path / "model.mlpackage", request)
 
     def test_unsupported_detectors(self):

@@ -91,7 +91,7 @@ def test_sound_data(content, tmp_path):
         (dict(segmentation=[[0, -50, 1, 0, 5, 9]]), "mask outside image", "from -50 to 9 px"),
         (dict(iscrowd="0"), "bad entry", "iscrowd '0' instead of 0 or 1"),
         (dict(category_id=7), "unknown category", "category_id 7"),
-        (dict(image_id=7), "unknown image", "image 7, which `images` lacks"),
+        (dict(image_id=7), "unknown image", "image 7, which is not in `images`"),
         (dict(bbox=[5, 5, 10]), "bad entry", r"bbox \[5, 5, 10\]"),
         (dict(bbox=[5, 5, 10, float("nan")]), "bad entry", "finite"),
         (dict(area=None), "bad entry", "area None"),

@@ -68,7 +68,7 @@ def test_names_are_unique(tmp_path):
         ("gone.png", FileNotFoundError, "gone.png does not exist"),
         ("gone/", FileNotFoundError, "gone does not exist"),
         ("empty", ValueError, r"empty has no image or video \(.bmp"),
-        ("empty/*.png", ValueError, r"no image or video fits .*empty/\*.png"),
+        ("empty/*.png", ValueError, r"no image or video matches .*empty/\*.png"),
     ],
 )
 def test_inputs_that_stand_for_nothing(tmp_path, given, error, message):

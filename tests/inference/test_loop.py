@@ -131,7 +131,7 @@ def test_bad_images_are_named_and_the_others_kept(tmp_path):
     ]
     errors = [status.error for status in statuses if status.error]
     assert "b.png" in errors[0]
-    assert "c.png (40 x 1 pixels) cannot be brought to the model's size" in errors[1]
+    assert "c.png (40 x 1 pixels) cannot be resized to the model's input" in errors[1]
     assert "d.mp4" in errors[2]
     assert statuses[-1].total == 4
     assert annotations(tmp_path / "out") == {("a.png", None): 1, ("e.png", None): 5}

@@ -113,7 +113,7 @@ def test_command_line(task, place, tmp_path, capfd):
     status = predict_main([*arguments, "--out", out, "--batch-size", 2, "--device", "cpu", *thr])
     output = capfd.readouterr()
     assert status == 1, output.err
-    assert re.search(r"skipped: .*images/bad.png is cut off", output.out), output.out
+    assert re.search(r"skipped: .*images/bad.png is truncated", output.out), output.out
     assert "predicted on 6 images" in output.out
     assert "error: 1 inputs were not" in output.err and "Traceback" not in output.err
 
@@ -397,7 +397,7 @@ ERRORS = [
     ("{p}/rotated.py {p}/detection.pth {p}/images", "detection.pth does not fit this config"),
     ("{p}/segmentation.py {p}/rotated.pth {p}/images", "rotated.pth does not fit this config"),
     (DET + "{p}/gone.png", "input .*gone.png does not exist"),
-    (DET + "{p}/gone/*.png", "no image or video fits"),
+    (DET + "{p}/gone/*.png", "no image or video matches"),
     (DET + "{p}/images --score-thr -0.1", "score threshold -0.1 must be at least 0"),
     (DET + "{p}/images --score-thr 1.5", "score threshold 1.5 must be"),
     (DET + "{p}/images --batch-size 0", "batch size 0 must be at least 1"),

@@ -111,5 +111,5 @@ def test_instances_are_taken_and_upright_boxes_refused():
     found = from_instances(instances)
     assert found.boxes.shape == (3, 5) and found.labels.tolist() == [0, 1, 2]
     instances.bboxes = HorizontalBoxes(torch.rand(3, 4))
-    with pytest.raises(ValueError, match="boxes of 4 numbers instead of 5"):
+    with pytest.raises(ValueError, match="boxes have 4 numbers instead of 5"):
         from_instances(instances)

@@ -207,9 +207,11 @@ def test_submission_without_labels(tmp_path):
     assert len(texts) == 3 and "".join(texts).startswith("P3") and len(texts) == 3
     # Other files are never touched.
     (tmp_path / "task1" / "notes.txt").touch()
-    with pytest.raises(FileExistsError, match="task1 holds other files .* choose another"):
+    with pytest.raises(
+        FileExistsError, match="task1 has files that are not of a submission; choose another"
+    ):
         build(submission_dir=str(tmp_path / "task1"))
-    with pytest.raises(FileExistsError, match="notes.txt holds other files"):
+    with pytest.raises(FileExistsError, match="notes.txt has files that are not of a submission"):
         build(submission_dir=str(tmp_path / "task1" / "notes.txt"))
 
 

@@ -87,7 +87,7 @@ def test_label_out_of_range(folder):
     finding = only(folder.check())
     assert (finding.severity, finding.kind) == (ERROR, "label out of range")
     assert finding.path == str(folder.mask("bad"))
-    assert "holds 7 (64 pixels)" in finding.message
+    assert "has 7 (64 pixels)" in finding.message
     assert "from 0 to 2" in finding.message
 
 
@@ -221,7 +221,7 @@ def test_a_long_list_is_cut_per_kind(folder):
 def test_dataset_stops_before_training_and_names_the_file(folder):
     assert len(folder.dataset()) == 3
     folder.add("bad", [0, 1, 7])
-    with pytest.raises(ValueError, match=r"bad\.png: holds 7"):
+    with pytest.raises(ValueError, match=r"bad\.png: has 7"):
         folder.dataset()
 
 
@@ -258,7 +258,7 @@ def test_ade20k_labels(folder):
     assert len(dataset.metainfo["classes"]) == 150
     assert sorted(np.unique(dataset[3]["gt_seg_map"])) == [149, 255]
     folder.add("over", [151])
-    with pytest.raises(ValueError, match=r"over\.png: holds 151 .*labels go from 1 to 150"):
+    with pytest.raises(ValueError, match=r"over\.png: has 151 .*labels go from 1 to 150"):
         folder.dataset(ADE20KDataset)
 
 

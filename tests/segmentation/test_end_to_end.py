@@ -177,7 +177,7 @@ def test_bad_masks_stop_training_before_its_first_step(trained, tmp_path):
     mask = tmp_path / "data/annotations/validation/000002.png"
     cv2.imwrite(str(mask), np.full((64, 64), 9, np.uint8))
     config = small_config(tmp_path / "data")
-    with pytest.raises(ValueError, match=r"validation/000002\.png: holds 9"):
+    with pytest.raises(ValueError, match=r"validation/000002\.png: has 9"):
         engine.build_train_runner(config).train()
     assert not list(tmp_path.rglob("*.pth"))
 

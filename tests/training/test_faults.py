@@ -65,11 +65,11 @@ def run_with_late_damage(config, work_dir, damage, launcher="none"):
 @pytest.mark.parametrize(
     ("task", "workers", "damage", "reason"),
     [
-        pytest.param("detection", 2, cut, "is cut off", marks=pytest.mark.slow),
+        pytest.param("detection", 2, cut, "is truncated", marks=pytest.mark.slow),
         ("segmentation", 0, vanish, "does not exist"),
-        pytest.param("segmentation", 2, replace, "is no image", marks=pytest.mark.slow),
-        pytest.param("detection", 0, replace, "is no image", marks=pytest.mark.slow),
-        pytest.param("rotated", 0, cut, "is cut off", marks=pytest.mark.slow),
+        pytest.param("segmentation", 2, replace, "is not an image", marks=pytest.mark.slow),
+        pytest.param("detection", 0, replace, "is not an image", marks=pytest.mark.slow),
+        pytest.param("rotated", 0, cut, "is truncated", marks=pytest.mark.slow),
     ],
 )
 def test_one_damaged_file_is_left_out(folder, tmp_path, task, workers, damage, reason):

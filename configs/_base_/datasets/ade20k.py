@@ -1,5 +1,5 @@
-# ADE20K, 512 x 512 px crops, 4 images per GPU. The masks have 0 for "other" and 1 to 150 for the
-# classes; the data set class maps them to 255 (unlabeled) and 0 to 149.
+# ADE20K, 512 x 512 px crops, 4 images per GPU. Masks have 0 for "other" and 1 to 150 for the
+# classes; the data set class maps these to 255 (unlabeled) and 0 to 149.
 dataset_type = "mmeformer.ADE20KDataset"
 data_root = "data/ade/ADEChallengeData2016"
 backend_args = None
