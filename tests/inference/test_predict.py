@@ -115,7 +115,7 @@ def test_command_line(task, place, tmp_path, capfd):
     assert status == 1, output.err
     assert re.search(r"skipped: .*images/bad.png is truncated", output.out), output.out
     assert "predicted on 6 images" in output.out
-    assert "error: 1 inputs were not" in output.err and "Traceback" not in output.err
+    assert "error: 1 inputs were skipped" in output.err and "Traceback" not in output.err
 
     frames = [f"clip/{index:06d}" for index in range(3)]
     assert names(out, "pictures", ".jpg") == ["a", "more/b", "more/c"]

@@ -240,7 +240,7 @@ def test_mistakes_are_named(tmp_path):
         run(build(ann_dir=str(tmp_path / "labels")), [sample("P1", found)])
     quads = sample("P1", found, nothing)
     quads["gt_instances"]["bboxes"] = QuadriBoxes(torch.rand(0, 8))
-    with pytest.raises(ValueError, match="boxes of 8 numbers.*ConvertBoxType"):
+    with pytest.raises(ValueError, match="boxes have 8 numbers.*ConvertBoxType"):
         run(build(), [quads])
 
 
