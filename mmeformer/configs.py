@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
+from mmengine.registry import DATASETS
 
 from mmeformer.paths import config_dir
 
@@ -78,3 +80,13 @@ def existing_checkpoint(path: str) -> str:
     if "://" not in path and not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     return path
+
+
+def read_test_metainfo(config: Config) -> dict[str, Any]:
+    """Classes, and palette if there is one, of the config's test data; empty if unknown.
+
+    The config's own ``metainfo`` counts, else that of the data set's class.
+    """
+    dataset = config.test_dataloader.dataset
+    metainfo = dataset.get("metainfo") or getattr(DATASETS.get(dataset.type), "METAINFO", {})
+    return dict(metainfo)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModel
 
 from mmeformer import runtime, tasks
+from mmeformer.configs import read_test_metainfo
 from mmeformer.registry import MODELS
 
 
@@ -62,14 +62,10 @@ def use_onnx(config: Config, file: str) -> None:
     metadata = runtime.load(file).metadata
     if metadata.task != task:
         raise ValueError(f"{file} is a model for {metadata.task}, but the config is for {task}")
-    classes = _classes(config)
+    classes = read_test_metainfo(config).get("classes", ())
     if metadata.classes and classes and tuple(classes) != metadata.classes:
         raise ValueError(
             f"{file} was trained on the classes {list(metadata.classes)}, but the test data of the "
             f"config has {list(classes)}"
         )
     config.model = ConfigDict(type="mmeformer.OnnxModel", file=str(Path(file).resolve()))
-
-
-def _classes(config: Config) -> Sequence[str]:
-    return (config.test_dataloader.dataset.get("metainfo") or {}).get("classes", ())

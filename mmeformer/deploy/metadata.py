@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS
 from torch import nn
 
 from mmeformer import tasks
+from mmeformer.configs import read_test_metainfo
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.version import __version__
 
@@ -60,7 +60,7 @@ def task_settings(config: Config, model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the test pipeline has steps that the runtime lacks.
     """
-    dataset_meta = getattr(model, "dataset_meta", {}) or _config_metainfo(config)
+    dataset_meta = getattr(model, "dataset_meta", {}) or read_test_metainfo(config)
     return dict(
         classes=tuple(dataset_meta.get("classes", ())),
         palette=tuple(tuple(color) for color in dataset_meta.get("palette") or ()),
@@ -97,10 +97,3 @@ def _pipeline_settings(config: Config) -> dict[str, Any]:
                 "Resize with a scale, then one ResizeToMultiple"
             )
     return settings
-
-
-def _config_metainfo(config: Config) -> dict[str, Any]:
-    dataset = config.test_dataloader.dataset
-    if "metainfo" in dataset:
-        return dict(dataset.metainfo)
-    return getattr(DATASETS.get(dataset.type), "METAINFO", {})

@@ -16,7 +16,6 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.infer import BaseInferencer
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS
 from torch import nn
 
 from mmeformer import configs, tasks
@@ -236,20 +235,13 @@ class StrictInferencer(BaseInferencer):
         meta = checkpoint.setdefault("meta", {})
         if "dataset_meta" not in meta and "CLASSES" not in meta:
             # Otherwise the inferencers use the classes of COCO or Cityscapes.
-            meta["dataset_meta"] = _metainfo(cfg)
+            meta["dataset_meta"] = configs.read_test_metainfo(cfg)
+            if not meta["dataset_meta"].get("classes"):
+                raise ValueError(
+                    "neither the checkpoint nor the config names the classes: set "
+                    "test_dataloader.dataset.metainfo=dict(classes=(...))"
+                )
         super()._load_weights_to_model(model, checkpoint, cfg)
-
-
-def _metainfo(config: Config) -> dict:
-    """Classes, and palette if there is one, of the config's test data."""
-    dataset = config.test_dataloader.dataset
-    metainfo = dataset.get("metainfo") or getattr(DATASETS.get(dataset.type), "METAINFO", {})
-    if not metainfo.get("classes"):
-        raise ValueError(
-            "neither the checkpoint nor the config names the classes: set "
-            "test_dataloader.dataset.metainfo=dict(classes=(...))"
-        )
-    return dict(metainfo)
 
 
 def _set_score_thr(test_cfg: ConfigDict, score_thr: float) -> None:
