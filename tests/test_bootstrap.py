@@ -284,6 +284,8 @@ def test_interruption_is_said_in_one_line(tmp_path, ending):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # Where the tests run in the background, their children ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert process.stdout.readline().startswith("[1/4]")
         with silent.accept()[0]:

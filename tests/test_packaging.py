@@ -204,11 +204,16 @@ def test_constraints_lie_in_the_ranges_of_the_package(python, metadata):
 # --- commands -------------------------------------------------------------------------------------
 
 
+def without_make() -> dict[str, str]:
+    """The environment as if not below `make test`, which hands its own settings down."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+
+
 def make(*arguments, cwd=ROOT):
     return subprocess.run(
         ["make", "--no-print-directory", *arguments],
         cwd=cwd,
-        env={key: value for key, value in os.environ.items() if not key.startswith("MAKE")},
+        env=without_make(),
         capture_output=True,
         text=True,
         check=True,
@@ -231,8 +236,9 @@ def test_commands_bring_the_environment_up_to_date_first(target):
 def test_tests_that_fork_run_first_and_alone():
     for target, left_out in (("test", " and not slow and not install"), ("test-all", "")):
         forks, others = make("-n", target, "JOBS=3").splitlines()[1:]
-        assert re.search(r"OMP_NUM_THREADS=1 .*pytest -m \"?forks", forks) and "-n" not in forks
-        assert f'pytest -n 3 -m "not forks{left_out}"' in others
+        assert re.search(r"OMP_NUM_THREADS=1 .*pytest tests/training -m \"?forks", forks)
+        assert "-n" not in forks
+        assert f'pytest -n 3 --dist worksteal -m "not forks{left_out}"' in others
     assert "-n 1" not in make("-n", "test", "JOBS=1")
 
 
@@ -264,7 +270,13 @@ def test_ci_stops_at_the_first_failure(tmp_path):
             for name in targets
         )
         (tmp_path / "Makefile").write_text(makefile)
-        done = subprocess.run([tmp_path / ".ci" / "run"], cwd="/", capture_output=True, text=True)
+        done = subprocess.run(
+            [tmp_path / ".ci" / "run"],
+            cwd="/",
+            env=without_make(),
+            capture_output=True,
+            text=True,
+        )
         assert (done.returncode == 0) == (failing is None)
         ran = targets if failing is None else targets[: targets.index(failing) + 1]
         assert done.stdout.split("\n")[:-1] == [f"ran {name}" for name in ran]
