@@ -392,7 +392,10 @@ def test_channels_last_gives_the_same(small_variant):
         assert relative_error(output, expected) < 1e-4
 
 
-@pytest.mark.parametrize("cls", [EfficientFormer, EfficientFormerV2])
+# V1 compiles in tests/training/test_compile.py as well.
+@pytest.mark.parametrize(
+    "cls", [pytest.param(EfficientFormer, marks=pytest.mark.slow), EfficientFormerV2]
+)
 def test_compile_traces_whole(cls):
     # The graph must be one piece, which all kinds of blocks decide and not their number.
     check_graph_is_whole(cls(TINY).eval())

@@ -454,6 +454,7 @@ predictor.predict_images([cv2.imread(sys.argv[3])])
 """
 
 
+@pytest.mark.install
 @pytest.mark.parametrize(
     ("task", "missing"),
     [

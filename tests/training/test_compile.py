@@ -233,21 +233,17 @@ def check_task(task, backend, config, folder, shapes):
 
 
 # All tasks compile the same backbone, whose trace takes most of the time.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task, backend",
     [
         ("segmentation", "eager"),
-        *(
-            pytest.param(task, backend, marks=pytest.mark.slow)
-            for task, backend in (
-                ("detection", "eager"),
-                ("segmentation", "aot_eager"),
-                ("rotated", "eager"),
-                ("detection", "inductor"),
-                ("segmentation", "inductor"),
-                ("rotated", "inductor"),
-            )
-        ),
+        ("detection", "eager"),
+        ("segmentation", "aot_eager"),
+        ("rotated", "eager"),
+        ("detection", "inductor"),
+        ("segmentation", "inductor"),
+        ("rotated", "inductor"),
     ],
 )
 def test_tasks(task, backend, tmp_path, monkeypatch):
