@@ -24,10 +24,12 @@ IS_SUBSTITUTE = True
 
 
 def get_compiler_version() -> str:
+    """Say in place of a compiler that none was used."""
     return "none (torchvision's and PyTorch's operators)"
 
 
 def get_compiling_cuda_version() -> str:
+    """Say in place of a CUDA version that nothing was compiled."""
     return "not available"
 
 
