@@ -20,8 +20,10 @@ class _BeforeMMCV:
             self.done = True
             try:
                 import mmeformer  # noqa: F401  (registers the finder)
-            except ImportError:
-                pass  # Uninstalled by hand, or its checkout is gone.
+            except ImportError as error:
+                # Uninstalled by hand, or its checkout is gone: nothing is wrong with mmcv then.
+                if error.name != "mmeformer":
+                    print(f"mmeformer is damaged, reinstall it: {error}", file=sys.stderr)
         return None
 
 

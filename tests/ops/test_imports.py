@@ -194,8 +194,23 @@ def test_another_checkout_on_the_path_comes_first(installed, tmp_path):
 def test_an_environment_whose_checkout_is_gone_stays_quiet(tmp_path):
     (tmp_path / "mmcv.py").write_text("print('mmcv')")
     python = environment(tmp_path / "environment", str(tmp_path), startup=True)
-    done = subprocess.run([python, "-c", "import mmcv"], capture_output=True, text=True)
+    # From another folder, so that the checkout around this file is not on the path.
+    done = subprocess.run(
+        [python, "-c", "import mmcv"], cwd=python.parent, capture_output=True, text=True
+    )
     assert (done.stdout, done.stderr) == ("mmcv\n", "")
+
+
+def test_a_damaged_installation_is_named(tmp_path):
+    (tmp_path / "mmcv.py").write_text("print('mmcv')")
+    (tmp_path / "mmeformer.py").write_text("import gone_for_good")
+    python = environment(tmp_path / "environment", str(tmp_path), startup=True)
+    # From another folder, so that the checkout around this file is not on the path.
+    done = subprocess.run(
+        [python, "-c", "import mmcv"], cwd=python.parent, capture_output=True, text=True
+    )
+    assert done.stdout == "mmcv\n" and done.returncode == 0
+    assert "mmeformer is damaged, reinstall it: No module named 'gone_for_good'" in done.stderr
 
 
 # --- the real packages ----------------------------------------------------------------------------
