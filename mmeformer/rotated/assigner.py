@@ -26,8 +26,8 @@ class RotatedATSSAssigner(BaseAssigner):
     mean plus the standard deviation over the box's candidates. A prior that is positive for several
     boxes goes to the box with the highest IoU.
 
-    The result equals that of ``mmrotate.RotatedATSSAssigner``, which computes the IoU of all priors
-    with all boxes. This class computes it for candidates only (45 per box with five levels) and
+    Without boxes to ignore, the result equals that of ``mmrotate.RotatedATSSAssigner``, which
+    computes the IoU of all priors with all boxes. This class computes it for candidates only (45 per box with five levels) and
     center distances for a few boxes at a time, so that memory does not grow with the product of
     priors and boxes.
 
@@ -39,16 +39,19 @@ class RotatedATSSAssigner(BaseAssigner):
         topk: candidates per level and box.
         iou_calculator: config of the IoU calculator; called with ``is_aligned=True``, and with
             ``mode="iof"`` for boxes to ignore. None means mmrotate's.
-        ignore_iof_thr: a prior with more than this share of its area inside a box to ignore is
-            ignored: neither positive nor negative, unless its level has so few priors that it
-            becomes positive anyway. With 0 or less, no prior is ignored.
+        ignore_iof_thr: which priors are ignored, neither positive nor negative, because of boxes to
+            ignore (difficult objects). None: those that would be positive for such a box and are
+            not positive for another, whatever its size. A number, as in mmrotate: those with more
+            than this share of their area inside such a box, unless their level has so few priors
+            that they become positive anyway; small objects then become background. With 0 or less,
+            no prior is ignored.
     """
 
     def __init__(
         self,
         topk: int = 9,
         iou_calculator: dict | None = None,
-        ignore_iof_thr: float = -1,
+        ignore_iof_thr: float | None = None,
     ) -> None:
         self.topk = topk
         self.iou_calculator = TASK_UTILS.build(
@@ -86,15 +89,23 @@ class RotatedATSSAssigner(BaseAssigner):
                 f"num_level_priors {num_level_priors} adds up to {sum(num_level_priors)}, "
                 f"but there are {num_priors} priors"
             )
+        if self.ignore_iof_thr is None and gt_instances_ignore is not None:
+            result = self.assign(pred_instances, num_level_priors, gt_instances)
+            boxes = gt_instances_ignore.bboxes
+            if len(boxes):
+                labels = boxes.tensor.new_zeros(len(boxes), dtype=torch.long)
+                difficult = InstanceData(bboxes=boxes, labels=labels)
+                other = self.assign(pred_instances, num_level_priors, difficult)
+                result.gt_inds[(result.gt_inds == 0) & (other.gt_inds > 0)] = -1
+            return result
         device = priors.tensor.device
         gt_inds = torch.zeros(num_priors, dtype=torch.long, device=device)
         labels = torch.full_like(gt_inds, -1)
+        ignored = self._ignored_priors(priors, gt_instances_ignore)
+        gt_inds[ignored] = -1
         if num_boxes == 0 or num_priors == 0:
             overlaps = priors.tensor.new_zeros(num_priors)
             return AssignResult(num_boxes, gt_inds, overlaps, labels=labels)
-
-        ignored = self._ignored_priors(priors, gt_instances_ignore)
-        gt_inds[ignored] = -1
 
         prior_inds = self._candidates(priors.centers, boxes.centers, num_level_priors, ignored)
         box_inds = torch.arange(num_boxes, device=device).expand_as(prior_inds)
@@ -147,7 +158,7 @@ class RotatedATSSAssigner(BaseAssigner):
     def _ignored_priors(self, priors: RotatedBoxes, ignore: InstanceData | None) -> Tensor:
         """Mask (P,) of the priors inside boxes to ignore."""
         mask = torch.zeros(len(priors), dtype=torch.bool, device=priors.tensor.device)
-        if ignore is None or self.ignore_iof_thr <= 0:
+        if ignore is None or self.ignore_iof_thr is None or self.ignore_iof_thr <= 0:
             return mask
         boxes, centers = ignore.bboxes.tensor, priors.centers
         radii = priors.tensor[:, 2:4].norm(dim=1) / 2
