@@ -6,7 +6,7 @@ Prediction, exported files, writers, metrics and evaluation share them. Only num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmeformer.rotated_boxes import corners, rotated_nms
+from mmeformer.windows import Window
 
 Array = NDArray[Any]
 
@@ -254,6 +255,23 @@ class RotatedDetections:
     def scaled(self, scale: float) -> RotatedDetections:
         """The same objects in an image that was resized by ``scale``."""
         return replace(self, boxes=self.boxes * np.array([scale] * 4 + [1], np.float32))
+
+    @classmethod
+    def merged(
+        cls,
+        places: Sequence[Window],
+        results: Iterable[RotatedDetections],
+        iou_threshold: float,
+    ) -> RotatedDetections:
+        """The objects of a whole image, by rotated NMS within each class.
+
+        Args:
+            places: windows of the image, see :mod:`mmeformer.windows`.
+            results: of each window, in its own pixels.
+            iou_threshold: see :func:`mmeformer.rotated_boxes.rotated_nms`.
+        """
+        parts = [found.moved(*window[:2]) for found, window in zip(results, places, strict=True)]
+        return cls.concatenate(parts).suppressed(iou_threshold)
 
     def suppressed(self, iou_threshold: float) -> RotatedDetections:
         """The objects that rotated NMS within each class keeps, the best first."""

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mmeformer.checks.findings import Finding
+from mmeformer.checks.images import sample_sides
+from mmeformer.training_images import TrainingImages
 
 
 class CheckedDataset:
@@ -15,6 +19,10 @@ class CheckedDataset:
     checked = True
     """Whether to check at the start. ``tools/check_dataset.py`` turns it off and calls
     :meth:`findings` itself."""
+
+    # Of mmengine's BaseDataset, from which the data sets derive too.
+    __len__: Callable[..., int]
+    get_data_info: Callable[..., dict]
 
     def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
         """All problems of the labels and images.
@@ -29,3 +37,14 @@ class CheckedDataset:
             FileNotFoundError: a folder or the annotation file is missing.
         """
         raise NotImplementedError
+
+    def training_images(self) -> TrainingImages:
+        """Sizes of the images, for the checkpoints of a training on them; from a sample."""
+        step = max(1, len(self) // self.CHECKED_FILES)
+        indices = range(0, len(self), step)[: self.CHECKED_FILES]
+        paths = [str(self.get_data_info(index)["img_path"]) for index in indices]
+        sides = sample_sides(paths, self.CHECKED_FILES)
+        return TrainingImages((min(sides), max(sides)) if sides else None)
+
+    def follow(self, images: TrainingImages) -> None:
+        """Treat the images like those that the model was trained on."""

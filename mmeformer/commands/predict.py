@@ -96,6 +96,8 @@ def work(args: argparse.Namespace) -> int:
         score_thr=args.score_thr,
         mask_format=args.mask_format,
     )
+    for remark in predictor.remarks:
+        print(f"note: {remark}", file=sys.stderr)
 
     console = Console()
     columns = (
@@ -104,7 +106,7 @@ def work(args: argparse.Namespace) -> int:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    failed, finished, told = 0, 0, time.monotonic()
+    failed, finished, doubtful, told = 0, 0, 0, time.monotonic()
     with Progress(*columns, console=console) as progress:
         images = progress.add_task("images", total=len(sources))
         windows = progress.add_task("windows", visible=False)
@@ -130,8 +132,15 @@ def work(args: argparse.Namespace) -> int:
                 )
             else:
                 finished += 1
+            if status.warning is not None:
+                doubtful += 1
+                if doubtful == 1:
+                    text = f"warning: {status.name}: {status.warning}"
+                    progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
             tell(f"{status.done} of {status.total} images{_left(progress, images)}")
     print(f"predicted on {finished} images; results in {out}")
+    if doubtful > 1:
+        print(f"warning: of {doubtful} images, objects appear at another scale than in training")
     if failed:
         print(f"error: {failed} inputs were skipped or incomplete", file=sys.stderr)
         return 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,8 @@ def _compare(
     comparison: check.Comparison,
 ) -> None:
     """Compare raw tensors and results with those of the model as it was trained."""
+    # Both get the image as it is: the network is compared, not the cutting into windows.
+    finished = runtime.Predictor(finished.session, replace(finished.metadata, patch_size=0))
     metadata = finished.metadata
     reference = graph_class(copy.deepcopy(model)).eval()
     raw = reference.raw_names or reference.output_names

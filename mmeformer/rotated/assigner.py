@@ -27,9 +27,9 @@ class RotatedATSSAssigner(BaseAssigner):
     boxes goes to the box with the highest IoU.
 
     Without boxes to ignore, the result equals that of ``mmrotate.RotatedATSSAssigner``, which
-    computes the IoU of all priors with all boxes. This class computes it for candidates only (45 per box with five levels) and
-    center distances for a few boxes at a time, so that memory does not grow with the product of
-    priors and boxes.
+    computes the IoU of all priors with all boxes. This class computes it for candidates only (45
+    per box with five levels) and center distances for a few boxes at a time, so that memory does
+    not grow with the product of priors and boxes.
 
     Source: Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via
     Adaptive Training Sample Selection", CVPR 2020, algorithm 1;

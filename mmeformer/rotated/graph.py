@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmeformer.deploy import check, samples
 from mmeformer.deploy.graphs import Graph, cell_shifts, require, take, top_k
 from mmeformer.deploy.metadata import detector_settings
+from mmeformer.rotated.scale import training_images
 from mmeformer.runtime import RotatedDetections
 
 
@@ -47,7 +48,12 @@ class _GFLGraph(Graph):
     @staticmethod
     def settings(config: Config, model: Any) -> dict[str, Any]:
         """See :meth:`Graph.settings`."""
-        return detector_settings(config, model, config.model.test_cfg)
+        images, _ = training_images(config, getattr(model, "dataset_meta", None))
+        return dict(
+            detector_settings(config, model, config.model.test_cfg),
+            patch_size=images.patch_size,
+            training_sides=images.sides,
+        )
 
     @staticmethod
     def predict(model: Any, image: Tensor, metainfo: dict[str, Any]) -> RotatedDetections:

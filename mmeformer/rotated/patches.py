@@ -68,6 +68,12 @@ def parse_patch_name(name: str) -> PatchName:
     return PatchName(match["image"], *(int(match[key]) for key in ("size", "x", "y")))
 
 
+def patch_size_of(name: str) -> int | None:
+    """SIZE of a patch's name; None if it is no such name."""
+    match = _PATCH_NAME.fullmatch(name)
+    return None if match is None else int(match["size"])
+
+
 @dataclass(frozen=True)
 class CutSettings:
     """Settings for cutting images into patches.

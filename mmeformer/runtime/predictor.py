@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,14 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from mmeformer import tasks
-from mmeformer.runtime.decoders import Result
+from mmeformer.runtime.decoders import Result, merge_patches
 from mmeformer.runtime.images import Prepared, as_image, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
+from mmeformer.training_images import TrainingImages
+from mmeformer.windows import as_patch, predict_windows, windows
+
+WINDOWS_AT_ONCE = 4
+"""Windows of a large image per run, if the batch is free."""
 
 MAX_LOGITS = 2**28
 """Largest number of logits (1 GiB) that a segmentation graph resizes at once."""
@@ -84,9 +90,50 @@ class Predictor:
         """Predict on several images; see :meth:`predict`.
 
         Images of one size go through the network together, as many as the model's batch allows.
-        No image is padded to the size of another.
+        No image is padded to the size of another. For a model that was trained on patches, images
+        that are larger are cut into overlapping windows, and those that are smaller are padded.
         """
-        prepared = [prepare(as_image(image), self.metadata) for image in images]
+        arrays = [as_image(image) for image in images]
+        self._warn_of_scale(arrays)
+        side = self.patch_size
+        is_large = [bool(side) and max(image.shape[:2]) > side for image in arrays]
+        whole = [as_patch(a, side) for a, large in zip(arrays, is_large, strict=True) if not large]
+        results = iter(self._predict_whole(whole))
+        return [
+            self._predict_windows(image) if large else next(results)
+            for image, large in zip(arrays, is_large, strict=True)
+        ]
+
+    @property
+    def patch_size(self) -> int:
+        """Side in pixels of the windows that images are cut into or padded to; 0: neither.
+
+        That of the training, or less if the file's own size has no room for it at the same scale.
+        """
+        size, scale = self.metadata.size, self.metadata.scale
+        if size is None or scale is None:
+            return self.metadata.patch_size
+        return int(min(1.0, min(size) / min(scale)) * self.metadata.patch_size)
+
+    def _warn_of_scale(self, images: Sequence[NDArray[Any]]) -> None:
+        record = TrainingImages(self.metadata.training_sides, self.metadata.patch_size)
+        if self.metadata.patch_size:
+            return  # their scale is kept
+        for height, width in {image.shape[:2] for image in images}:
+            if text := record.scale_warning(max(height, width)):
+                warnings.warn(f"image of {width} x {height} px: {text}", stacklevel=3)
+
+    def _predict_windows(self, image: NDArray[Any]) -> Result:
+        """Predict on an image that is larger than a patch, window by window."""
+        height, width = image.shape[:2]
+        places = windows(width, height, self.patch_size, self.patch_size // 4)
+        step = self.metadata.batch or WINDOWS_AT_ONCE
+        found = predict_windows(image, places, self._predict_whole, step, self.patch_size)
+        return merge_patches(places, found, self.metadata)
+
+    def _predict_whole(self, images: Sequence[NDArray[Any]]) -> list[Any]:
+        """Predict on images as they are."""
+        prepared = [prepare(image, self.metadata) for image in images]
         groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
         for index, item in enumerate(prepared):
             groups.setdefault((item.data.shape, item.original), []).append(index)

@@ -3,6 +3,7 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmeformer import configs, runtime
+from mmeformer import configs, runtime, tasks
 from mmeformer.deploy import models
 from mmeformer.deploy.metadata import export_metadata
 from mmeformer.results import Mask
 from mmeformer.rotated_boxes import rotated_iou, rotated_nms
 from mmeformer.runtime.images import prepare
 from mmeformer.runtime.metadata import KEY, Metadata
+from mmeformer.windows import crop, windows
 
 METADATA = Metadata(
     task="detection",
@@ -198,6 +200,61 @@ def test_corners_are_those_of_mmrotate():
     theirs = structures.RotatedBoxes(torch.from_numpy(boxes)).convert_to("qbox").tensor
     ours = {tuple(np.round(corner, 3)) for corner in result.corners().reshape(-1, 2).tolist()}
     assert ours == {tuple(np.round(corner, 3)) for corner in theirs.view(-1, 2).tolist()}
+
+
+def test_a_model_of_patches_cuts_and_pads(onnx_file):
+    predictor = runtime.load(onnx_file("rotated", size=None))
+    assert predictor.metadata.patch_size == predictor.patch_size == 64
+    small, large = pixels(30, 40), pixels(50, 150)
+    found = predictor.predict_batch([small, large, pixels(64, 64)])
+    padded = crop(small, (0, 0, 40, 30), 64)
+    np.testing.assert_array_equal(found[0].boxes, predictor.predict(padded).boxes)
+    places = windows(150, 50, 64, 16)
+    assert len(places) == 3
+    parts = predictor.predict_batch([crop(large, place, 64) for place in places])
+    expected = runtime.RotatedDetections.merged(places, parts, predictor.metadata.iou_threshold)
+    assert len(expected) > 3
+    np.testing.assert_allclose(found[1].boxes, expected.boxes, atol=1e-3)
+    whole = runtime.Predictor(predictor.session, replace(predictor.metadata, patch_size=0))
+    assert whole.predict(large).boxes.shape != found[1].boxes.shape
+
+
+def test_windows_fit_a_file_of_a_smaller_size_than_the_training(onnx_file):
+    predictor = runtime.load(onnx_file("rotated", size=None))
+    metadata = replace(predictor.metadata, patch_size=512, scale=(1024, 1024), size=(512, 640))
+    assert runtime.Predictor(predictor.session, metadata).patch_size == 256
+
+
+def test_an_image_at_another_scale_than_in_training_is_named(onnx_file):
+    predictor = runtime.load(onnx_file("rotated", size=None))
+    metadata = replace(predictor.metadata, patch_size=0, training_sides=(30, 40))
+    whole = runtime.Predictor(predictor.session, metadata)
+    with pytest.warns(UserWarning, match="80 x 20 px: objects appear at 0.5 times the scale"):
+        whole.predict(pixels(20, 80))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole.predict(pixels(20, 36))
+
+
+def test_files_of_earlier_versions_load():
+    values = json.loads(METADATA.to_json())
+    del values["patch_size"], values["training_sides"]
+    assert Metadata.from_json(json.dumps(values), "old.onnx") == METADATA
+
+
+@pytest.mark.parametrize("task", ["detection", "rotated"])
+def test_scores_below_the_threshold_are_left_out_whatever_the_graph_does(task):
+    metadata = replace(METADATA, task=task, score_threshold=0.5, iou_threshold=0.5)
+    boxes = np.array([[0, 0, 9, 9, 0], [20, 20, 8, 9, 0], [40, 40, 9, 9, 0]], np.float32)
+    outputs = dict(
+        boxes=boxes if task == "rotated" else boxes[:, :4] + [0, 0, 40, 40],
+        scores=np.array([0.9, 0.5, 0.2], np.float32),
+        labels=np.zeros(3, np.int64),
+        image_index=np.zeros(3, np.int64),
+    )
+    batch = [prepare(pixels(80, 80), metadata)]
+    (found,) = tasks.load(metadata.export.decoder)(batch, outputs, metadata)
+    assert found.scores.tolist() == [np.float32(0.9)]
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """tools/predict.py with small models of the three tasks, against OpenMMLab's own inference."""
 
+import copy
 import importlib.util
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -21,6 +23,7 @@ from mmeformer import configs
 from mmeformer.files import is_draft
 from mmeformer.inference import load_predictor
 from mmeformer.paths import tools_dir
+from mmeformer.training_images import TrainingImages
 
 pytestmark = pytest.mark.usefixtures("quiet_logging")
 
@@ -221,7 +224,7 @@ def test_rotated_boxes_are_those_of_mmdet(place, predictors):
     options = {"model.test_cfg.score_thr": 0.0}
     config = configs.load_config(place / "rotated.py", options)
     model = init_detector(config, str(place / "rotated.pth"), device="cpu")
-    image = scene(128, 96, 1)
+    image = scene(128, 128, 1)
     expected = inference_detector(model, image).pred_instances
     (found,) = predictors["rotated"].predict_images([image])
     assert len(found.scores) == len(expected) > 5
@@ -263,6 +266,34 @@ def test_score_threshold_of_the_model(place, predictors):
         assert 4 <= len(sure.scores) < len(everything.scores)
 
 
+def test_score_threshold_of_a_head_that_does_not_know_it(place, tmp_path):
+    """DETR reports every query, whatever its score."""
+    import mmdet
+
+    config = configs.load_config(place / "detection.py")
+    folder = Path(mmdet.__file__).parent / ".mim" / "configs" / "detr"
+    model = Config.fromfile(str(folder / "detr_r50_8xb2-150e_coco.py")).model
+    model.backbone = copy.deepcopy(config.model.backbone)
+    model.backbone.out_indices = (3,)
+    model.neck.update(in_channels=[tiny.ARCH["widths"][-1]])
+    model.bbox_head.num_classes = len(CLASSES["detection"])
+    model.num_queries = model.test_cfg.max_per_img = 20
+    model.encoder.num_layers = model.decoder.num_layers = 1
+    config.model = model
+    init_default_scope("mmdet")
+    torch.save(MODELS.build(copy.deepcopy(model)).state_dict(), tmp_path / "detr.pth")
+    image = scene(128, 96, 1)
+    found = {}
+    for thr in (0.0, 0.3, 0.999):
+        predictor = load_predictor(config, str(tmp_path / "detr.pth"), score_thr=thr)
+        (found[thr],) = predictor.predict_images([image])
+    assert len(found[0.0]) == 20 and len(found[0.999]) == 0
+    thr = float(np.median(found[0.0].scores))
+    predictor = load_predictor(config, str(tmp_path / "detr.pth"), score_thr=thr)
+    (sure,) = predictor.predict_images([image])
+    assert 0 < len(sure) < 20 and sure.scores.min() > thr
+
+
 def test_one_window_is_the_whole_image(predictors):
     image = scene(128, 128, 5)
     for task, predictor in predictors.items():
@@ -299,6 +330,28 @@ def test_large_images_are_cut_and_merged(task, place, tmp_path, capfd):
     picture = cv2.imread(str(out / "pictures" / "large.jpg"))
     factor = max(1, 640 // size[0])
     assert picture.shape[:2] == (size[1] * factor, size[0] * factor)
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_images_as_large_as_in_training_are_not_cut(task, predictors, monkeypatch):
+    predictor = predictors[task]
+    assert predictor.window_of((1100, 130)) == 128
+    monkeypatch.setattr(predictor, "training_images", TrainingImages((600, 1200)))
+    assert predictor.window_of((1100, 130)) is None
+    assert predictor.scale_warning((1100, 130), None) is None
+    assert "objects appear at 4.7 times the scale" in predictor.scale_warning((1100, 130), 128)
+
+
+def test_another_scale_than_in_training_is_told_once(place, tmp_path, capfd):
+    weights = torch.load(place / "rotated.pth", weights_only=False)
+    weights["meta"]["dataset_meta"].update(TrainingImages((40, 50)).to_meta())
+    torch.save(weights, tmp_path / "whole.pth")
+    arguments = [place / "rotated.py", tmp_path / "whole.pth", place / "images" / "*" / "*"]
+    assert predict_main([*arguments, "--out", tmp_path / "out", "--no-pictures"]) == 0
+    output = capfd.readouterr()
+    assert output.out.count("warning: ") == 2 and "note: " not in output.err
+    assert re.search("warning: .*b.jpg: objects appear at 0.39 times the scale", output.out)
+    assert "warning: of 2 images, objects appear at another scale" in output.out
 
 
 @pytest.mark.parametrize("task", list(tiny.TASKS))
