@@ -17,7 +17,7 @@ from mmeformer.checks.findings import Finding, stop_on_errors
 from mmeformer.checks.images import check_images, sample_sides
 from mmeformer.checks.interface import CheckedDataset
 from mmeformer.registry import DATASETS
-from mmeformer.rotated.checks import check_dota, is_thin
+from mmeformer.rotated.checks import check_dota, image_sizes, is_thin, outside_finding
 from mmeformer.rotated.dota import (
     DotaObject,
     list_images,
@@ -195,7 +195,20 @@ class DOTADataset(CheckedDataset, MMRotateDOTADataset):
                 "labels, set ann_file=''"
             )
         self._log_flaws(images, files, objects, counts)
+        if self.checked:
+            self._check_places(images, files, objects)
         return objects
+
+    def _check_places(self, images, files, objects) -> None:
+        """Stop if objects of the first images lie outside them; a few are only logged."""
+        first = dict(list(objects.items())[: self.CHECKED_FILES])
+        findings = [
+            finding
+            for stem, size in image_sizes(list(first), images).items()
+            for item in first[stem]
+            if (finding := outside_finding(str(files[stem]), item, size)) is not None
+        ]
+        stop_on_errors(findings, {"outside image": sum(map(len, first.values()))})
 
     def _log_flaws(self, images, files, objects, counts) -> None:
         thin = [

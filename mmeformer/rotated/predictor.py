@@ -29,7 +29,7 @@ class RotatedPredictor(Predictor[RotatedDetections]):
     pads_windows = True
 
     @classmethod
-    def from_config(cls, config: Config, checkpoint: str, **options) -> RotatedPredictor:
+    def from_config(cls, config: Config, checkpoint: str, **options) -> Predictor:
         """See the base class; see :mod:`mmeformer.rotated.scale` for patches and whole images."""
         predictor = super().from_config(config, checkpoint, **options)
         predictor.training_images, remark = training_images(config, predictor.model.dataset_meta)

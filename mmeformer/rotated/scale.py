@@ -8,6 +8,7 @@ resizing.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import Compose
 
@@ -69,8 +69,8 @@ def find_kind(paths: Sequence[Path], sides: Sequence[int], native: int | None) -
     named = Counter(patch_size_of(path.stem) for path in paths)
     sizes = [size for size in named if size is not None]
     if sizes and None not in named:
-        common = named.most_common(1)[0][0]
-        size = min(sizes, key=lambda size: abs(np.log(size / (native or common))))
+        wanted = native or max(sizes, key=lambda size: named[size])
+        size = min(sizes, key=lambda size: abs(math.log(size / wanted)))
         return TrainingImages((min(sizes), max(sizes)), size)
     if not sides:
         return TrainingImages(None)

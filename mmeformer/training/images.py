@@ -39,7 +39,7 @@ class TrainingImagesHook(Hook):
         """In a test, let the test data follow the record of the checkpoint."""
         dataset_meta = (checkpoint.get("meta") or {}).get("dataset_meta")
         images = TrainingImages.from_meta(dataset_meta)
-        if images is None:
+        if dataset_meta is None or images is None:
             return
         # On resuming, mmengine compares the rest with that of the training data.
         del dataset_meta[KEY]

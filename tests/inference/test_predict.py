@@ -224,7 +224,7 @@ def test_rotated_boxes_are_those_of_mmdet(place, predictors):
     options = {"model.test_cfg.score_thr": 0.0}
     config = configs.load_config(place / "rotated.py", options)
     model = init_detector(config, str(place / "rotated.pth"), device="cpu")
-    image = scene(128, 128, 1)
+    image = scene(128, 96, 1)
     expected = inference_detector(model, image).pred_instances
     (found,) = predictors["rotated"].predict_images([image])
     assert len(found.scores) == len(expected) > 5
