@@ -19,19 +19,28 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
         FileNotFoundError: the file does not exist.
         ValueError: it cannot be decoded, is incomplete, or is too large for OpenCV (2^30 pixels).
     """
-    data = Path(path).read_bytes()
+    return decode_image(Path(path).read_bytes(), path)
+
+
+def decode_image(data: bytes, name: str | Path) -> NDArray[np.uint8]:
+    """Decode the content of an image file; see :func:`read_image`.
+
+    Args:
+        data: the content.
+        name: of the file, for messages.
+    """
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
     except cv2.error as error:
         raise ValueError(
-            f"{path} cannot be read by OpenCV, whose limits are 2^20 pixels per side and 2^30 in "
+            f"{name} cannot be read by OpenCV, whose limits are 2^20 pixels per side and 2^30 in "
             f"total (see its OPENCV_IO_MAX_IMAGE_PIXELS): {error}"
         ) from error
     # A truncated JPEG is decoded without an error, gray where data is missing.
     is_whole = not data.startswith(b"\xff\xd8") or b"\xff\xd9" in data[-65536:]
     if image is None or not is_whole:
         raise ValueError(
-            f"{path} cannot be read as an image: it is damaged, incomplete or of an unknown format"
+            f"{name} cannot be read as an image: it is damaged, incomplete or of an unknown format"
         )
     return np.asarray(image, np.uint8)
 

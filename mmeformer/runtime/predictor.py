@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mmeformer import tasks
 from mmeformer.runtime.decoders import Result, merge_patches
-from mmeformer.runtime.images import Prepared, as_image, prepare
+from mmeformer.runtime.images import Image, Prepared, as_image, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 from mmeformer.training_images import TrainingImages
 from mmeformer.windows import as_patch, predict_windows, windows
@@ -26,33 +26,67 @@ MAX_LOGITS = 2**28
 """Largest number of logits (1 GiB) that a segmentation graph resizes at once."""
 
 
-def load(path: str | Path, threads: int = 0, providers: Sequence[str] | None = None) -> Predictor:
+def load(
+    path: str | Path,
+    threads: int = 0,
+    providers: Sequence[str | tuple[str, dict[str, Any]]] | None = None,
+    options: onnxruntime.SessionOptions | None = None,
+) -> Predictor:
     """Load a file that ``tools/export.py`` wrote.
 
     Args:
         path: the ``.onnx`` file. Its metadata is inside; the JSON file beside it is for people.
-        threads: per operator; 0 lets onnxruntime choose.
-        providers: of onnxruntime; None takes the CPU.
+        threads: per operator; 0 lets onnxruntime choose, or takes the number of ``options``.
+        providers: of onnxruntime, each a name or a pair of name and settings; None takes the CPU.
+        options: of onnxruntime's session.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an ONNX file that mmeformer exported.
+        ValueError: not an ONNX file that mmeformer exported, or this onnxruntime does not have, or
+            cannot start, one of the providers.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"model {path} does not exist")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=list(providers or ["CPUExecutionProvider"])
-        )
-    except Exception as error:  # onnxruntime's errors have no common base but this one
-        raise ValueError(f"{path}: onnxruntime cannot load it ({error})") from error
+    wanted = list(providers or ["CPUExecutionProvider"])
+    session = _start(path, threads, wanted, options)
     properties = session.get_modelmeta().custom_metadata_map
     if KEY not in properties:
         raise ValueError(f"{path} has no metadata of mmeformer; export it with tools/export.py")
-    return Predictor(session, Metadata.from_json(properties[KEY], path))
+    loaded = Predictor(session, Metadata.from_json(properties[KEY], path))
+    # A session and its options cannot be pickled; what they were made of can.
+    loaded._source = None if options is not None else (path.resolve(), threads, wanted)
+    return loaded
+
+
+def _start(
+    path: Path,
+    threads: int,
+    providers: Sequence[str | tuple[str, dict[str, Any]]],
+    options: onnxruntime.SessionOptions | None,
+) -> onnxruntime.InferenceSession:
+    names = [item if isinstance(item, str) else item[0] for item in providers]
+    known = onnxruntime.get_available_providers()
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(
+            f"this onnxruntime has no {', '.join(missing)}, only {', '.join(known)}; install the "
+            "package of onnxruntime that has it (such as onnxruntime-gpu), or name another provider"
+        )
+    if options is None:
+        options = onnxruntime.SessionOptions()
+    if threads:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:  # onnxruntime's errors have no common base but this one
+        raise ValueError(f"{path}: onnxruntime cannot load it ({error})") from error
+    # If a provider does not start, onnxruntime goes on with the others after a line in its log.
+    if idle := [name for name in names if name not in session.get_providers()]:
+        raise ValueError(
+            f"onnxruntime could not start {', '.join(idle)}; its log says why (often a missing "
+            "library of the driver or of CUDA), or name another provider"
+        )
+    return session
 
 
 class Predictor:
@@ -69,12 +103,33 @@ class Predictor:
         self.input_names = [item.name for item in session.get_inputs()]
         self.output_names = [item.name for item in session.get_outputs()]
         self._decode = tasks.load(metadata.export.decoder)
+        self._source: tuple[Path, int, list[Any]] | None = None
 
-    def predict(self, image: NDArray[Any] | str | Path) -> Result:
+    def __getstate__(self) -> dict[str, Any]:
+        """What :func:`load` needs again; other processes read the same file.
+
+        Raises:
+            TypeError: there are options of the session, which cannot be pickled.
+        """
+        if self._source is None:
+            raise TypeError(
+                "this predictor cannot be pickled, as it was made with options of a session; load "
+                "the file in the other process"
+            )
+        return dict(source=self._source, metadata=self.metadata)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load the file again."""
+        path, threads, providers = state["source"]
+        self.__init__(_start(path, threads, providers, None), state["metadata"])  # type: ignore
+        self._source = state["source"]
+
+    def predict(self, image: Image) -> Result:
         """Predict on one image.
 
         Args:
-            image: a file, or an array (H, W, 3) of ``uint8`` in BGR.
+            image: a path, the content of a file (``bytes``), a binary file object, a Pillow image,
+                or an array of ``uint8``: (H, W) gray, (H, W, 3) BGR or (H, W, 4) BGRA.
 
         Returns:
             The result of the model's task (of a backbone its :class:`Pyramid`), in pixels of the
@@ -83,10 +138,11 @@ class Predictor:
         Raises:
             FileNotFoundError: no such file.
             ValueError: not an image.
+            TypeError: of another type.
         """
         return self.predict_batch([image])[0]
 
-    def predict_batch(self, images: Sequence[NDArray[Any] | str | Path]) -> list[Result]:
+    def predict_batch(self, images: Sequence[Image]) -> list[Result]:
         """Predict on several images; see :meth:`predict`.
 
         Images of one size go through the network together, as many as the model's batch allows.

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import io
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -10,17 +12,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from mmeformer import configs, runtime, tasks
 from mmeformer.deploy import models
 from mmeformer.deploy.metadata import export_metadata
 from mmeformer.results import Mask
 from mmeformer.rotated_boxes import rotated_iou, rotated_nms
-from mmeformer.runtime.images import prepare
+from mmeformer.runtime.images import as_image, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 from mmeformer.windows import crop, windows
 
@@ -263,6 +267,54 @@ def segmentor(onnx_file) -> Path:
     return onnx_file("segmentation", size=(64, 96), batch=2, preprocessing=True)
 
 
+def test_images_come_in_many_forms(segmentor, tmp_path):
+    predictor = runtime.load(segmentor)
+    image = pixels(50, 70)
+    path = tmp_path / "image.png"
+    cv2.imwrite(str(path), image)
+    expected = predictor.predict(path).labels
+    content = path.read_bytes()
+    opaque = np.dstack([image, np.full((50, 70), 9, np.uint8)])
+    given = [image, content, bytearray(content), io.BytesIO(content), Image.open(path), opaque]
+    given += [Image.fromarray(cv2.cvtColor(opaque, cv2.COLOR_BGRA2RGBA)), path.open("rb")]
+    assert len(np.unique(expected)) > 1
+    for found in predictor.predict_batch(given):
+        np.testing.assert_array_equal(found.labels, expected)
+    gray = image[..., 0]
+    expected = predictor.predict(np.dstack([gray] * 3)).labels
+    for found in predictor.predict_batch([gray, gray[..., None], Image.fromarray(gray)]):
+        np.testing.assert_array_equal(found.labels, expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pillow_images_are_turned_as_opencv_turns_files(orientation, tmp_path):
+    image = Image.fromarray(pixels(20, 30))
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / "turned.jpg"
+    image.save(path, exif=exif, quality=100)
+    ours, theirs = as_image(Image.open(path)), cv2.imread(str(path))
+    assert ours.shape == theirs.shape
+    assert np.abs(ours.astype(int) - theirs).max() <= 3
+
+
+def test_options_of_the_session(segmentor):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 3
+    predictor = runtime.load(segmentor, options=options)
+    assert predictor.session.get_session_options().intra_op_num_threads == 3
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(predictor)
+
+
+def test_predictors_go_to_other_processes(segmentor):
+    predictor = runtime.load(segmentor, threads=2)
+    again = pickle.loads(pickle.dumps(predictor))
+    assert again.session.get_session_options().intra_op_num_threads == 2
+    image = pixels(40, 60)
+    np.testing.assert_array_equal(again.predict(image).labels, predictor.predict(image).labels)
+
+
 def test_batches_and_sizes_may_mix(segmentor, picture):
     predictor = runtime.load(segmentor)
     images = [pixels(64, 64), pixels(40, 90), pixels(64, 64), picture, pixels(64, 64)]
@@ -297,9 +349,30 @@ class TestBadInput:
         broken.write_bytes(b"no image")
         with pytest.raises(ValueError, match="broken.png cannot be read"):
             predictor.predict(broken)
-        for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), "u1")):
-            with pytest.raises(ValueError, match=r"must be \(H, W, 3\) of uint8"):
-                predictor.predict(wrong)
+        for shape, kind in (((4, 4, 2), "u1"), ((4, 4, 3), "f8"), ((0, 4, 3), "u1"), ((4,), "u1")):
+            with pytest.raises(ValueError, match=r"must be \(H, W\), .* of uint8, but is"):
+                predictor.predict(np.zeros(shape, kind))
+        with pytest.raises(ValueError, match="the image cannot be read as an image"):
+            predictor.predict(b"no image")
+        with pytest.raises(TypeError, match="not list"):
+            predictor.predict([[1, 2], [3, 4]])
+        with pytest.raises(TypeError, match="opened in binary mode"):
+            predictor.predict(io.StringIO("text"))
+        with pytest.raises(ValueError, match="the mode I;16, more than 8 bits"):
+            predictor.predict(Image.fromarray(np.zeros((4, 4), np.uint16)))
+
+    def test_providers(self, segmentor, monkeypatch):
+        with pytest.raises(ValueError, match=r"has no CUDAExecutionProvider, only .*CPUExecution"):
+            runtime.load(segmentor, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+        # Known, but its libraries are missing: onnxruntime goes on with the CPU.
+        known = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
+        with (
+            warnings.catch_warnings(),
+            pytest.raises(ValueError, match="could not start CUDAExecutionProvider"),
+        ):
+            warnings.simplefilter("ignore")
+            runtime.load(segmentor, providers=[("CUDAExecutionProvider", {"device_id": 0})])
 
     def test_files(self, segmentor, tmp_path):
         with pytest.raises(FileNotFoundError, match="gone.onnx does not exist"):
