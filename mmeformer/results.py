@@ -6,7 +6,7 @@ Prediction, exported files, writers, metrics and evaluation share them. Only num
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,21 @@ Array = NDArray[Any]
 def category_id(label: int) -> int:
     """Category id in JSON files of a class index: COCO counts categories from 1."""
     return int(label) + 1
+
+
+CATEGORY_IDS = "category_ids"
+"""The entry of a checkpoint's ``dataset_meta`` with the id of each class in the annotation file."""
+
+
+def category_ids(dataset_meta: Mapping[str, Any]) -> tuple[int, ...]:
+    """Category ids in JSON files, by class index: those of the training data, else from 1.
+
+    Args:
+        dataset_meta: of a checkpoint.
+    """
+    count = len(dataset_meta["classes"])
+    known = dataset_meta.get(CATEGORY_IDS) or ()
+    return tuple(known) if len(known) == count else tuple(map(category_id, range(count)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,5 +46,11 @@ class CheckedDataset:
         sides = sample_sides(paths, self.CHECKED_FILES)
         return TrainingImages((min(sides), max(sides)) if sides else None)
 
+    def category_ids(self) -> list[int] | None:
+        """Ids of the classes in the annotation file, by label; None if it has none."""
+        # An attribute of mmdet's data sets in COCO's format.
+        labels: dict[int, int] = getattr(self, "cat2label", {})
+        return sorted(labels, key=labels.__getitem__) or None
+
     def follow(self, images: TrainingImages) -> None:
         """Treat the images like those that the model was trained on."""

@@ -47,6 +47,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--batch-size", type=int, default=1, help="images, frames or windows at once (%(default)s)"
     )
     parser.add_argument("--score-thr", type=float, help="smallest score of a detection (0.3)")
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="report only these classes of a detector"
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU, if any)")
     parser.add_argument(
         "--window",
@@ -95,6 +98,7 @@ def work(args: argparse.Namespace) -> int:
         device=args.device,
         score_thr=args.score_thr,
         mask_format=args.mask_format,
+        classes=args.classes,
     )
     for remark in predictor.remarks:
         print(f"note: {remark}", file=sys.stderr)

@@ -152,7 +152,7 @@ def run(
     state = _Run(predictor, out, settings, on_window)
     if predictor.legend is not None:
         write_text(out / LEGEND, json.dumps(predictor.legend, indent=1) + "\n")
-    results = json_results(out / RESULTS, predictor.classes) if predictor.writes_json else None
+    results = json_results(out / RESULTS, predictor.categories) if predictor.writes_json else None
     with results or nullcontext() as state.results, state.video_files:
         yield from state.all(sources)
 

@@ -22,6 +22,7 @@ from mmeformer import configs, tasks
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.deploy.fold import fold
+from mmeformer.results import category_ids
 from mmeformer.training_images import TrainingImages
 from mmeformer.windows import Progress, Window, predict_windows, windows
 
@@ -48,6 +49,10 @@ class Predictor(ABC, Generic[Result]):
             results without scores.
 
     Attributes:
+        classes: names, by label.
+        category_ids: ids of the classes in the annotation file of the training, by label; from 1
+            if the checkpoint does not have them.
+        labels: those of the classes that results are limited to; None for all.
         remarks: what people should know before they use the results, one sentence each.
     """
 
@@ -86,11 +91,14 @@ class Predictor(ABC, Generic[Result]):
         self.inferencer = inferencer
         self.native_size = native_size
         self.score_thr = score_thr
-        self.remarks: list[str] = []
-        if record := TrainingImages.from_meta(inferencer.model.dataset_meta):
-            self.training_images = record
         self.mask_format = mask_format or next(iter(self.mask_formats), None)
-        self.classes = tuple(inferencer.model.dataset_meta["classes"])
+        self.remarks: list[str] = []
+        self.labels: list[int] | None = None
+        dataset_meta = inferencer.model.dataset_meta
+        self.classes = tuple(dataset_meta["classes"])
+        self.category_ids = category_ids(dataset_meta)
+        if record := TrainingImages.from_meta(dataset_meta):
+            self.training_images = record
 
     @classmethod
     def from_config(
@@ -156,11 +164,31 @@ class Predictor(ABC, Generic[Result]):
             batch = self.inferencer.collate_fn([prepared[index] for index in members])
             with torch.no_grad():
                 found.update(zip(members, self.results_of_batch(batch), strict=True))
-        return [self._above_threshold(found[index]) for index in range(len(prepared))]
+        return [self._wanted(found[index]) for index in range(len(prepared))]
 
-    def _above_threshold(self, result: Any) -> Any:
+    def _wanted(self, result: Any) -> Any:
+        """The objects above the threshold and of the wanted classes."""
         # Not every head reads score_thr: those like DETR's report all their queries.
-        return result if self.score_thr is None else result.take(result.scores > self.score_thr)
+        if self.score_thr is not None:
+            result = result.take(result.scores > self.score_thr)
+        return result if self.labels is None else result.take(np.isin(result.labels, self.labels))
+
+    def limit_to(self, classes: Sequence[str]) -> None:
+        """Leave objects of other classes out of all results.
+
+        Raises:
+            ValueError: the model has no such class, or its results are no objects.
+        """
+        if not self.has_scores:
+            raise ValueError("a choice of classes is for detection; every pixel has a class")
+        if unknown := [name for name in classes if name not in self.classes]:
+            raise ValueError(f"the model has no class {unknown}, only {list(self.classes)}")
+        self.labels = [self.classes.index(name) for name in classes]
+
+    @property
+    def categories(self) -> dict[int, str]:
+        """Names of the classes, by category id."""
+        return dict(zip(self.category_ids, self.classes, strict=True))
 
     @property
     def window_size(self) -> int | None:
@@ -317,6 +345,7 @@ def load_predictor(
     device: str | None = None,
     score_thr: float | None = None,
     mask_format: str | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Predictor[Any]:
     """Load a trained model of any task.
 
@@ -326,6 +355,7 @@ def load_predictor(
         device: such as ``cpu`` or ``cuda:1``; None takes the first GPU, if there is one.
         score_thr: detections with this score or a lower one are not reported (default 0.3).
         mask_format: of segmentation masks: ``palette`` (default) or ``ids``.
+        classes: names of the classes to report; None reports all.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
@@ -353,9 +383,12 @@ def load_predictor(
         if "Annotations" not in step.type and "ConvertBoxType" not in step.type
     ]
     safe_load.install()
-    return tasks.load(task.predictor).from_config(
+    predictor: Predictor[Any] = tasks.load(task.predictor).from_config(
         config, checkpoint, device=device, score_thr=score_thr, mask_format=mask_format
     )
+    if classes is not None:
+        predictor.limit_to(classes)
+    return predictor
 
 
 def _existing_device(name: str | None) -> str:

@@ -86,8 +86,9 @@ class RotatedPredictor(Predictor[RotatedDetections]):
     def entries(self, result: RotatedDetections) -> list[dict]:
         """Annotations of :func:`mmeformer.rotated.writers.to_json`."""
         entries = [dict(entry, iscrowd=0) for entry in to_json("", result, self.classes)]
-        for entry in entries:
+        for entry, label in zip(entries, result.labels, strict=True):
             del entry["image_id"]
+            entry["category_id"] = self.category_ids[label]
         return entries
 
     def write_files(self, out: Path, name: str, result: RotatedDetections) -> None:

@@ -19,9 +19,9 @@ from mmeformer.errors import TrainingError
 from mmeformer.files import replacing
 from mmeformer.training.data import GuardedDataset
 from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, last_checkpoint
-from mmeformer.training.images import TrainingImagesHook
 from mmeformer.training.loops import EpochBasedTrainLoop
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
+from mmeformer.training.record import TrainingDataHook
 from mmeformer.training.saving import (
     CheckpointHook,
     find_nonfinite,
@@ -87,7 +87,7 @@ class Runner(MMEngineRunner):
     def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
         """Hooks of mmengine and of the config, and the guards that the config does not name."""
         super().register_hooks(default_hooks, custom_hooks)
-        guards = (StepSeedHook, FiniteLossHook, UnreadableFilesHook, TrainingImagesHook)
+        guards = (StepSeedHook, FiniteLossHook, UnreadableFilesHook, TrainingDataHook)
         for guard in guards:
             if not any(isinstance(hook, guard) for hook in self.hooks):
                 self.register_hook(guard())

@@ -266,6 +266,29 @@ def test_score_threshold_of_the_model(place, predictors):
         assert 4 <= len(sure.scores) < len(everything.scores)
 
 
+@pytest.mark.parametrize("task", ["detection", "rotated"])
+def test_category_ids_of_the_training_and_a_choice_of_classes(task, place, tmp_path, predictors):
+    weights = torch.load(place / f"{task}.pth", weights_only=False)
+    weights["meta"]["dataset_meta"]["category_ids"] = [3, 90, 7, 20]
+    torch.save(weights, tmp_path / "ids.pth")
+    image = place / "images" / "a.png"
+    (everything,) = predictors[task].predict_images([cv2.imread(str(image))])
+    label = int(everything.labels[0])
+    arguments = [place / f"{task}.py", tmp_path / "ids.pth", image, "--score-thr", 0]
+    name = CLASSES[task][label]
+    assert predict_main([*arguments, "--out", tmp_path / "out", "--classes", name]) == 0
+    coco = COCO(str(tmp_path / "out" / "predictions.json"))
+    named = {category["id"]: category["name"] for category in coco.dataset["categories"]}
+    assert named == dict(zip([3, 90, 7, 20], CLASSES[task], strict=True))
+    found = [entry["category_id"] for entry in coco.dataset["annotations"]]
+    assert found == [[3, 90, 7, 20][label]] * int((everything.labels == label).sum())
+    config = configs.load_config(place / f"{task}.py")
+    others = [other for other in CLASSES[task] if other != name]
+    predictor = load_predictor(config, str(tmp_path / "ids.pth"), score_thr=0.0, classes=others)
+    (rest,) = predictor.predict_images([cv2.imread(str(image))])
+    assert len(rest) == len(everything) - len(found)
+
+
 def test_score_threshold_of_a_head_that_does_not_know_it(place, tmp_path):
     """DETR reports every query, whatever its score."""
     import mmdet
@@ -457,6 +480,11 @@ ERRORS = [
     (DET + "{p}/images --window 7", "window 7 must be at least 32"),
     (DET + "{p}/images --overlap -3", "overlap -3 must not be negative"),
     (DET + "{p}/images --overlap 500", "overlap 500 must be less than the window, 128"),
+    (DET + "{p}/images --classes cat star", r"no class \['cat'\], only \['circle', 'rect"),
+    (
+        "{p}/segmentation.py {p}/segmentation.pth {p}/images --classes star",
+        "a choice of classes is for detection",
+    ),
     (DET + "{p}/images --mask-format ids", "a mask format is for segmentation"),
     (DET + "{p}/images --device cuda:77", "device cuda:77 cannot be used here"),
     (DET + "{p}/images --device gpu", "device gpu cannot be used here"),
