@@ -26,7 +26,7 @@ def detect_large_image(
     image: str | Path | np.ndarray,
     *,
     size: int | None = None,
-    overlap: int = 200,
+    overlap: int | None = None,
     batch_size: int = 1,
     iou_thr: float = MERGE_IOU,
     progress: Progress | None = None,
@@ -42,8 +42,8 @@ def detect_large_image(
         size: side of the windows, pixels; a smaller image is padded to it. None takes that of the
             training patches, and does not cut images for a model that was trained on whole ones;
             see :func:`mmeformer.rotated.scale.training_images`.
-        overlap: pixels; should exceed the largest object. 200 is what DOTA's development kit and
-            mmrotate use.
+        overlap: pixels; should exceed the largest object. None is 200, which DOTA's development kit
+            and mmrotate use, or a quarter of small windows.
         batch_size: windows per call of the model.
         iou_thr: for merging, see :func:`merge_windows`.
         progress: called after each batch with the number of finished windows and of all windows.
@@ -68,6 +68,8 @@ def detect_large_image(
     if size is None:
         images, _ = training_images(model.cfg, getattr(model, "dataset_meta", None))
         size = images.patch_size
+    if overlap is None:
+        overlap = min(200, size // 4)
     places = windows(width, height, size, overlap) if size else [(0, 0, width, height)]
     results = predict_windows(pixels, places, _predictor(model), batch_size, size or None, progress)
     merged = merge_windows(places, results, iou_thr)

@@ -197,7 +197,7 @@ class Outcome(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """What the manifest has of an image that was cut."""
+    """Entry of the manifest: an image that was cut."""
 
     fingerprint: list
     patches: list[str]

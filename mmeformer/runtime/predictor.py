@@ -106,7 +106,7 @@ class Predictor:
         self._source: tuple[Path, int, list[Any]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What :func:`load` needs again; other processes read the same file.
+        """Arguments of :func:`load`; other processes read the same file again.
 
         Raises:
             TypeError: there are options of the session, which cannot be pickled.

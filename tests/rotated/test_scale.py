@@ -193,7 +193,7 @@ def test_prediction_on_patches_keeps_the_scale(trained):
     assert len(found) > 5
     model = predictor.model
     model.cfg = config
-    large = detect_large_image(model, image, overlap=16)
+    large = detect_large_image(model, image)
     np.testing.assert_allclose(large.pred_instances.bboxes.tensor, cut.boxes, atol=1e-3)
 
 
