@@ -30,7 +30,25 @@ def variant(request) -> Variant:
     return VARIANTS[request.param]
 
 
-@pytest.fixture(params=["efficientformer_l1", "efficientformerv2_s0"])
+SMALL = ("efficientformer_l1", "efficientformerv2_s0")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[] if name in SMALL else pytest.mark.slow) for name in VARIANTS
+    ],
+)
+def any_variant(request) -> Variant:
+    """Every published variant, of which only the smallest of each family is no slow test.
+
+    For what the size does not decide. What ties a variant to its published weights and figures is
+    tested with :func:`variant`.
+    """
+    return VARIANTS[request.param]
+
+
+@pytest.fixture(params=SMALL)
 def small_variant(request) -> Variant:
     """The smallest variant of each family."""
     return VARIANTS[request.param]

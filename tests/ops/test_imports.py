@@ -126,7 +126,7 @@ STATUS = "from mmeformer.ops import status; print(*status(), sep='; ')"
         (BROKEN, "compiled", r"broken; ImportError: undefined symbol: _ZN3c10"),
         pytest.param(BROKEN, "torch", r"torch; MMEFORMER_OPERATORS=torch", marks=INSTALL),
         (None, "auto", r"torch; mmcv was installed without compiled operators"),
-        (None, "torch", r"torch; MMEFORMER_OPERATORS=torch"),
+        pytest.param(None, "torch", r"torch; MMEFORMER_OPERATORS=torch", marks=INSTALL),
         (None, "compiled", r"missing; .*without compiled operators, and MMEFORMER_OPERATORS=.*"),
         (None, "TORCH", r"broken; MMEFORMER_OPERATORS is 'TORCH'; set it to .*"),
     ],
@@ -153,6 +153,7 @@ def test_no_mmcv_and_an_mmcv_without_operators(tmp_path, fake):
     assert run(fake(None, operators=False), STATUS).startswith("missing; this mmcv has no mmcv.ops")
 
 
+@INSTALL
 def test_choice_made_in_the_program(fake):
     code = "import os; os.environ['MMEFORMER_OPERATORS'] = 'torch'\nimport mmeformer\n" + STATUS
     assert run(fake(COMPILED), code).startswith("torch")
