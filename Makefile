@@ -45,14 +45,17 @@ quickstart-seg: install ## The same for Semantic FPN
 quickstart-rotated: install ## The same for rotated boxes
 	@$(VENV) tools/quickstart.py rotated
 
+# The selection of `make test`, by pytest's markers.
+TESTS ?= not slow and not install
+
 test: install ## Run the tests, without the slow ones
-	@$(PARALLEL) -m "not slow and not install"
+	@$(PARALLEL) -m "$(TESTS)"
 
 test-all: install ## Run all tests, on newly drawn inputs where inputs are drawn
 	@$(PARALLEL) --hypothesis-profile=explore
 
 test-install: install ## Install the built wheel into fresh environments (Python 3.10, 3.13) and use it
-	@$(PARALLEL) -m install
+	@$(PARALLEL) -m "install and not slow"
 
 smoke: install ## Import everything and run each task once, in a minute
 	@$(VENV) tests/smoke.py

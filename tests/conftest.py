@@ -80,9 +80,13 @@ def quiet_logging(monkeypatch):
 def pytest_collection_modifyitems(items):
     """Tests that copy their process come first, while it has no threads of torch.compile or CUDA.
 
-    PyTorch's autograd refuses to work in a copy of a process that has them.
+    PyTorch's autograd refuses to work in a copy of a process that has them. The environments of
+    wheels are next: they take longest, and several processes share the rest better. (xdist gives
+    the first tests to one process, and what another process takes over are never these.)
     """
-    items.sort(key=lambda item: "forks" not in item.keywords)
+    items.sort(
+        key=lambda item: ("forks" not in item.keywords, "environments" not in item.fixturenames)
+    )
     if torch.cuda.is_available():
         for item in items:
             if "forks" in item.keywords:

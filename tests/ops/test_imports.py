@@ -290,7 +290,7 @@ def test_only_placeholders_are_replaced(checkout):
 
 
 @INSTALL
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("fork", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("place", ["installed", "checkout"])
 def test_worker_processes(place, method, request):
     pytest.importorskip("mmdet")
@@ -372,7 +372,9 @@ def test_init_detector_and_inferencer_of_mmdet(installed, tiny_configs):
     run(installed, code)
 
 
+# Of the other tasks tests/smoke.py has much of this.
 @INSTALL
+@pytest.mark.slow
 def test_init_detector_on_a_rotated_model(installed, tiny_configs):
     code = f"""
         from mmdet.apis import inference_detector, init_detector
@@ -388,6 +390,7 @@ def test_init_detector_on_a_rotated_model(installed, tiny_configs):
 
 
 @INSTALL
+@pytest.mark.slow
 def test_inferencer_of_mmseg(installed, tiny_configs):
     code = f"""
         from mmseg.apis import MMSegInferencer

@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmeformer.training import device
 from mmeformer.training.memory import keep_freed_memory
 
-# Page faults of ten tensors of 64 MB, made and freed one after the other, before the call and after.
+# Page faults of ten tensors of 64 MB, made and freed in turn: before the call and after.
 SCRIPT = """
 import resource, torch
 from mmeformer.training.memory import keep_freed_memory
