@@ -68,16 +68,21 @@ def checkout(tmp_path_factory, dependencies):
     return environment(folder, str(ROOT), *dependencies, startup=False)
 
 
-def run(python: Path, code: str, *arguments, fails: bool = False, **variables: str) -> str:
-    """Standard output of a program, or its standard error if it is to fail."""
+def start(python: Path, code: str, *arguments, **variables: str) -> subprocess.CompletedProcess:
+    """Run a program elsewhere and without PYTHONPATH, so that no checkout is on the path."""
     keep = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR") if key in os.environ}
-    done = subprocess.run(
+    return subprocess.run(
         [python, "-W", "ignore", *arguments, "-c", textwrap.dedent(code)],
         env=keep | {"OMP_NUM_THREADS": "1"} | variables,
         cwd=python.parent,
         capture_output=True,
         text=True,
     )
+
+
+def run(python: Path, code: str, *arguments, fails: bool = False, **variables: str) -> str:
+    """Standard output of a program, or its standard error if it is to fail."""
+    done = start(python, code, *arguments, **variables)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stderr if fails else done.stdout
 
@@ -195,10 +200,7 @@ def test_another_checkout_on_the_path_comes_first(installed, tmp_path):
 def test_an_environment_whose_checkout_is_gone_stays_quiet(tmp_path):
     (tmp_path / "mmcv.py").write_text("print('mmcv')")
     python = environment(tmp_path / "environment", str(tmp_path), startup=True)
-    # From another folder, so that the checkout around this file is not on the path.
-    done = subprocess.run(
-        [python, "-c", "import mmcv"], cwd=python.parent, capture_output=True, text=True
-    )
+    done = start(python, "import mmcv")
     assert (done.stdout, done.stderr) == ("mmcv\n", "")
 
 
@@ -206,10 +208,7 @@ def test_a_damaged_installation_is_named(tmp_path):
     (tmp_path / "mmcv.py").write_text("print('mmcv')")
     (tmp_path / "mmeformer.py").write_text("import gone_for_good")
     python = environment(tmp_path / "environment", str(tmp_path), startup=True)
-    # From another folder, so that the checkout around this file is not on the path.
-    done = subprocess.run(
-        [python, "-c", "import mmcv"], cwd=python.parent, capture_output=True, text=True
-    )
+    done = start(python, "import mmcv")
     assert done.stdout == "mmcv\n" and done.returncode == 0
     assert "mmeformer is damaged, reinstall it: No module named 'gone_for_good'" in done.stderr
 
