@@ -280,7 +280,7 @@ def test_command_line(trained, picture, tmp_path, capsys, quiet_logging):
     [
         ("segmentation", dict(half=True, preprocessing=True)),
         ("rotated", dict()),
-        ("detection", dict(part="backbone", half=True)),
+        pytest.param("detection", dict(part="backbone", half=True), marks=pytest.mark.slow),
     ],
 )
 def test_coreml(trained, picture, task, request_):

@@ -240,7 +240,7 @@ ROTATED = """
         ("mmdet.models", DETECTION, ["mmdet"]),
         pytest.param("mmdet.apis", DETECTION, ["mmdet"], marks=INSTALL),
         pytest.param("mmseg.apis", AFTER, ["mmseg"], marks=INSTALL),
-        ("mmrotate.apis", ROTATED, ["mmdet", "mmrotate"]),
+        pytest.param("mmrotate.apis", ROTATED, ["mmdet", "mmrotate"], marks=INSTALL),
         pytest.param("mmcv.ops", AFTER, ["mmcv"], marks=INSTALL),
         pytest.param("mmeformer", DETECTION, ["mmdet"], marks=INSTALL),
     ],
