@@ -3,7 +3,7 @@ _base_ = "mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py"
 
 # ---- always changed -------------------------------------------------------------------------
 data_root = "data/my_dataset/"  # has train2017/, val2017/ and annotations/instances_*.json
-classes = ("cat", "dog")  # the category names of the annotation files, in their order
+classes = ("cat", "dog")  # the category names of the annotation files, in any order
 checkpoint = "timm://efficientformerv2_s0.snap_dist_in1k"  # backbone weights; None: from scratch
 
 # ---- often changed --------------------------------------------------------------------------

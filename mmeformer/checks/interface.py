@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from mmeformer.checks.findings import Finding
 
 
@@ -29,3 +32,10 @@ class CheckedDataset:
             FileNotFoundError: a folder or the annotation file is missing.
         """
         raise NotImplementedError
+
+    def check_metrics(self, metrics: Sequence[Any]) -> None:
+        """Check that metrics read the labels that this data set reads; by default they do.
+
+        Raises:
+            ValueError: a metric reads others.
+        """
