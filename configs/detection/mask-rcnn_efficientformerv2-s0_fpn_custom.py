@@ -15,6 +15,9 @@ rois_per_image = 512  # boxes to train the heads on; fewer are faster, 128 is en
 epochs = 24
 warmup_iters = 100
 num_workers = 2
+# Raw imagery: add the bands of red, green and blue, and the values of black and white, such as
+# bands=(4, 3, 2), stretch=(0, 4095). Pictures (8 bits, gray or RGB) need nothing.
+load_image = dict(type="mmeformer.LoadImageFromFile")
 
 # ---- rarely changed -------------------------------------------------------------------------
 scratch = checkpoint is None
@@ -36,7 +39,7 @@ model = dict(
 )
 metainfo = dict(classes=classes)
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
+    load_image,
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(
         type="RandomResize",
@@ -48,7 +51,7 @@ train_pipeline = [
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    load_image,
     dict(type="Resize", scale=scale, keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmeformer.checks.findings import Finding
+from mmeformer.images import Reading
 
 
 class CheckedDataset:
@@ -18,6 +19,14 @@ class CheckedDataset:
     checked = True
     """Whether to check at the start. ``tools/check_dataset.py`` turns it off and calls
     :meth:`findings` itself."""
+
+    # Of mmengine's BaseDataset, from which the data sets derive too.
+    pipeline: Any
+
+    @property
+    def reading(self) -> Reading | None:
+        """Settings of the loading step; None if it is not that of this project."""
+        return Reading.of_built(self.pipeline.transforms)
 
     def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
         """All problems of the labels and images.

@@ -13,7 +13,7 @@ import io
 import json
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def read(path: str | Path) -> Any:
         ) from error
 
 
-def is_coco(content: object) -> bool:
+def is_coco(content: Any) -> bool:
     """Whether this is a mapping whose :data:`LISTS` are lists (or missing)."""
     return isinstance(content, Mapping) and all(
         isinstance(content.get(key, []), list) for key in LISTS
@@ -83,7 +83,8 @@ def clean(content: Any) -> Any:
         if all(is_flag(flag) for flag in flags):
             annotation["iscrowd"] = int(any(flags))
             annotation.pop("ignore", None)
-        area, box = annotation.get("area"), annotation.get("bbox")
+        area: Any = annotation.get("area")
+        box: Any = annotation.get("bbox")
         if is_box(box) and not (is_number(area) and area > 0):
             annotation["area"] = max(box[2], 0) * max(box[3], 0)
     return content
@@ -214,7 +215,7 @@ def _number_categories(
 def _number_annotations(
     entries: Sequence[dict], images: Mapping[str, int], categories: Mapping[str, int]
 ) -> list[dict]:
-    several = _joined(images)
+    several = {number for number, count in Counter(images.values()).items() if count > 1}
     keep_ids = all(type(entry["id"]) is int and entry["id"] > 0 for entry in entries)
     numbers: dict[str, int] = {}
     seen: set[str] = set()
@@ -231,9 +232,3 @@ def _number_annotations(
         entry.update(id=entry["id"] if keep_ids else number, image_id=image, category_id=category)
         found.append(entry)
     return found
-
-
-def _joined(images: Mapping[str, int]) -> set[int]:
-    """Numbers that several ids have."""
-    once: set[int] = set()
-    return {number for number in images.values() if number in once or once.add(number)}

@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first, first_of
 from mmeformer.checks.images import check_images, find_missing
 from mmeformer.detection.annotations import LISTS, file_key, is_box, is_coco, is_flag, is_number
+from mmeformer.images import PLAIN, Reading
 
 LEFT_OUT = ("empty box", "inverted box", "box outside image", "short polygon")
 """Kinds of annotations that mmdet silently leaves out of training."""
@@ -22,7 +24,7 @@ MANY_CROWDS = 0.5
 
 
 def check_coco(
-    content: object,
+    content: Any,
     path: str,
     image_dir: str,
     classes: Sequence[str],
@@ -31,6 +33,7 @@ def check_coco(
     masks: bool = False,
     limit: int | None = None,
     decode: bool = False,
+    reading: Reading | None = PLAIN,
 ) -> list[Finding]:
     """Check an annotation file and its images.
 
@@ -46,6 +49,7 @@ def check_coco(
         masks: every object needs a mask, as in instance segmentation.
         limit: number of images to read; None reads all.
         decode: decode these images in full.
+        reading: see :func:`mmeformer.checks.images.check_images`.
 
     Returns:
         The problems, errors first; kinds: ``not COCO``, ``bad entry``, ``repeated id``, ``repeated
@@ -53,7 +57,7 @@ def check_coco(
         category``, ``unused category``, ``inverted box``, ``empty box``, ``box
         outside image``, ``box beyond image``, ``short polygon``, ``mask outside image``, ``mask
         size``, ``damaged mask``, ``missing mask``, ``unused class``, ``missing image``,
-        ``unreadable image``, ``wrong size``, ``deep image``.
+        ``unreadable image``, ``wrong size``, ``bands or depth``, ``deep image``.
     """
     if not is_coco(content):
         message = f"is not COCO: it must have the lists {', '.join(LISTS)}; export it again"
@@ -113,7 +117,7 @@ def check_coco(
         message = f"{first_of(unused, 20)} have no usable annotation and cannot be learned"
         wrong("unused class", message, WARNING)
     findings += _repeated_images(images.values(), path)
-    findings += _check_images(images.values(), image_dir, limit, decode)
+    findings += _check_images(images.values(), image_dir, limit, decode, reading)
     return errors_first(findings)
 
 
@@ -168,7 +172,13 @@ def _repeated_images(images: Iterable[Mapping], path: str) -> list[Finding]:
     return findings
 
 
-def _check_images(images, image_dir: str, limit: int | None, decode: bool) -> list[Finding]:
+def _check_images(
+    images: Iterable[Mapping],
+    image_dir: str,
+    limit: int | None,
+    decode: bool,
+    reading: Reading | None,
+) -> list[Finding]:
     sizes = {
         os.path.join(image_dir, image["file_name"]): (image["height"], image["width"])
         for image in images
@@ -176,7 +186,7 @@ def _check_images(images, image_dir: str, limit: int | None, decode: bool) -> li
     missing = find_missing(list(sizes))
     absent = {finding.path for finding in missing}
     existing = [path for path in sizes if path not in absent][:limit]
-    return missing + check_images(existing, sizes, decode)
+    return missing + check_images(existing, sizes, decode, reading)
 
 
 def _by_id(entries: list, name: str, fault_of, wrong) -> dict:

@@ -62,6 +62,7 @@ class CocoDataset(CheckedDataset, MMDetCocoDataset):
             masks=any(getattr(step, "with_mask", False) for step in self.pipeline.transforms),
             limit=limit,
             decode=decode,
+            reading=self.reading,
         )
 
     def COCOAPI(self, path: str) -> Annotations:  # noqa: N802 (overrides mmdet's attribute)

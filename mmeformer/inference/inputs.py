@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mmeformer.checks.images import quick_fault
-from mmeformer.images import read_image
+from mmeformer.images import PLAIN, Reading, read_image
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
@@ -122,15 +122,19 @@ def _with_unique_names(sources: list[Source]) -> list[Source]:
     return sources
 
 
-def read(source: Source) -> np.ndarray:
+def read(source: Source, reading: Reading = PLAIN) -> np.ndarray:
     """Read the image of a source, ``(H, W, 3)`` uint8, blue, green, red.
+
+    Args:
+        source: an image.
+        reading: of imagery.
 
     Raises:
         ValueError: it is missing, damaged, incomplete or not an image.
     """
     if fault := quick_fault(str(source.path)):
         raise ValueError(f"{source.path} {fault}")
-    return read_image(source.path)
+    return read_image(source.path, reading)
 
 
 class Video:

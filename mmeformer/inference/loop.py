@@ -222,7 +222,7 @@ class _Run:
                 yield from self._frames(source)
                 continue
             try:
-                image = read(source)
+                image = read(source, self.predictor.reading)
             except (OSError, ValueError) as error:
                 yield _Failure(source, error=str(error))
             else:

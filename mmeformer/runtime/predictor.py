@@ -86,7 +86,9 @@ class Predictor:
         Images of one size go through the network together, as many as the model's batch allows.
         No image is padded to the size of another.
         """
-        prepared = [prepare(as_image(image), self.metadata) for image in images]
+        prepared = [
+            prepare(as_image(image, self.metadata.reading), self.metadata) for image in images
+        ]
         groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
         for index, item in enumerate(prepared):
             groups.setdefault((item.data.shape, item.original), []).append(index)
