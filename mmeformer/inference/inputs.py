@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mmeformer.checks.images import quick_fault
+from mmeformer.files import refuse_url
 from mmeformer.images import PLAIN, Reading, read_image
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -55,6 +56,7 @@ def find_sources(inputs: Sequence[str | Path], exclude: Iterable[Path] = ()) -> 
     exclude = [Path(folder).resolve() for folder in exclude]
     found: dict[Path, Source] = {}
     for text in map(str, inputs):
+        refuse_url(text, "input")
         path = Path(text)
         if path.is_file():
             pairs = [(path, path.name)]

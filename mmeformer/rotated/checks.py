@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first
+from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first, first_of
 from mmeformer.checks.images import check_images
 from mmeformer.images import PLAIN, Reading
 from mmeformer.rotated.dota import DotaObject, read_labels
@@ -78,7 +78,7 @@ def check_dota(
     ]
     if labels and training and (unused := [name for name in classes if not counts[name]]):
         folder = str(next(iter(labels.values())).parent)
-        text = f"{unused} have no usable object and cannot be learned"
+        text = f"{first_of(unused, 20)} have no usable object and cannot be learned"
         findings.append(Finding(WARNING, "unused class", folder, text))
     paths = [str(path) for path in images.values()][:limit]
     return errors_first(findings + check_images(paths, decode=decode, reading=reading))

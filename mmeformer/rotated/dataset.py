@@ -11,7 +11,7 @@ from mmrotate.datasets import DOTADataset as MMRotateDOTADataset
 from mmrotate.visualization.palette import get_palette
 
 from mmeformer.checks.classes import class_names, require_classes, require_color_per_class
-from mmeformer.checks.findings import Finding, stop_on_errors
+from mmeformer.checks.findings import Finding, first_of, stop_on_errors
 from mmeformer.checks.images import check_images
 from mmeformer.checks.interface import CheckedDataset
 from mmeformer.registry import DATASETS
@@ -138,7 +138,7 @@ class DOTADataset(CheckedDataset, MMRotateDOTADataset):
         if not counts:
             raise ValueError(
                 f"the {len(wanted)} label files of {self.ann_file} have no object of "
-                f"{list(classes)}; nothing could be learned or evaluated. For images "
+                f"{first_of(list(classes), 20)}; nothing could be learned or evaluated. For images "
                 "without labels, set ann_file=''"
             )
         self._log_flaws(images, files, objects, counts)

@@ -12,6 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from mmeformer import tasks
+from mmeformer.files import refuse_url
 from mmeformer.runtime.decoders import Result
 from mmeformer.runtime.images import Prepared, as_image, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
@@ -32,6 +33,7 @@ def load(path: str | Path, threads: int = 0, providers: Sequence[str] | None = N
         FileNotFoundError: no such file.
         ValueError: not an ONNX file that mmeformer exported.
     """
+    refuse_url(path, "model")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"model {path} does not exist")

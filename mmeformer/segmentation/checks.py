@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first
+from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first, first_of
 from mmeformer.checks.images import (
     UNREADABLE,
     check_depth,
@@ -240,7 +240,7 @@ def _check_labels(
                 WARNING,
                 "unused class",
                 str(Path(read[0].mask).parent),
-                f"{unused} have no pixel in any mask and cannot be learned; correct "
+                f"{first_of(unused, 20)} have no pixel in any mask and cannot be learned; correct "
                 "`classes`, their order or the masks",
             )
         )
