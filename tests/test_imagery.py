@@ -16,7 +16,7 @@ from tiffs import write_tiff
 from mmeformer import runtime
 from mmeformer.checks.dataset import datasets_of
 from mmeformer.commands import split_dota
-from mmeformer.images import Reading
+from mmeformer.images import LOADER, Reading
 from mmeformer.inference import loop
 from mmeformer.inference.inputs import find_sources
 from mmeformer.inference.predictor import load_predictor
@@ -88,7 +88,7 @@ def test_checks_and_training(folder, task, bands):
         first_image(config)
     settings = SETTINGS if bands == 5 else dict(stretch=SETTINGS["stretch"])
     for step in steps(config):
-        step.update(settings)
+        step.update(settings, type=LOADER)
     (dataset,) = datasets_of(config, "train")
     assert dataset.findings(decode=True) == []
     assert np.array_equal(first_image(config), picture)
@@ -142,7 +142,7 @@ def test_prediction_and_runtime(tmp_path):
     as_imagery(picture, tmp_path / "raw.tif")
     config = tiny.small_config("segmentation")
     for step in steps(config):
-        step.update(SETTINGS)
+        step.update(SETTINGS, type=LOADER)
     checkpoint = tiny.save_trained(config, tmp_path)
     predictor = load_predictor(config, checkpoint, device="cpu")
     assert predictor.reading == Reading(**SETTINGS)

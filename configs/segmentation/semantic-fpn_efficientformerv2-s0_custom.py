@@ -20,9 +20,9 @@ learning_rate = 2e-4
 max_iters = 8000
 warmup_iters = 200
 num_workers = 2
-# Raw imagery: add the bands of red, green and blue, and the values of black and white, such as
-# bands=(4, 3, 2), stretch=(0, 4095). Pictures (8 bits, gray or RGB) need nothing.
-load_image = dict(type="mmeformer.LoadImageFromFile")
+# Raw imagery: type="mmeformer.LoadImageFromFile" with the bands of red, green and blue, and the
+# values of black and white, such as bands=(4, 3, 2), stretch=(0, 4095).
+load_image = dict(type="LoadImageFromFile")  # the name that MMSegInferencer looks for
 
 # ---- rarely changed -------------------------------------------------------------------------
 scratch = checkpoint is None

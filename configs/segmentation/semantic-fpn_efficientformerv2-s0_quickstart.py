@@ -21,18 +21,18 @@ model = dict(
     test_cfg=dict(crop_size=size, stride=(85, 85)),
 )
 train_pipeline = [
-    dict(type="mmeformer.LoadImageFromFile"),
+    dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
     dict(type="RandomFlip", prob=0.75, direction=["horizontal", "vertical", "diagonal"]),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
-    dict(type="mmeformer.LoadImageFromFile"),
+    dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
 tta_pipeline = [
-    dict(type="mmeformer.LoadImageFromFile"),
+    dict(type="LoadImageFromFile"),
     dict(
         type="TestTimeAug",
         transforms=[

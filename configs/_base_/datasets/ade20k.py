@@ -5,7 +5,7 @@ data_root = "data/ade/ADEChallengeData2016"
 backend_args = None
 
 train_pipeline = [
-    dict(type="mmeformer.LoadImageFromFile", backend_args=backend_args),
+    dict(type="LoadImageFromFile", backend_args=backend_args),
     dict(type="LoadAnnotations", backend_args=backend_args),
     dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type="RandomCrop", crop_size=(512, 512), cat_max_ratio=0.75),
@@ -15,7 +15,7 @@ train_pipeline = [
 ]
 # The backbones accept any size; published scores were measured with sides rounded up to 32.
 test_pipeline = [
-    dict(type="mmeformer.LoadImageFromFile", backend_args=backend_args),
+    dict(type="LoadImageFromFile", backend_args=backend_args),
     dict(type="Resize", scale=(2048, 512), keep_ratio=True),
     dict(type="ResizeToMultiple", size_divisor=32),
     # After resizing: predictions are compared with masks of the original size.
@@ -23,7 +23,7 @@ test_pipeline = [
     dict(type="PackSegInputs"),
 ]
 tta_pipeline = [
-    dict(type="mmeformer.LoadImageFromFile", backend_args=backend_args),
+    dict(type="LoadImageFromFile", backend_args=backend_args),
     dict(
         type="TestTimeAug",
         transforms=[
