@@ -293,7 +293,7 @@ def is_whole(data: bytes) -> bool:
     """
     if data.startswith(PNG_START):
         return data.endswith(PNG_END) or PNG_END in data
-    if not data.startswith(JPEG_START):
+    if not data.startswith(JPEG_START) or data.endswith(JPEG_END):
         return True
     place, size = 2, len(data)
     while (found := _JPEG_MARKER.search(data, place)) is not None:
@@ -349,10 +349,10 @@ def _read_bands(tiff: Tiff, layout: Layout, reading: Reading) -> NDArray[Any]:
     if reading.bands is not None and not layout.is_picture:
         bands = reading.bands
     image = tiff.read([band - 1 for band in _three(bands)])
-    return np.ascontiguousarray(_upright(image, tiff.orientation)[..., ::-1])
+    return np.ascontiguousarray(upright(image, tiff.orientation)[..., ::-1])
 
 
-def _upright(image: NDArray[Any], orientation: int) -> NDArray[Any]:
+def upright(image: NDArray[Any], orientation: int) -> NDArray[Any]:
     """Turn and flip an image (H, W, C) as tag 274 of TIFF and EXIF says."""
     if orientation in (5, 6, 7, 8):
         image = image.transpose(1, 0, 2)

@@ -188,7 +188,8 @@ class Tiff:
     def _decode(self, changes: dict[int, list[int]]) -> NDArray[Any]:
         image = cv2.imdecode(np.frombuffer(self._with(changes), np.uint8), cv2.IMREAD_UNCHANGED)
         if image is None or image.ndim != 2 or image.dtype.itemsize * 8 != self.bits:
-            raise ValueError("OpenCV cannot decode it")
+            compression = self._one(COMPRESSION, 1)
+            raise ValueError(f"OpenCV cannot decode it; its compression of TIFF is {compression}")
         return image
 
     def _with(self, changes: dict[int, list[int]]) -> bytes:

@@ -41,7 +41,9 @@ def export_metadata(
     """
     graph = tasks.load(tasks.exports()[task].graph)
     preprocessor = config.model.data_preprocessor
-    reading = Reading.of_config(config.test_dataloader.dataset.get("pipeline", ()))
+    # The bare backbone can be that of a config without test data.
+    dataset = config.get("test_dataloader", {}).get("dataset", {})
+    reading = Reading.of_config(dataset.get("pipeline", ()))
     return Metadata(
         task=task,
         version=__version__,
