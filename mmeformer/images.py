@@ -118,7 +118,7 @@ PLAIN = Reading()
 
 @dataclass(frozen=True)
 class Layout:
-    """What the header of an image file says.
+    """Size, bands and depth of an image file, from its header.
 
     Args:
         height, width: in pixels, as the image is shown.
@@ -164,7 +164,7 @@ class Layout:
 
 
 def set_stretch(example: str) -> str:
-    """What to do about the depth of an image."""
+    """Advice for an image whose depth needs a setting."""
     return (
         f"say which values become black and white: stretch=({example}) in {LOADER}, or "
         f"--stretch {example.replace(',', '')} of split_dota.py"

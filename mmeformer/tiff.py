@@ -231,8 +231,8 @@ class Tiff:
         image = image.view(dtype)
         if predictor == _HORIZONTAL:
             for start in range(0, image.shape[1], width):
-                part = image[:, start : start + width]
-                np.cumsum(part, axis=1, dtype=dtype, out=part)
+                columns = image[:, start : start + width]
+                np.cumsum(columns, axis=1, dtype=dtype, out=columns)
         return image[:, : self.width]
 
 
