@@ -266,7 +266,7 @@ def test_wrong_class_list_stops_the_command(small_config, tmp_path, capfd, quiet
     argv = [str(small_config), "--work-dir", str(tmp_path), "--cfg-options", classes]
     assert train_main(argv) == 1
     error = capfd.readouterr().err
-    assert "classes ['stra'] of the config are not among the categories" in error
+    assert "classes ['stra'] of the config are not among the 4 categories" in error
 
 
 def test_inference_apis_need_only_config_and_checkpoint(small_config, shapes, trained, tmp_path):
