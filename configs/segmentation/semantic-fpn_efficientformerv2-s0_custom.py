@@ -3,7 +3,8 @@ _base_ = "semantic-fpn_efficientformerv2-s0_40k_ade20k-512x512.py"
 
 # ---- always changed -------------------------------------------------------------------------
 data_root = "data/my_dataset/"  # has images/ and annotations/, each training/ and validation/
-metainfo = dict(classes=("road", "car"), palette=[[128, 64, 128], [0, 0, 142]])  # in label order
+# In the order of the labels. At least two: for one kind of object name the background as well.
+metainfo = dict(classes=("road", "car"), palette=[[128, 64, 128], [0, 0, 142]])
 checkpoint = "timm://efficientformerv2_s0.snap_dist_in1k"  # backbone weights; None: from scratch
 
 # ---- often changed --------------------------------------------------------------------------

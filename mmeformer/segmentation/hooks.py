@@ -21,8 +21,19 @@ class SegNumClassCheckHook(Hook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Compare with the training set."""
-        self._check(runner, runner.train_dataloader.dataset)
+        """Compare with the training set, and require something to tell apart.
+
+        Raises:
+            ValueError: the numbers differ, or there is only one class.
+        """
+        dataset = runner.train_dataloader.dataset
+        self._check(runner, dataset)
+        if len(classes := dataset.metainfo["classes"]) == 1:
+            raise ValueError(
+                f"the data set has the one class {classes[0]!r}, which competes with nothing, so "
+                "the loss is always 0: name what is not this class as well, such as "
+                f"classes=('background', {classes[0]!r}), with num_classes=2"
+            )
 
     def before_val(self, runner: Runner) -> None:
         """Compare with the validation set."""

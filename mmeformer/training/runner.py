@@ -22,7 +22,7 @@ from mmeformer.files import replacing
 from mmeformer.training.data import GuardedDataset
 from mmeformer.training.hooks import (
     CheckMetricsHook,
-    FiniteLossHook,
+    LossCheckHook,
     UnreadableFilesHook,
     last_checkpoint,
 )
@@ -55,8 +55,8 @@ class Runner(MMEngineRunner):
     - A checkpoint is complete or absent, and resuming takes the newest complete one
       (:mod:`mmeformer.training.saving`).
     - Weights that do not fit the model are an error (:mod:`mmeformer.checkpoints.matching`).
-    - Unreadable files are left out, counted and logged; a loss that is not finite stops the run
-      (:mod:`mmeformer.training.hooks`).
+    - Unreadable files are left out, counted and logged; a loss that is not finite, or 0 for long,
+      stops the run (:mod:`mmeformer.training.hooks`).
 
     Arguments are those of mmengine.
     """
@@ -106,7 +106,7 @@ class Runner(MMEngineRunner):
     def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
         """Hooks of mmengine and of the config, and the guards that the config does not name."""
         super().register_hooks(default_hooks, custom_hooks)
-        for guard in (StepSeedHook, FiniteLossHook, UnreadableFilesHook, CheckMetricsHook):
+        for guard in (StepSeedHook, LossCheckHook, UnreadableFilesHook, CheckMetricsHook):
             if not any(isinstance(hook, guard) for hook in self.hooks):
                 self.register_hook(guard())
 

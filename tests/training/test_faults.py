@@ -2,8 +2,10 @@
 """Damaged files, losses that are not finite and images without objects."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -15,7 +17,7 @@ from mmengine.structures import BaseDataElement
 from mmeformer.errors import TrainingError
 from mmeformer.training import engine
 from mmeformer.training.data import UnreadableFileError
-from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, _samples
+from mmeformer.training.hooks import LossCheckHook, UnreadableFilesHook, _samples
 
 IMAGES = {
     "detection": "coco/train2017",
@@ -207,10 +209,61 @@ def test_loss_of_another_process_is_not_finite(folder, tmp_path):
     assert [path.name for path in tmp_path.glob("work/*.pth")] == ["iter_2.pth"]
 
 
+def test_loss_that_stays_zero(folder, tmp_path, monkeypatch):
+    """One class, unlabeled pixels, and none of our checks of the data."""
+    monkeypatch.setattr(LossCheckHook, "PATIENCE", 3)
+    config = tiny.segmentation(folder)
+    config.train_dataloader.dataset.update(
+        type="BaseSegDataset",
+        metainfo=dict(classes=("blob",), palette=[[0, 0, 0]]),
+        reduce_zero_label=True,
+        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
+    )
+    config.model.decode_head.num_classes = 1
+    config.custom_hooks = []
+    for path in (folder / "masks/annotations/training").glob("*.png"):
+        cv2.imwrite(str(path), np.minimum(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), 1))
+    with pytest.raises(
+        TrainingError, match=r"iteration 3: the loss was exactly 0 in 3 .*loss_ce 0"
+    ):
+        tiny.train(config, tmp_path)
+
+
+@pytest.mark.parametrize("task", [pytest.param(t, marks=pytest.mark.slow) for t in tiny.TASKS])
+def test_loss_that_becomes_zero(folder, tmp_path, monkeypatch, task):
+    monkeypatch.setattr(LossCheckHook, "PATIENCE", 2)
+    config = tiny.TASKS[task](folder)
+
+    def weightless(settings):
+        for key, value in settings.items():
+            if isinstance(value, dict):
+                if "loss" in key:
+                    value["loss_weight"] = 0.0
+                weightless(value)
+
+    weightless(config.model)
+    with pytest.raises(TrainingError, match="iteration 2: the loss was exactly 0 in 2 iterations"):
+        tiny.train(config, tmp_path)
+
+
+def test_zeros_must_be_in_a_row(monkeypatch, caplog):
+    monkeypatch.setattr(LossCheckHook, "PATIENCE", 2)
+    runner = SimpleNamespace(iter=0, work_dir="none", logger=logging.getLogger("zeros"))
+    hook = LossCheckHook()
+    for cls, bbox in ((0, 0), (1, 0), (0, 0.5), (1, 0), (1, 0), (1, 0)):
+        terms = dict(loss=torch.tensor(cls + bbox), loss_cls=torch.tensor(cls), loss_bbox=bbox)
+        hook.after_train_iter(runner, 0, outputs=terms)
+    assert caplog.text.count("loss_bbox was exactly 0 in 2 iterations") == 2
+    assert "loss_cls" not in caplog.text
+    hook.after_train_iter(runner, 0, outputs=dict(loss=0.0, acc=3))
+    with pytest.raises(TrainingError, match="loss 0"):
+        hook.after_train_iter(runner, 0, outputs=dict(loss=0.0, acc=3))
+
+
 @pytest.mark.slow
 def test_nonfinite_weights_are_not_saved(folder, tmp_path, monkeypatch):
     """A gradient may be infinite though the loss is not."""
-    monkeypatch.setattr(FiniteLossHook, "after_train_iter", lambda *args, **kwargs: None)
+    monkeypatch.setattr(LossCheckHook, "after_train_iter", lambda *args, **kwargs: None)
     config = tiny.segmentation(folder)
     config.work_dir = str(tmp_path)
     runner = engine.build_train_runner(config)
