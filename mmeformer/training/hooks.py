@@ -61,7 +61,7 @@ class UnreadableFilesHook(Hook):
         self._gather(runner)
         if self.found:
             runner.logger.warning(
-                f"{len(self.found)} of {len(runner.train_dataloader.dataset)} samples could not be "
+                f"{len(self.found)} of {_file_count(runner)} samples could not be "
                 f"read so far; others took their place:\n{self._list()}"
             )
 
@@ -75,7 +75,7 @@ class UnreadableFilesHook(Hook):
         for path, reason in new.items():
             self.found[path] = reason
             runner.logger.warning(f"left out of training: {path} {reason}")
-        total = len(runner.train_dataloader.dataset)
+        total = _file_count(runner)
         allowed = max(math.ceil(self.max_share), int(self.max_share * total))
         if new and len(self.found) > allowed:
             raise TrainingError(
@@ -203,6 +203,12 @@ def _leaves(dataset) -> Iterator:
     else:
         for item in inner if isinstance(inner, (list, tuple)) else [inner]:
             yield from _leaves(item)
+
+
+def _file_count(runner: Runner) -> int:
+    """Number of samples in the training files, each counted once."""
+    dataset = runner.train_dataloader.dataset
+    return getattr(dataset, "file_count", None) or len(dataset)
 
 
 def last_checkpoint(runner: Runner) -> str:

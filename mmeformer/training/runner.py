@@ -65,6 +65,8 @@ class Runner(MMEngineRunner):
     # Attributes of mmengine's Runner.
     _load_from: str | None
     _resume: bool
+    _val_dataloader: Any
+    _test_dataloader: Any
     optim_wrapper: Any
     param_schedulers: Any
 
@@ -72,13 +74,13 @@ class Runner(MMEngineRunner):
     def build_dataloader(
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
-        """mmengine's data loader with a guarded data set and sampler."""
+        """mmengine's data loader with a guarded data set and sampler; for training if not marked."""
         if isinstance(dataloader, Mapping):
             dataloader = {**dataloader}
-            if isinstance(dataloader["dataset"], Mapping):
-                dataloader["dataset"] = dict(
-                    type=GuardedDataset, dataset=dataloader["dataset"], seed=seed
-                )
+            if isinstance(dataset := dataloader["dataset"], Mapping):
+                if dataset["type"] is not GuardedDataset:
+                    dataset = dict(type=GuardedDataset, dataset=dataset)
+                dataloader["dataset"] = {**dataset, "seed": seed}
             if isinstance(dataloader["sampler"], Mapping):
                 dataloader["sampler"] = dict(type=PositionSampler, sampler=dataloader["sampler"])
         return MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)
@@ -92,6 +94,16 @@ class Runner(MMEngineRunner):
                 loop["type"] = "EpochBasedTrainLoop" if by_epoch else "IterBasedTrainLoop"
             loop["type"] = OUR_LOOPS.get(loop["type"], loop["type"])
         return super().build_train_loop(loop)
+
+    def build_val_loop(self, loop):
+        """mmengine's loop, on data that must be complete."""
+        self._val_dataloader = _for_evaluation(self._val_dataloader)
+        return super().build_val_loop(loop)
+
+    def build_test_loop(self, loop):
+        """mmengine's loop, on data that must be complete."""
+        self._test_dataloader = _for_evaluation(self._test_dataloader)
+        return super().build_test_loop(loop)
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """mmengine's hooks, with our ``CheckpointHook`` instead of its own."""
@@ -255,3 +267,11 @@ class Runner(MMEngineRunner):
                 f"checkpoint {target} could not be written, {reason}, then continue with --resume; "
                 "older checkpoints are unchanged"
             ) from error
+
+
+def _for_evaluation(loader):
+    """Config of a data loader that stops at unreadable files instead of replacing them."""
+    if not isinstance(loader, Mapping) or not isinstance(loader["dataset"], Mapping):
+        return loader
+    dataset = dict(type=GuardedDataset, dataset=loader["dataset"], evaluation=True)
+    return {**loader, "dataset": dataset}

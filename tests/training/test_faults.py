@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damaged files, losses that are not finite and images without objects."""
 
+import copy
 import json
 import logging
 import shutil
@@ -16,7 +17,7 @@ from mmengine.structures import BaseDataElement
 
 from mmeformer.errors import TrainingError
 from mmeformer.training import engine
-from mmeformer.training.data import UnreadableFileError
+from mmeformer.training.data import UNREADABLE, UnreadableFileError
 from mmeformer.training.hooks import LossCheckHook, UnreadableFilesHook, _samples
 
 IMAGES = {
@@ -85,6 +86,93 @@ def test_one_damaged_file_is_left_out(folder, tmp_path, task, workers, damage, r
     log = next(tmp_path.glob("*/*.log")).read_text()
     assert f"left out of training: {bad}" in log
     assert "1 of 8 samples could not be read so far" in log
+
+
+def wrapped(task, kind, dataset):
+    """A training set of `task` inside a wrapper."""
+    if kind == "ConcatDataset":
+        half = [copy.deepcopy(dataset) for _ in range(2)]
+        for index, part in enumerate(half):
+            part.indices = list(range(4 * index, 4 * index + 4))
+        return dict(type=kind, datasets=half)
+    if kind == "RepeatDataset":
+        return dict(
+            type=kind,
+            dataset=dict(type="ClassBalancedDataset", dataset=dataset, oversample_thr=1e-3),
+            times=3,
+        )
+    pipeline = list(dataset.pipeline)
+    dataset.pipeline = pipeline[:2]
+    mosaic = dict(type="RandomMosaic", prob=1.0, img_scale=(64, 64))
+    return dict(type=kind, dataset=dataset, pipeline=[mosaic, *pipeline[2:]])
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("segmentation", "MultiImageMixDataset"),
+        *(
+            pytest.param(task, kind, marks=pytest.mark.slow)
+            for task, kind in (
+                ("segmentation", "ConcatDataset"),
+                ("detection", "ConcatDataset"),
+                ("detection", "RepeatDataset"),
+                ("rotated", "ConcatDataset"),
+                ("rotated", "RepeatDataset"),
+            )
+        ),
+    ],
+)
+def test_damaged_file_inside_a_wrapper_is_left_out(folder, tmp_path, task, kind):
+    config = tiny.TASKS[task](folder, iterations=8)
+    loader = config.train_dataloader
+    loader.dataset = wrapped(task, kind, loader.dataset)
+    bad = folder / IMAGES[task] / "000003.png"
+    losses, hook = run_with_late_damage(config, tmp_path, lambda: vanish(bad))
+    assert len(losses) == 8
+    assert hook.found == {str(bad): "does not exist"}
+    log = next(tmp_path.glob("*/*.log")).read_text()
+    assert "1 of 8 samples could not be read so far" in log
+
+
+@pytest.mark.slow
+def test_damaged_file_inside_a_mosaic_of_boxes(folder, tmp_path):
+    """mmdet's mosaic has no masks, so there is no model here that could train on it."""
+    config = tiny.detection(folder)
+    dataset = config.train_dataloader.dataset
+    dataset.pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
+    mosaic = [dict(type="Mosaic", img_scale=(64, 64)), dict(type="PackDetInputs")]
+    config.train_dataloader.dataset = dict(
+        type="MultiImageMixDataset", dataset=dataset, pipeline=mosaic
+    )
+    config.work_dir = str(tmp_path)
+    loop = engine.build_train_runner(config).train_loop
+    bad = folder / IMAGES["detection"] / "000003.png"
+    vanish(bad)
+    found = {}
+    for _, batch in zip(range(8), loop.dataloader, strict=False):
+        for sample in batch["data_samples"]:
+            found.update(sample.metainfo.get(UNREADABLE, {}))
+    assert found == {str(bad): "does not exist"}
+
+
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(task, marks=[pytest.mark.slow] * (task != "segmentation")) for task in IMAGES],
+)
+@pytest.mark.parametrize("command", ["val", "test"])
+def test_evaluation_inside_a_wrapper_needs_all_its_files(folder, tmp_path, task, command):
+    """Whatever the data set calls itself: the loader decides."""
+    config = tiny.TASKS[task](folder)
+    dataset = config[f"{command}_dataloader"].dataset
+    config[f"{command}_dataloader"].dataset = dict(type="ConcatDataset", datasets=[dataset])
+    config.work_dir = str(tmp_path)
+    runner = engine.build_train_runner(config)
+    loop = getattr(runner, f"build_{command}_loop")(getattr(runner, f"_{command}_loop"))
+    bad = next(folder.glob(f"{IMAGES[task].split('/')[0]}/**/val*/**/000001.png"))
+    vanish(bad)
+    with pytest.raises(UnreadableFileError, match="000001.png does not exist"):
+        list(loop.dataloader)
 
 
 def test_too_many_stop_the_run(folder, tmp_path):
