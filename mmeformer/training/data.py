@@ -80,7 +80,7 @@ class GuardedDataset(_Delegate):
     @property
     def file_count(self) -> int:
         """Number of samples of the data sets inside, each counted once."""
-        return sum(len(leaf) for leaf in _leaves(self.dataset))
+        return sum(len(leaf) for leaf in leaves(self.dataset))
 
     def __getitem__(self, index: int) -> dict:
         """Load a sample; a :class:`~mmeformer.training.randomness.Draw` as index sets its seed.
@@ -93,7 +93,7 @@ class GuardedDataset(_Delegate):
             seed_all(self.seed, SAMPLE, index.position, gpu=False)
         sample = self.dataset[int(index)]
         unreadable: dict[str, str | None] = {}
-        for leaf in _leaves(self.dataset):
+        for leaf in leaves(self.dataset):
             unreadable.update(leaf.unreadable)
             leaf.unreadable.clear()
         if unreadable:
@@ -195,7 +195,7 @@ def _guard(settings: Any, evaluation: bool) -> Any:
     return dict(type=GuardedFiles, dataset=settings, evaluation=evaluation)
 
 
-def _leaves(dataset: Any) -> Iterator[GuardedFiles]:
+def leaves(dataset: Any) -> Iterator[GuardedFiles]:
     """The guarded data sets inside wrappers."""
     if isinstance(dataset, GuardedFiles):
         yield dataset
@@ -203,4 +203,4 @@ def _leaves(dataset: Any) -> Iterator[GuardedFiles]:
     for key in INNER:
         inner = getattr(dataset, key, ())
         for item in inner if isinstance(inner, (list, tuple)) else [inner]:
-            yield from _leaves(item)
+            yield from leaves(item)

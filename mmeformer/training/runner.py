@@ -74,9 +74,13 @@ class Runner(MMEngineRunner):
     def build_dataloader(
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
-        """mmengine's data loader with a guarded data set and sampler; for training if not marked."""
+        """mmengine's data loader with guarded data set and sampler; for training if not marked."""
         if isinstance(dataloader, Mapping):
             dataloader = {**dataloader}
+            if not dataloader.get("num_workers"):
+                # PyTorch refuses what needs workers; base configs have some.
+                for key in ("persistent_workers", "prefetch_factor"):
+                    dataloader.pop(key, None)
             if isinstance(dataset := dataloader["dataset"], Mapping):
                 if dataset["type"] is not GuardedDataset:
                     dataset = dict(type=GuardedDataset, dataset=dataset)
@@ -121,6 +125,14 @@ class Runner(MMEngineRunner):
         for guard in (StepSeedHook, LossCheckHook, UnreadableFilesHook, CheckMetricsHook):
             if not any(isinstance(hook, guard) for hook in self.hooks):
                 self.register_hook(guard())
+
+    def scale_lr(self, optim_wrapper, auto_scale_lr=None) -> None:
+        """mmengine's scaling; also of the base learning rate, which the log shows."""
+        base: Any = getattr(optim_wrapper, "base_param_settings", None)
+        before = optim_wrapper.param_groups[0]["lr"] if base else None
+        super().scale_lr(optim_wrapper, auto_scale_lr)
+        if before:
+            base["lr"] *= optim_wrapper.param_groups[0]["lr"] / before
 
     def train(self):
         """Train; a resumed run starts from the newest complete checkpoint.

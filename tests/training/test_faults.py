@@ -400,6 +400,13 @@ def test_samples_of_a_batch_however_nested():
     assert list(_samples(None)) == []
 
 
+def test_loaders_without_workers_need_no_other_setting(folder, tmp_path):
+    config = tiny.segmentation(folder, iterations=1)
+    for loader in (config.train_dataloader, config.val_dataloader):
+        loader.update(num_workers=0, persistent_workers=True, prefetch_factor=4)
+    assert len(tiny.train(config, tmp_path)) == 1
+
+
 def test_share_must_be_a_share():
     with pytest.raises(ValueError, match="between 0 and 1, but is 5"):
         UnreadableFilesHook(max_share=5)
