@@ -118,6 +118,17 @@ class TestTemplates:
             assert {round(a / b, 1) for a, b in scales} == {round(scale[0] / scale[1], 1)}
 
 
+@pytest.mark.parametrize("scale", [(1333, 800), (640, 640)])
+def test_augmentation_at_other_scales_than_testing_is_said(scale, monkeypatch):
+    config = configs.load_config(f"{V2_S0}_1x_coco.py")
+    config.test_dataloader.dataset.pipeline[1].scale = scale
+    lines: list[str] = []
+    monkeypatch.setattr(engine, "print_log", lambda text, *args: lines.append(text))
+    engine._warn_if_scales_differ(config)
+    assert len(lines) == (scale != (1333, 800))
+    assert all("to [(1333, 800), (1600, 960)], but" in line for line in lines)
+
+
 @pytest.mark.parametrize("quickstart", QUICKSTARTS, ids=lambda path: path.parent.name)
 def test_settings_of_a_quickstart_are_its_own(quickstart):
     config = configs.load_config(quickstart)
