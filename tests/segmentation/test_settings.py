@@ -31,7 +31,7 @@ def start(config, work_dir, command="train"):
         runner.call_hook("before_test")
 
 
-@pytest.mark.parametrize("command", ["train", "test"])
+@pytest.mark.parametrize("command", ["train", pytest.param("test", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -64,6 +64,7 @@ def with_ignore_index(folder, value):
     return config
 
 
+@pytest.mark.slow
 def test_value_of_unlabeled_pixels_in_the_data_set_only(tmp_path):
     config = with_ignore_index(tmp_path, 200)
     with pytest.raises(
@@ -83,7 +84,6 @@ def test_value_of_unlabeled_pixels_in_the_data_set_only(tmp_path):
     start(config, tmp_path, "test")
 
 
-@pytest.mark.slow
 def test_value_of_unlabeled_pixels_in_the_model_only(folder, tmp_path):
     config = tiny.segmentation(folder)
     config.model.decode_head.ignore_index = 200

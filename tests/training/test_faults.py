@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from mmengine.registry import init_default_scope
 from mmengine.structures import BaseDataElement
 
 from mmeformer.errors import TrainingError
 from mmeformer.training import engine
 from mmeformer.training.data import UNREADABLE, UnreadableFileError
 from mmeformer.training.hooks import LossCheckHook, UnreadableFilesHook, _samples
+from mmeformer.training.runner import Runner
 
 IMAGES = {
     "detection": "coco/train2017",
@@ -160,7 +162,7 @@ def test_damaged_file_inside_a_mosaic_of_boxes(folder, tmp_path):
     "task",
     [pytest.param(task, marks=[pytest.mark.slow] * (task != "segmentation")) for task in IMAGES],
 )
-@pytest.mark.parametrize("command", ["val", "test"])
+@pytest.mark.parametrize("command", ["val", pytest.param("test", marks=pytest.mark.slow)])
 def test_evaluation_inside_a_wrapper_needs_all_its_files(folder, tmp_path, task, command):
     """Whatever the data set calls itself: the loader decides."""
     config = tiny.TASKS[task](folder)
@@ -400,11 +402,13 @@ def test_samples_of_a_batch_however_nested():
     assert list(_samples(None)) == []
 
 
-def test_loaders_without_workers_need_no_other_setting(folder, tmp_path):
-    config = tiny.segmentation(folder, iterations=1)
-    for loader in (config.train_dataloader, config.val_dataloader):
-        loader.update(num_workers=0, persistent_workers=True, prefetch_factor=4)
-    assert len(tiny.train(config, tmp_path)) == 1
+def test_loader_without_workers_needs_no_other_setting(folder):
+    loader = tiny.segmentation(folder).train_dataloader
+    init_default_scope("mmseg")
+    loader.update(num_workers=0, persistent_workers=True, prefetch_factor=4)
+    assert not Runner.build_dataloader(loader, seed=0).persistent_workers
+    loader.update(num_workers=1)
+    assert Runner.build_dataloader(loader, seed=0).persistent_workers
 
 
 def test_share_must_be_a_share():

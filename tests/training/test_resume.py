@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run resumed with another batch size, schedule or learning rate goes on where its data end."""
 
+import json
 import logging
 
 import pytest
@@ -37,11 +38,11 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("resume")
 
 
-def run(config, work_dir, resume=None):
+def run(config, work_dir, resume=None, launcher="none"):
     """(what was watched, warnings of the log)"""
     config = Config(config.copy().to_dict())
     config.work_dir = str(work_dir)
-    runner = engine.build_train_runner(config, resume=resume)
+    runner = engine.build_train_runner(config, resume=resume, launcher=launcher)
     watch = Watch()
     lines: list[str] = []
     runner.register_hook(watch)
@@ -106,6 +107,20 @@ def test_epoch_after_another_batch_size_has_all_its_images(folder, tmp_path, bat
     assert watch.rates == {i: rate for i, rate in expected.rates.items() if i in watch.rates}
 
 
+@pytest.mark.forks
+@pytest.mark.slow
+def test_epoch_after_twice_the_processes_has_all_its_images(folder, tmp_path):
+    run(by_epoch(folder, 1, end=2), tmp_path)
+
+    def one(rank):
+        watch, _ = run(by_epoch(folder, 2), tmp_path, resume="auto", launcher="pytorch")
+        (tmp_path / f"images-{rank}.json").write_text(json.dumps(watch.of_epoch(1)))
+
+    assert tiny.fork(one, world_size=2) == [0, 0]
+    images = [json.loads((tmp_path / f"images-{rank}.json").read_text()) for rank in (0, 1)]
+    assert sorted(sum(images, [])) == [f"{index:06d}" for index in range(8)]
+
+
 @pytest.mark.slow
 def test_middle_of_an_epoch_goes_by_samples(folder, tmp_path):
     config = by_epoch(folder, 2, batch=1)
@@ -130,6 +145,7 @@ def test_checkpoint_without_a_place_restarts_its_epoch(folder, tmp_path, monkeyp
     assert "does not tell how many samples" in lines
 
 
+@pytest.mark.slow
 def test_iterations_after_another_batch_size_go_on_by_samples(folder, tmp_path):
     expected, _ = run(by_iteration(folder, 12), tmp_path / "whole")
     run(by_iteration(folder, 4), tmp_path / "run")
