@@ -60,7 +60,7 @@ test_pipeline = [
     ),
 ]
 tta_pipeline = [
-    dict(type="LoadImageFromFile"),
+    load_image,
     dict(
         type="TestTimeAug",
         transforms=[

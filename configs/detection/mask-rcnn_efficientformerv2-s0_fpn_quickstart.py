@@ -46,7 +46,7 @@ test_pipeline = [
     ),
 ]
 tta_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="mmeformer.LoadImageFromFile"),
     dict(
         type="TestTimeAug",
         transforms=[

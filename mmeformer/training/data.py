@@ -94,8 +94,9 @@ class GuardedDataset(_Delegate):
         sample = self.dataset[int(index)]
         unreadable: dict[str, str | None] = {}
         for leaf in leaves(self.dataset):
-            unreadable.update(leaf.unreadable)
-            leaf.unreadable.clear()
+            if isinstance(leaf, GuardedFiles):
+                unreadable.update(leaf.unreadable)
+                leaf.unreadable.clear()
         if unreadable:
             sample["data_samples"].set_metainfo({UNREADABLE: unreadable})
         return sample
@@ -195,12 +196,13 @@ def _guard(settings: Any, evaluation: bool) -> Any:
     return dict(type=GuardedFiles, dataset=settings, evaluation=evaluation)
 
 
-def leaves(dataset: Any) -> Iterator[GuardedFiles]:
-    """The guarded data sets inside wrappers."""
-    if isinstance(dataset, GuardedFiles):
+def leaves(dataset: Any) -> Iterator[Any]:
+    """The data sets inside wrappers; if they are guarded, as :class:`GuardedFiles`."""
+    inner = None
+    if not isinstance(dataset, GuardedFiles):
+        inner = next((vars(dataset)[key] for key in INNER if key in vars(dataset)), None)
+    if inner is None:
         yield dataset
         return
-    for key in INNER:
-        inner = getattr(dataset, key, ())
-        for item in inner if isinstance(inner, (list, tuple)) else [inner]:
-            yield from leaves(item)
+    for item in inner if isinstance(inner, (list, tuple)) else [inner]:
+        yield from leaves(item)

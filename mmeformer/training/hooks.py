@@ -19,7 +19,7 @@ from mmengine.runner import Runner
 from mmeformer.checks.interface import CheckedDataset
 from mmeformer.errors import TrainingError
 from mmeformer.registry import HOOKS
-from mmeformer.training.data import UNREADABLE
+from mmeformer.training.data import UNREADABLE, GuardedFiles, leaves
 from mmeformer.training.saving import POINTER
 
 
@@ -190,19 +190,10 @@ class CheckMetricsHook(Hook):
     @staticmethod
     def _check(loop) -> None:
         metrics = getattr(getattr(loop, "evaluator", None), "metrics", ())
-        for dataset in _leaves(loop.dataloader.dataset) if metrics else ():
+        for leaf in leaves(loop.dataloader.dataset) if metrics else ():
+            dataset = leaf.dataset if isinstance(leaf, GuardedFiles) else leaf
             if isinstance(dataset, CheckedDataset):
                 dataset.check_metrics(metrics)
-
-
-def _leaves(dataset) -> Iterator:
-    """The data sets inside wrappers."""
-    inner = vars(dataset).get("datasets", vars(dataset).get("dataset"))
-    if inner is None:
-        yield dataset
-    else:
-        for item in inner if isinstance(inner, (list, tuple)) else [inner]:
-            yield from _leaves(item)
 
 
 def _file_count(runner: Runner) -> int:

@@ -115,6 +115,7 @@ class TestTemplates:
         if "tta_pipeline" in config:
             scales = [tuple(step.scale) for step in config.tta_pipeline[1].transforms[0]]
             assert scale in scales
+            assert config.tta_pipeline[0] == steps[0]
             assert {round(a / b, 1) for a, b in scales} == {round(scale[0] / scale[1], 1)}
 
 
