@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anchors of a feature pyramid without waits of the host. ``generator`` is one of mmdet's."""
+"""Anchors and constants on the device without a wait of the host; generators are mmdet's."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["AnchorCache", "valid_indices", "valid_sizes"]
+__all__ = ["AnchorCache", "device_row", "valid_indices", "valid_sizes"]
 
 Sizes = list[tuple[int, int]]
 """Height and width per level."""
@@ -73,3 +74,8 @@ def valid_indices(generator: Any, sizes: Sizes, valid: Sizes, device: torch.devi
         indices.append(level.view(height, width, count)[:rows, :columns].flatten())
         start += height * width * count
     return torch.cat(indices)
+
+
+def device_row(values: Sequence[float], like: Tensor) -> Tensor:
+    """A few numbers (N,) in type and on the device of ``like``; ``torch.tensor`` copies them."""
+    return torch.cat([like.new_full((1,), value) for value in values])

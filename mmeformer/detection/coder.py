@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Boxes as offsets from anchors."""
 
-import functools
 import math
 
 import torch
@@ -9,6 +8,7 @@ from mmdet.models.task_modules import coders
 from mmdet.structures.bbox import HorizontalBoxes, get_box_tensor
 from torch import Tensor
 
+from mmeformer.anchors import device_row
 from mmeformer.registry import TASK_UTILS
 
 __all__ = ["DeltaXYWHBBoxCoder"]
@@ -16,9 +16,9 @@ __all__ = ["DeltaXYWHBBoxCoder"]
 
 @TASK_UTILS.register_module()
 class DeltaXYWHBBoxCoder(coders.DeltaXYWHBBoxCoder):
-    """``mmdet.DeltaXYWHBBoxCoder`` whose means and standard deviations stay on the device.
+    """``mmdet.DeltaXYWHBBoxCoder`` that copies no means and deviations to the device.
 
-    mmdet copies them there at every call, and the host waits for each copy. Values are the same.
+    mmdet does so at every call, and the host waits for each copy. Values are the same.
 
     Source: Girshick et al., "Rich feature hierarchies", CVPR 2014, appendix C.
     """
@@ -30,7 +30,11 @@ class DeltaXYWHBBoxCoder(coders.DeltaXYWHBBoxCoder):
         centers, sizes = _center_and_size(boxes)
         shifts = (centers - anchor_centers) / anchor_sizes
         deltas = torch.cat([shifts, (sizes / anchor_sizes).log()], -1)
-        return (deltas - _row(self.means, deltas)) / _row(self.stds, deltas)
+        if any(self.means):
+            deltas = deltas - device_row(self.means, deltas)
+        if any(std != 1 for std in self.stds):
+            deltas = deltas / device_row(self.stds, deltas)
+        return deltas
 
     def decode(self, bboxes, pred_bboxes, max_shape=None, wh_ratio_clip=16 / 1000):
         """Boxes (N, C * 4) from offsets (N, C * 4) and boxes (N, 4).
@@ -47,7 +51,10 @@ class DeltaXYWHBBoxCoder(coders.DeltaXYWHBBoxCoder):
         if pred_bboxes.ndim != 2 or self.add_ctr_clamp or torch.onnx.is_in_onnx_export():
             return super().decode(bboxes, pred_bboxes, max_shape, wh_ratio_clip)
         deltas = pred_bboxes.reshape(len(pred_bboxes), pred_bboxes.shape[1] // 4, 4)
-        deltas = deltas * _row(self.stds, deltas) + _row(self.means, deltas)
+        if any(std != 1 for std in self.stds):
+            deltas = deltas * device_row(self.stds, deltas)
+        if any(self.means):
+            deltas = deltas + device_row(self.means, deltas)
         anchor_centers, anchor_sizes = _center_and_size(get_box_tensor(bboxes)[:, None])
         limit = abs(math.log(wh_ratio_clip))
         centers = anchor_centers + anchor_sizes * deltas[..., :2]
@@ -63,14 +70,3 @@ class DeltaXYWHBBoxCoder(coders.DeltaXYWHBBoxCoder):
 def _center_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
     start, end = boxes[..., :2], boxes[..., 2:]
     return (start + end) * 0.5, end - start
-
-
-def _row(values, like: Tensor) -> Tensor:
-    return _constant(tuple(values), like.device, like.dtype)
-
-
-@functools.lru_cache(maxsize=32)
-def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    # Tensors of inference mode would not do for a later training step.
-    with torch.inference_mode(False):
-        return torch.tensor(values, device=device, dtype=dtype)

@@ -31,7 +31,7 @@ _ANCHORS = dict(
     ratios=[1.0],
     strides=[8, 16, 32, 64, 128],
 )
-_CODER = dict(type="mmrotate.DeltaXYWHTRBBoxCoder", angle_version="le135", proj_xy=True)
+_CODER = dict(type="mmeformer.DeltaXYWHTRBBoxCoder", angle_version="le135", proj_xy=True)
 _FOCAL = dict(type="mmdet.FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0)
 _IOU = dict(type="mmeformer.RotatedIoULoss", mode="log", loss_weight=1.0)
 _INIT = dict(
@@ -73,7 +73,7 @@ class RotatedGFLHead(AnchorHead):
         norm_cfg: config of the towers' norms; default group norm with 32 groups.
         anchor_generator: rotated anchors, one per location; default angle 0, side 4 times the
             stride, strides 8 to 128.
-        bbox_coder: coder of five deltas relative to an anchor; default mmrotate's: center offsets
+        bbox_coder: coder of five deltas relative to an anchor; default: center offsets
             along the anchor's axes, logarithms of size ratios, angle in le135.
         reg_max: number of intervals of each distribution.
         delta_range: range of dx, dy, dw, dh.

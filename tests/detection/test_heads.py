@@ -274,16 +274,6 @@ def test_coder_equals_that_of_mmdet():
         )
 
 
-def test_a_coder_first_used_for_inference_can_train():
-    coder = DeltaXYWHBBoxCoder([0.125] * 4, [0.5] * 4)
-    anchors = torch.tensor([[0.0, 0, 4, 4]])
-    with torch.inference_mode():
-        coder.decode(anchors, torch.zeros(1, 4))
-    deltas = torch.zeros(1, 4, requires_grad=True)
-    coder.decode(anchors, deltas).sum().backward()
-    assert deltas.grad.any()
-
-
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("number", [2, 9])
 def test_mask_targets_equal_those_of_mmdet(soft, number):

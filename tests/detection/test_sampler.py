@@ -61,7 +61,7 @@ def test_numbers_of_samples_equal_those_of_mmdet(gt_inds, num, fraction, limit, 
 def test_every_subset_is_equally_likely():
     """Two of four positives with two of four negatives: 6 x 6 pairs of subsets."""
     sampler = RandomSampler(num=4, pos_fraction=0.5, add_gt_as_proposals=False)
-    draws = 7200
+    draws = 3600
     counts = Counter()
     for _ in range(draws):
         result = sample(sampler, [1, 0, 1, -1, 0, 1, 0, 1, 0], 1)
