@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AnchorCache", "device_row", "valid_indices", "valid_sizes"]
+__all__ = ["AnchorCache", "device_row", "level_sizes", "valid_indices", "valid_sizes"]
 
 Sizes = list[tuple[int, int]]
 """Height and width per level."""
@@ -45,6 +45,11 @@ class AnchorCache:
                 self._anchors = self.generator.grid_priors(sizes, device=device)
             self._key = key
         return self._anchors
+
+
+def level_sizes(maps: Sequence[Tensor]) -> Sizes:
+    """Height and width of every level (B, C, H_i, W_i)."""
+    return [(level.shape[-2], level.shape[-1]) for level in maps]
 
 
 def valid_sizes(generator: Any, sizes: Sizes, pad_shape: tuple[int, ...]) -> Sizes:

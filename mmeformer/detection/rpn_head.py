@@ -13,7 +13,7 @@ from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from mmeformer.anchors import AnchorCache, Sizes, valid_indices, valid_sizes
+from mmeformer.anchors import AnchorCache, Sizes, level_sizes, valid_indices, valid_sizes
 from mmeformer.registry import MODELS
 
 __all__ = ["RPNHead"]
@@ -58,7 +58,7 @@ class RPNHead(dense_heads.RPNHead):
         Raises:
             ValueError: no anchor is valid.
         """
-        sizes = [tuple(scores.shape[-2:]) for scores in cls_scores]
+        sizes = level_sizes(cls_scores)
         anchors = torch.cat(self._anchors(sizes, cls_scores[0].device))
         ignores = batch_gt_instances_ignore or [None] * len(batch_img_metas)
         chosen = [
@@ -154,7 +154,7 @@ class RPNHead(dense_heads.RPNHead):
         """
         assert with_nms and batch_img_metas is not None
         cfg = self.test_cfg if cfg is None else cfg
-        sizes = [tuple(scores.shape[-2:]) for scores in cls_scores]
+        sizes = level_sizes(cls_scores)
         levels = zip(
             cls_scores, bbox_preds, self._anchors(sizes, cls_scores[0].device), strict=True
         )

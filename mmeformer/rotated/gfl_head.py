@@ -15,7 +15,7 @@ from mmengine.structures import InstanceData
 from mmrotate.structures.bbox import RotatedBoxes
 from torch import Tensor, nn
 
-from mmeformer.anchors import AnchorCache, Sizes, valid_indices, valid_sizes
+from mmeformer.anchors import AnchorCache, Sizes, level_sizes, valid_indices, valid_sizes
 from mmeformer.ops.iou import rotated_iou
 from mmeformer.registry import MODELS
 
@@ -193,7 +193,7 @@ class RotatedGFLHead(AnchorHead):
         Returns:
             ``loss_cls``, ``loss_bbox`` and, if it is set, ``loss_dfl``; scalars.
         """
-        sizes = [tuple(scores.shape[-2:]) for scores in cls_scores]
+        sizes = level_sizes(cls_scores)
         device = cls_scores[0].device
         anchors = cat_boxes(self._anchors(sizes, device))
         # Includes the assigner: mmrotate rotates points by matrix products, which autocast rounds.
