@@ -31,14 +31,14 @@ model = dict(
     test_cfg=dict(max_per_img=100),
 )
 train_pipeline = [
-    dict(type="mmdet.LoadImageFromFile"),
+    dict(type="mmeformer.LoadImageFromFile"),
     dict(type="mmdet.LoadAnnotations", with_bbox=True, box_type="qbox"),
     dict(type="ConvertBoxType", box_type_mapping=dict(gt_bboxes="rbox")),
     dict(type="mmdet.RandomFlip", prob=0.75, direction=["horizontal", "vertical", "diagonal"]),
     dict(type="mmdet.PackDetInputs"),
 ]
 val_pipeline = [
-    dict(type="mmdet.LoadImageFromFile"),
+    dict(type="mmeformer.LoadImageFromFile"),
     dict(type="mmdet.Resize", scale=size, keep_ratio=True),
     dict(type="mmdet.LoadAnnotations", with_bbox=True, box_type="qbox"),
     dict(type="ConvertBoxType", box_type_mapping=dict(gt_bboxes="rbox")),
@@ -75,6 +75,8 @@ param_scheduler = [
 optim_wrapper = dict(
     optimizer=dict(lr=2e-3, weight_decay=0.05), clip_grad=dict(max_norm=10, norm_type=2)
 )
+# `tools/train.py --auto-scale-lr` scales the learning rate, which is for this batch size.
+auto_scale_lr = dict(base_batch_size=8)
 log_processor = dict(by_epoch=False)
 default_hooks = dict(
     logger=dict(interval=10),

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from mmeformer.checks.findings import Finding
 from mmeformer.checks.images import sample_sides
+from mmeformer.images import Reading
 from mmeformer.training_images import TrainingImages
 
 
@@ -23,6 +25,12 @@ class CheckedDataset:
     # Of mmengine's BaseDataset, from which the data sets derive too.
     __len__: Callable[..., int]
     get_data_info: Callable[..., dict]
+    pipeline: Any
+
+    @property
+    def reading(self) -> Reading | None:
+        """Settings of the loading step; None if it is not that of this project."""
+        return Reading.of_built(self.pipeline.transforms)
 
     def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
         """All problems of the labels and images.
@@ -54,3 +62,10 @@ class CheckedDataset:
 
     def follow(self, images: TrainingImages) -> None:
         """Treat the images like those that the model was trained on."""
+
+    def check_metrics(self, metrics: Sequence[Any]) -> None:
+        """Check that metrics read the labels that this data set reads; by default they do.
+
+        Raises:
+            ValueError: a metric reads others.
+        """

@@ -22,6 +22,7 @@ from mmeformer import configs, tasks
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.deploy.fold import fold
+from mmeformer.images import PLAIN, Reading
 from mmeformer.results import category_ids
 from mmeformer.training_images import TrainingImages
 from mmeformer.windows import Progress, Window, predict_windows, windows
@@ -55,6 +56,9 @@ class Predictor(ABC, Generic[Result]):
         labels: those of the classes that results are limited to; None for all.
         remarks: what people should know before they use the results, one sentence each.
     """
+
+    reading: Reading = PLAIN
+    """How image files are read: as the test pipeline of the config does."""
 
     inferencer_class: type[BaseInferencer]
     """OpenMMLab's inferencer of the task."""
@@ -382,10 +386,16 @@ def load_predictor(
         for step in dataset.pipeline
         if "Annotations" not in step.type and "ConvertBoxType" not in step.type
     ]
+    reading = Reading.of_config(dataset.pipeline)
+    for index, step in enumerate(dataset.pipeline):
+        if step.type.endswith("LoadImageFromFile"):
+            # The inferencers put one in its place that takes arrays.
+            dataset.pipeline[index] = ConfigDict(type="LoadImageFromFile")
     safe_load.install()
     predictor: Predictor[Any] = tasks.load(task.predictor).from_config(
         config, checkpoint, device=device, score_thr=score_thr, mask_format=mask_format
     )
+    predictor.reading = reading
     if classes is not None:
         predictor.limit_to(classes)
     return predictor

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mmeformer.images import decode_image, read_image
+from mmeformer.images import PLAIN, Reading, decode_image, read_image, upright
 from mmeformer.runtime.metadata import Metadata
 
 
@@ -38,8 +38,12 @@ _ORIENTATION = 274
 """Tag of EXIF: how a Pillow image has to be turned, which OpenCV does when it reads a file."""
 
 
-def as_image(image: Image) -> NDArray[Any]:
+def as_image(image: Image, reading: Reading = PLAIN) -> NDArray[Any]:
     """Make an array (H, W, 3) of ``uint8`` in BGR; opacity is left out.
+
+    Args:
+        image: file or array.
+        reading: of imagery in files.
 
     Raises:
         FileNotFoundError: no such file.
@@ -49,15 +53,15 @@ def as_image(image: Image) -> NDArray[Any]:
     if isinstance(image, np.ndarray):
         return _three_channels(image)
     if isinstance(image, (str, Path)):
-        return read_image(image)
+        return read_image(image, reading)
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return decode_image(bytes(image), "the image")
+        return decode_image(bytes(image), "the image", reading)
     if callable(getattr(image, "getbands", None)):
         return _from_pillow(image)
     if callable(getattr(image, "read", None)):
         content = image.read()
         if isinstance(content, bytes):
-            return decode_image(content, getattr(image, "name", "the file object"))
+            return decode_image(content, getattr(image, "name", "the file object"), reading)
         raise TypeError("a file object must be opened in binary mode, as by open(path, 'rb')")
     raise TypeError(
         "an image is a path, bytes, a binary file object, a Pillow image or an array of uint8, not "
@@ -89,14 +93,8 @@ def _from_pillow(image: Any) -> NDArray[Any]:
             "to RGB yourself, scaled as in training"
         )
     pixels = np.asarray(image.convert("RGB"))[..., ::-1]
-    orientation = image.getexif().get(_ORIENTATION, 1)
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
+    turned = upright(pixels, image.getexif().get(_ORIENTATION, 1))
+    return np.ascontiguousarray(turned)
 
 
 def prepare(image: NDArray[Any], metadata: Metadata) -> Prepared:

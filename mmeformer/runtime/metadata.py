@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mmeformer import tasks
+from mmeformer.images import Reading
 
 FORMAT = 1
 """Version of the format; increased when a reader of the old format would misread the new one."""
@@ -17,7 +19,7 @@ KEY = "mmeformer"
 """The entry of an ONNX file's ``metadata_props``, and of a CoreML model's user metadata."""
 
 
-_ADDED_LATER = {"patch_size", "training_sides"}
+_ADDED_LATER = {"patch_size", "training_sides", "bands", "stretch"}
 """Entries that files of earlier versions do not have; their defaults hold."""
 
 
@@ -55,6 +57,7 @@ class Metadata:
             padded to it. 0 for a model of whole images.
         training_sides: the smallest and the largest longer side of a training image in pixels; None
             if unknown, or if objects have any size in pixels.
+        bands, stretch: how imagery in files is read; see :class:`mmeformer.images.Reading`.
     """
 
     task: str
@@ -79,6 +82,8 @@ class Metadata:
     mask_threshold: float | None = None
     patch_size: int = 0
     training_sides: tuple[int, int] | None = None
+    bands: Sequence[int] | None = None
+    stretch: Sequence[float] | str | None = None
 
     def __post_init__(self) -> None:
         if self.task not in tasks.exports():
@@ -90,6 +95,11 @@ class Metadata:
     def export(self) -> tasks.Export:
         """How files of this task are run."""
         return tasks.exports()[self.task]
+
+    @property
+    def reading(self) -> Reading:
+        """How imagery in files is read."""
+        return Reading(self.bands, self.stretch)
 
     def to_json(self) -> str:
         """Text for :meth:`from_json`."""

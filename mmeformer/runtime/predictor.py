@@ -13,6 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from mmeformer import tasks
+from mmeformer.files import refuse_url
 from mmeformer.runtime.decoders import Result, merge_patches
 from mmeformer.runtime.images import Image, Prepared, as_image, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
@@ -45,6 +46,7 @@ def load(
         ValueError: not an ONNX file that mmeformer exported, or this onnxruntime does not have, or
             cannot start, one of the providers.
     """
+    refuse_url(path, "model")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"model {path} does not exist")
@@ -149,7 +151,7 @@ class Predictor:
         No image is padded to the size of another. For a model that was trained on patches, images
         that are larger are cut into overlapping windows, and those that are smaller are padded.
         """
-        arrays = [as_image(image) for image in images]
+        arrays = [as_image(image, self.metadata.reading) for image in images]
         self._warn_of_scale(arrays)
         side = self.patch_size
         is_large = [bool(side) and max(image.shape[:2]) > side for image in arrays]

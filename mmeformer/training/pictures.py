@@ -12,7 +12,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmeformer.files import relative_names, replacing
-from mmeformer.images import read_image
+from mmeformer.images import PLAIN, read_image
+from mmeformer.training.record import checked_in
 
 
 class PicturesHook(Hook):
@@ -30,6 +31,7 @@ class PicturesHook(Hook):
         self.folder = Path(folder)
         self.options = options
         self.names: dict[str, str] = {}
+        self.reading = PLAIN
 
     def before_test(self, runner: Runner) -> None:
         """Choose the names; all processes of a run choose the same."""
@@ -38,6 +40,7 @@ class PicturesHook(Hook):
         names = [Path(path).name for path in paths]
         if len(set(names)) < len(set(paths)):
             names = relative_names(paths)
+        self.reading = next((part.reading for part in checked_in(dataset)), None) or PLAIN
         self.names = dict(zip(paths, names, strict=True))
 
     def after_test_iter(
@@ -46,7 +49,7 @@ class PicturesHook(Hook):
         """Draw the pictures of a batch."""
         samples: Sequence[Any] = outputs
         for sample in samples:
-            image = np.ascontiguousarray(read_image(sample.img_path)[..., ::-1])
+            image = np.ascontiguousarray(read_image(sample.img_path, self.reading)[..., ::-1])
             with replacing(self.folder / self.names[str(sample.img_path)]) as draft:
                 runner.visualizer.add_datasample(
                     "prediction", image, sample, show=False, out_file=str(draft), **self.options
