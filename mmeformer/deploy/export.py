@@ -11,6 +11,7 @@ from mmengine.config import Config
 
 from mmeformer.deploy import models
 from mmeformer.deploy.graphs import graph_class
+from mmeformer.deploy.inputs import compare_inputs
 from mmeformer.deploy.metadata import export_metadata
 from mmeformer.files import replacing, write_text
 from mmeformer.tasks import BACKBONE, of_config
@@ -133,6 +134,7 @@ def export(
             from mmeformer.deploy import coreml
 
             comparison = coreml.write(model, graph, metadata, real, draft, request.half)
+        compare_inputs(config, model.data_preprocessor, metadata, real, comparison)
         comparison.report(report)
         comparison.raise_failures(out)
     write_text(sidecar, metadata.to_json() + "\n")

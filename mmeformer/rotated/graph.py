@@ -42,6 +42,11 @@ class _GFLGraph(Graph):
             and set(head.test_cfg.nms) <= {"type", "iou_threshold"},
             "test_cfg.nms is not a plain nms_rotated",
         )
+        require(
+            head.test_cfg.max_per_img > 0,
+            f"test_cfg.max_per_img is {head.test_cfg.max_per_img}, with which mmdet loses the "
+            "worst objects; set the largest number of them",
+        )
         self.model = model
 
     @staticmethod
@@ -108,7 +113,8 @@ class RotatedGraph(_GFLGraph):
         """The best boxes (B, K, 5), scores (B, K) and labels (B, K) of one level."""
         head = self.model.bbox_head
         size, classes = scores.shape[-2:], head.cls_out_channels
-        best, index = top_k(scores.permute(0, 2, 3, 1).flatten(1).sigmoid(), head.test_cfg.nms_pre)
+        nms_pre = head.test_cfg.get("nms_pre", -1)
+        best, index = top_k(scores.permute(0, 2, 3, 1).flatten(1).sigmoid(), nms_pre)
         labels = index % classes
         cells = torch.div(index, classes, rounding_mode="floor")
         deltas = head.integral(take(logits.flatten(2).transpose(1, 2), cells).flatten(0, 1))
