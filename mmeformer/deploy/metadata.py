@@ -36,13 +36,13 @@ def export_metadata(
 
     Raises:
         ValueError: the test pipeline or the data preprocessor has a setting that the runtime does
-            not follow.
+            not follow, or ``size`` is not one that the test pipeline makes.
     """
     graph = tasks.load(tasks.exports()[task].graph)
     # The bare backbone can be that of a config without test data.
     dataset = config.get("test_dataloader", {}).get("dataset", {})
     reading = Reading.of_config(dataset.get("pipeline", ()))
-    return Metadata(
+    metadata = Metadata(
         task=task,
         version=__version__,
         config=Path(config.filename or "config").stem,
@@ -54,6 +54,17 @@ def export_metadata(
         **preprocessor_settings(config, task),
         **graph.settings(config, model),
     )
+    step = metadata.multiple
+    if size is not None and any(side % step for side in size):
+        lower, upper = (
+            " ".join(str(max((side + more) // step * step, step)) for side in size)
+            for more in (0, step - 1)
+        )
+        raise ValueError(
+            f"--size {size[0]} {size[1]}: the test pipeline resizes to multiples of {step} "
+            f"(ResizeToMultiple); give --size {lower} or {upper}"
+        )
+    return metadata
 
 
 def task_settings(config: Config, model: nn.Module) -> dict[str, Any]:

@@ -181,7 +181,7 @@ class DetectionGraph(Graph):
         counts = (image[:, None] == torch.arange(boxes.shape[0], device=image.device)).sum(0)
         starts = counts.cumsum(0) - counts
         rank = torch.arange(image.shape[0], device=image.device) - starts[image]
-        width = counts.amax().clamp(min=1)
+        width = counts.amax(0).clamp(min=1)
         slots = (image * width + rank)[:, None]
         total: Any = boxes.shape[0] * width  # a tensor, which a tracer follows
         chosen = boxes[image, index]

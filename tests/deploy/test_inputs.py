@@ -152,6 +152,25 @@ def test_all_candidates_without_nms_pre(trained, picture, tmp_path):
     assert any("detections match" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    "size, advice", [((100, 100), "96 96 or 128 128"), ((33, 64), "32 64 or 64 64")]
+)
+def test_sizes_that_the_pipeline_cannot_make(trained, picture, tmp_path, size, advice):
+    small = trained("segmentation")
+    small.config.test_dataloader.dataset.pipeline.insert(
+        1, dict(type="ResizeToMultiple", size_divisor=32)
+    )
+    message = f"--size {size[0]} {size[1]}: .* multiples of 32 .*; give --size {advice}"
+    with pytest.raises(ValueError, match=message):
+        exported(small, picture, folder=tmp_path, size=size)
+
+
+def test_a_detector_of_any_size(trained, picture, tmp_path):
+    """It pads; no step of its pipeline makes multiples."""
+    path = exported(trained("detection"), picture, folder=tmp_path, size=(100, 70))
+    assert runtime.load(path).predict(picture).boxes.shape[1] == 4
+
+
 def test_top_k_without_a_limit():
     from mmeformer.deploy.graphs import top_k
 
