@@ -257,4 +257,4 @@ def cell_shifts(size: tuple[int, ...], stride: tuple[int, int], like: Tensor) ->
 def require(condition: bool, otherwise: str) -> None:
     """Raise a ``ValueError`` with the message ``otherwise`` unless ``condition`` holds."""
     if not condition:
-        raise ValueError(f"{otherwise}; `--part backbone` exports the backbone of every model")
+        raise ValueError(f"{otherwise}; `--part backbone` takes the backbone of every model")

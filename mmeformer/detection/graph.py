@@ -237,6 +237,7 @@ class DetectionGraph(Graph):
     @staticmethod
     def settings(config: Config, model: Any) -> dict[str, Any]:
         """See :meth:`Graph.settings`."""
+        _check_supported(model)
         test_cfg = config.model.test_cfg.rcnn
         masks = dict(mask_threshold=test_cfg.mask_thr_binary) if model.roi_head.with_mask else {}
         return detector_settings(config, model, test_cfg) | masks
@@ -285,8 +286,13 @@ def _extract(
 
 def _check_supported(model: Any) -> None:
     name = type(model).__name__
-    require(isinstance(model, TwoStageDetector), f"{name} is not a two-stage detector of mmdet")
-    rpn, roi = model.rpn_head, model.roi_head
+    require(
+        isinstance(model, TwoStageDetector),
+        f"{name} is not a two-stage detector of mmdet; only Mask R-CNN and Faster R-CNN can be "
+        "exported and profiled whole",
+    )
+    rpn: Any = getattr(model, "rpn_head", None)
+    roi: Any = getattr(model, "roi_head", None)
     require(
         type(rpn) in (RPNHead, dense_heads.RPNHead) and rpn.use_sigmoid_cls,
         "the rpn_head is not a plain RPNHead",

@@ -32,26 +32,13 @@ class _GFLGraph(Graph):
 
     def __init__(self, model: Any, normalize: nn.Module | None = None) -> None:
         super().__init__(normalize)
-        head: Any = getattr(model, "bbox_head", None)
-        require(
-            type(head).__name__ == "RotatedGFLHead",
-            f"{type(model).__name__} has no RotatedGFLHead",
-        )
-        require(
-            head.test_cfg.nms.get("type") == "nms_rotated"
-            and set(head.test_cfg.nms) <= {"type", "iou_threshold"},
-            "test_cfg.nms is not a plain nms_rotated",
-        )
-        require(
-            head.test_cfg.max_per_img > 0,
-            f"test_cfg.max_per_img is {head.test_cfg.max_per_img}, with which mmdet loses the "
-            "worst objects; set the largest number of them",
-        )
+        _check_supported(model)
         self.model = model
 
     @staticmethod
     def settings(config: Config, model: Any) -> dict[str, Any]:
         """See :meth:`Graph.settings`."""
+        _check_supported(model)
         return detector_settings(config, model, config.model.test_cfg)
 
     @staticmethod
@@ -151,3 +138,21 @@ class RotatedRawGraph(_GFLGraph):
             rows = head.integral(level.permute(0, 2, 3, 1).flatten(0, 2))
             deltas.append(rows.view(batch, height, width, 5).permute(0, 3, 1, 2))
         return (*(level.sigmoid() for level in scores), *deltas)
+
+
+def _check_supported(model: Any) -> None:
+    head: Any = getattr(model, "bbox_head", None)
+    require(
+        type(head).__name__ == "RotatedGFLHead",
+        f"{type(model).__name__} has no RotatedGFLHead",
+    )
+    require(
+        head.test_cfg.nms.get("type") == "nms_rotated"
+        and set(head.test_cfg.nms) <= {"type", "iou_threshold"},
+        "test_cfg.nms is not a plain nms_rotated",
+    )
+    require(
+        head.test_cfg.max_per_img > 0,
+        f"test_cfg.max_per_img is {head.test_cfg.max_per_img}, with which mmdet loses the "
+        "worst objects; set the largest number of them",
+    )
