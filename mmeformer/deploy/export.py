@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
@@ -134,7 +135,8 @@ def export(
             from mmeformer.deploy import coreml
 
             comparison = coreml.write(model, graph, metadata, real, draft, request.half)
-        compare_inputs(config, model.data_preprocessor, metadata, real, comparison)
+        preprocess: Any = model.data_preprocessor
+        compare_inputs(config, preprocess, metadata, real, comparison)
         comparison.report(report)
         comparison.raise_failures(out)
     write_text(sidecar, metadata.to_json() + "\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the network sees is that of the config's own test pipeline, or the export is refused."""
+"""The network's input is that of the config's own test pipeline, or the export is refused."""
 
 import numpy as np
 import pytest

@@ -84,3 +84,13 @@ def test_other_models_of_the_other_tasks(trained, tmp_path, capsys, quiet_loggin
     assert "no RotatedGFLHead" in error or "tests in windows" in error, error
     assert "--part backbone" in error
     assert profile.main([*arguments, "--part", "backbone"]) == 0
+
+
+def test_profiles_do_not_depend_on_how_images_are_prepared(trained, tmp_path, capsys):
+    small = trained("detection")
+    small.config.model.data_preprocessor.pad_value = 114
+    small.config.test_dataloader.dataset.pipeline[0].color_type = "grayscale"
+    path = tmp_path / "other.py"
+    small.config.dump(str(path))
+    arguments = [str(path), "--size", "64", "64", "--modes", "folded", "--rounds", "2"]
+    assert profile.main(arguments) == 0, capsys.readouterr().err
