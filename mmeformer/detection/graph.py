@@ -294,13 +294,6 @@ def _check_supported(model: Any) -> None:
     rpn: Any = getattr(model, "rpn_head", None)
     roi: Any = getattr(model, "roi_head", None)
     require(
-        isinstance(model, TwoStageDetector),
-        f"{name} is not a two-stage detector of mmdet; only Mask R-CNN and Faster R-CNN can be "
-        "exported and profiled whole",
-    )
-    rpn: Any = getattr(model, "rpn_head", None)
-    roi: Any = getattr(model, "roi_head", None)
-    require(
         type(rpn) in (RPNHead, dense_heads.RPNHead) and rpn.use_sigmoid_cls,
         "the rpn_head is not a plain RPNHead",
     )
