@@ -22,7 +22,11 @@ from mmeformer.runtime.images import Prepared, as_image, normalize, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 
 OPSET = 17
-"""Has LayerNormalization (17) and half-pixel RoiAlign (16); needs onnxruntime 1.13 or newer."""
+"""Has LayerNormalization (17) and half-pixel RoiAlign (16)."""
+
+OLDEST_RUNTIME = "1.15.0"
+"""The oldest onnxruntime that the files are tested with (``tests/deploy/test_oldest_runtime.py``).
+"""
 
 TRACED_SIZE = (64, 96)
 """Height and width of the example image of a graph for any size: small, and its sides differ."""
