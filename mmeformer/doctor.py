@@ -22,23 +22,24 @@ from dataclasses import dataclass, field
 
 from mmeformer.tasks import TASKS
 
-# Distributions that install the same import name; only one of each row can be installed.
+# Distributions that install the same import name. Only one of a row can be installed, except builds
+# of OpenCV in one version.
 RIVALS = {
     "mmengine": ("onedl-mmengine", "mmengine", "mmengine-lite"),
     "mmcv": ("onedl-mmcv", "mmcv", "mmcv-lite", "mmcv-full"),
     "mmdet": ("onedl-mmdetection", "mmdet"),
     "mmseg": ("onedl-mmsegmentation", "mmsegmentation"),
     "mmrotate": ("onedl-mmrotate", "mmrotate"),
+    "cv2": tuple(
+        f"opencv-{kind}python{tail}" for kind in ("", "contrib-") for tail in ("", "-headless")
+    ),
 }
-OPENCV = tuple(
-    f"opencv-{kind}python{tail}" for kind in ("", "contrib-") for tail in ("", "-headless")
-)
 # Task packages, and the extra of mmeformer that installs each.
 OPTIONAL = {task.scope: task.name for task in TASKS.values()}
 # Required by mmdet, but used by its lane detection only (mmeformer/without_imgaug.py).
 NOT_NEEDED = ("imaug", "imgaug")
-# The imports that are tried, in this order, and those that each needs: only the first failure of a
-# chain is reported.
+# The imports that are tried, in this order, and those that each needs: of failures that follow from
+# each other, only the first is reported.
 NEEDS = {
     "numpy": (),
     "cv2": ("numpy",),
@@ -53,32 +54,26 @@ NEEDS = {
     "mmrotate": ("mmdet",),
     "mmeformer": ("mmengine", "timm"),
 }
+# Modules that an import of the package alone leaves out, though every task needs them.
+INSIDE = {"mmdet": "mmdet.datasets", "mmeformer": "mmeformer.backbones"}
 TORCH_FIX = (
     "install both in one command and from one source: make repair (or: pip install "
     "--force-reinstall torch==VERSION torchvision==VERSION)"
 )
 # Patterns of error messages, and the fix.
-KNOWN_FAILURES = (
-    (r"torchvision::nms|different CUDA major versions", TORCH_FIX),
-    (
-        r"libGL\.so|libgthread",
-        "pip install --force-reinstall --no-deps opencv-python-headless, which needs no graphics "
-        "library",
-    ),
-    (
-        r"_ARRAY_API|numpy\.core\.multiarray|numpy\.dtype size changed",
-        "it was built for another numpy: make repair (or reinstall it together with numpy)",
-    ),
-    (r"pkg_resources", "newer setuptools do not have it: pip install 'setuptools<81'"),
-    (r"MMEFORMER_OPERATORS", "unset MMEFORMER_OPERATORS"),
-    (r"mmcv-lite", "pip uninstall -y mmcv-lite && pip install onedl-mmcv"),
-    (
-        r"undefined symbol|Symbol not found|_ext|CPU only",
-        "use the operators that need no compiling: make repair (or: pip install --force-reinstall "
-        "--no-deps --no-cache-dir onedl-mmcv); or compile them for this torch and GPU: make "
-        "install-compiled",
-    ),
-)
+KNOWN_FAILURES = {
+    r"torchvision::nms|different CUDA major versions": TORCH_FIX,
+    r"libGL\.so|libgthread": "install the OpenCV that needs no graphics library: pip install "
+    "--force-reinstall --no-deps opencv-python-headless",
+    r"_ARRAY_API|numpy\.core\.multiarray|numpy\.dtype size changed": "it was built for another "
+    "numpy: make repair (or reinstall it together with numpy)",
+    r"pkg_resources": "newer setuptools do not have it: pip install 'setuptools<81'",
+    r"MMEFORMER_OPERATORS": "unset MMEFORMER_OPERATORS",
+    r"mmcv-lite": "pip uninstall -y mmcv-lite && pip install onedl-mmcv",
+    r"undefined symbol|Symbol not found|_ext|CPU only": "use the operators that need no compiling: "
+    "make repair (or: pip install --force-reinstall --no-deps --no-cache-dir onedl-mmcv); or "
+    "compile them for this torch and GPU: make install-compiled",
+}
 
 
 @dataclass(frozen=True)
@@ -96,12 +91,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that :func:`diagnose` looks at.
+    """Everything that :func:`diagnose` looks at. Distributions have canonical names.
 
     Attributes:
         python: version, such as "3.11.7".
-        distributions: canonical distribution name to version, for everything installed.
-        requirements: canonical distribution name to its ``Requires-Dist`` lines.
+        distributions: version of every installed distribution.
+        requirements: ``Requires-Dist`` lines of every installed distribution.
         requires_python: mmeformer's ``Requires-Python``, "" if mmeformer is not installed.
         probes: import outcome per entry of :data:`NEEDS`.
         driver_gpus: GPUs that the NVIDIA driver lists, one per line.
@@ -114,10 +109,10 @@ class Facts:
     probes: Mapping[str, Probe]
     driver_gpus: str = ""
 
-    def provider(self, module: str) -> str:
-        """Distributions that install ``module``, as "name version, ..."; "" if there is none."""
-        names = RIVALS.get(module, OPENCV if module == "cv2" else (module,))
-        return ", ".join(f"{n} {self.distributions[n]}" for n in names if n in self.distributions)
+    def providers(self, module: str) -> dict[str, str]:
+        """Name and version of the installed distributions that provide ``module``."""
+        names = RIVALS.get(module, (module,))
+        return {name: self.distributions[name] for name in names if name in self.distributions}
 
 
 @dataclass(frozen=True)
@@ -156,15 +151,6 @@ def probe_torch() -> dict[str, str]:
     return {"version": torch.__version__, "cuda": cuda, "gpus": "\n".join(gpus)}
 
 
-def probe_torchvision() -> dict[str, str]:
-    """Version, after running its non-maximum suppression."""
-    import torch
-    import torchvision
-
-    torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
-    return {"version": torchvision.__version__}
-
-
 def probe_operators() -> dict[str, str]:
     """Which operators mmcv uses and why, after running NMS on the CPU and on a GPU."""
     import torch
@@ -187,46 +173,30 @@ def probe_operators() -> dict[str, str]:
     return {"version": status.operators, "reason": status.reason}
 
 
-def probe_mmeformer() -> dict[str, str]:
-    """Version, after importing the backbones."""
-    importlib.import_module("mmeformer.backbones")
-    return {"version": importlib.import_module("mmeformer.version").__version__}
-
-
-def probe_version(module: str) -> dict[str, str]:
+def probe_import(module: str) -> dict[str, str]:
     """Version of any other module, after importing it."""
     version = getattr(importlib.import_module(module), "__version__", "")
-    if module == "mmdet":
-        # Importing the package alone does not import what its data sets need.
-        importlib.import_module("mmdet.datasets")
+    importlib.import_module(INSIDE.get(module, module))
     return {"version": str(version)}
 
 
-PROBES: dict[str, Callable[[], dict[str, str]]] = {
-    "torch": probe_torch,
-    "torchvision": probe_torchvision,
-    "operators": probe_operators,
-    "mmeformer": probe_mmeformer,
-}
+PROBES = {"torch": probe_torch, "operators": probe_operators}
 
 
 def run_probe(name: str) -> Probe:
     """Run one probe in this process; any failure becomes the outcome's ``error``."""
     try:
-        return Probe(PROBES[name]() if name in PROBES else probe_version(name))
+        return Probe(PROBES[name]() if name in PROBES else probe_import(name))
     # A broken import may raise anything, SystemExit included.
     except BaseException as error:
-        text = " ".join(str(error).split())
-        return Probe(
-            error=text if type(error) is RuntimeError else f"{type(error).__name__}: {text}"
-        )
+        kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
+        return Probe(error=kind + " ".join(str(error).split()))
 
 
-def _silence() -> None:
-    # Some packages print on import.
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
+def silence() -> None:
+    """Discard what this process prints: some packages print at their import."""
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def run_probes(names: tuple[str, ...], run: Callable[[str], Probe] = run_probe) -> dict[str, Probe]:
@@ -239,7 +209,7 @@ def run_probes(names: tuple[str, ...], run: Callable[[str], Probe] = run_probe) 
     outcomes: dict[str, Probe] = {}
     context = multiprocessing.get_context("spawn")
     while len(outcomes) < len(names):
-        with ProcessPoolExecutor(1, mp_context=context, initializer=_silence) as pool:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=silence) as pool:
             for name in names[len(outcomes) :]:
                 try:
                     outcomes[name] = pool.submit(run, name).result()
@@ -251,8 +221,8 @@ def run_probes(names: tuple[str, ...], run: Callable[[str], Probe] = run_probe) 
 
 def driver_gpus() -> str:
     """GPUs that the NVIDIA driver lists, one per line; "" without a driver."""
+    command = ["nvidia-smi", "-L"]
     try:
-        command = ["nvidia-smi", "-L"]
         reply = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ""
@@ -261,21 +231,18 @@ def driver_gpus() -> str:
 
 def gather() -> Facts:
     """Facts about the interpreter that runs this."""
-    distributions, requirements, requires_python = {}, {}, ""
-    for distribution in importlib.metadata.distributions():
-        # A half-removed distribution leaves metadata without a name.
-        name = canonical(distribution.metadata["Name"] or "")
-        if not name or name in distributions:
-            continue
-        distributions[name] = distribution.version
-        requirements[name] = tuple(distribution.requires or ())
-        if name == "mmeformer":
-            requires_python = distribution.metadata["Requires-Python"] or ""
+    # Of two with one name the first is imported; a half removed one has metadata without a name.
+    installed = {
+        canonical(distribution.metadata["Name"] or ""): distribution
+        for distribution in reversed([*importlib.metadata.distributions()])
+    }
+    installed.pop("", None)
+    ours = installed.get("mmeformer")
     return Facts(
         python=platform.python_version(),
-        distributions=distributions,
-        requirements=requirements,
-        requires_python=requires_python,
+        distributions={name: found.version for name, found in installed.items()},
+        requirements={name: tuple(found.requires or ()) for name, found in installed.items()},
+        requires_python=(ours and ours.metadata["Requires-Python"]) or "",
         probes=run_probes(tuple(NEEDS)),
         driver_gpus=driver_gpus(),
     )
@@ -295,28 +262,20 @@ def check_python(facts: Facts) -> Iterator[Problem]:
     from packaging.specifiers import SpecifierSet
 
     if facts.python not in SpecifierSet(facts.requires_python):
-        yield Problem(
-            f"Python {facts.python} is outside of {facts.requires_python}.",
-            "make PYTHON=python3.11 repair",
-        )
+        what = f"Python {facts.python} is outside of {facts.requires_python}."
+        yield Problem(what, "make PYTHON=python3.11 repair")
 
 
 def check_rivals(facts: Facts) -> Iterator[Problem]:
     """Distributions that overwrite each other's files."""
-    for module, names in RIVALS.items():
-        present = [name for name in names if name in facts.distributions]
-        if len(present) > 1:
+    for module in RIVALS:
+        found = facts.providers(module)
+        if len(found) > 1 and (module != "cv2" or len(set(found.values())) > 1):
+            listed = ", ".join(f"{name} {version}" for name, version in found.items())
             yield Problem(
-                f"{' and '.join(present)} are installed over each other: both provide {module}.",
-                f"pip uninstall -y {' '.join(present)}, then make repair (or install one of them)",
+                f"Distributions are installed over each other: {listed} all provide {module}.",
+                f"pip uninstall -y {' '.join(found)}, then make repair (or install one of them)",
             )
-    builds = {name: facts.distributions[name] for name in OPENCV if name in facts.distributions}
-    if len(set(builds.values())) > 1:
-        listed = ", ".join(f"{name} {version}" for name, version in builds.items())
-        yield Problem(
-            f"OpenCV is installed in different versions over each other: {listed}.",
-            f"pip uninstall -y {' '.join(builds)}, then make repair (or install one of them)",
-        )
 
 
 def check_requirements(facts: Facts) -> Iterator[Problem]:
@@ -324,41 +283,33 @@ def check_requirements(facts: Facts) -> Iterator[Problem]:
     from packaging.requirements import Requirement
 
     # Another distribution with the same import name satisfies a requirement too.
-    rivals = {name: names for names in (*RIVALS.values(), OPENCV) for name in names}
-    owners = ["mmeformer", "torch", "torchvision", "timm", *rivals]
-    complaints: dict[str, list[str]] = {}
-    for owner in owners:
-        for line in facts.requirements.get(owner, ()):
-            requirement = Requirement(line)
-            name = canonical(requirement.name)
-            applies = not requirement.marker or requirement.marker.evaluate({"extra": ""})
-            if not applies or name in NOT_NEEDED or (owner, name) == ("torchvision", "torch"):
+    rivals = {name: names for names in RIVALS.values() for name in names}
+    complaints: dict[str, list[tuple[str, str]]] = {}
+    for owner in ("mmeformer", "torch", "torchvision", "timm", *rivals):
+        for requirement in map(Requirement, facts.requirements.get(owner, ())):
+            name, marker = canonical(requirement.name), requirement.marker
+            if name in NOT_NEEDED or (marker and not marker.evaluate({"extra": ""})):
                 continue
             installed = facts.distributions.get(name)
-            wish = f"{name}{requirement.specifier}"
-            if installed is None:
-                if not any(rival in facts.distributions for rival in rivals.get(name, ())):
-                    complaints.setdefault(f"{name} is missing", []).append(f"{owner}: {wish}")
-            elif not requirement.specifier.contains(installed, prereleases=True):
+            if installed and not requirement.specifier.contains(installed, prereleases=True):
                 what = f"{name} {installed} is out of range"
-                complaints.setdefault(what, []).append(f"{owner}: {wish}")
+            elif not installed and facts.distributions.keys().isdisjoint(rivals.get(name, ())):
+                what = f"{name} is missing"
+            else:
+                continue
+            complaints.setdefault(what, []).append((owner, str(requirement.specifier)))
     for what, wishes in complaints.items():
-        wanted = ",".join(wish.split(": ")[1].removeprefix(what.split()[0]) for wish in wishes)
-        yield Problem(
-            f"{what} ({'; '.join(wishes)}).",
-            f'make repair (or: pip install "{what.split()[0]}{wanted.strip(",")}")',
-        )
+        name = what.split()[0]
+        listed = "; ".join(f"{owner}: {name}{wanted}" for owner, wanted in wishes)
+        wanted = ",".join(wanted for _, wanted in wishes if wanted)
+        pinned = name == "torch" and "torchvision" in dict(wishes)
+        fix = TORCH_FIX if pinned else f'make repair (or: pip install "{name}{wanted}")'
+        yield Problem(f"{what} ({listed}).", fix)
 
 
-def check_torch(facts: Facts) -> Iterator[Problem]:
-    """torchvision made for another torch, and a GPU that torch cannot use."""
+def check_gpu(facts: Facts) -> Iterator[Problem]:
+    """A GPU that torch cannot use."""
     torch = facts.probes["torch"]
-    installed = facts.distributions.get("torch", "")
-    for line in facts.requirements.get("torchvision", ()):
-        pin = re.match(r"torch\s*\(?==([\w.]+)", line)
-        if pin and installed and installed.split("+")[0] != pin[1]:
-            what = f"torchvision was built for torch {pin[1]}, but torch {installed} is installed."
-            yield Problem(what, TORCH_FIX)
     if facts.driver_gpus and not torch.error and not torch.values["gpus"]:
         if cuda := torch.values["cuda"]:
             why = f"the driver may be too old for CUDA {cuda}"
@@ -368,44 +319,37 @@ def check_torch(facts: Facts) -> Iterator[Problem]:
         yield Problem(f"There is an NVIDIA GPU that torch cannot use: {why}.", fix, note=True)
 
 
-def failed_need(name: str, facts: Facts) -> str:
-    """The entry whose failure already explains that ``name`` fails, or ""."""
-    for need in NEEDS[name]:
-        if facts.probes[need].error:
-            return need
-        if deeper := failed_need(need, facts):
-            return deeper
-    return ""
+def check_imports(facts: Facts, told: list[Problem]) -> Iterator[Problem]:
+    """Imports and trials that fail, and task packages that are not installed.
 
-
-def check_imports(facts: Facts) -> Iterator[Problem]:
-    """Imports and trials that fail, and task packages that are not installed."""
-    told_torchvision = any(check_torch(facts))
-    for name, probe in facts.probes.items():
-        installed = name == "operators" or bool(facts.provider(name))
+    Args:
+        facts: all facts.
+        told: problems found before, which may explain a failure.
+    """
+    explained = {"torchvision"} if any(problem.fix == TORCH_FIX for problem in told) else set()
+    for name, needs in NEEDS.items():
+        error = facts.probes[name].error
+        if not error:
+            continue
+        installed = name == "operators" or bool(facts.providers(name))
         if name in OPTIONAL and not installed:
             extra = f'for that task: pip install "mmeformer[{OPTIONAL[name]}]"'
             yield Problem(f"{name} is not installed.", extra, note=True)
-        elif not probe.error or failed_need(name, facts):
-            continue
-        elif facts.requires_python and not installed:
-            continue  # check_requirements names it.
-        elif name == "torchvision" and told_torchvision:
-            continue
-        else:
-            known = (fix for pattern, fix in KNOWN_FAILURES if re.search(pattern, probe.error))
-            yield Problem(f"{name} does not work: {probe.error}.", next(known, "make repair"))
+        # Of what is not installed, check_requirements has told.
+        elif explained.isdisjoint((name, *needs)) and (installed or not facts.requires_python):
+            known = (fix for pattern, fix in KNOWN_FAILURES.items() if re.search(pattern, error))
+            yield Problem(f"{name} does not work: {error}.", next(known, "make repair"))
+        explained.add(name)
 
 
 def diagnose(facts: Facts) -> list[Problem]:
     """All problems, causes before consequences; empty if there are none."""
-    checks = [check_rivals, check_torch, check_imports]
-    problems = []
     if "packaging" in facts.distributions:
-        checks = [check_python, check_requirements, *checks]
+        problems = [*check_python(facts), *check_requirements(facts)]
     else:
-        problems.append(Problem("packaging is missing.", "make repair, or: pip install packaging"))
-    return problems + [problem for check in checks for problem in check(facts)]
+        problems = [Problem("packaging is missing.", "make repair (or: pip install packaging)")]
+    problems += [*check_rivals(facts), *check_gpu(facts)]
+    return problems + list(check_imports(facts, problems))
 
 
 # --- reporting ------------------------------------------------------------------------------------
@@ -413,14 +357,11 @@ def diagnose(facts: Facts) -> list[Problem]:
 
 def describe(name: str, facts: Facts) -> str:
     """The text after one name in the table of versions."""
-    probe, provider = facts.probes[name], facts.provider(name)
-    if name == "operators":
-        return (
-            f"{probe.values['version']:<16} {probe.values['reason']}" if not probe.error else "fail"
-        )
-    if probe.error:
-        return f"fails to import   {provider}" if provider else "not installed"
-    return f"{probe.values['version']:<16} {provider}"
+    probe = facts.probes[name]
+    provider = ", ".join(f"{key} {version}" for key, version in facts.providers(name).items())
+    if not probe.error:
+        return f"{probe.values['version']:<16} {probe.values.get('reason', provider)}"
+    return f"{'fails':<16} {provider}" if provider or name == "operators" else "not installed"
 
 
 def report(facts: Facts, problems: list[Problem]) -> str:

@@ -2,6 +2,7 @@
 """The installer: what it decides, what it leaves behind, and how it fails."""
 
 import ast
+import fcntl
 import importlib.util
 import json
 import os
@@ -12,7 +13,9 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,30 +43,38 @@ def program(folder: Path, name: str, text: str) -> Path:
 
 
 @pytest.fixture
-def environment(tmp_path):
-    """A virtual environment without pip."""
+def folder(tmp_path):
+    """Path of a virtual environment without pip."""
     folder = tmp_path / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    return bootstrap.Environment(str(folder))
+    return str(folder)
 
 
 @pytest.fixture
-def fake_pip(environment, monkeypatch):
-    """An environment whose pip installs nothing; ``failing[i]`` is the log of a call that fails."""
+def fake_pip(folder, monkeypatch):
+    """What the environment is asked to run, in vain; ``failing[i]`` is the log of a failed call."""
     calls, failing = [], {}
 
-    def run(*arguments, **options):
+    def run(place, *arguments, **options):
+        assert place == folder
         calls.append(arguments)
         if len(calls) - 1 in failing:
-            with open(environment.log, "a") as log:
+            with open(Path(folder, "install.log"), "a") as log:
                 log.write(failing[len(calls) - 1])
             return subprocess.CompletedProcess(arguments, 1, b"2 problem(s)")
         return subprocess.CompletedProcess(arguments, 0, b"")
 
-    monkeypatch.setattr(environment, "run", run)
+    monkeypatch.setattr(bootstrap, "run", run)
     monkeypatch.setattr(bootstrap, "has_gpu", lambda: True)
-    environment.calls, environment.failing = calls, failing
-    return environment
+    return SimpleNamespace(calls=calls, failing=failing)
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    """The only folder in which programs are found."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    return tmp_path / "bin"
 
 
 # --- interpreters ---------------------------------------------------------------------------------
@@ -77,31 +88,30 @@ def test_range_of_pythons_is_that_of_the_package():
     declared = re.search(r'python_requires="([^"]+)"', (ROOT / "setup.py").read_text()).group(1)
     oldest, newest = bootstrap.OLDEST, bootstrap.NEWEST
     assert declared == f">={oldest[0]}.{oldest[1]},<{newest[0]}.{newest[1] + 1}"
-    versions = (None, (3, 9), (3, 10), (3, 13, 7), (3, 14))
+    versions = ([], (3, 9), (3, 10), (3, 13, 7), (3, 14))
     assert [bootstrap.in_range(v) for v in versions] == [False, False, True, True, False]
     assert {f"python3.{minor}" for minor in range(10, 14)} == set(bootstrap.INTERPRETERS)
 
 
-def test_interpreter_that_only_pretends_is_passed_over(tmp_path, monkeypatch):
-    program(tmp_path, "python3.11", "echo 'command not found' >&2; exit 127\n")
-    program(tmp_path, "python3.12", "echo 3 9 2\n")
-    good = program(tmp_path, "python3.10", "echo 3 10 4\n")
-    monkeypatch.setenv("PATH", str(tmp_path))
+@pytest.mark.parametrize("place", ["bin", "pyenv/versions/3.10.4/bin"])
+def test_interpreter_that_only_pretends_is_passed_over(tmp_path, path, place):
+    program(path, "python3.11", "echo 'command not found' >&2; exit 127\n")
+    program(path, "python3.12", "echo 3 9 2\n")
+    good = program(tmp_path / place, "python3.10", "echo 3 10 4\n")
     assert bootstrap.other_interpreter() == str(good)
 
 
-def test_no_interpreter_in_range(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_no_interpreter_in_range(path):
     with pytest.raises(
         bootstrap.Failure, match=r"needs Python 3\.10 to 3\.13.*(?s:.)*make PYTHON="
-    ):
+    ) as caught:
         bootstrap.other_interpreter()
+    assert sys.version.split()[0] in str(caught.value)
 
 
-def test_script_hands_over_to_an_interpreter_in_range(tmp_path, monkeypatch):
-    other = program(tmp_path, "python3.11", "echo 3 11 0\n")
+def test_script_hands_over_to_an_interpreter_in_range(path, monkeypatch):
+    other = program(path, "python3.11", "echo 3 11 0\n")
     handed = []
-    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(bootstrap.sys, "version_info", (3, 14, 0))
     monkeypatch.setattr(bootstrap.sys, "argv", [str(SCRIPT), "folder"])
 
@@ -111,7 +121,7 @@ def test_script_hands_over_to_an_interpreter_in_range(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bootstrap.os, "execv", execv)
     with pytest.raises(bootstrap.Failure, match="handed over"):
-        bootstrap.run("folder")
+        bootstrap.bootstrap("folder")
     assert handed == [[str(other), str(other), str(SCRIPT), "folder"]]
 
 
@@ -121,59 +131,61 @@ def test_script_hands_over_to_an_interpreter_in_range(tmp_path, monkeypatch):
 def test_something_else_at_the_place_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(bootstrap.Failure, match="not a virtual environment"):
-        bootstrap.Environment(str(tmp_path)).make()
+        bootstrap.make_environment(str(tmp_path))
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_usable_environment_is_kept(environment):
-    mine = Path(environment.folder, "mine")
+def test_usable_environment_is_kept(folder):
+    mine = Path(folder, "mine")
     mine.write_text("")
-    environment.make()
+    bootstrap.make_environment(folder)
     assert mine.exists()
 
 
 @pytest.mark.parametrize("answer", [None, "exit 1", "echo 3 14 0", "echo 3 9 1"])
-def test_environment_without_a_usable_python_is_made_again(environment, answer):
-    python = Path(environment.python)
+def test_environment_without_a_usable_python_is_made_again(folder, answer):
+    python = Path(bootstrap.python_of(folder))
     python.unlink()
     if answer:
         program(python.parent, "python", answer + "\n")
-    environment.make()
-    assert bootstrap.python_version(str(python)) == sys.version_info[:3]
-    assert environment.run("-m", "pip", "--version", stdout=subprocess.PIPE).returncode == 0
+    bootstrap.make_environment(folder)
+    assert bootstrap.python_version(str(python)) == list(sys.version_info[:3])
+    # pip was not there before.
+    assert list(Path(folder).glob("lib/python3*/site-packages/pip/__init__.py"))
 
 
-def test_copied_environment_is_made_again(tmp_path, environment):
-    Path(environment.stamp).write_text(json.dumps(environment.state()))
-    shutil.copytree(environment.folder, tmp_path / "copy", symlinks=True)
-    copy = bootstrap.Environment(str(tmp_path / "copy"))
-    assert copy.recorded() != copy.state()
-    copy.make()
-    assert not Path(copy.stamp).exists()
+def test_copied_environment_is_made_again(tmp_path, folder):
+    Path(folder, bootstrap.STAMP).write_text(json.dumps(bootstrap.state(folder)))
+    copy = str(tmp_path / "copy")
+    shutil.copytree(folder, copy, symlinks=True)
+    assert bootstrap.recorded(copy) != bootstrap.state(copy)
+    bootstrap.make_environment(copy)
+    assert not Path(copy, bootstrap.STAMP).exists()
 
 
 def test_missing_venv_module(tmp_path, monkeypatch):
     python = program(tmp_path, "python", "echo 'ensurepip is not available'; exit 1\n")
     monkeypatch.setattr(bootstrap.sys, "executable", str(python))
-    with pytest.raises(bootstrap.Failure, match=r"(?s)ensurepip.*apt install python3\.\d+-venv"):
-        bootstrap.Environment(str(tmp_path / "new")).make()
+    command = rf"apt install python3\.{sys.version_info[1]}-venv"
+    with pytest.raises(bootstrap.Failure, match=command):
+        bootstrap.make_environment(str(tmp_path / "new"))
 
 
-def test_half_unpacked_packages_are_installed_again(environment):
-    packages = Path(environment.folder, f"lib/python3.{sys.version_info[1]}/site-packages")
+def test_half_unpacked_packages_are_installed_again(folder):
+    packages = Path(folder, f"lib/python3.{sys.version_info[1]}/site-packages")
     for name, files in {"whole-1": ["METADATA", "INSTALLER"], "half-1": ["METADATA"]}.items():
         (packages / f"{name}.dist-info").mkdir()
         for file in files:
             (packages / f"{name}.dist-info" / file).write_text("")
-    environment.drop_incomplete()
+    bootstrap.drop_incomplete(folder)
     assert [path.name for path in packages.glob("*.dist-info")] == ["whole-1.dist-info"]
 
 
-def test_callers_python_settings_do_not_lead_out(environment, monkeypatch):
+def test_callers_python_settings_do_not_lead_out(folder, monkeypatch):
     for name in ("PYTHONPATH", "PIP_TARGET", "PIP_USER"):
         monkeypatch.setenv(name, "elsewhere")
     code = "import json, os; print(json.dumps(dict(os.environ)))"
-    reply = environment.run("-c", code, stdout=subprocess.PIPE)
+    reply = bootstrap.run(folder, "-c", code, stdout=subprocess.PIPE)
     seen = json.loads(reply.stdout)
     assert not {"PYTHONPATH", "PIP_TARGET", "PIP_USER"} & set(seen)
     assert seen["PYTHONNOUSERSITE"] == "1"
@@ -182,58 +194,72 @@ def test_callers_python_settings_do_not_lead_out(environment, monkeypatch):
 # --- the installation -----------------------------------------------------------------------------
 
 
-def test_complete_installation_is_not_repeated(fake_pip, monkeypatch):
-    fake_pip.install()
-    assert fake_pip.recorded() == fake_pip.state()
+def test_complete_installation_is_not_repeated(folder, fake_pip):
+    bootstrap.bootstrap(folder)
+    assert bootstrap.recorded(folder) == bootstrap.state(folder)
     pip, torch, rest, doctor = fake_pip.calls
-    assert pip[-1].startswith("pip==") and torch[-2:] == ("torch", "torchvision")
+    assert pip[-1].startswith("pip==") and torch[-2].startswith("torch==")
     assert rest[-5:] == ("--no-deps", "-r", "constraints.txt", "-e", ".")
     assert doctor == ("-m", "mmeformer.doctor")
-    monkeypatch.setattr(bootstrap, "Environment", lambda folder: fake_pip)
-    bootstrap.run(fake_pip.folder)
+    bootstrap.bootstrap(folder)
     assert len(fake_pip.calls) == 4
 
 
+def test_second_installation_waits_for_the_first(folder, fake_pip, capsys):
+    with open(SCRIPT) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = threading.Thread(target=bootstrap.bootstrap, args=[folder])
+        second.start()
+        while "waiting for it to end" not in capsys.readouterr().out:
+            assert second.is_alive()
+        # What the first one finishes, the second one finds.
+        Path(folder, bootstrap.STAMP).write_text(json.dumps(bootstrap.state(folder)))
+    second.join(60)
+    assert not second.is_alive() and not fake_pip.calls
+
+
 @pytest.mark.parametrize("failing", range(4))
-def test_incomplete_installation_leaves_no_stamp(fake_pip, failing):
-    Path(fake_pip.stamp).write_text("{}")
+def test_incomplete_installation_leaves_no_stamp(folder, fake_pip, failing):
+    stamp = Path(folder, bootstrap.STAMP)
+    stamp.write_text("{}")
     fake_pip.failing[failing] = "ERROR: something new\n"
     with pytest.raises(bootstrap.Failure) as caught:
-        fake_pip.install()
-    assert len(fake_pip.calls) == failing + 1 and not Path(fake_pip.stamp).exists()
+        bootstrap.install(folder)
+    assert len(fake_pip.calls) == failing + 1 and not stamp.exists()
     assert ("2 problem(s)" if failing == 3 else "something new") in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["constraints.txt", "setup.py", "pyproject.toml", "tools/bootstrap.py"]
-)
-def test_stamp_holds_until_an_input_changes(tmp_path, environment, monkeypatch, name):
+@pytest.mark.parametrize("name", bootstrap.INPUTS)
+def test_stamp_holds_until_an_input_changes(tmp_path, folder, monkeypatch, name):
     root = tmp_path / "checkout"
     (root / "tools").mkdir(parents=True)
-    for file in ("constraints.txt", "setup.py", "pyproject.toml", "tools/bootstrap.py"):
+    for file in bootstrap.INPUTS:
         shutil.copy(ROOT / file, root / file)
     monkeypatch.setattr(bootstrap, "ROOT", str(root))
-    before = environment.state()
-    assert environment.state() == before
+    before = bootstrap.state(folder)
+    assert bootstrap.state(folder) == before
     (root / name).write_text((root / name).read_text() + "# changed\n")
-    assert environment.state() != before
+    assert bootstrap.state(folder) != before
 
 
-def test_damaged_stamp_counts_for_nothing(environment):
-    Path(environment.stamp).write_text("{")
-    assert environment.recorded() == {}
+def test_damaged_stamp_counts_for_nothing(folder):
+    Path(folder, bootstrap.STAMP).write_text("{")
+    assert bootstrap.recorded(folder) == {}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has builds for CUDA")
-def test_without_a_gpu_a_cpu_build_is_tried_first(fake_pip, monkeypatch):
+def test_without_a_gpu_a_cpu_build_is_tried_first(folder, fake_pip, monkeypatch, capsys):
     monkeypatch.setattr(bootstrap, "has_gpu", lambda: False)
-    fake_pip.install_torch()
+    bootstrap.install_torch(folder)
     (only,) = fake_pip.calls
-    version = bootstrap.pinned("torch")
-    assert f"torch=={version}+cpu" in only and re.fullmatch(r"[\d.]+", version)
-    fake_pip.failing[1] = "ERROR: No matching distribution found for torch==2.12.1+cpu"
-    fake_pip.install_torch()
-    assert len(fake_pip.calls) == 3 and fake_pip.calls[2][-2:] == ("torch", "torchvision")
+    builds = (bootstrap.pinned("torch"), bootstrap.pinned("torchvision"))
+    assert re.fullmatch(r"torch==[\d.]+", builds[0])
+    assert only[-2:] == tuple(f"{build}+cpu" for build in builds)
+    assert "no CPU build there" not in capsys.readouterr().out
+    fake_pip.failing[1] = f"ERROR: No matching distribution found for {builds[0]}+cpu"
+    bootstrap.install_torch(folder)
+    assert len(fake_pip.calls) == 3 and fake_pip.calls[2][-2:] == builds
+    assert "no CPU build there" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -244,9 +270,8 @@ def test_without_a_gpu_a_cpu_build_is_tried_first(fake_pip, monkeypatch):
         ("echo 'No devices were found'", False),
     ],
 )
-def test_gpu_is_asked_of_the_driver(tmp_path, monkeypatch, driver, found):
-    program(tmp_path, "nvidia-smi", driver + "\n")
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_gpu_is_asked_of_the_driver(path, driver, found):
+    program(path, "nvidia-smi", driver + "\n")
     assert bootstrap.has_gpu() == found
 
 
@@ -260,12 +285,12 @@ def test_gpu_is_asked_of_the_driver(tmp_path, monkeypatch, driver, found):
         ("ERROR: No matching distribution found for torch==2.12.1", "not offered"),
     ],
 )
-def test_known_failures_are_explained(fake_pip, log, message):
+def test_known_failures_are_explained(folder, fake_pip, log, message):
     # pip's last words about a network that fails are that nothing was found.
     fake_pip.failing[0] = f"{log}\nERROR: No matching distribution found for x\n"
     with pytest.raises(bootstrap.Failure) as caught:
-        fake_pip.must("x", "x")
-    assert message in str(caught.value) and fake_pip.log in str(caught.value)
+        bootstrap.pip_install(folder, "x", "x")
+    assert message in str(caught.value) and f"{folder}/install.log" in str(caught.value)
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
