@@ -267,10 +267,15 @@ def test_command_names_broken_imports(tmp_path):
     (tmp_path / "mmengine").mkdir()
     (tmp_path / "mmengine" / "__init__.py").write_text("import os\nos.abort()\n")
     (tmp_path / "timm.py").write_text("raise RuntimeError('half-installed')\n")
+    # The first on the path counts; a half removed distribution has no name.
+    for name, metadata in {"timm-0.1": "Name: timm\nVersion: 0.1\n", "~umpy-2": ""}.items():
+        (tmp_path / f"{name}.dist-info").mkdir()
+        (tmp_path / f"{name}.dist-info" / "METADATA").write_text(metadata)
     reply = run_doctor(PYTHONPATH=str(tmp_path))
     assert reply.returncode == 1
     assert "mmengine does not work: the import ended its process" in reply.stdout
     assert "timm does not work: half-installed." in reply.stdout
+    assert re.search(r"^timm +fails +timm 0\.1$", reply.stdout, re.MULTILINE)
     assert "mmcv does" not in reply.stdout
     assert "Traceback" not in reply.stdout + reply.stderr
 

@@ -194,7 +194,7 @@ def install_torch(folder):
         try:
             return pip_install(folder, "torch", *small, stderr=subprocess.DEVNULL)
         except Failure:
-            say("      no CPU build there; the CUDA build, which is larger, runs without a GPU too")
+            say("      no CPU build was found; the larger CUDA build runs without a GPU too")
     pip_install(folder, "torch", "-c", "constraints.txt", *builds)
 
 
