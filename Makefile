@@ -45,18 +45,17 @@ quickstart-seg: install ## The same for Semantic FPN
 quickstart-rotated: install ## The same for rotated boxes
 	@$(VENV) tools/quickstart.py rotated
 
-# Tests that copy their process come first and alone: a copy must have no threads. All are in
-# tests/training.
+# The selection of `make test`, by pytest's markers.
+TESTS ?= not slow and not install
+
 test: install ## Run the tests, without the slow ones
-	@$(PYTEST) tests/training -m "forks and not slow"
-	@$(PARALLEL) -m "not forks and not slow and not install"
+	@$(PARALLEL) -m "$(TESTS)"
 
 test-all: install ## Run all tests, on newly drawn inputs where inputs are drawn
-	@$(PYTEST) tests/training -m forks --hypothesis-profile=explore
-	@$(PARALLEL) -m "not forks" --hypothesis-profile=explore
+	@$(PARALLEL) --hypothesis-profile=explore
 
 test-install: install ## Install the built wheel into fresh environments (Python 3.10, 3.13) and use it
-	@$(PARALLEL) -m install
+	@$(PARALLEL) -m "install and not slow"
 
 smoke: install ## Import everything and run each task once, in a minute
 	@$(VENV) tests/smoke.py

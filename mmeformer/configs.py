@@ -10,6 +10,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
+from mmeformer.files import refuse_url
 from mmeformer.paths import config_dir
 
 
@@ -25,6 +26,7 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
         FileNotFoundError: neither exists; the message names similar shipped configs.
         ValueError: it cannot be read; the message says why.
     """
+    refuse_url(path, "config")
     path = Path(path)
     if not path.is_file():
         shipped = config_dir() / str(path).removeprefix("configs/")

@@ -11,8 +11,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Two letters at least: C:/ is a drive. pathlib makes https:/ of https://.
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")
 _STEM_LENGTH = 40
 """Characters of a file's stem that its draft repeats; file systems limit the length of names."""
+
+
+def refuse_url(path: str | Path, name: str) -> None:
+    """Raise if a URL was given for a local file or folder.
+
+    Args:
+        path: as it was given.
+        name: what it is, for the message.
+
+    Raises:
+        ValueError: it is a URL.
+    """
+    if (found := _URL.match(str(path))) is not None:
+        raise ValueError(f"{name} {found[1]}://{found[2]} is a URL; give a local path")
 
 
 @contextmanager
@@ -36,7 +52,9 @@ def replacing(path: str | Path, sync: bool = False) -> Iterator[Path]:
 
     Raises:
         OSError: it cannot be written; the error names ``path``.
+        ValueError: it is a URL.
     """
+    refuse_url(path, "output")
     target = Path(path).expanduser()
     if target.exists() and not target.is_file() and not target.is_dir():
         yield target

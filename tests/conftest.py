@@ -30,7 +30,25 @@ def variant(request) -> Variant:
     return VARIANTS[request.param]
 
 
-@pytest.fixture(params=["efficientformer_l1", "efficientformerv2_s0"])
+SMALL = ("efficientformer_l1", "efficientformerv2_s0")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[] if name in SMALL else pytest.mark.slow) for name in VARIANTS
+    ],
+)
+def any_variant(request) -> Variant:
+    """Every published variant, of which only the smallest of each family is no slow test.
+
+    For what the size does not decide. What ties a variant to its published weights and figures is
+    tested with :func:`variant`.
+    """
+    return VARIANTS[request.param]
+
+
+@pytest.fixture(params=SMALL)
 def small_variant(request) -> Variant:
     """The smallest variant of each family."""
     return VARIANTS[request.param]
@@ -62,9 +80,13 @@ def quiet_logging(monkeypatch):
 def pytest_collection_modifyitems(items):
     """Tests that copy their process come first, while it has no threads of torch.compile or CUDA.
 
-    PyTorch's autograd refuses to work in a copy of a process that has them.
+    PyTorch's autograd refuses to work in a copy of a process that has them. The environments of
+    wheels are next: they take longest, and several processes share the rest better. (xdist gives
+    the first tests to one process, and what another process takes over are never these.)
     """
-    items.sort(key=lambda item: "forks" not in item.keywords)
+    items.sort(
+        key=lambda item: ("forks" not in item.keywords, "environments" not in item.fixturenames)
+    )
     if torch.cuda.is_available():
         for item in items:
             if "forks" in item.keywords:

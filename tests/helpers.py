@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several test modules call."""
 
+import re
+
+import pytest
+
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.variants import Variant
 
@@ -9,3 +13,9 @@ def build_backbone(variant: Variant, **kwargs):
     """A backbone of a row of ``variants.py``."""
     cls = EfficientFormer if variant.family == "v1" else EfficientFormerV2
     return cls(variant.arch, **kwargs)
+
+
+def larger_are_slow(names: list[str]) -> list:
+    """Parameters of a test from names of configs; those of larger variants are slow tests."""
+    larger = re.compile("-l3_|-l7_|v2-s1_|v2-s2_|v2-l_")
+    return [pytest.param(n, marks=pytest.mark.slow if larger.search(n) else ()) for n in names]

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -190,3 +191,24 @@ def test_long_names_and_names_in_other_scripts(tmp_path):
     for name in ("x" * 250 + ".png", "航" * 80 + ".png"):
         write_text(tmp_path / name, name)
         assert (tmp_path / name).read_text() == name
+
+
+@pytest.mark.parametrize("url", ["https://host/a/b.json", "s3://bucket/b.json"])
+def test_urls_are_no_paths(url, tmp_path, monkeypatch):
+    """pathlib makes ``https:/`` of ``https://``, which messages repeated and outputs created."""
+    from mmeformer import configs, runtime
+    from mmeformer.inference.inputs import find_sources
+    from mmeformer.inference.outputs import prepare_folder
+
+    monkeypatch.chdir(tmp_path)
+    for use in (
+        configs.load_config,
+        runtime.load,
+        prepare_folder,
+        lambda path: find_sources([path]),
+        lambda path: write_text(path, "content"),
+        lambda path: write_text(Path(path), "content"),
+    ):
+        with pytest.raises(ValueError, match=f" {url} is a URL; give a local path"):
+            use(url)
+    assert not list(tmp_path.iterdir())

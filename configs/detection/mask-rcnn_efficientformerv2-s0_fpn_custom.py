@@ -3,7 +3,7 @@ _base_ = "mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py"
 
 # ---- always changed -------------------------------------------------------------------------
 data_root = "data/my_dataset/"  # has train2017/, val2017/ and annotations/instances_*.json
-classes = ("cat", "dog")  # the category names of the annotation files, in their order
+classes = ("cat", "dog")  # the category names of the annotation files, in any order
 checkpoint = "timm://efficientformerv2_s0.snap_dist_in1k"  # backbone weights; None: from scratch
 
 # ---- often changed --------------------------------------------------------------------------
@@ -15,6 +15,9 @@ rois_per_image = 512  # boxes to train the heads on; fewer are faster, 128 is en
 epochs = 24
 warmup_iters = 100
 num_workers = 2
+# Raw imagery: add the bands of red, green and blue, and the values of black and white, such as
+# bands=(4, 3, 2), stretch=(0, 4095). Pictures (8 bits, gray or RGB) need nothing.
+load_image = dict(type="mmeformer.LoadImageFromFile")
 
 # ---- rarely changed -------------------------------------------------------------------------
 scratch = checkpoint is None
@@ -36,7 +39,7 @@ model = dict(
 )
 metainfo = dict(classes=classes)
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
+    load_image,
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(
         type="RandomResize",
@@ -48,7 +51,7 @@ train_pipeline = [
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    load_image,
     dict(type="Resize", scale=scale, keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(

@@ -31,13 +31,13 @@ model = dict(
 )
 metainfo = dict(classes=classes)
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="mmeformer.LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="RandomFlip", prob=0.75, direction=["horizontal", "vertical", "diagonal"]),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="mmeformer.LoadImageFromFile"),
     dict(type="Resize", scale=size, keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(

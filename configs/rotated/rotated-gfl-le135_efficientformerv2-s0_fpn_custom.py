@@ -14,6 +14,9 @@ anchor_scale = 4  # smallest anchors: 8 times this, in px
 epochs = 24
 warmup_iters = 100
 num_workers = 2
+# Raw imagery: add the bands of red, green and blue, and the values of black and white, such as
+# bands=(4, 3, 2), stretch=(0, 4095). Pictures (8 bits, gray or RGB) need nothing.
+load_image = dict(type="mmeformer.LoadImageFromFile")
 
 # ---- rarely changed -------------------------------------------------------------------------
 scratch = checkpoint is None
@@ -31,7 +34,7 @@ model = dict(
 )
 metainfo = dict(classes=classes)
 train_pipeline = [
-    dict(type="mmdet.LoadImageFromFile"),
+    load_image,
     dict(type="mmdet.LoadAnnotations", with_bbox=True, box_type="qbox"),
     dict(type="ConvertBoxType", box_type_mapping=dict(gt_bboxes="rbox")),
     dict(type="mmdet.Resize", scale=size, keep_ratio=True, clip_object_border=False),
@@ -39,7 +42,7 @@ train_pipeline = [
     dict(type="mmdet.PackDetInputs"),
 ]
 val_pipeline = [
-    dict(type="mmdet.LoadImageFromFile"),
+    load_image,
     dict(type="mmdet.Resize", scale=size, keep_ratio=True),
     dict(type="mmdet.LoadAnnotations", with_bbox=True, box_type="qbox"),
     dict(type="ConvertBoxType", box_type_mapping=dict(gt_bboxes="rbox")),

@@ -31,14 +31,14 @@ model = dict(
     test_cfg=dict(max_per_img=100),
 )
 train_pipeline = [
-    dict(type="mmdet.LoadImageFromFile"),
+    dict(type="mmeformer.LoadImageFromFile"),
     dict(type="mmdet.LoadAnnotations", with_bbox=True, box_type="qbox"),
     dict(type="ConvertBoxType", box_type_mapping=dict(gt_bboxes="rbox")),
     dict(type="mmdet.RandomFlip", prob=0.75, direction=["horizontal", "vertical", "diagonal"]),
     dict(type="mmdet.PackDetInputs"),
 ]
 val_pipeline = [
-    dict(type="mmdet.LoadImageFromFile"),
+    dict(type="mmeformer.LoadImageFromFile"),
     dict(type="mmdet.Resize", scale=size, keep_ratio=True),
     dict(type="mmdet.LoadAnnotations", with_bbox=True, box_type="qbox"),
     dict(type="ConvertBoxType", box_type_mapping=dict(gt_bboxes="rbox")),

@@ -20,6 +20,9 @@ learning_rate = 2e-4
 max_iters = 8000
 warmup_iters = 200
 num_workers = 2
+# Raw imagery: type="mmeformer.LoadImageFromFile" with the bands of red, green and blue, and the
+# values of black and white, such as bands=(4, 3, 2), stretch=(0, 4095).
+load_image = dict(type="LoadImageFromFile")  # the name that MMSegInferencer looks for
 
 # ---- rarely changed -------------------------------------------------------------------------
 scratch = checkpoint is None
@@ -48,7 +51,7 @@ model = dict(
     ),
 )
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
+    load_image,
     dict(type="LoadAnnotations"),
     dict(type="RandomResize", scale=scale, ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
@@ -57,13 +60,13 @@ train_pipeline = [
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    load_image,
     dict(type="Resize", scale=scale, keep_ratio=True),
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
 tta_pipeline = [
-    dict(type="LoadImageFromFile"),
+    load_image,
     dict(
         type="TestTimeAug",
         transforms=[

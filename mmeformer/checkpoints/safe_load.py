@@ -37,6 +37,7 @@ from mmengine.runner.checkpoint import (
 from timm.models import get_pretrained_cfg, load_state_dict_from_hf
 
 from mmeformer.errors import CheckpointError
+from mmeformer.files import refuse_url
 
 TIMM = "timm://"
 MapLocation = str | torch.device | None
@@ -135,6 +136,7 @@ def read(path: str | Path, map_location: MapLocation = "cpu") -> dict[str, Any]:
         CheckpointError: the file is damaged, is not a checkpoint, or would run code. No code in
             the file was run.
     """
+    refuse_url(path, "checkpoint")
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")

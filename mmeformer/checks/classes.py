@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmeformer.checks.findings import first_of
+
 
 def class_names(names: str | Sequence[str] | None, key: str = "classes") -> tuple[str, ...]:
     """Class names as a tuple.
@@ -35,5 +37,6 @@ def require_color_per_class(palette: Sequence, classes: Sequence[str]) -> None:
     if len(palette) != len(classes):
         raise ValueError(
             f"metainfo palette has {len(palette)} colors for {len(classes)} classes "
-            f"{list(classes)}; give one (red, green, blue) for each class, or no palette"
+            f"{first_of(list(classes), 20)}; give one (red, green, blue) for each class, or no "
+            "palette"
         )

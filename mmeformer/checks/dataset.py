@@ -12,8 +12,9 @@ import cv2
 import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.registry import DATASETS, VISUALIZERS, init_default_scope
+from mmengine.registry import DATASETS, METRICS, VISUALIZERS, init_default_scope
 
+from mmeformer.checks.findings import ERROR, Finding
 from mmeformer.checks.interface import CheckedDataset
 from mmeformer.files import write_bytes
 from mmeformer.images import read_image
@@ -57,6 +58,20 @@ def datasets_of(config: Config, split: str) -> list[BaseDataset]:
         dataset.checked = False
         datasets.append(dataset)
     return datasets
+
+
+def check_evaluator(config: Config, split: str, dataset: CheckedDataset) -> list[Finding]:
+    """A finding if the metrics of a split read other labels than its data set, or cannot."""
+    settings = config.get(f"{split}_evaluator") or []
+    try:
+        metrics = [
+            METRICS.build(copy.deepcopy(item))
+            for item in (settings if isinstance(settings, (list, tuple)) else [settings])
+        ]
+        dataset.check_metrics(metrics)
+    except (OSError, ValueError) as error:
+        return [Finding(ERROR, "evaluator", f"{split}_evaluator", str(error))]
+    return []
 
 
 def _flat(settings: dict) -> Iterator[dict]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from mmengine.logging import print_log
 
@@ -39,6 +40,19 @@ class Finding:
 def errors_first(findings: Sequence[Finding]) -> list[Finding]:
     """Sort errors before warnings; otherwise the order stays."""
     return sorted(findings, key=lambda finding: finding.severity != ERROR)
+
+
+def first_of(items: Collection, shown: int = 5) -> str:
+    """The first items, each as Python shows it (shortened), and how many follow."""
+    text = ", ".join(shorten(item) for item in islice(items, shown))
+    more = len(items) - shown
+    return f"[{text}, and {more} more]" if more > 0 else f"[{text}]"
+
+
+def shorten(value: object, length: int = 60) -> str:
+    """A value as Python shows it, but for the end of long ones."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 4]}...{text[-1]}"
 
 
 def format_findings(findings: Sequence[Finding], per_kind: int = 5) -> str:

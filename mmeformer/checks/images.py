@@ -9,10 +9,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 from PIL import Image
 
 from mmeformer.checks.findings import ERROR, WARNING, Finding
+from mmeformer.images import (
+    JPEG_END,
+    JPEG_START,
+    LOADER,
+    PLAIN,
+    PNG_END,
+    PNG_START,
+    TIFF_STARTS,
+    Layout,
+    Reading,
+    dark_fault,
+    decode_fully,
+    is_whole,
+    largest_value,
+    read_layout,
+)
 
 # EXIF: the image is stored rotated by 90 degrees. OpenCV rotates it back when reading.
 ORIENTATION_TAG = 274
@@ -20,10 +35,11 @@ SIDEWAYS = (5, 6, 7, 8)
 # Pillow's errors for files that are truncated, not images, or too large.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
-PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
-JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 EMPTY = "is empty; copy it again"
 TRUNCATED = "is truncated; copy it again"
+
+DEEP_SAMPLES = 20
+"""Images of 16 bits whose values are read to tell how many of the bits are used."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +48,12 @@ class ImageFile:
 
     Args:
         height, width: in pixels, as OpenCV reads it (after the EXIF rotation).
-        mode: Pillow's name of the pixel format, such as ``RGB``, ``L`` or ``I;16``.
+        layout: bands and depth of a TIFF or PNG file; other formats have pictures of 8 bits.
     """
 
     height: int
     width: int
-    mode: str
+    layout: Layout | None
 
 
 def is_local(path: str) -> bool:
@@ -63,23 +79,29 @@ def quick_fault(path: str) -> str | None:
         return "does not exist"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    # Some cameras and editors write more data after the end marker: then read the whole file.
-    if start == PNG_START and not end.endswith(PNG_END):
-        return None if PNG_END in Path(path).read_bytes() else TRUNCATED
-    if start.startswith(JPEG_START) and not end.endswith(JPEG_END):
-        return _pillow_fault(path)
+    # Some cameras and editors write more data after the end: then read the whole file.
+    for first, last in ((PNG_START, PNG_END), (JPEG_START, JPEG_END)):
+        if start.startswith(first) and not end.endswith(last):
+            return None if is_whole(Path(path).read_bytes()) else TRUNCATED
     return None
 
 
 def decode_fault(path: str) -> str | None:
     """The reason why a local image cannot be decoded, or None; decodes it as in training."""
-    if fault := quick_fault(path) or _pillow_fault(path):
+    if fault := quick_fault(path):
         return fault
     try:
-        if cv2.imread(str(path), cv2.IMREAD_UNCHANGED) is None:
-            return "cannot be decoded by OpenCV; save it again as PNG or JPEG"
-    except cv2.error as error:
-        return f"cannot be decoded by OpenCV ({error.err}); save it again as PNG or JPEG"
+        layout = read_layout(path)
+    except ValueError as error:
+        return f"is damaged ({error}); copy it again"
+    # Pillow finds more kinds of damage, but does not read all bands and depths.
+    if (layout is None or layout.plain) and (fault := _pillow_fault(path)):
+        return fault
+    try:
+        decode_fully(path)
+    except ValueError as error:
+        text = str(error).removeprefix(f"{path} ")
+        return f"cannot be decoded ({text}); save it again as PNG, JPEG or TIFF"
     return None
 
 
@@ -90,11 +112,16 @@ def read_header(path: str) -> ImageFile:
         OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: the file is not an
             image, or is too large (:data:`UNREADABLE`).
     """
+    layout = read_layout(path)
+    with open(path, "rb") as file:
+        # Pillow does not open all of them.
+        if layout is not None and file.read(4).startswith(TIFF_STARTS):
+            return ImageFile(layout.height, layout.width, layout)
     with Image.open(path) as image:
         width, height = image.size
         if image.getexif().get(ORIENTATION_TAG) in SIDEWAYS:
             width, height = height, width
-        return ImageFile(height, width, image.mode)
+        return ImageFile(height, width, layout)
 
 
 def in_threads(function, items: Sequence) -> list:
@@ -125,6 +152,7 @@ def check_images(
     paths: Sequence[str],
     sizes: Mapping[str, tuple[int, int]] | None = None,
     decode: bool = False,
+    reading: Reading | None = PLAIN,
 ) -> list[Finding]:
     """Check existing images; see :func:`check_image`.
 
@@ -132,16 +160,24 @@ def check_images(
         paths: local files.
         sizes: (height, width) in pixels by path, as the labels give it.
         decode: decode the images in full.
+        reading: settings of the loading step; None if it is not :data:`mmeformer.images.LOADER`.
     """
 
     def check(path: str) -> Finding | None:
-        return check_image(path, None if sizes is None else sizes[path], decode)
+        return check_image(path, None if sizes is None else sizes[path], decode, reading)
 
-    return [finding for finding in in_threads(check, paths) if finding is not None]
+    findings = [finding for finding in in_threads(check, paths) if finding is not None]
+    if reading is None or reading.stretch is None:
+        bad = {finding.path for finding in findings}
+        findings += check_depth([path for path in paths if path not in bad])
+    return findings
 
 
 def check_image(
-    path: str, size: tuple[int, int] | None = None, decode: bool = False
+    path: str,
+    size: tuple[int, int] | None = None,
+    decode: bool = False,
+    reading: Reading | None = PLAIN,
 ) -> Finding | None:
     """Check an existing image; returns the first problem, or None.
 
@@ -149,6 +185,7 @@ def check_image(
         path: a local file.
         size: (height, width) in pixels, as the labels give it.
         decode: decode the image in full instead of reading its header and both ends.
+        reading: see :func:`check_images`.
     """
     if fault := decode_fault(path) if decode else quick_fault(path):
         return Finding(ERROR, "unreadable image", path, fault)
@@ -164,15 +201,49 @@ def check_image(
             f"is {header.width} x {header.height} px, but its labels are for {size[1]} x "
             f"{size[0]} px; correct width and height, or use the image that was labeled",
         )
-    if header.mode.startswith(("I", "F")):
-        return Finding(
-            WARNING,
-            "deep image",
-            path,
-            f"has more than 8 bits per channel ({header.mode}); it is read as 8 bits (of 16 bits "
-            "the upper 8), so that dark images become black. Convert it to 8 bits yourself",
-        )
+    if (fault := layout_fault(header.layout, reading)) is not None:
+        return Finding(ERROR, "bands or depth", path, fault)
     return None
+
+
+def layout_fault(layout: Layout | None, reading: Reading | None) -> str | None:
+    """Why the loading step cannot read an image with this header, and what to set; or None.
+
+    Args:
+        layout: of a TIFF or PNG file; None for other formats.
+        reading: see :func:`check_images`.
+    """
+    if layout is None:
+        return None
+    if fault := layout.fault(reading or PLAIN):
+        return fault
+    # OpenCV takes the upper 8 of 16 bits, but the first band of three that are not marked.
+    if reading is None and layout.colors == 3 and not layout.plain and not layout.is_marked:
+        return f"has three bands that are not marked as colors; load it with type={LOADER!r}"
+    return None
+
+
+def check_depth(paths: Sequence[str]) -> list[Finding]:
+    """A finding if images have 16 bits: an error if the upper 8 are nearly unused."""
+
+    def is_deep(path: str) -> bool:
+        layout = read_layout(path)
+        return layout is not None and layout.bits > 8
+
+    deep = [path for path, found in zip(paths, in_threads(is_deep, paths), strict=True) if found]
+    if not deep:
+        return []
+    try:
+        sample = deep[:: max(1, len(deep) // DEEP_SAMPLES)][:DEEP_SAMPLES]
+        fault = dark_fault(max(in_threads(largest_value, sample)))
+    except ValueError:
+        # A damaged file; training and --full name it.
+        return []
+    if fault is None:
+        text = f"has 16 bits, as {len(deep)} of {len(paths)} images; the upper 8 are read"
+        return [Finding(WARNING, "deep image", deep[0], text)]
+    text = f"{fault}. The same holds for all {len(sample)} images of 16 bits that were looked at"
+    return [Finding(ERROR, "deep image", deep[0], text)]
 
 
 def _pillow_fault(path: str) -> str | None:

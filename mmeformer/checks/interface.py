@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from mmeformer.checks.findings import Finding
+from mmeformer.images import Reading
 
 
 class CheckedDataset:
@@ -15,6 +19,14 @@ class CheckedDataset:
     checked = True
     """Whether to check at the start. ``tools/check_dataset.py`` turns it off and calls
     :meth:`findings` itself."""
+
+    # Of mmengine's BaseDataset, from which the data sets derive too.
+    pipeline: Any
+
+    @property
+    def reading(self) -> Reading | None:
+        """Settings of the loading step; None if it is not that of this project."""
+        return Reading.of_built(self.pipeline.transforms)
 
     def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
         """All problems of the labels and images.
@@ -29,3 +41,10 @@ class CheckedDataset:
             FileNotFoundError: a folder or the annotation file is missing.
         """
         raise NotImplementedError
+
+    def check_metrics(self, metrics: Sequence[Any]) -> None:
+        """Check that metrics read the labels that this data set reads; by default they do.
+
+        Raises:
+            ValueError: a metric reads others.
+        """

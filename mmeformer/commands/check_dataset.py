@@ -19,7 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mmeformer import configs
-from mmeformer.checks.dataset import SPLITS, datasets_of, draw_samples, location
+from mmeformer.checks.dataset import (
+    SPLITS,
+    check_evaluator,
+    datasets_of,
+    draw_samples,
+    location,
+)
 from mmeformer.checks.findings import ERROR, Finding
 from mmeformer.commands import cli
 
@@ -72,6 +78,7 @@ def work(args: argparse.Namespace) -> int:
         for number, dataset in enumerate(datasets, start=1):
             started = time.monotonic()
             findings = dataset.findings(decode=args.full)
+            findings += check_evaluator(config, split, dataset)
             seconds = time.monotonic() - started
             bad = sum(finding.severity == ERROR for finding in findings)
             errors += bad

@@ -66,6 +66,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-pad", action="store_true", help="do not pad small images")
     parser.add_argument("--suffix", default="png", help="format of the patches (%(default)s)")
     parser.add_argument(
+        "--bands",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="of imagery: the bands for red, green and blue, from 1; or one for gray",
+    )
+    parser.add_argument(
+        "--stretch",
+        nargs="+",
+        metavar=("LOW", "HIGH"),
+        help="of imagery of more than 8 bits: values that become black and white; or percentile",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=min(8, os.cpu_count() or 1),
@@ -75,6 +88,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.workers < 1:
         parser.error(f"--workers {args.workers} must be at least 1")
     return args
+
+
+def _stretch(values: list[str] | None) -> tuple[float, ...] | str | None:
+    """The setting of :class:`mmeformer.images.Reading` that the words of ``--stretch`` mean."""
+    if values is None or len(values) == 1:
+        return None if values is None else values[0]
+    try:
+        return tuple(map(float, values))
+    except ValueError:
+        return " ".join(values)
 
 
 def work(args: argparse.Namespace) -> int:
@@ -92,6 +115,8 @@ def work(args: argparse.Namespace) -> int:
         keep_empty=not args.drop_empty,
         pad=not args.no_pad,
         suffix=args.suffix,
+        bands=None if args.bands is None else tuple(args.bands),
+        stretch=_stretch(args.stretch),
     )
     sources = [
         (source / args.images, None if args.no_labels else source / args.labels)

@@ -74,7 +74,8 @@ def write(
     randoms = [random_image(*metadata.size, seed) for seed in range(metadata.batch)]
     batches: list[list[Any]] = [randoms, *([image] * metadata.batch for image in images)]
     examples = [
-        _planes([prepare(as_image(image), metadata) for image in batch]) for batch in batches
+        _planes([prepare(as_image(image, metadata.reading), metadata) for image in batch])
+        for batch in batches
     ]
     comparison = Comparison("CoreML runs on Apple's systems alone; what was checked here")
     compare_folded(graph, reference, examples, comparison)

@@ -11,6 +11,7 @@ from torch import nn
 
 from mmeformer import tasks
 from mmeformer.configs import read_test_metainfo
+from mmeformer.images import Reading
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.version import __version__
 
@@ -40,6 +41,9 @@ def export_metadata(
     """
     graph = tasks.load(tasks.exports()[task].graph)
     preprocessor = config.model.data_preprocessor
+    # The bare backbone can be that of a config without test data.
+    dataset = config.get("test_dataloader", {}).get("dataset", {})
+    reading = Reading.of_config(dataset.get("pipeline", ()))
     return Metadata(
         task=task,
         version=__version__,
@@ -50,6 +54,8 @@ def export_metadata(
         preprocessing_in_graph=preprocessing_in_graph,
         batch=batch,
         size=size,
+        bands=reading.bands,
+        stretch=reading.stretch,
         **graph.settings(config, model),
     )
 

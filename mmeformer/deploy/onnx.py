@@ -145,7 +145,7 @@ def _compare(
     largest = dict.fromkeys(raw, 0.0)
     pairs = []
     for image in images:
-        image = as_image(image)
+        image = as_image(image, metadata.reading)
         item = prepare(image, metadata)
         batch = _network_input(item, metadata)
         ours = with_raw.run([item])
@@ -170,7 +170,7 @@ def _compare(
         reference.compare(pairs, comparison)
     if metadata.batch != 1 and len(images) > 1:
         # The last image is a real one, if there are any: it shows objects.
-        same = _same_in_a_batch(finished, as_image(images[-1]), reference.compare)
+        same = _same_in_a_batch(finished, as_image(images[-1], metadata.reading), reference.compare)
         comparison.add(
             "images give the same results in a batch as alone"
             if same

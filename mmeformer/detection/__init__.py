@@ -2,6 +2,7 @@
 """Detection and instance segmentation: additions to mmdet. Importing this registers them."""
 
 from mmeformer.detection.coco import CocoDataset
+from mmeformer.detection.metric import CocoMetric
 from mmeformer.detection.tta import InstanceTTAModel
 
-__all__ = ["CocoDataset", "InstanceTTAModel"]
+__all__ = ["CocoDataset", "CocoMetric", "InstanceTTAModel"]

@@ -3,26 +3,28 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first
+from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first, first_of
 from mmeformer.checks.images import check_images, find_missing
+from mmeformer.detection.annotations import LISTS, file_key, is_box, is_coco, is_flag, is_number
+from mmeformer.images import PLAIN, Reading
 
 LEFT_OUT = ("empty box", "inverted box", "box outside image", "short polygon")
 """Kinds of annotations that mmdet silently leaves out of training."""
-LIST_KEYS = ("images", "annotations", "categories")
 # A box may reach this many pixels beyond its image, by rounding.
 TOLERANCE = 1.0
-NUMBER = (int, float)
+# More than this share of crowds is no data set but a mistake of the exporter.
+MANY_CROWDS = 0.5
 
 
 def check_coco(
-    content: object,
+    content: Any,
     path: str,
     image_dir: str,
     classes: Sequence[str],
@@ -31,6 +33,7 @@ def check_coco(
     masks: bool = False,
     limit: int | None = None,
     decode: bool = False,
+    reading: Reading | None = PLAIN,
 ) -> list[Finding]:
     """Check an annotation file and its images.
 
@@ -38,7 +41,7 @@ def check_coco(
     first ``limit`` images.
 
     Args:
-        content: content of the JSON file.
+        content: of :func:`mmeformer.detection.annotations.read`.
         path: the file, for messages.
         image_dir: folder to which ``file_name`` is relative.
         classes: names of the classes to train.
@@ -46,18 +49,18 @@ def check_coco(
         masks: every object needs a mask, as in instance segmentation.
         limit: number of images to read; None reads all.
         decode: decode these images in full.
+        reading: see :func:`mmeformer.checks.images.check_images`.
 
     Returns:
-        The problems, errors first; kinds: ``not COCO``, ``bad entry``, ``repeated id``, ``unknown
-        image``, ``unknown category``, ``unused category``, ``inverted box``, ``empty box``, ``box
+        The problems, errors first; kinds: ``not COCO``, ``bad entry``, ``repeated id``, ``repeated
+        image``, ``repeated name``, ``only crowds``, ``many crowds``, ``unknown image``, ``unknown
+        category``, ``unused category``, ``inverted box``, ``empty box``, ``box
         outside image``, ``box beyond image``, ``short polygon``, ``mask outside image``, ``mask
         size``, ``damaged mask``, ``missing mask``, ``unused class``, ``missing image``,
-        ``unreadable image``, ``wrong size``, ``deep image``.
+        ``unreadable image``, ``wrong size``, ``bands or depth``, ``deep image``.
     """
-    if not isinstance(content, Mapping) or not all(
-        isinstance(content.get(key, []), list) for key in LIST_KEYS
-    ):
-        message = f"is not COCO: it must have the lists {', '.join(LIST_KEYS)}; export it again"
+    if not is_coco(content):
+        message = f"is not COCO: it must have the lists {', '.join(LISTS)}; export it again"
         return [Finding(ERROR, "not COCO", path, message)]
     findings: list[Finding] = []
 
@@ -66,23 +69,25 @@ def check_coco(
 
     images = _by_id(content.get("images", []), "image", _image_fault, wrong)
     categories = _by_id(content.get("categories", []), "category", _category_fault, wrong)
+    used: set[str] = set()
     instances: Counter = Counter()
+    crowds: Counter = Counter()
     others: Counter = Counter()
-    seen: set = set()
+    seen: set[str] = set()
     for index, annotation in enumerate(content.get("annotations", [])):
         if fault := _annotation_fault(annotation):
             wrong("bad entry", f"annotations[{index}] {fault}; export the file again")
             continue
         number, image_id = annotation["id"], annotation["image_id"]
-        if number in seen:
+        if str(number) in seen:
             wrong("repeated id", f"two annotations have the id {number}; renumber them")
-        seen.add(number)
-        image = images.get(image_id)
+        seen.add(str(number))
+        image = images.get(str(image_id))
         if image is None:
             message = f"annotation {number} belongs to image {image_id}, which is not in `images`"
             wrong("unknown image", message)
             continue
-        category = categories.get(annotation["category_id"])
+        category = categories.get(str(annotation["category_id"]))
         if category is None:
             wrong(
                 "unknown category",
@@ -90,6 +95,7 @@ def check_coco(
                 f"{annotation['category_id']}, which is not in `categories`",
             )
             continue
+        used.add(str(category["id"]))
         if category["name"] not in classes:
             others[category["name"]] += 1
             continue
@@ -98,7 +104,9 @@ def check_coco(
             where = f"annotation {number} ({image['file_name']})"
             wrong(kind, f"{where}: {message}", severity)
         if all(finding is None or finding[2] == WARNING for finding in found):
-            instances[category["name"]] += 1
+            (crowds if annotation["iscrowd"] else instances)[category["name"]] += 1
+    findings += _repeated_names(categories.values(), used, path)
+    findings += _crowds(sum(crowds.values()), sum(instances.values()), path)
     for name, count in others.items():
         wrong(
             "unused category",
@@ -106,13 +114,71 @@ def check_coco(
             WARNING,
         )
     if training and (unused := [name for name in classes if not instances[name]]):
-        message = f"{unused} have no usable annotation and cannot be learned"
+        message = f"{first_of(unused, 20)} have no usable annotation and cannot be learned"
         wrong("unused class", message, WARNING)
-    findings += _check_images(images.values(), image_dir, limit, decode)
+    findings += _repeated_images(images.values(), path)
+    findings += _check_images(images.values(), image_dir, limit, decode, reading)
     return errors_first(findings)
 
 
-def _check_images(images, image_dir: str, limit: int | None, decode: bool) -> list[Finding]:
+def _repeated_names(categories: Iterable[Mapping], used: set[str], path: str) -> list[Finding]:
+    """Categories of one name that several annotations use; unused ones do no harm."""
+    ids: dict[str, list] = defaultdict(list)
+    for category in categories:
+        if str(category["id"]) in used:
+            ids[category["name"]].append(category["id"])
+    return [
+        Finding(
+            ERROR,
+            "repeated name",
+            path,
+            f"the categories {first_of(numbers)} are all named {name!r}; give their annotations "
+            "one category_id, or rename them",
+        )
+        for name, numbers in ids.items()
+        if len(numbers) > 1
+    ]
+
+
+def _crowds(crowds: int, others: int, path: str) -> list[Finding]:
+    """A finding if most objects are crowds, which are neither learned nor evaluated."""
+    if crowds <= MANY_CROWDS * (crowds + others):
+        return []
+    severity, kind = (WARNING, "many crowds") if others else (ERROR, "only crowds")
+    text = (
+        f"{crowds} of {crowds + others} annotations have iscrowd (or ignore) 1, so that they are "
+        "neither learned nor evaluated; set iscrowd to 0 for single objects"
+    )
+    return [Finding(severity, kind, path, text)]
+
+
+def _repeated_images(images: Iterable[Mapping], path: str) -> list[Finding]:
+    """Image files with several entries; mmdet would take the objects of one for the background of
+    the other."""
+    first: dict[str, Mapping] = {}
+    findings = []
+    for image in images:
+        other = first.setdefault(file_key(image["file_name"]), image)
+        if other is image:
+            continue
+        name = f"images {other['id']} and {image['id']} are the same file {image['file_name']}"
+        sizes = [f"{item['width']} x {item['height']} px" for item in (other, image)]
+        if sizes[0] == sizes[1]:
+            text = f"{name}; it counts as one image with the annotations of both"
+            findings.append(Finding(WARNING, "repeated image", path, text))
+        else:
+            text = f"{name}, but of {sizes[0]} and {sizes[1]}; remove one"
+            findings.append(Finding(ERROR, "repeated image", path, text))
+    return findings
+
+
+def _check_images(
+    images: Iterable[Mapping],
+    image_dir: str,
+    limit: int | None,
+    decode: bool,
+    reading: Reading | None,
+) -> list[Finding]:
     sizes = {
         os.path.join(image_dir, image["file_name"]): (image["height"], image["width"])
         for image in images
@@ -120,28 +186,24 @@ def _check_images(images, image_dir: str, limit: int | None, decode: bool) -> li
     missing = find_missing(list(sizes))
     absent = {finding.path for finding in missing}
     existing = [path for path in sizes if path not in absent][:limit]
-    return missing + check_images(existing, sizes, decode)
+    return missing + check_images(existing, sizes, decode, reading)
 
 
 def _by_id(entries: list, name: str, fault_of, wrong) -> dict:
-    """Valid entries by id."""
+    """Valid entries by the text of their id: ``7`` and ``"7"`` are the same."""
     known: dict = {}
     for index, entry in enumerate(entries):
         if fault := fault_of(entry):
             wrong("bad entry", f"{name} {index} of the file {fault}; export it again")
-        elif entry["id"] in known:
+        elif str(entry["id"]) in known:
             wrong("repeated id", f"two entries ({name}) have the id {entry['id']}; renumber them")
         else:
-            known[entry["id"]] = entry
+            known[str(entry["id"])] = entry
     return known
 
 
 def _is_id(value) -> bool:
     return isinstance(value, (int, str)) and not isinstance(value, bool)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, NUMBER) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _image_fault(entry) -> str | None:
@@ -150,7 +212,7 @@ def _image_fault(entry) -> str | None:
     if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
         return f"(id {entry['id']}) has no file_name"
     for key in ("height", "width"):
-        if not isinstance(entry.get(key), int) or entry[key] <= 0:
+        if type(entry.get(key)) is not int or entry[key] <= 0:
             return f"({entry['file_name']}) has {key} {entry.get(key)!r} instead of pixels"
     return None
 
@@ -169,15 +231,13 @@ def _annotation_fault(entry) -> str | None:
             return f"has {key} {entry.get(key)!r}"
     where = f"(id {entry['id']})"
     box = entry.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+    if not is_box(box):
         return (
             f"{where} has bbox {str(box)[:80]} instead of four finite numbers x, y, width, height"
         )
-    if not _is_number(entry.get("area")):
-        return f"{where} has area {entry.get('area')!r} instead of a number"
-    if entry.get("iscrowd", 0) not in (0, 1, None):
-        # Any text, even "0", would count as a crowd, which training ignores.
-        return f"{where} has iscrowd {entry['iscrowd']!r} instead of 0 or 1"
+    for key in ("iscrowd", "ignore"):
+        if not is_flag(entry.get(key)):
+            return f"{where} has {key} {entry[key]!r} instead of 0 or 1"
     return None
 
 
@@ -186,8 +246,8 @@ def _box_finding(annotation: Mapping, image: Mapping) -> tuple[str, str, str] | 
     if width < 0 or height < 0:
         text = f"bbox {annotation['bbox']} has a negative side; COCO wants x, y, width, height"
         return "inverted box", text, ERROR
-    if width < 1 or height < 1 or annotation["area"] <= 0:
-        text = f"bbox {annotation['bbox']}, area {annotation['area']}: less than a pixel; remove it"
+    if width < 1 or height < 1:
+        text = f"bbox {annotation['bbox']} is less than a pixel wide or high; remove it"
         return "empty box", text, ERROR
     right, bottom = image["width"], image["height"]
     if min(x + width, right) <= max(x, 0) or min(y + height, bottom) <= max(y, 0):
@@ -225,7 +285,7 @@ def _mask_finding(annotation: Mapping, image: Mapping, needed: bool) -> tuple[st
 
 def _polygon_finding(polygons: list, image: Mapping) -> tuple[str, str, str] | None:
     for polygon in polygons:
-        if not isinstance(polygon, list) or not all(map(_is_number, polygon)):
+        if not isinstance(polygon, list) or not all(map(is_number, polygon)):
             text = "segmentation is not a list of polygons of finite numbers"
             return "bad entry", text, ERROR
         if len(polygon) % 2 or len(polygon) < 6:

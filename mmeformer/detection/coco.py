@@ -3,22 +3,25 @@
 
 from __future__ import annotations
 
-import json
+import copy
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmdet.datasets import CocoDataset as MMDetCocoDataset
-from mmdet.datasets.api_wrappers import COCO
+from mmdet.evaluation import CocoMetric as MMDetCocoMetric
 
 from mmeformer.checks.classes import class_names
-from mmeformer.checks.findings import ERROR, Finding, stop_on_errors
+from mmeformer.checks.findings import ERROR, Finding, first_of, stop_on_errors
 from mmeformer.checks.interface import CheckedDataset
+from mmeformer.detection.annotations import Annotations, clean, is_coco, read
 from mmeformer.detection.checks import LEFT_OUT, check_coco
+from mmeformer.detection.metric import CocoMetric
 from mmeformer.registry import DATASETS
 
 # Images that training leaves out by itself; see mmeformer/training/data.py.
 UNREADABLE_KINDS = ("missing image", "unreadable image")
-# Errors of pycocotools for files that are not COCO JSON.
-BROKEN = (json.JSONDecodeError, UnicodeDecodeError, KeyError, AssertionError, TypeError)
 
 
 @DATASETS.register_module()
@@ -26,10 +29,11 @@ class CocoDataset(CheckedDataset, MMDetCocoDataset):
     """mmdet's ``CocoDataset`` that checks its annotation file and images.
 
     mmdet silently drops annotations whose category is not in ``metainfo["classes"]``, and numbers
-    the classes in the order of the file, not of the config. With a misspelled or reordered list it
-    trains on nothing or shows wrong names. This class checks all annotations and the first
-    :attr:`CHECKED_FILES` images (:mod:`mmeformer.detection.checks`) and logs warnings. Arguments
-    are those of mmdet; images must be local.
+    the classes in the order of the file. With a misspelled name it trains on nothing. This class
+    checks all annotations and the first :attr:`CHECKED_FILES` images
+    (:mod:`mmeformer.detection.checks`), logs warnings, and numbers the classes in the order of the
+    config (:mod:`mmeformer.detection.annotations`). Arguments are those of mmdet; images must be
+    local.
 
     Raises:
         FileNotFoundError: the annotation file is missing.
@@ -41,12 +45,11 @@ class CocoDataset(CheckedDataset, MMDetCocoDataset):
 
     def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
         """All problems; see :class:`~mmeformer.checks.interface.CheckedDataset`."""
-        self._require_file(self.ann_file)
         try:
-            content = json.loads(Path(self.ann_file).read_bytes())
-        except (ValueError, RecursionError) as error:
-            message = f"is not JSON ({error}); export it again"
-            return [Finding(ERROR, "not COCO", self.ann_file, message)]
+            content = read(self.ann_file)
+        except ValueError as error:
+            text = str(error).removeprefix(f"annotation file {self.ann_file} ")
+            return [Finding(ERROR, "not COCO", self.ann_file, text)]
         return self._findings(content, self.ann_file, limit, decode)
 
     def _findings(self, content, path: str, limit: int | None, decode: bool) -> list[Finding]:
@@ -59,55 +62,73 @@ class CocoDataset(CheckedDataset, MMDetCocoDataset):
             masks=any(getattr(step, "with_mask", False) for step in self.pipeline.transforms),
             limit=limit,
             decode=decode,
+            reading=self.reading,
         )
 
-    @staticmethod
-    def _require_file(path: str) -> None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"annotation file {path} does not exist; set data_root and ann_file to where it is"
-            )
-
-    def COCOAPI(self, path: str) -> COCO:  # noqa: N802 (overrides mmdet's attribute)
+    def COCOAPI(self, path: str) -> Annotations:  # noqa: N802 (overrides mmdet's attribute)
         """Open and check an annotation file; mmdet's ``load_data_list`` calls this."""
-        self._require_file(path)
-        try:
-            coco = COCO(path)
-        except BROKEN as error:
-            raise ValueError(
-                f"annotation file {path} is not COCO JSON "
-                f"({type(error).__name__}: {error}); export it again"
-            ) from error
-        self._check_categories(coco, path)
-        if not coco.imgs:
+        content = read(path)
+        if not is_coco(content):
+            raise ValueError(f"annotation file {path} is not COCO; export it again")
+        self._require_categories(content, path)
+        images, annotations = (content.get(key, []) for key in ("images", "annotations"))
+        if not images:
             raise ValueError(f"annotation file {path} lists no images; export it again")
-        unlabeled_test_set = self.test_mode and "annotations" not in coco.dataset
-        if not coco.anns and not unlabeled_test_set:
+        unlabeled_test_set = self.test_mode and "annotations" not in content
+        if not annotations and not unlabeled_test_set:
             raise ValueError(
-                f"annotation file {path} lists {len(coco.imgs)} images but no annotations; "
+                f"annotation file {path} lists {len(images)} images but no annotations; "
                 "export it again with its annotations"
             )
         if self.checked:
-            findings = self._findings(coco.dataset, path, self.CHECKED_FILES, decode=False)
-            left_out = dict.fromkeys(LEFT_OUT, len(coco.anns))
+            findings = self._findings(content, path, self.CHECKED_FILES, decode=False)
+            left_out = dict.fromkeys(LEFT_OUT, len(annotations))
             if not self.test_mode:
-                left_out |= dict.fromkeys(UNREADABLE_KINDS, len(coco.imgs))
+                left_out |= dict.fromkeys(UNREADABLE_KINDS, len(images))
             stop_on_errors(findings, left_out)
-        return coco
+        return Annotations(content, self.metainfo["classes"])
 
-    def _check_categories(self, coco: COCO, path: str) -> None:
-        wanted = list(class_names(self.metainfo.get("classes")))
-        in_file = [category["name"] for category in coco.dataset.get("categories", [])]
-        if missing := [name for name in wanted if name not in in_file]:
+    def _require_categories(self, content: dict, path: str) -> None:
+        wanted = class_names(self.metainfo.get("classes"))
+        if repeated := [name for name, count in Counter(wanted).items() if count > 1]:
+            raise ValueError(f"metainfo classes has {repeated} twice; remove one")
+        names = [
+            category.get("name")
+            for category in content.get("categories", [])
+            if isinstance(category, dict)
+        ]
+        if missing := [name for name in wanted if name not in names]:
             raise ValueError(
-                f"classes {missing} of the config are not among the categories of {path}, "
-                f"which are {in_file}; correct `classes` in the config"
+                f"classes {first_of(missing)} of the config are not among the {len(names)} "
+                f"categories of {path}, {first_of(names, 50)}; correct `classes` in the config"
             )
-        # mmdet uses the order of the file. Another order in the config has no effect on training,
-        # but shows wrong names afterwards.
-        order = [name for name in in_file if name in wanted]
-        if order != wanted:
-            raise ValueError(
-                f"the config lists the classes as {wanted}, but {path} has them in the order "
-                f"{order}; write them in that order"
-            )
+
+    def check_metrics(self, metrics: Sequence[Any]) -> None:
+        """Check that a COCO metric reads the same annotations.
+
+        Raises:
+            ValueError: it reads another file, or reads this one in another way.
+        """
+        for metric in metrics:
+            if isinstance(metric, CocoMetric):
+                if metric.ann_file is not None and not _same(self.ann_file, metric.ann_file):
+                    raise ValueError(
+                        f"the evaluator reads {metric.ann_file}, but its data set "
+                        f"{self.ann_file}; set ann_file of both to the same file"
+                    )
+            elif type(metric) is MMDetCocoMetric and metric._coco_api is not None:
+                content = metric._coco_api.dataset
+                ours = Annotations(clean(copy.deepcopy(content)), self.metainfo["classes"])
+                if ours.dataset != content:
+                    raise ValueError(
+                        f"mmdet's CocoMetric would misread {self.ann_file}; set "
+                        "type='mmeformer.CocoMetric' in the evaluator"
+                    )
+
+
+def _same(first: str, second: str) -> bool:
+    """Whether two paths are one file, or copies of one."""
+    left, right = Path(first), Path(second)
+    if not (left.is_file() and right.is_file()):
+        return first == second
+    return left.samefile(right) or left.read_bytes() == right.read_bytes()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find and read the inputs of a prediction: files, folders, globs and videos."""
+"""Find the inputs of a prediction (files, folders, globs and videos), and read images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from mmeformer.checks.images import quick_fault
-from mmeformer.images import read_image
+from mmeformer.files import refuse_url
+from mmeformer.images import PLAIN, Reading, read_image
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
-
-LEAST_SHARE = 0.9
-"""A video with less than this share of the frames that its header announces counts as truncated.
-Some formats only estimate the number."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,13 @@ def find_sources(inputs: Sequence[str | Path], exclude: Iterable[Path] = ()) -> 
 
     Raises:
         FileNotFoundError: an input does not exist.
-        ValueError: a folder or a glob has no such file, or the outputs of two files would have the
-            same name.
+        ValueError: an input is a URL, a folder or a glob has no such file, or the outputs of two
+            files would have the same name.
     """
     exclude = [Path(folder).resolve() for folder in exclude]
     found: dict[Path, Source] = {}
     for text in map(str, inputs):
+        refuse_url(text, "input")
         path = Path(text)
         if path.is_file():
             pairs = [(path, path.name)]
@@ -122,56 +120,16 @@ def _with_unique_names(sources: list[Source]) -> list[Source]:
     return sources
 
 
-def read(source: Source) -> np.ndarray:
+def read(source: Source, reading: Reading = PLAIN) -> np.ndarray:
     """Read the image of a source, ``(H, W, 3)`` uint8, blue, green, red.
+
+    Args:
+        source: an image.
+        reading: of imagery.
 
     Raises:
         ValueError: it is missing, damaged, incomplete or not an image.
     """
     if fault := quick_fault(str(source.path)):
         raise ValueError(f"{source.path} {fault}")
-    return read_image(source.path)
-
-
-class Video:
-    """Frames of a video, read one at a time by mmcv's ``VideoReader``.
-
-    Args:
-        path: of the video.
-
-    Attributes:
-        fps: frames per second.
-        expected: number of frames that the header announces.
-
-    Raises:
-        ValueError: it cannot be opened as a video.
-    """
-
-    def __init__(self, path: Path) -> None:
-        # Imported here because mmcv takes seconds; mistakes in the inputs are reported before.
-        from mmcv import VideoReader
-
-        self.path = path
-        if fault := quick_fault(str(path)):
-            raise ValueError(f"{path} {fault}")
-        self._reader = VideoReader(str(path), cache_capacity=1)
-        if not self._reader.opened or self._reader.frame_cnt < 1:
-            raise ValueError(f"{path} cannot be read as a video: it is damaged or not a video")
-        self.fps = self._reader.fps if self._reader.fps > 0 else 25.0
-        self.expected = self._reader.frame_cnt
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Frames, ``(H, W, 3)`` uint8, blue, green, red.
-
-        Raises:
-            ValueError: after the last one, if many frames are missing.
-        """
-        count = 0
-        while (frame := self._reader.read()) is not None:
-            count += 1
-            yield frame
-        if count < LEAST_SHARE * self.expected:
-            raise ValueError(
-                f"{self.path} is truncated or damaged: only {count} of {self.expected} frames "
-                "could be read"
-            )
+    return read_image(source.path, reading)

@@ -15,9 +15,10 @@ import numpy as np
 
 from mmeformer.files import write_text
 from mmeformer.images import write_image
-from mmeformer.inference.inputs import Source, Video, read
+from mmeformer.inference.inputs import Source, read
 from mmeformer.inference.outputs import LEGEND, RESULTS, JsonResults, VideoWriter, json_results
 from mmeformer.inference.predictor import Predictor
+from mmeformer.inference.videos import Video
 
 PIXELS_AT_ONCE = 2**25
 """Largest number of pixels in a batch of several images; the memory for masks grows with it."""
@@ -222,7 +223,7 @@ class _Run:
                 yield from self._frames(source)
                 continue
             try:
-                image = read(source)
+                image = read(source, self.predictor.reading)
             except (OSError, ValueError) as error:
                 yield _Failure(source, error=str(error))
             else:

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from mmeformer.files import replacing
+from mmeformer.files import refuse_url, replacing
 from mmeformer.results import category_id
 
 FOLDERS = ("pictures", "videos", "masks", "labels")
@@ -29,6 +29,7 @@ def prepare_folder(out: str | Path) -> Path:
     Raises:
         ValueError: it is not.
     """
+    refuse_url(out, "output folder")
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from mmeformer import configs, tasks
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.deploy.fold import fold
+from mmeformer.images import PLAIN, Reading
 from mmeformer.windows import Progress, Window, predict_windows, windows
 
 SCORE_THR = 0.3
@@ -44,6 +45,9 @@ class Predictor(ABC, Generic[Result]):
             None if the config does not tell. Windows of large images have this side.
         mask_format: one of ``mask_formats``; None takes the first.
     """
+
+    reading: Reading = PLAIN
+    """How image files are read: as the test pipeline of the config does."""
 
     inferencer_class: type[BaseInferencer]
     """OpenMMLab's inferencer of the task."""
@@ -295,10 +299,17 @@ def load_predictor(
         for step in dataset.pipeline
         if "Annotations" not in step.type and "ConvertBoxType" not in step.type
     ]
+    reading = Reading.of_config(dataset.pipeline)
+    for index, step in enumerate(dataset.pipeline):
+        if step.type.endswith("LoadImageFromFile"):
+            # The inferencers put one in its place that takes arrays.
+            dataset.pipeline[index] = ConfigDict(type="LoadImageFromFile")
     safe_load.install()
-    return tasks.load(task.predictor).from_config(
+    predictor = tasks.load(task.predictor).from_config(
         config, checkpoint, device=device, score_thr=score_thr, mask_format=mask_format
     )
+    predictor.reading = reading
+    return predictor
 
 
 def _existing_device(name: str | None) -> str:

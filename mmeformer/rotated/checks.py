@@ -10,8 +10,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first
+from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first, first_of
 from mmeformer.checks.images import check_images
+from mmeformer.images import PLAIN, Reading
 from mmeformer.rotated.dota import DotaObject, read_labels
 
 # A box narrower than this many pixels has no area to learn from.
@@ -27,6 +28,7 @@ def check_dota(
     training: bool = True,
     limit: int | None = None,
     decode: bool = False,
+    reading: Reading | None = PLAIN,
 ) -> list[Finding]:
     """Check label files and images.
 
@@ -40,11 +42,12 @@ def check_dota(
         training: warn about classes that do not occur.
         limit: number of images to read; None reads all.
         decode: decode these images in full.
+        reading: see :func:`mmeformer.checks.images.check_images`.
 
     Returns:
         The problems, errors first; kinds: ``bad label line``, ``unknown class``, ``empty box``,
         ``crossed corners``, ``image without labels``, ``labels without image``, ``unused class``,
-        ``unreadable image``, ``deep image``.
+        ``unreadable image``, ``bands or depth``, ``deep image``.
     """
     findings: list[Finding] = []
     counts: Counter[str] = Counter()
@@ -75,10 +78,10 @@ def check_dota(
     ]
     if labels and training and (unused := [name for name in classes if not counts[name]]):
         folder = str(next(iter(labels.values())).parent)
-        text = f"{unused} have no usable object and cannot be learned"
+        text = f"{first_of(unused, 20)} have no usable object and cannot be learned"
         findings.append(Finding(WARNING, "unused class", folder, text))
     paths = [str(path) for path in images.values()][:limit]
-    return errors_first(findings + check_images(paths, decode=decode))
+    return errors_first(findings + check_images(paths, decode=decode, reading=reading))
 
 
 def _object_finding(

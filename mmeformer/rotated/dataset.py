@@ -11,7 +11,7 @@ from mmrotate.datasets import DOTADataset as MMRotateDOTADataset
 from mmrotate.visualization.palette import get_palette
 
 from mmeformer.checks.classes import class_names, require_classes, require_color_per_class
-from mmeformer.checks.findings import Finding, stop_on_errors
+from mmeformer.checks.findings import Finding, first_of, stop_on_errors
 from mmeformer.checks.images import check_images
 from mmeformer.checks.interface import CheckedDataset
 from mmeformer.registry import DATASETS
@@ -89,11 +89,12 @@ class DOTADataset(CheckedDataset, MMRotateDOTADataset):
             training=not self.test_mode,
             limit=limit,
             decode=decode,
+            reading=self.reading,
         )
 
     def _check_images(self, paths: list[str]) -> None:
         left_out = {} if self.test_mode else {"unreadable image": len(paths)}
-        stop_on_errors(check_images(paths[: self.CHECKED_FILES]), left_out)
+        stop_on_errors(check_images(paths[: self.CHECKED_FILES], reading=self.reading), left_out)
 
     def load_data_list(self) -> list[dict]:
         """One entry per image: ``img_id`` (file name without suffix), ``file_name``, ``img_path``
@@ -137,8 +138,8 @@ class DOTADataset(CheckedDataset, MMRotateDOTADataset):
         if not counts:
             raise ValueError(
                 f"the {len(wanted)} label files of {self.ann_file} have no object of "
-                f"{list(classes)}; nothing could be learned or evaluated. For images without "
-                "labels, set ann_file=''"
+                f"{first_of(list(classes), 20)}; nothing could be learned or evaluated. For images "
+                "without labels, set ann_file=''"
             )
         self._log_flaws(images, files, objects, counts)
         return objects

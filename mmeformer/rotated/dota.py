@@ -16,9 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmeformer.checks.findings import first_of
+from mmeformer.files import refuse_url
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _HEADERS = ("imagesource:", "gsd:")
 _SHOWN = 5
+_LINE = "\n  "
 
 
 class DotaObject(NamedTuple):
@@ -62,7 +66,7 @@ def read_labels(path: str | Path) -> list[DotaObject]:
             bad.append(f"line {number}: {error}: {text.strip()[:100]!r}")
     if bad:
         raise ValueError(
-            f"label file {path} has invalid lines; correct them:\n  " + _some(bad, "\n  ")
+            f"label file {path} has invalid lines; correct them:\n  " + _some(bad, _LINE)
         )
     return objects
 
@@ -137,14 +141,15 @@ def read_label_files(
     if bad:
         raise ValueError(_some(bad, "\n"))
     if unknown:
-        found = "\n  ".join(
+        found = [
             f"{name!r}: {len(places)} objects, the first in {places[0]}"
             for name, places in sorted(unknown.items())
-        )
+        ]
         raise ValueError(
-            f"the label files have classes that are not in the config:\n  {found}\nThe config has "
-            f"{list(classes)}. Correct the labels or metainfo.classes; to leave these objects out "
-            f"on purpose, set metainfo.dropped_classes={tuple(sorted(unknown))}"
+            f"the label files have {len(unknown)} classes that are not in the config:\n  "
+            f"{_some(found, _LINE)}\nThe config has {first_of(list(classes), 20)}. Correct the "
+            "labels or metainfo.classes; to leave these objects out on purpose, set "
+            f"metainfo.dropped_classes={first_of(sorted(unknown), 20)}"
         )
     return files
 
@@ -160,6 +165,7 @@ def list_images(folder: str | Path, suffix: str | None = None) -> dict[str, Path
         FileNotFoundError: the folder is missing, or has no such file.
         ValueError: two files differ only in their suffix, so that a label file would fit both.
     """
+    refuse_url(folder, "image folder")
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {folder} does not exist")
@@ -190,6 +196,7 @@ def list_labels(folder: str | Path) -> dict[str, Path]:
     Raises:
         FileNotFoundError: the folder is missing, or has no such file.
     """
+    refuse_url(folder, "label folder")
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"label folder {folder} does not exist")

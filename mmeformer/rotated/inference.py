@@ -14,7 +14,7 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import get_test_pipeline_cfg
 from mmengine.registry import DefaultScope
 
-from mmeformer.images import read_image
+from mmeformer.images import Reading, read_image
 from mmeformer.results import RotatedDetections
 from mmeformer.rotated.detections import MERGE_IOU, from_instances, to_sample
 from mmeformer.windows import Progress, Window, predict_windows, windows
@@ -56,7 +56,10 @@ def detect_large_image(
             ``(H, W, 3)`` uint8; ``size``, ``overlap`` or ``batch_size`` out of range.
     """
     path = None if isinstance(image, np.ndarray) else str(image)
-    pixels = image if isinstance(image, np.ndarray) else read_image(image)
+    if isinstance(image, np.ndarray):
+        pixels = image
+    else:
+        pixels = read_image(image, Reading.of_config(get_test_pipeline_cfg(model.cfg)))
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(
             f"an image is (H, W, 3) uint8 in the order blue, green, red, not {pixels.shape} "

@@ -23,7 +23,7 @@ import numpy as np
 import shapely
 
 from mmeformer.files import is_draft, write_bytes, write_text
-from mmeformer.images import read_image
+from mmeformer.images import Reading, read_image
 from mmeformer.rotated.dota import (
     IMAGE_SUFFIXES,
     DotaObject,
@@ -85,6 +85,8 @@ class CutSettings:
         keep_empty: write patches without objects too.
         pad: pad windows of images that are smaller.
         suffix: file format of patches.
+        bands, stretch: how imagery becomes patches of three channels of 8 bits; see
+            :class:`mmeformer.images.Reading`.
 
     Raises:
         ValueError: a value is out of range.
@@ -98,8 +100,16 @@ class CutSettings:
     keep_empty: bool = True
     pad: bool = True
     suffix: str = "png"
+    bands: Sequence[int] | None = None
+    stretch: Sequence[float] | str | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """How image files are read."""
+        return Reading(self.bands, self.stretch)
 
     def __post_init__(self) -> None:
+        self.reading  # noqa: B018  (raises for invalid settings)
         if not self.rates or any(not 0 < rate <= 16 for rate in self.rates):
             raise ValueError(f"rates {self.rates} must be above 0 and at most 16")
         if not 0 < self.iof <= 1:
@@ -189,7 +199,7 @@ def cut_image(job: Job, target: Path, settings: CutSettings) -> Outcome:
     """
     try:
         objects = [] if job.label is None else read_labels(job.label)
-        image = read_image(job.image)
+        image = read_image(job.image, settings.reading, _refuse)
         height, width = image.shape[:2]
         names = []
         for size, overlap in settings.scales():
@@ -211,11 +221,26 @@ def cut_image(job: Job, target: Path, settings: CutSettings) -> Outcome:
     return Outcome(job, names, None)
 
 
+def _refuse(text: str) -> None:
+    # Patches are written once and for all: a warning would be too late.
+    raise ValueError(text)
+
+
 def _start_worker() -> None:
     # The parent handles Ctrl-C and waits for the images in progress.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(1)
+
+
+def _as_json(settings: CutSettings) -> dict:
+    values = json.loads(json.dumps(asdict(settings)))
+    # Manifests of earlier versions lack these.
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in ("bands", "stretch") or value is not None
+    }
 
 
 class Split:
@@ -252,7 +277,7 @@ class Split:
         self._has_labels = sources[0][1] is not None
         jobs = self._jobs(sources)
         self._header = {
-            "settings": json.loads(json.dumps(asdict(settings))),
+            "settings": _as_json(settings),
             "sources": [[str(Path(p).resolve()) if p else None for p in pair] for pair in sources],
         }
         done = self._read_manifest()

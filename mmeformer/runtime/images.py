@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mmeformer.images import read_image
+from mmeformer.images import PLAIN, Reading, read_image
 from mmeformer.runtime.metadata import Metadata
 
 
@@ -30,15 +30,19 @@ class Prepared:
     original: tuple[int, int]
 
 
-def as_image(image: NDArray[Any] | str | Path) -> NDArray[Any]:
+def as_image(image: NDArray[Any] | str | Path, reading: Reading = PLAIN) -> NDArray[Any]:
     """Read an image, or check an array: (H, W, 3) ``uint8`` in BGR.
+
+    Args:
+        image: file or array.
+        reading: of imagery in files.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not an image.
     """
     if not isinstance(image, np.ndarray):
-        return read_image(image)
+        return read_image(image, reading)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise ValueError(
             "an image array must be (H, W, 3) of uint8 in BGR, but is "

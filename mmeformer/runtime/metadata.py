@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mmeformer import tasks
+from mmeformer.images import Reading
 
 FORMAT = 1
 """Version of the format; increased when a reader of the old format would misread the new one."""
@@ -46,6 +48,7 @@ class Metadata:
             :mod:`mmeformer.runtime.decoders`.
         max_per_image: largest number of detections of an image.
         mask_threshold: smallest probability of a mask's pixel.
+        bands, stretch: how imagery in files is read; see :class:`mmeformer.images.Reading`.
     """
 
     task: str
@@ -68,6 +71,8 @@ class Metadata:
     iou_threshold: float | None = None
     max_per_image: int | None = None
     mask_threshold: float | None = None
+    bands: Sequence[int] | None = None
+    stretch: Sequence[float] | str | None = None
 
     def __post_init__(self) -> None:
         if self.task not in tasks.exports():
@@ -79,6 +84,11 @@ class Metadata:
     def export(self) -> tasks.Export:
         """How files of this task are run."""
         return tasks.exports()[self.task]
+
+    @property
+    def reading(self) -> Reading:
+        """How imagery in files is read."""
+        return Reading(self.bands, self.stretch)
 
     def to_json(self) -> str:
         """Text for :meth:`from_json`."""
@@ -102,6 +112,8 @@ class Metadata:
                 f"format {FORMAT}; export the model again, or install the version that wrote it"
             )
         known = {field.name for field in fields(cls)}
+        # Files of earlier versions lack these.
+        values = {**dict.fromkeys(("bands", "stretch")), **values}
         if set(values) != known:
             raise ValueError(
                 f"{source}: its metadata has missing entries {sorted(known - set(values))} and "

@@ -12,6 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from mmeformer import tasks
+from mmeformer.files import refuse_url
 from mmeformer.runtime.decoders import Result
 from mmeformer.runtime.images import Prepared, as_image, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
@@ -32,6 +33,7 @@ def load(path: str | Path, threads: int = 0, providers: Sequence[str] | None = N
         FileNotFoundError: no such file.
         ValueError: not an ONNX file that mmeformer exported.
     """
+    refuse_url(path, "model")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"model {path} does not exist")
@@ -86,7 +88,9 @@ class Predictor:
         Images of one size go through the network together, as many as the model's batch allows.
         No image is padded to the size of another.
         """
-        prepared = [prepare(as_image(image), self.metadata) for image in images]
+        prepared = [
+            prepare(as_image(image, self.metadata.reading), self.metadata) for image in images
+        ]
         groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
         for index, item in enumerate(prepared):
             groups.setdefault((item.data.shape, item.original), []).append(index)

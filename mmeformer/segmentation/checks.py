@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first
+from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first, first_of
 from mmeformer.checks.images import (
     UNREADABLE,
+    check_depth,
     decode_fault,
     in_threads,
+    layout_fault,
     quick_fault,
     read_header,
 )
+from mmeformer.images import PLAIN, Reading
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ def check_pairs(
     training: bool = True,
     limit: int | None = None,
     decode: bool = False,
+    reading: Reading | None = PLAIN,
 ) -> list[Finding]:
     """Check images and their label masks.
 
@@ -56,15 +60,17 @@ def check_pairs(
         training: warn about classes that do not occur.
         limit: number of pairs to read; None reads all.
         decode: decode the images in full too.
+        reading: see :func:`mmeformer.checks.images.check_images`.
 
     Returns:
         The problems, errors first; kinds: ``missing mask``, ``unreadable image``, ``unreadable
         mask``, ``color mask``, ``size mismatch``, ``label out of range``, ``0/255 masks``,
-        ``reduce_zero_label``, ``nothing labeled``, ``unused class``.
+        ``reduce_zero_label``, ``nothing labeled``, ``unused class``, ``bands or depth``,
+        ``deep image``.
     """
     exists = in_threads(os.path.isfile, [mask for _, mask in pairs])
     readable = [pair for pair, found in zip(pairs, exists, strict=True) if found][:limit]
-    read = in_threads(partial(_read_pair, decode=decode), readable)
+    read = in_threads(partial(_read_pair, decode=decode, reading=reading), readable)
     findings = [
         Finding(
             ERROR,
@@ -77,6 +83,8 @@ def check_pairs(
         if not found
     ]
     findings += [labels.finding for labels in read if labels.finding is not None]
+    if reading is None or reading.stretch is None:
+        findings += check_depth([labels.image for labels in read if labels.finding is None])
     findings += _check_labels(
         [labels for labels in read if labels.counts],
         classes,
@@ -105,7 +113,7 @@ def find_masks_without_image(
     ]
 
 
-def _read_pair(pair: tuple[str, str], decode: bool) -> _Labels:
+def _read_pair(pair: tuple[str, str], decode: bool, reading: Reading | None) -> _Labels:
     """Read the label values of a mask, and check the pair of files."""
     image, mask = pair
 
@@ -119,6 +127,8 @@ def _read_pair(pair: tuple[str, str], decode: bool) -> _Labels:
         image_size = header.height, header.width
     except UNREADABLE as error:
         return wrong("unreadable image", image, f"cannot be read ({error}); copy it again")
+    if (fault := layout_fault(header.layout, reading)) is not None:
+        return wrong("bands or depth", image, fault)
     try:
         with Image.open(mask) as opened:
             labels = np.asarray(opened).squeeze()
@@ -230,8 +240,8 @@ def _check_labels(
                 WARNING,
                 "unused class",
                 str(Path(read[0].mask).parent),
-                f"{unused} have no pixel in any mask and cannot be learned; correct `classes`, "
-                "their order or the masks",
+                f"{first_of(unused, 20)} have no pixel in any mask and cannot be learned; correct "
+                "`classes`, their order or the masks",
             )
         )
     return findings

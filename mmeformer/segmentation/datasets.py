@@ -67,6 +67,7 @@ class CheckedSegDataset(CheckedDataset, BaseSegDataset):
             training=not self.test_mode,
             limit=limit,
             decode=decode,
+            reading=self.reading,
         )
         # A list of files may leave out masks on purpose.
         if not self.ann_file:

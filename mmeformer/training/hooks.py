@@ -15,6 +15,7 @@ from mmengine.dist import all_gather_object, all_reduce, get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from mmeformer.checks.interface import CheckedDataset
 from mmeformer.errors import TrainingError
 from mmeformer.registry import HOOKS
 from mmeformer.training.data import UNREADABLE
@@ -131,6 +132,43 @@ class FiniteLossHook(Hook):
                 "rate, lengthen the warm-up, clip gradients (optim_wrapper.clip_grad), train "
                 "without --amp, or check the labels of these images"
             )
+
+
+class CheckMetricsHook(Hook):
+    """Stop before the first iteration if a metric reads other labels than its data set.
+
+    Raises:
+        ValueError: it does; the message names both files.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Check the metrics of the validation."""
+        self._check(runner.val_loop)
+
+    def before_val(self, runner: Runner) -> None:
+        """Check the metrics of the validation."""
+        self._check(runner.val_loop)
+
+    def before_test(self, runner: Runner) -> None:
+        """Check the metrics of the test."""
+        self._check(runner.test_loop)
+
+    @staticmethod
+    def _check(loop) -> None:
+        metrics = getattr(getattr(loop, "evaluator", None), "metrics", ())
+        for dataset in _leaves(loop.dataloader.dataset) if metrics else ():
+            if isinstance(dataset, CheckedDataset):
+                dataset.check_metrics(metrics)
+
+
+def _leaves(dataset) -> Iterator:
+    """The data sets inside wrappers."""
+    inner = vars(dataset).get("datasets", vars(dataset).get("dataset"))
+    if inner is None:
+        yield dataset
+    else:
+        for item in inner if isinstance(inner, (list, tuple)) else [inner]:
+            yield from _leaves(item)
 
 
 def last_checkpoint(runner: Runner) -> str:

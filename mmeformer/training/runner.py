@@ -18,7 +18,12 @@ from mmeformer.checkpoints.matching import require_match
 from mmeformer.errors import TrainingError
 from mmeformer.files import replacing
 from mmeformer.training.data import GuardedDataset
-from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, last_checkpoint
+from mmeformer.training.hooks import (
+    CheckMetricsHook,
+    FiniteLossHook,
+    UnreadableFilesHook,
+    last_checkpoint,
+)
 from mmeformer.training.loops import EpochBasedTrainLoop
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
 from mmeformer.training.saving import (
@@ -86,7 +91,7 @@ class Runner(MMEngineRunner):
     def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
         """Hooks of mmengine and of the config, and the guards that the config does not name."""
         super().register_hooks(default_hooks, custom_hooks)
-        for guard in (StepSeedHook, FiniteLossHook, UnreadableFilesHook):
+        for guard in (StepSeedHook, FiniteLossHook, UnreadableFilesHook, CheckMetricsHook):
             if not any(isinstance(hook, guard) for hook in self.hooks):
                 self.register_hook(guard())
 

@@ -73,6 +73,17 @@ def test_valid_data(folder, command, capsys, task):
     assert (cv2.absdiff(drawn[:320, :320], plain).max(axis=2) > 40).mean() > 0.01
 
 
+def test_evaluators_that_read_another_file(folder, command, capsys):
+    config = tiny.detection(folder)
+    for name, message in (("train2017", "its data set"), ("gone", "does not exist")):
+        config.val_evaluator.ann_file = str(folder / f"coco/annotations/instances_{name}.json")
+        config.dump(folder / "config.py")
+        arguments = [str(folder / "config.py"), "--out", str(folder / "out")]
+        assert command(arguments) == 1
+        output = " ".join(capsys.readouterr().out.split())
+        assert "1 errors" in output and "evaluator" in output and message in output
+
+
 def test_errors(folder, command, capsys):
     config = write_config(folder, "detection")
     path = folder / "coco/annotations/instances_train2017.json"

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+import struct
+
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from mmeformer.checks.images import decode_fault, quick_fault, read_header
+from mmeformer.images import read_image
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def path(request, tmp_path, picture):
 def test_whole(path):
     assert quick_fault(path) is None and decode_fault(path) is None
     header = read_header(path)
-    assert (header.height, header.width, header.mode) == (40, 60, "RGB")
+    assert (header.height, header.width) == (40, 60)
 
 
 def test_cut_off_files_are_known_without_decoding(path):
@@ -45,6 +48,27 @@ def test_opencv_itself_would_decode_half_a_picture(tmp_path, picture):
 def test_more_after_the_end_is_no_fault(path):
     path.write_bytes(path.read_bytes() + b"camera's own" * 100)
     assert quick_fault(path) is None and decode_fault(path) is None
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_trailers_and_previews_of_jpeg(tmp_path, picture, progressive):
+    """Motion photos have a video behind the end; previews have an end of their own."""
+    large = cv2.resize(picture, (600, 400))
+    options = [cv2.IMWRITE_JPEG_PROGRESSIVE, int(progressive)]
+    content = cv2.imencode(".jpg", large, options)[1].tobytes()
+    preview = cv2.imencode(".jpg", picture)[1].tobytes()
+    exif = b"Exif\0\0" + preview
+    content = content[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + content[2:]
+    path = tmp_path / "picture.jpg"
+    for trailer in (b"", b"\0" * 100_000, b"video" * 40_000):
+        path.write_bytes(content + trailer)
+        assert quick_fault(path) is None and decode_fault(path) is None
+        assert read_image(path).shape == (400, 600, 3)
+    for share in (0.3, 0.55, 0.9):
+        path.write_bytes(content[: int(len(content) * share)])
+        assert "truncated" in quick_fault(path)
+        with pytest.raises(ValueError, match="cannot be read as an image"):
+            read_image(path)
 
 
 @pytest.mark.parametrize(
@@ -75,4 +99,6 @@ def test_unusual_pictures_are_whole(tmp_path, mode):
     else:
         Image.new(mode, (30, 20)).save(path)
     assert decode_fault(path) is None
-    assert read_header(path).mode == mode
+    header = read_header(path)
+    assert (header.height, header.width) == (20, 30)
+    assert header.layout is None or (header.layout.bits > 8) == (mode == "I;16")

@@ -300,7 +300,7 @@ def odd_images():
     return {
         "gray.png": lambda path: Image.fromarray((gray >> 4).astype(np.uint8)).save(path),
         "rgba.png": lambda path: Image.new("RGBA", (64, 64), (9, 9, 9, 4)).save(path),
-        "deep.png": lambda path: Image.fromarray(gray).save(path),
+        "deep.png": lambda path: Image.fromarray(gray << 4).save(path),
         "cmyk.jpg": lambda path: Image.new("CMYK", (64, 64), (9, 9, 9, 4)).save(path),
         "pixel.png": lambda path: Image.new("RGB", (1, 1)).save(path),
         "strip.png": lambda path: Image.new("RGB", (20000, 20)).save(path),
@@ -325,7 +325,7 @@ def test_odd_images_are_accepted(rotated, tmp_path, capfd):
     assert command("check_dataset")([str(config), "--split", "train", "--out", str(out)]) == 0
     output = " ".join(capfd.readouterr().out.split())
     assert "deep image" in output and "0 errors" in output
-    from mmcv.transforms import LoadImageFromFile
+    from mmeformer.training.loading import LoadImageFromFile
 
     for name in odd_images():
         loaded = LoadImageFromFile()(dict(img_path=str(images / name)))["img"]

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import json
-import subprocess
-import sys
 
 import numpy as np
 import onnx
@@ -20,7 +18,6 @@ from mmeformer.deploy import check, export, graphs, models
 from mmeformer.deploy import onnx as onnx_export
 from mmeformer.deploy.export import Request
 from mmeformer.deploy.graphs import BackboneGraph
-from mmeformer.paths import tools_dir
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.variants import STRIDES, VARIANTS
 
@@ -83,15 +80,8 @@ def export_backbone(variant, tmp_path, size, broken=False):
 
 
 @pytest.mark.parametrize("size", [None, (64, 96)])
-def test_both_families(small_variant, tmp_path, size):
-    lines = export_backbone(small_variant, tmp_path, size)
-    assert sum("differs by" in line for line in lines) == 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [None, (64, 96)])
-def test_all_variants(variant, tmp_path, size):
-    lines = export_backbone(variant, tmp_path, size)
+def test_all_variants(any_variant, tmp_path, size):
+    lines = export_backbone(any_variant, tmp_path, size)
     assert sum("differs by" in line for line in lines) == 4
 
 
@@ -276,11 +266,9 @@ def test_command_line(trained, picture, tmp_path, capsys, quiet_logging):
     out = tmp_path / "model.onnx"
     arguments = [str(config), small.checkpoint, "--to", "onnx", "--size", "64", "64"]
     arguments += ["--out", str(out), "--images", str(picture)]
-    done = subprocess.run(
-        [sys.executable, str(tools_dir() / "export.py"), *arguments], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "pixels have another class" in done.stdout and f"wrote {out}" in done.stdout
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "pixels have another class" in printed and f"wrote {out}" in printed
     assert json.loads((tmp_path / "model.json").read_text())["task"] == "segmentation"
     assert main(arguments) == 1
     error = capsys.readouterr().err
@@ -292,7 +280,7 @@ def test_command_line(trained, picture, tmp_path, capsys, quiet_logging):
     [
         ("segmentation", dict(half=True, preprocessing=True)),
         ("rotated", dict()),
-        ("detection", dict(part="backbone", half=True)),
+        pytest.param("detection", dict(part="backbone", half=True), marks=pytest.mark.slow),
     ],
 )
 def test_coreml(trained, picture, task, request_):

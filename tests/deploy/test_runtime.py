@@ -79,7 +79,7 @@ def published(request):
     pipeline = [
         step
         for step in config.test_dataloader.dataset.pipeline
-        if not step.type.startswith(("Load", "Pack"))
+        if not step.type.rpartition(".")[2].startswith(("Load", "Pack"))
     ]
     pipeline[0].scale = (133, 80)
     config.test_dataloader.dataset.pipeline = pipeline

@@ -43,20 +43,39 @@ def test_reads_what_was_written(root):
 
 
 def test_subset_of_the_classes(root):
-    assert build(root, classes=("circle", "star")).metainfo["classes"] == ("circle", "star")
+    for classes in (("circle", "star"), ("star", "circle")):
+        dataset = build(root, classes=classes)
+        assert dataset.metainfo["classes"] == classes
+        names = {CLASSES.index(name) + 1: name for name in classes}
+        content = json.loads((root / "annotations/instances_train2017.json").read_text())
+        expected = sorted(
+            (names[item["category_id"]], item["bbox"][0])
+            for item in content["annotations"]
+            if item["category_id"] in names
+        )
+        found = [item for info in dataset.data_list for item in info["instances"]]
+        assert sorted((classes[i["bbox_label"]], i["bbox"][0]) for i in found) == expected
 
 
 @pytest.mark.parametrize(
     "classes, message",
     [
-        (("circle", "rectangel"), r"classes \['rectangel'\].*not among the categories of .*star"),
-        (("star", "circle"), r"in the order \['circle', 'star'\]"),
+        (("circle", "rectangel"), r"classes \['rectangel'\].*not among the 4 categories of .*star"),
+        (("circle", "star", "circle"), r"\['circle'\] twice"),
         ("circle", r"classes = \('circle',\)"),
     ],
 )
 def test_wrong_class_lists_are_errors(root, classes, message):
     with pytest.raises(ValueError, match=message):
         build(root, classes=classes)
+
+
+def test_thousands_of_categories_make_a_short_message(root, tmp_path):
+    categories = [dict(id=i, name=f"category {i}") for i in range(5000)]
+    path = edited(root, tmp_path, categories=categories)
+    with pytest.raises(ValueError, match="'category 1', .* and 4950 more") as raised:
+        build(root, path, classes=tuple(f"class {i}" for i in range(5000)))
+    assert len(str(raised.value)) < 2000
 
 
 def test_missing_file(root):

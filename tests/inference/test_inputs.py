@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What inputs stand for, and that only whole images and videos pass."""
 
+import struct
+
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from mmeformer.inference.inputs import Source, Video, find_sources, read
+from mmeformer.inference.inputs import Source, find_sources, read
+from mmeformer.inference.videos import Video, is_unfinished
 
 
 def touch(folder, *names):
@@ -150,3 +153,50 @@ def test_videos_that_are_cut_off_or_none(clip, tmp_path):
         for frame in Video(clip):
             seen.append(frame)
     assert 0 < len(seen) < 18
+
+
+DURATION, VOID = b"\x44\x89\x88", b"\xec\x89\x88"
+
+
+def test_videos_without_a_number_of_frames(clip):
+    """Live recordings of browsers have neither a duration nor a length."""
+    content = clip.read_bytes()
+    assert content.count(DURATION) == 1
+    clip.write_bytes(content.replace(DURATION, VOID))
+    video = Video(clip)
+    assert video.expected == 0 and len(list(video)) == 20
+
+
+def test_finished_videos_whose_sound_is_longer(clip):
+    content = clip.read_bytes()
+    place = content.index(DURATION) + 3
+    (duration,) = struct.unpack(">d", content[place : place + 8])
+    longer = content[:place] + struct.pack(">d", 3 * duration) + content[place + 8 :]
+    clip.write_bytes(longer)
+    video = Video(clip)
+    assert video.expected == 60 and len(list(video)) == 20
+    clip.write_bytes(longer[: len(longer) // 2])
+    with pytest.raises(ValueError, match=r"only \d+ of 60 frames"):
+        list(Video(clip))
+
+
+def box(kind, content=b"", length=None):
+    return struct.pack(">I", 8 + len(content) if length is None else length) + kind + content
+
+
+def test_ends_of_containers(tmp_path):
+    path = tmp_path / "a.mp4"
+    start = box(b"ftyp", b"isom")
+    for content, expected in (
+        (start + box(b"moov", b"1234") + box(b"mdat", b"12"), True),  # all frames were counted
+        (start + box(b"moof", b"1234") + box(b"mdat", b"12"), False),
+        (start + box(b"moof", b"1234") + box(b"mdat", b"12", 40), True),
+        (start + box(b"moof") + struct.pack(">I4sQ", 1, b"mdat", 20) + b"1234", False),
+        (start + box(b"moof") + struct.pack(">I4sQ", 1, b"mdat", 21) + b"1234", True),
+        (start + box(b"moof") + box(b"mdat", b"12", 0), False),
+    ):
+        path.write_bytes(content)
+        assert is_unfinished(path) == expected
+    for length, expected in ((b"\x84", False), (b"\x85", True), (b"\x01" + b"\xff" * 7, False)):
+        path.write_bytes(b"\x1a\x45\xdf\xa3\x81 \x18\x53\x80\x67" + length + b"1234")
+        assert is_unfinished(path) == expected

@@ -68,16 +68,21 @@ def checkout(tmp_path_factory, dependencies):
     return environment(folder, str(ROOT), *dependencies, startup=False)
 
 
-def run(python: Path, code: str, *arguments, fails: bool = False, **variables: str) -> str:
-    """Standard output of a program, or its standard error if it is to fail."""
+def start(python: Path, code: str, *arguments, **variables: str) -> subprocess.CompletedProcess:
+    """Run a program elsewhere and without PYTHONPATH, so that no checkout is on the path."""
     keep = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR") if key in os.environ}
-    done = subprocess.run(
+    return subprocess.run(
         [python, "-W", "ignore", *arguments, "-c", textwrap.dedent(code)],
         env=keep | {"OMP_NUM_THREADS": "1"} | variables,
         cwd=python.parent,
         capture_output=True,
         text=True,
     )
+
+
+def run(python: Path, code: str, *arguments, fails: bool = False, **variables: str) -> str:
+    """Standard output of a program, or its standard error if it is to fail."""
+    done = start(python, code, *arguments, **variables)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stderr if fails else done.stdout
 
@@ -126,7 +131,7 @@ STATUS = "from mmeformer.ops import status; print(*status(), sep='; ')"
         (BROKEN, "compiled", r"broken; ImportError: undefined symbol: _ZN3c10"),
         pytest.param(BROKEN, "torch", r"torch; MMEFORMER_OPERATORS=torch", marks=INSTALL),
         (None, "auto", r"torch; mmcv was installed without compiled operators"),
-        (None, "torch", r"torch; MMEFORMER_OPERATORS=torch"),
+        pytest.param(None, "torch", r"torch; MMEFORMER_OPERATORS=torch", marks=INSTALL),
         (None, "compiled", r"missing; .*without compiled operators, and MMEFORMER_OPERATORS=.*"),
         (None, "TORCH", r"broken; MMEFORMER_OPERATORS is 'TORCH'; set it to .*"),
     ],
@@ -153,6 +158,7 @@ def test_no_mmcv_and_an_mmcv_without_operators(tmp_path, fake):
     assert run(fake(None, operators=False), STATUS).startswith("missing; this mmcv has no mmcv.ops")
 
 
+@INSTALL
 def test_choice_made_in_the_program(fake):
     code = "import os; os.environ['MMEFORMER_OPERATORS'] = 'torch'\nimport mmeformer\n" + STATUS
     assert run(fake(COMPILED), code).startswith("torch")
@@ -194,10 +200,7 @@ def test_another_checkout_on_the_path_comes_first(installed, tmp_path):
 def test_an_environment_whose_checkout_is_gone_stays_quiet(tmp_path):
     (tmp_path / "mmcv.py").write_text("print('mmcv')")
     python = environment(tmp_path / "environment", str(tmp_path), startup=True)
-    # From another folder, so that the checkout around this file is not on the path.
-    done = subprocess.run(
-        [python, "-c", "import mmcv"], cwd=python.parent, capture_output=True, text=True
-    )
+    done = start(python, "import mmcv")
     assert (done.stdout, done.stderr) == ("mmcv\n", "")
 
 
@@ -205,10 +208,7 @@ def test_a_damaged_installation_is_named(tmp_path):
     (tmp_path / "mmcv.py").write_text("print('mmcv')")
     (tmp_path / "mmeformer.py").write_text("import gone_for_good")
     python = environment(tmp_path / "environment", str(tmp_path), startup=True)
-    # From another folder, so that the checkout around this file is not on the path.
-    done = subprocess.run(
-        [python, "-c", "import mmcv"], cwd=python.parent, capture_output=True, text=True
-    )
+    done = start(python, "import mmcv")
     assert done.stdout == "mmcv\n" and done.returncode == 0
     assert "mmeformer is damaged, reinstall it: No module named 'gone_for_good'" in done.stderr
 
@@ -240,7 +240,7 @@ ROTATED = """
         ("mmdet.models", DETECTION, ["mmdet"]),
         pytest.param("mmdet.apis", DETECTION, ["mmdet"], marks=INSTALL),
         pytest.param("mmseg.apis", AFTER, ["mmseg"], marks=INSTALL),
-        ("mmrotate.apis", ROTATED, ["mmdet", "mmrotate"]),
+        pytest.param("mmrotate.apis", ROTATED, ["mmdet", "mmrotate"], marks=INSTALL),
         pytest.param("mmcv.ops", AFTER, ["mmcv"], marks=INSTALL),
         pytest.param("mmeformer", DETECTION, ["mmdet"], marks=INSTALL),
     ],
@@ -289,7 +289,7 @@ def test_only_placeholders_are_replaced(checkout):
 
 
 @INSTALL
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("fork", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("place", ["installed", "checkout"])
 def test_worker_processes(place, method, request):
     pytest.importorskip("mmdet")
@@ -371,7 +371,9 @@ def test_init_detector_and_inferencer_of_mmdet(installed, tiny_configs):
     run(installed, code)
 
 
+# Of the other tasks tests/smoke.py has much of this.
 @INSTALL
+@pytest.mark.slow
 def test_init_detector_on_a_rotated_model(installed, tiny_configs):
     code = f"""
         from mmdet.apis import inference_detector, init_detector
@@ -387,6 +389,7 @@ def test_init_detector_on_a_rotated_model(installed, tiny_configs):
 
 
 @INSTALL
+@pytest.mark.slow
 def test_inferencer_of_mmseg(installed, tiny_configs):
     code = f"""
         from mmseg.apis import MMSegInferencer

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from helpers import larger_are_slow
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.optim import build_optim_wrapper
@@ -96,7 +97,9 @@ def test_trainval_is_the_same_model_on_other_data(name):
     assert configs.load_config(f"rotated/{name}").model == other.model
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "trainval" not in name])
+@pytest.mark.parametrize(
+    "name", larger_are_slow([name for name in CONFIGS if "trainval" not in name])
+)
 def test_trains_a_step_and_predicts(name):
     config = load(name)
     model = MODELS.build(config.model)

@@ -50,6 +50,7 @@ def test_files_without_objects_and_lines_without_flag(tmp_path):
     ("line", "message"),
     [
         ("1 2 3 4 ship 0", "6 fields instead of"),
+        ("1 2 3 4 0.5 ship 0", "7 fields instead of 'x1 y1 x2 y2 x3 y3 x4 y4 class difficult'"),
         ("0 0 1 0 1 1 0 1 small vehicle 0", "11 fields instead of .* class names cannot"),
         ("0 0 1 0 1 1 0 x ship 0", "first 8 fields must be numbers"),
         ("0 0 1 0 1 1 0 nan ship 0", "must be finite"),
@@ -92,6 +93,22 @@ def test_written_labels_are_read_back(tmp_path_factory, corners, difficult):
     assert found[1:] == ("ship", difficult, 1)
 
 
+def test_text_in_utf_16_is_named(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("0 0 1 0 1 1 0 1 ship 0", encoding="utf-16")
+    with pytest.raises(ValueError, match="a.txt is not a text file in UTF-8"):
+        read_labels(path)
+
+
+def test_thousands_of_unknown_classes_make_a_short_message(tmp_path):
+    """Such as labels whose class is the number of the object."""
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"0 0 1 0 1 1 0 1 object{i} 0\n" for i in range(5000)))
+    with pytest.raises(ValueError, match=r"(?s)have 5000 classes .* and 4980 more") as raised:
+        read_label_files([path], [f"class{i}" for i in range(5000)])
+    assert len(str(raised.value)) < 3000
+
+
 def test_unknown_classes_are_named_with_place_and_fix(tmp_path):
     for number in range(2):
         (tmp_path / f"{number}.txt").write_text(
@@ -103,7 +120,7 @@ def test_unknown_classes_are_named_with_place_and_fix(tmp_path):
     message = str(error.value)
     assert f"'shp': 2 objects, the first in {paths[0]} line 2" in message
     assert f"'plane': 2 objects, the first in {paths[0]} line 3" in message
-    assert "dropped_classes=('plane', 'shp')" in message
+    assert "dropped_classes=['plane', 'shp']" in message
     first, second = read_label_files(paths, ["ship"], ["plane", "shp"])
     assert [item.name for item in first + second] == ["ship", "ship"]
 

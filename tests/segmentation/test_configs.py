@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import larger_are_slow
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
@@ -125,7 +126,9 @@ def test_schedules_change_nothing_of_a_step(name):
     assert config.model == other.model and config.optim_wrapper == other.optim_wrapper
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in SAME_MODEL])
+@pytest.mark.parametrize(
+    "name", larger_are_slow([name for name in CONFIGS if name not in SAME_MODEL])
+)
 def test_trains_a_step_and_predicts(name):
     config = load(name)
     device.prepare_device(config, "none")

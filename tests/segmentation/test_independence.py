@@ -38,6 +38,7 @@ assert not loaded, loaded
 """
 
 
+@pytest.mark.install
 @pytest.mark.parametrize(
     ("config", "missing", "package"),
     [

@@ -14,6 +14,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 
 from mmeformer import configs
+from mmeformer.commands.test import main as evaluate_main
 from mmeformer.commands.train import main as train_main
 from mmeformer.paths import config_dir, tools_dir
 from mmeformer.synthetic.shapes import write_coco_dataset
@@ -169,8 +170,7 @@ def scalars(work_dir):
 def trained(small_config, tmp_path_factory):
     """The work directory of a training by the command line."""
     work_dir = tmp_path_factory.mktemp("trained")
-    train = [sys.executable, tools_dir() / "train.py", small_config]
-    run(*train, "--work-dir", work_dir, "--auto-scale-lr")
+    assert train_main([str(small_config), "--work-dir", str(work_dir), "--auto-scale-lr"]) == 0
     return work_dir
 
 
@@ -193,13 +193,14 @@ def test_resume_by_command_line(small_config, trained, tmp_path):
 
 
 def test_test_by_command_line(small_config, trained, tmp_path):
-    output = run(
-        *(sys.executable, tools_dir() / "test.py", small_config, trained / "iter_2.pth"),
-        *("--work-dir", tmp_path / "test", "--out", tmp_path / "out/results.pkl"),
-        *("--show-dir", tmp_path / "pictures", "--tta"),
+    arguments = [
+        *(small_config, trained / "iter_2.pth", "--work-dir", tmp_path / "test", "--tta"),
+        *("--out", tmp_path / "out/results.pkl", "--show-dir", tmp_path / "pictures"),
         *("--cfg-options", "test_evaluator.metric=bbox"),
-    )
-    assert "coco/bbox_mAP_50" in output and "coco/segm_mAP_50" not in output
+    ]
+    assert evaluate_main(list(map(str, arguments))) == 0
+    (log,) = (path.read_text() for path in tmp_path.glob("test/*/*.log"))
+    assert "coco/bbox_mAP_50" in log and "coco/segm_mAP_50" not in log
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 4
     results = pickle.loads((tmp_path / "out/results.pkl").read_bytes())
     assert len(results) == 4 and "masks" in results[0]["pred_instances"]
@@ -211,6 +212,8 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+# The launcher; what two processes compute is tested in test_distributed.py.
+@pytest.mark.slow
 def test_two_processes_over_gloo(small_config, tmp_path):
     command = [tools_dir() / "dist_train.sh", small_config, 2, "--work-dir", tmp_path]
     run(*command, MASTER_PORT=free_port())
@@ -263,7 +266,7 @@ def test_wrong_class_list_stops_the_command(small_config, tmp_path, capfd, quiet
     argv = [str(small_config), "--work-dir", str(tmp_path), "--cfg-options", classes]
     assert train_main(argv) == 1
     error = capfd.readouterr().err
-    assert "classes ['stra'] of the config are not among the categories" in error
+    assert "classes ['stra'] of the config are not among the 4 categories" in error
 
 
 def test_inference_apis_need_only_config_and_checkpoint(small_config, shapes, trained, tmp_path):

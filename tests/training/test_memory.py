@@ -11,70 +11,73 @@ from mmengine.config import Config
 from mmeformer.training import device
 from mmeformer.training.memory import keep_freed_memory
 
-# Page faults of ten tensors of 64 MB, made and freed one after the other.
+# Page faults of ten tensors of 64 MB, made and freed in turn: before the call and after.
 SCRIPT = """
-import resource, sys, torch
+import resource, torch
 from mmeformer.training.memory import keep_freed_memory
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
-for _ in range(10):
-    torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    torch.ones(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+def faults():
+    for _ in range(10):
+        torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+default = faults()
+assert keep_freed_memory()
+print(default, faults())
 """
 
 
-def run(script, choice):
-    """Output of a script in a process without settings of the C library in the environment."""
+def run(script):
+    """Numbers that a script prints, without settings of the C library in the environment."""
     done = subprocess.run(
-        [sys.executable, "-c", script, choice],
+        [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         check=True,
         env={key: value for key, value in os.environ.items() if "MALLOC" not in key},
     )
-    return done.stdout
+    return map(float, done.stdout.split())
 
 
 @pytest.mark.skipif(not keep_freed_memory(), reason="needs glibc")
 def test_large_tensors_get_the_same_memory_again():
-    faults = {}
-    for choice in ("keep", "default"):
-        faults[choice] = int(run(SCRIPT, choice))
-    assert faults["default"] >= 10 * 2**26 // resource.getpagesize()
-    assert faults["keep"] < faults["default"] / 4
+    default, kept = run(SCRIPT)
+    assert default >= 10 * 2**26 // resource.getpagesize()
+    assert kept < default / 4
 
 
-# MiB that stay resident when tensors of 16 MiB go and small ones between them stay.
+# MiB that stay resident when tensors of 16 MiB go and small ones between them stay: first in a copy
+# of the process that makes the call, then in one that does not.
 FREED = """
-import resource, sys, torch
+import os, resource, torch
 from mmeformer.training.memory import return_freed_memory
-if sys.argv[1] == "return":
-    assert return_freed_memory()
-torch.ones(2**22)  # the C library now takes such sizes from its heap
 
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
+if child := os.fork():
+    os.waitpid(child, 0)
+else:
+    assert return_freed_memory()
+torch.ones(2**22)  # the C library now takes such sizes from its heap
 before = resident()
 large, small = [], []
 for _ in range(20):
     large.append(torch.ones(2**22))
     small.append(torch.ones(2**10))
 del large
-print(resident() - before)
+print(resident() - before, flush=True)
 """
 
 
 @pytest.mark.skipif(not keep_freed_memory(), reason="needs glibc")
 def test_large_tensors_leave_nothing_behind():
-    left = {}
-    for choice in ("return", "default"):
-        left[choice] = float(run(FREED, choice))
-    assert left["return"] < 16 < left["default"]
+    returned, default = run(FREED)
+    assert returned < 16 < default
 
 
 def test_checkpointed_training_returns_memory(monkeypatch):

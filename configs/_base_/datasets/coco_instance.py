@@ -4,7 +4,7 @@ data_root = "data/coco/"
 backend_args = None
 
 train_pipeline = [
-    dict(type="LoadImageFromFile", backend_args=backend_args),
+    dict(type="mmeformer.LoadImageFromFile", backend_args=backend_args),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="Resize", scale=(1333, 800), keep_ratio=True),
     dict(type="RandomFlip", prob=0.5),
@@ -12,13 +12,13 @@ train_pipeline = [
 ]
 test_meta_keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 test_pipeline = [
-    dict(type="LoadImageFromFile", backend_args=backend_args),
+    dict(type="mmeformer.LoadImageFromFile", backend_args=backend_args),
     dict(type="Resize", scale=(1333, 800), keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=test_meta_keys),
 ]
 tta_pipeline = [
-    dict(type="LoadImageFromFile", backend_args=backend_args),
+    dict(type="mmeformer.LoadImageFromFile", backend_args=backend_args),
     dict(
         type="TestTimeAug",
         transforms=[
@@ -66,7 +66,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(
-    type="CocoMetric",
+    type="mmeformer.CocoMetric",
     ann_file=data_root + "annotations/instances_val2017.json",
     metric=["bbox", "segm"],
     format_only=False,

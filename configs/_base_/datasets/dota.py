@@ -5,7 +5,7 @@ data_root = "data/split_ss_dota/"
 backend_args = None
 
 train_pipeline = [
-    dict(type="mmdet.LoadImageFromFile", backend_args=backend_args),
+    dict(type="mmeformer.LoadImageFromFile", backend_args=backend_args),
     dict(type="mmdet.LoadAnnotations", with_bbox=True, box_type="qbox"),
     dict(type="ConvertBoxType", box_type_mapping=dict(gt_bboxes="rbox")),
     # Rotated boxes cannot be clipped to the image.
@@ -15,7 +15,7 @@ train_pipeline = [
 ]
 test_meta_keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 val_pipeline = [
-    dict(type="mmdet.LoadImageFromFile", backend_args=backend_args),
+    dict(type="mmeformer.LoadImageFromFile", backend_args=backend_args),
     dict(type="mmdet.Resize", scale=(1024, 1024), keep_ratio=True),
     # After resizing: boxes are compared in pixels of the file.
     dict(type="mmdet.LoadAnnotations", with_bbox=True, box_type="qbox"),
@@ -23,7 +23,7 @@ val_pipeline = [
     dict(type="mmdet.PackDetInputs", meta_keys=test_meta_keys),
 ]
 test_pipeline = [
-    dict(type="mmdet.LoadImageFromFile", backend_args=backend_args),
+    dict(type="mmeformer.LoadImageFromFile", backend_args=backend_args),
     dict(type="mmdet.Resize", scale=(1024, 1024), keep_ratio=True),
     dict(type="mmdet.PackDetInputs", meta_keys=test_meta_keys),
 ]
