@@ -56,6 +56,8 @@ DEVICE = "cuda" if GPU else "cpu"
 BF16, F32 = torch.bfloat16, torch.float32
 NAMES = {"s0": "V2-S0", "l1": "V1-L1"}
 LAST = torch.channels_last
+# Without a GPU, in place of the published sizes.
+TINY = dict(widths=(8, 16, 24, 32), depths=(1, 1, 2, 2), attention_blocks=(0, 0, 1, 1))
 RESNET = dict(
     type="mmdet.ResNet",
     depth=50,
@@ -182,10 +184,11 @@ def build(arch: str, image: torch.Tensor | None = None, **kwargs) -> nn.Module:
     """
     torch.manual_seed(0)
     kwargs = dict(layer_scale_init_value=0.5, drop_path_rate=0.0, **kwargs)
+    size = arch if GPU else TINY
     if arch == "s0":
-        backbone = EfficientFormerV2(arch, head_bias_keys=49, **kwargs)
+        backbone = EfficientFormerV2(size, head_bias_keys=49, **kwargs)
     else:
-        backbone = EfficientFormer(arch, **kwargs)
+        backbone = EfficientFormer(size, **kwargs)
     backbone = backbone.to(DEVICE).train()
     if image is not None:
         fit_norms(backbone, image)
@@ -305,7 +308,8 @@ def throughput(bench: Bench) -> None:
     run("as it comes", prediction_of(ours, images, BF16), 1.5)
     run = partial(bench.measure, "224 px, batch 128, bf16, against timm", "V2-S0")
     torch.manual_seed(0)
-    theirs = timm.create_model("efficientformerv2_s0", img_size=side, num_classes=0)
+    options = {} if GPU else dict(depths=TINY["depths"])
+    theirs = timm.create_model("efficientformerv2_s0", img_size=side, num_classes=0, **options)
     theirs = theirs.to(DEVICE).eval().to(memory_format=LAST)
     run("timm", prediction_of(theirs, images, BF16))
     theirs = compiled(theirs)
@@ -332,9 +336,12 @@ def build_detector(task: str, backbone: str) -> tuple[nn.Module, object, dict]:
         config.model.decode_head.norm_cfg.type = "BN"
     # A rate that leaves the weights, and so the number of regions, as they are.
     config.optim_wrapper.optimizer.lr = 1e-8
-    if not GPU and task == "detection":
-        config.model.train_cfg.rpn_proposal.max_per_img = 20
-        config.model.train_cfg.rcnn.sampler.num = 16
+    if not GPU:
+        config.model.backbone.arch = TINY
+        config.model.neck.in_channels = list(TINY["widths"])
+        if task == "detection":
+            config.model.train_cfg.rpn_proposal.max_per_img = 20
+            config.model.train_cfg.rcnn.sampler.num = 16
     training_device.prepare_device(config, "none")
     if backbone == "resnet50":
         config.model.backbone = RESNET
@@ -426,6 +433,9 @@ def loop(bench: Bench) -> None:
     config = configs.load_config("detection/mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py")
     small = configs.load_config("detection/mask-rcnn_efficientformerv2-s0_fpn_quickstart.py")
     configs.drop_pretrained(config.model)
+    if not GPU:
+        config.model.backbone.arch = TINY
+        config.model.neck.in_channels = list(TINY["widths"])
     with tempfile.TemporaryDirectory() as folder:
         root = write_coco_dataset(Path(folder, "data"), train=images, val=1, size=side)
         loader = config.train_dataloader
