@@ -44,9 +44,7 @@ TRANSFORMS = Registry(
 DATASETS = Registry("dataset", parent=MMENGINE_DATASETS, scope="mmeformer")
 METRICS = Registry("metric", parent=MMENGINE_METRICS, scope="mmeformer")
 VISUALIZERS = Registry("visualizer", parent=MMENGINE_VISUALIZERS, scope="mmeformer")
-TASK_UTILS = Registry(
-    "task util", parent=MMENGINE_TASK_UTILS, scope="mmeformer", locations=["mmeformer.rotated"]
-)
+TASK_UTILS = Registry("task util", parent=MMENGINE_TASK_UTILS, scope="mmeformer")
 HOOKS = Registry(
     "hook",
     parent=MMENGINE_HOOKS,

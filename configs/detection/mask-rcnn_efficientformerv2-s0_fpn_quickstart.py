@@ -45,6 +45,31 @@ test_pipeline = [
         meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
     ),
 ]
+tta_pipeline = [
+    dict(type="mmeformer.LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [
+                dict(
+                    type="Resize", scale=tuple(int(side * ratio) for side in size), keep_ratio=True
+                )
+                for ratio in (1.0, 1.2)
+            ],
+            [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)],
+            [dict(type="LoadAnnotations", with_bbox=True, with_mask=True)],
+            [
+                dict(
+                    type="PackDetInputs",
+                    meta_keys=(
+                        *("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
+                        *("flip", "flip_direction"),
+                    ),
+                )
+            ],
+        ],
+    ),
+]
 train_dataloader = dict(
     batch_size=8,
     num_workers=1,
@@ -73,6 +98,8 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", by_epoch=False, begin=50, end=max_iters, eta_min=1e-5),
 ]
 optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=10, norm_type=2))
+# `tools/train.py --auto-scale-lr` scales the learning rate, which is for this batch size.
+auto_scale_lr = dict(base_batch_size=8)
 log_processor = dict(by_epoch=False)
 default_hooks = dict(
     logger=dict(interval=10),

@@ -3,7 +3,8 @@ _base_ = "semantic-fpn_efficientformerv2-s0_40k_ade20k-512x512.py"
 
 # ---- always changed -------------------------------------------------------------------------
 data_root = "data/my_dataset/"  # has images/ and annotations/, each training/ and validation/
-metainfo = dict(classes=("road", "car"), palette=[[128, 64, 128], [0, 0, 142]])  # in label order
+# In the order of the labels. At least two: for one kind of object name the background as well.
+metainfo = dict(classes=("road", "car"), palette=[[128, 64, 128], [0, 0, 142]])
 checkpoint = "timm://efficientformerv2_s0.snap_dist_in1k"  # backbone weights; None: from scratch
 
 # ---- often changed --------------------------------------------------------------------------
@@ -109,4 +110,6 @@ param_scheduler = [
     dict(type="PolyLR", power=0.9, eta_min=1e-6, by_epoch=False, begin=warmup_iters, end=max_iters),
 ]
 optim_wrapper = dict(optimizer=dict(lr=learning_rate), clip_grad=dict(max_norm=10, norm_type=2))
+# `tools/train.py --auto-scale-lr` scales the learning rate, which is for this batch size.
+auto_scale_lr = dict(base_batch_size=batch_size)
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=max(1, max_iters // 10)))

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from mmdet.models.dense_heads import RPNHead
+from mmdet.models import dense_heads
 from mmdet.models.detectors import TwoStageDetector
-from mmdet.models.roi_heads import StandardRoIHead
-from mmdet.models.roi_heads.mask_heads import FCNMaskHead
-from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
-from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
+from mmdet.models.roi_heads import StandardRoIHead, mask_heads, roi_extractors
+from mmdet.models.task_modules import coders
 from mmdet.models.task_modules.coders.delta_xywh_bbox_coder import delta2bbox
 from mmengine.config import Config
 from torch import Tensor, nn
@@ -22,6 +20,9 @@ from torch import Tensor, nn
 from mmeformer.deploy import check, samples
 from mmeformer.deploy.graphs import Graph, cell_shifts, require, take, top_k
 from mmeformer.deploy.metadata import detector_settings
+from mmeformer.detection.coder import DeltaXYWHBBoxCoder
+from mmeformer.detection.roi_heads import FCNMaskHead, SingleRoIExtractor
+from mmeformer.detection.rpn_head import RPNHead
 from mmeformer.runtime import Detections
 
 
@@ -245,14 +246,16 @@ class DetectionGraph(Graph):
         return _WholeMasks(*samples.arrays(found), metainfo["ori_shape"], whole=masks)
 
 
-def _decode(coder: DeltaXYWHBBoxCoder, anchors: Tensor, deltas: Tensor) -> Tensor:
+def _decode(coder: coders.DeltaXYWHBBoxCoder, anchors: Tensor, deltas: Tensor) -> Tensor:
     """Decode ``deltas`` (B, K, 4) against ``anchors`` (B * K, 4), without clipping."""
     # The coder's own method uses another formula during export.
     boxes = delta2bbox(anchors, deltas.flatten(0, 1), coder.means, coder.stds)
     return boxes.view(deltas.shape)
 
 
-def _extract(extractor: SingleRoIExtractor, features: tuple[Tensor, ...], rois: Tensor) -> Tensor:
+def _extract(
+    extractor: roi_extractors.SingleRoIExtractor, features: tuple[Tensor, ...], rois: Tensor
+) -> Tensor:
     """Pool features (M, C, S, S) of ``rois`` (M, 5: image index and edges), each from its level."""
     count = extractor.num_inputs
     levels = extractor.map_roi_levels(rois, count)
@@ -281,22 +284,31 @@ def _check_supported(model: Any) -> None:
     name = type(model).__name__
     require(isinstance(model, TwoStageDetector), f"{name} is not a two-stage detector of mmdet")
     rpn, roi = model.rpn_head, model.roi_head
-    require(type(rpn) is RPNHead and rpn.use_sigmoid_cls, "the rpn_head is not a plain RPNHead")
+    require(
+        type(rpn) in (RPNHead, dense_heads.RPNHead) and rpn.use_sigmoid_cls,
+        "the rpn_head is not a plain RPNHead",
+    )
     require(type(roi) is StandardRoIHead, "the roi_head is not a StandardRoIHead")
     require(not roi.with_shared_head, "the roi_head has a shared_head")
     for extractor in (roi.bbox_roi_extractor, *([roi.mask_roi_extractor] if roi.with_mask else [])):
         require(
-            type(extractor) is SingleRoIExtractor, "a RoI extractor is not a SingleRoIExtractor"
+            type(extractor) in (SingleRoIExtractor, roi_extractors.SingleRoIExtractor),
+            "a RoI extractor is not a SingleRoIExtractor",
         )
         require(
             all(layer.pool_mode == "avg" for layer in extractor.roi_layers),
             "a RoIAlign has pool_mode other than avg",
         )
     if roi.with_mask:
-        require(type(roi.mask_head) is FCNMaskHead, "the mask_head is not an FCNMaskHead")
+        require(
+            type(roi.mask_head) in (FCNMaskHead, mask_heads.FCNMaskHead),
+            "the mask_head is not an FCNMaskHead",
+        )
     for part, coder in (("rpn_head", rpn.bbox_coder), ("bbox_head", roi.bbox_head.bbox_coder)):
         require(
-            type(coder) is DeltaXYWHBBoxCoder and coder.clip_border and not coder.add_ctr_clamp,
+            type(coder) in (DeltaXYWHBBoxCoder, coders.DeltaXYWHBBoxCoder)
+            and coder.clip_border
+            and not coder.add_ctr_clamp,
             f"the bbox_coder of the {part} is not a plain DeltaXYWHBBoxCoder",
         )
     for part, settings in (("rpn", rpn.test_cfg), ("rcnn", roi.test_cfg)):

@@ -52,78 +52,81 @@ def rotated_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
             )
     float64 = torch.float64 in (boxes1.dtype, boxes2.dtype)
     dtype = torch.float64 if float64 else torch.float32
-    x1, y1, w1, h1, angle1 = boxes1.to(dtype).unbind(-1)
-    x2, y2, w2, h2, angle2 = boxes2.to(dtype).unbind(-1)
-    w1, h1, w2, h2 = (size.clamp(min=0) for size in (w1, h1, w2, h2))
+    # Coordinates first, so that one operator takes both, or all corners, of all pairs.
+    center1, size1, angle1 = boxes1.to(dtype).movedim(-1, 0).split([2, 2, 1])
+    center2, size2, angle2 = boxes2.to(dtype).movedim(-1, 0).split([2, 2, 1])
+    size1, size2 = size1.clamp(min=0), size2.clamp(min=0)
 
     # IoU does not change with the scale: bring the largest side into [1/2, 1), by a power of two so
     # that nothing is rounded.
-    largest = torch.maximum(torch.maximum(w1, h1), torch.maximum(w2, h2)).detach()
-    exponent = torch.frexp(largest.clamp(min=1e-6)).exponent
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
-    w1, h1, w2, h2 = w1 / scale, h1 / scale, w2 / scale, h2 / scale
+    largest = torch.maximum(size1, size2).detach().amax(0).clamp(min=1e-6)
+    scale = largest / torch.frexp(largest).mantissa
+    size1, size2 = size1 / scale, size2 / scale
     # Boxes 4 sides apart along x or y cannot touch, so the clamp changes no IoU.
-    dx = ((x2 - x1) / scale).clamp(-4, 4)
-    dy = ((y2 - y1) / scale).clamp(-4, 4)
+    offset = ((center2 - center1) / scale).clamp(-4, 4)
 
     # From here on: origin in the center of box 1, axes along the sides of box 2.
-    cos2, sin2 = angle2.cos(), angle2.sin()
-    x2, y2 = dx * cos2 + dy * sin2, dy * cos2 - dx * sin2
-    cos1, sin1 = (angle1 - angle2).cos(), (angle1 - angle2).sin()
-    half_w = torch.stack([w1 * cos1, w1 * sin1], -1) / 2
-    half_h = torch.stack([-h1 * sin1, h1 * cos1], -1) / 2
-    corners = torch.stack(
-        [half_w + half_h, half_h - half_w, -half_w - half_h, half_w - half_h], -2
-    )  # (..., 4, 2), from x axis towards y axis
-    intersection = _area_inside(corners, x2 - w2 / 2, x2 + w2 / 2, y2 - h2 / 2, y2 + h2 / 2)
+    center = (_axes(angle2) * offset).sum(1)
+    half_w, half_h = (_axes(angle1 - angle2) * (size1 / 2)[:, None]).unbind(0)
+    first, second = half_w + half_h, half_h - half_w
+    corners = torch.stack([first, second, -first, -second])  # from x axis towards y axis
+    reach = size2 / 2
+    intersection = _area_inside(corners, center - reach, center + reach)
 
-    area1, area2 = w1 * h1, w2 * h2
+    (width1, height1), (width2, height2) = size1.unbind(), size2.unbind()
+    area1, area2 = width1 * height1, width2 * height2
     # Rounding must not lead out of the possible range.
     intersection = torch.minimum(intersection.clamp(min=0), torch.minimum(area1, area2))
     union = area1 + area2 - intersection
-    has_area = union > _TINY
-    return torch.where(has_area, intersection / torch.where(has_area, union, 1), 0)
+    no_area = union <= _TINY
+    return (intersection / union.masked_fill(no_area, 1)).masked_fill(no_area, 0)
 
 
-def _area_inside(corners: Tensor, left: Tensor, right: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _axes(angle: Tensor) -> Tensor:
+    """Unit vectors ``(2, 2, ...)`` along the width and the height of boxes, angle ``(1, ...)``."""
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, sin, -sin, cos]).unflatten(0, (2, 2))
+
+
+def _area_inside(corners: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Signed area of a polygon inside an upright rectangle.
 
     Args:
-        corners: ``(..., n, 2)``, counter-clockwise (from the x axis towards the y axis) for a
-            positive area.
-        left, right, low, high: ``(...)``, the rectangle, ``left <= right`` and ``low <= high``.
+        corners: ``(n, 2, ...)``, x and y, counter-clockwise (from the x axis towards the y axis)
+            for a positive area.
+        low, high: ``(2, ...)``, the rectangle, ``low <= high``.
 
     Returns:
         ``(...)``.
     """
-    left, right, low, high = (bound[..., None] for bound in (left, right, low, high))
-    # Around a closed polygon any height may be subtracted. The rectangle's height nearest to the
-    # origin keeps the terms small, and leaves exactly 0 for a rectangle above or below the polygon.
-    nearest = _clamp(torch.zeros_like(low), low, high).detach()
-    low, high = low - nearest, high - nearest
-    x_start, y_start = corners[..., 0], corners[..., 1] - nearest
-    x_end, y_end = x_start.roll(-1, -1), y_start.roll(-1, -1)
+    # The area does not change with the origin. The rectangle's point nearest to it keeps the terms
+    # small, and leaves exactly 0 for a rectangle beside the polygon.
+    nearest = torch.minimum(low.clamp(min=0), high).detach()
+    low, high, corners = low - nearest, high - nearest, corners - nearest
+    ends = torch.stack([corners, corners.roll(-1, 0)])  # (2, n, 2, ...): of every edge
+    start, end = ends.unbind()
+    width, height = (end - start).unbind(1)
 
-    # The part of each edge between left and right. An edge beside them keeps x_from = x_to, so its
-    # heights, far out on its line, do not count.
-    x_from, x_to = _clamp(x_start, left, right), _clamp(x_end, left, right)
-    span = _nonzero(x_end - x_start)
-    y_from = y_start + (x_from - x_start) / span * (y_end - y_start)
-    y_to = y_end + (x_to - x_end) / span * (y_end - y_start)
+    # The part of each edge between left and right. An edge beside them keeps its two x equal, so
+    # its heights, far out on its line, do not count.
+    x, y = ends.unbind(2)
+    (left, bottom), (right, top) = low.unbind(), high.unbind()
+    x_inside = _clamp(x, left, right)
+    y = y + (x_inside - x) / _nonzero(width) * height
+    x_from, x_to = x_inside.unbind()
+    return ((x_from - x_to) * _mean_of_clamp(y, bottom, top)).sum(0)
 
-    height = _mean_of_clamp(y_from, y_to, low, high)
-    return -((x_to - x_from) * height).sum(-1)
 
-
-def _mean_of_clamp(start: Tensor, end: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Mean of ``clamp(y, low, high)`` while y runs from ``start`` to ``end``.
+def _mean_of_clamp(y: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Mean of ``clamp(y, low, high)`` while y runs between its two rows.
 
     It is the mean of the clamped ends, corrected by what the clamp cut off at each end, times the
     share of the path that lies between ``low`` and ``high``.
     """
-    from_, to = _clamp(start, low, high), _clamp(end, low, high)
-    share = (to - from_) / _nonzero(end - start)
-    return ((from_ + to) + share * ((start - from_) + (end - to))) / 2
+    inside = _clamp(y, low, high)
+    (start, end), (inside_start, inside_end) = y.unbind(), inside.unbind()
+    share = (inside_end - inside_start) / _nonzero(end - start)
+    return (inside.sum(0) + share * (y - inside).sum(0)) / 2
 
 
 def _clamp(value: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -133,4 +136,4 @@ def _clamp(value: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _nonzero(length: Tensor) -> Tensor:
     """``length`` as a divisor: 1 where it is zero, as the dividend is then zero as well."""
-    return torch.where(length.abs() > _TINY, length, 1)
+    return length.masked_fill(length.abs() <= _TINY, 1)

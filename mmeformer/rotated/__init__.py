@@ -16,6 +16,7 @@ except ImportError as error:
 from mmeformer.ops.iou import rotated_iou
 
 from .assigner import RotatedATSSAssigner
+from .coder import DeltaXYWHTRBBoxCoder
 from .dataset import DOTADataset
 from .detections import from_instances, merge_patches, to_sample
 from .dota import read_labels
@@ -30,6 +31,7 @@ from .writers import to_json, write_dota_text, write_json, write_picture, write_
 __all__ = [
     "DOTADataset",
     "DOTAMetric",
+    "DeltaXYWHTRBBoxCoder",
     "RotatedATSSAssigner",
     "RotatedGFLHead",
     "RotatedIntegral",

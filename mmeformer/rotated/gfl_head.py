@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GFL head for rotated boxes."""
 
+from collections.abc import Sequence
+
 import torch
 from mmcv.cnn import ConvModule
 from mmdet.models.dense_heads import AnchorHead
@@ -13,9 +15,11 @@ from mmengine.structures import InstanceData
 from mmrotate.structures.bbox import RotatedBoxes
 from torch import Tensor, nn
 
+from mmeformer.anchors import AnchorCache, Sizes, level_sizes, valid_indices, valid_sizes
 from mmeformer.ops.iou import rotated_iou
 from mmeformer.registry import MODELS
 
+from .assigner import RotatedATSSAssigner
 from .integral import RotatedIntegral
 
 __all__ = ["RotatedGFLHead"]
@@ -27,7 +31,7 @@ _ANCHORS = dict(
     ratios=[1.0],
     strides=[8, 16, 32, 64, 128],
 )
-_CODER = dict(type="mmrotate.DeltaXYWHTRBBoxCoder", angle_version="le135", proj_xy=True)
+_CODER = dict(type="mmeformer.DeltaXYWHTRBBoxCoder", angle_version="le135", proj_xy=True)
 _FOCAL = dict(type="mmdet.FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0)
 _IOU = dict(type="mmeformer.RotatedIoULoss", mode="log", loss_weight=1.0)
 _INIT = dict(
@@ -69,7 +73,7 @@ class RotatedGFLHead(AnchorHead):
         norm_cfg: config of the towers' norms; default group norm with 32 groups.
         anchor_generator: rotated anchors, one per location; default angle 0, side 4 times the
             stride, strides 8 to 128.
-        bbox_coder: coder of five deltas relative to an anchor; default mmrotate's: center offsets
+        bbox_coder: coder of five deltas relative to an anchor; default: center offsets
             along the anchor's axes, logarithms of size ratios, angle in le135.
         reg_max: number of intervals of each distribution.
         delta_range: range of dx, dy, dw, dh.
@@ -127,6 +131,7 @@ class RotatedGFLHead(AnchorHead):
         )
         if not self.use_sigmoid_cls:
             raise ValueError("loss_cls needs use_sigmoid=True: the scores are sigmoids")
+        self._anchors = AnchorCache(self.prior_generator)
         self.integral = RotatedIntegral(reg_max, delta_range, angle_range)
         self.loss_dfl = None if loss_dfl is None else MODELS.build(loss_dfl)
 
@@ -188,27 +193,19 @@ class RotatedGFLHead(AnchorHead):
         Returns:
             ``loss_cls``, ``loss_bbox`` and, if it is set, ``loss_dfl``; scalars.
         """
-        sizes = [scores.shape[-2:] for scores in cls_scores]
+        sizes = level_sizes(cls_scores)
         device = cls_scores[0].device
-        anchor_list, valid_flag_list = self.get_anchors(sizes, batch_img_metas, device=device)
-        anchors = cat_boxes(anchor_list[0])
+        anchors = cat_boxes(self._anchors(sizes, device))
         # Includes the assigner: mmrotate rotates points by matrix products, which autocast rounds.
         with torch.autocast(device.type, enabled=False):
-            labels, label_weights, bbox_targets = self.get_targets(
-                anchors,
-                [len(level) for level in anchor_list[0]],
-                [torch.cat(flags) for flags in valid_flag_list],
-                batch_gt_instances,
-                batch_img_metas,
-                batch_gt_instances_ignore,
+            labels, label_weights, positive, pos_targets = self.get_targets(
+                anchors, sizes, batch_gt_instances, batch_img_metas, batch_gt_instances_ignore
             )
             scores = _flatten(cls_scores)
-            positive = ((labels >= 0) & (labels < self.num_classes)).nonzero().squeeze(1)
-            num_positive = reduce_mean(scores.new_tensor(float(len(positive)))).clamp(min=1)
+            num_positive = reduce_mean(scores.new_full((), len(positive))).clamp(min=1)
             # Without positives these are empty, so that losses and gradients are 0.
             logits = _flatten(bbox_preds)[positive]
             pos_anchors = anchors[positive % len(anchors)]
-            pos_targets = bbox_targets[positive]
             boxes = get_box_tensor(self.bbox_coder.decode(pos_anchors, self.integral(logits)))
 
             losses = {}
@@ -241,72 +238,94 @@ class RotatedGFLHead(AnchorHead):
     def get_targets(
         self,
         anchors: RotatedBoxes,
-        num_level_anchors: list[int],
-        valid_flag_list: list[Tensor],
+        sizes: Sizes,
         batch_gt_instances: list[InstanceData],
         batch_img_metas: list[dict],
         batch_gt_instances_ignore: list[InstanceData] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute the targets of all anchors of a batch.
+
+        The host waits for the device once, for the number of positives.
 
         Args:
             anchors: (A, 5), level by level, the same for every image.
-            num_level_anchors: number of anchors per level.
-            valid_flag_list: per image (A,), whether the anchor's location is inside the padded
-                image.
+            sizes: height and width per level.
             batch_gt_instances, batch_img_metas, batch_gt_instances_ignore: as in
                 :meth:`loss_by_feat`.
 
         Returns:
             ``labels`` (B * A,): class, or ``num_classes`` for background; ``label_weights``
-            (B * A,): 0 for anchors that are neither object nor background; ``bbox_targets``
-            (B * A, 5) in pixels and radians, 0 for all but the positives.
+            (B * A,): 0 for anchors that are neither object nor background; ``positive`` (P,):
+            indices of the objects among them; ``pos_targets`` (P, 5): their boxes in pixels and
+            radians.
         """
-        if batch_gt_instances_ignore is None:
-            batch_gt_instances_ignore = [None] * len(batch_img_metas)
-        labels, label_weights, bbox_targets = multi_apply(
-            self._get_targets_single,
-            valid_flag_list,
-            batch_gt_instances,
-            batch_img_metas,
-            batch_gt_instances_ignore,
-            anchors=anchors,
-            num_level_anchors=num_level_anchors,
-        )
-        return torch.cat(labels), torch.cat(label_weights), torch.cat(bbox_targets)
-
-    def _get_targets_single(
-        self,
-        valid_flags: Tensor,
-        gt_instances: InstanceData,
-        img_meta: dict,
-        gt_instances_ignore: InstanceData | None,
-        anchors: RotatedBoxes,
-        num_level_anchors: list[int],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Targets of one image; see :meth:`get_targets`."""
-        inside = anchor_inside_flags(
-            anchors, valid_flags, img_meta["img_shape"], self.train_cfg.get("allowed_border", -1)
-        )
-        assigned = self.assigner.assign(
-            InstanceData(priors=anchors[inside]),
-            [int(flags.sum()) for flags in inside.split(num_level_anchors)],
-            gt_instances,
-            gt_instances_ignore,
-        )
-        gt_inds = valid_flags.new_full((len(anchors),), -1, dtype=torch.long)
-        gt_inds[inside] = assigned.gt_inds
-        positive = gt_inds > 0
+        ignores = batch_gt_instances_ignore or [None] * len(batch_img_metas)
+        gt_inds = self._assign(anchors, sizes, batch_gt_instances, batch_img_metas, ignores)
+        positive = (gt_inds > 0).nonzero().squeeze(1)
         pos_gt_inds = gt_inds[positive] - 1
         labels = torch.full_like(gt_inds, self.num_classes)
-        labels[positive] = gt_instances.labels[pos_gt_inds]
+        labels[positive] = torch.cat([gts.labels for gts in batch_gt_instances])[pos_gt_inds]
         label_weights = (gt_inds >= 0).float()
         pos_weight = self.train_cfg.get("pos_weight", -1)
         if pos_weight > 0:
             label_weights[positive] = pos_weight
-        bbox_targets = torch.zeros_like(anchors.tensor)
-        bbox_targets[positive] = get_box_tensor(gt_instances.bboxes)[pos_gt_inds]
-        return labels, label_weights, bbox_targets
+        boxes = torch.cat([get_box_tensor(gts.bboxes) for gts in batch_gt_instances])
+        return labels, label_weights, positive, boxes[pos_gt_inds]
+
+    def _assign(
+        self,
+        anchors: RotatedBoxes,
+        sizes: Sizes,
+        batch_gt_instances: list[InstanceData],
+        batch_img_metas: list[dict],
+        ignores: Sequence[InstanceData | None],
+    ) -> Tensor:
+        """Per anchor of a batch (B * A,) what the assigner says.
+
+        1-based index among the objects of all images, 0 for background, -1 for neither.
+        """
+        generator, device = self.prior_generator, anchors.tensor.device
+        counts = [height * width for height, width in sizes]
+        border = self.train_cfg.get("allowed_border", -1)
+        valid = [valid_sizes(generator, sizes, meta["pad_shape"]) for meta in batch_img_metas]
+        if border < 0 and all(own == sizes for own in valid):
+            return self._assign_images(anchors, counts, batch_gt_instances, ignores).flatten()
+        # Images that the batch padded, each with its own anchors.
+        assigned, before = [], 0
+        for own, gts, meta, ignore in zip(
+            valid, batch_gt_instances, batch_img_metas, ignores, strict=True
+        ):
+            inside = valid_indices(generator, sizes, own, device)
+            own_counts = [height * width for height, width in own]
+            if border >= 0:
+                every = torch.ones_like(inside, dtype=torch.bool)
+                flags = anchor_inside_flags(anchors[inside], every, meta["img_shape"], border)
+                own_counts = torch.stack([f.sum() for f in flags.split(own_counts)]).tolist()
+                inside = inside[flags]
+            found = self._assign_images(anchors[inside], own_counts, [gts], [ignore])[0]
+            gt_inds = found.new_full((len(anchors),), -1)
+            gt_inds[inside] = torch.where(found > 0, found + before, found)
+            assigned.append(gt_inds)
+            before += len(gts)
+        return torch.cat(assigned)
+
+    def _assign_images(
+        self,
+        anchors: RotatedBoxes,
+        counts: list[int],
+        batch_gt_instances: list[InstanceData],
+        ignores: Sequence[InstanceData | None],
+    ) -> Tensor:
+        """See :meth:`_assign`, for images with the same ``anchors``: (B, A)."""
+        if isinstance(self.assigner, RotatedATSSAssigner):
+            return self.assigner.assign_batch(anchors, counts, batch_gt_instances, ignores)[0]
+        assigned, before = [], 0
+        for gts, ignore in zip(batch_gt_instances, ignores, strict=True):
+            priors = InstanceData(priors=anchors)
+            found = self.assigner.assign(priors, counts, gts, ignore).gt_inds
+            assigned.append(torch.where(found > 0, found + before, found))
+            before += len(gts)
+        return torch.stack(assigned)
 
     def predict_by_feat(
         self, cls_scores: list[Tensor], bbox_preds: list[Tensor], *args, **kwargs

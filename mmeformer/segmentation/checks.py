@@ -64,9 +64,9 @@ def check_pairs(
 
     Returns:
         The problems, errors first; kinds: ``missing mask``, ``unreadable image``, ``unreadable
-        mask``, ``color mask``, ``size mismatch``, ``label out of range``, ``0/255 masks``,
-        ``reduce_zero_label``, ``nothing labeled``, ``unused class``, ``bands or depth``,
-        ``deep image``.
+        mask``, ``color mask``, ``size mismatch``, ``label out of range``, ``one class``,
+        ``0/255 masks``, ``nothing to tell apart``, ``reduce_zero_label``, ``nothing labeled``,
+        ``unused class``, ``bands or depth``, ``deep image``.
     """
     exists = in_threads(os.path.isfile, [mask for _, mask in pairs])
     readable = [pair for pair, found in zip(pairs, exists, strict=True) if found][:limit]
@@ -177,16 +177,36 @@ def _check_labels(
     seen = {value for item in read for value in item.counts}
     beyond = seen - allowed
 
-    if len(classes) > 1 and ignore_index in seen and seen <= {0, ignore_index}:
+    folder = str(Path(read[0].mask).parent)
+    if len(classes) == 1:
+        text = _one_class(classes[0], ignore_index if ignore_index in seen else None)
+        return [Finding(ERROR, "one class", folder, text)]
+    if seen == {0, ignore_index}:
         example = next(item for item in read if ignore_index in item.counts)
+        learned = "nothing" if reduce_zero_label else "only value 0"
+        fix = f"Save {ignore_index} as 1 (or as the label of {classes[-1]!r})"
+        if reduce_zero_label:
+            fix += ", and set reduce_zero_label=False if 0 is a class too"
         return [
             Finding(
                 ERROR,
                 "0/255 masks",
                 example.mask,
                 f"has, like all {len(read)} masks read, only 0 and {ignore_index}, and "
-                f"{ignore_index} means 'unlabeled': only value 0 would be learned. Save "
-                f"{ignore_index} as 1 (or as the label of {classes[-1]!r})",
+                f"{ignore_index} means 'unlabeled': {learned} would be learned. {fix}",
+            )
+        ]
+    used = [value for value in labels if value in seen]
+    if complete and not beyond and len(used) < 2:
+        found = f"the one class {classes[used[0] - first]!r}" if used else "no class"
+        return [
+            Finding(
+                ERROR,
+                "nothing to tell apart",
+                folder,
+                f"all {len(read)} masks together have {found} of {len(classes)} (values "
+                f"{sorted(seen)}): nothing would be learned; correct the masks, or `classes` and "
+                "reduce_zero_label in the config",
             )
         ]
     findings = []
@@ -227,7 +247,7 @@ def _check_labels(
             Finding(
                 ERROR if complete else WARNING,
                 "reduce_zero_label",
-                str(Path(read[0].mask).parent),
+                folder,
                 f"none of the {len(read)} masks read has {labels[-1]} ({classes[-1]!r} with "
                 "reduce_zero_label=True), but 0, which would be ignored, occurs. If 0 is "
                 f"{classes[0]!r}, set reduce_zero_label=False; if 0 means 'other', "
@@ -239,12 +259,22 @@ def _check_labels(
             Finding(
                 WARNING,
                 "unused class",
-                str(Path(read[0].mask).parent),
+                folder,
                 f"{first_of(unused, 20)} have no pixel in any mask and cannot be learned; correct "
                 "`classes`, their order or the masks",
             )
         )
     return findings
+
+
+def _one_class(name: str, unlabeled: int | None) -> str:
+    background = "other" if name == "background" else "background"
+    masks = "" if unlabeled is None else f". If {unlabeled} is {name!r}, save it as 1"
+    return (
+        f"belongs to a config with the one class {name!r}: it competes with nothing, so the loss "
+        f"is always 0. Name what is not {name!r} as well: classes=({background!r}, {name!r}) with "
+        f"reduce_zero_label=False (masks: 0 and 1){masks}"
+    )
 
 
 def _out_of_range(item: _Labels, beyond: set[int], labels: range, ignore_index: int) -> Finding:

@@ -7,38 +7,58 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmeformer.registry import HOOKS
+from mmeformer.segmentation.settings import (
+    plain_model,
+    require_ignore_index_of_metrics,
+    require_ignore_index_of_model,
+    require_windows,
+)
 
 
 @HOOKS.register_module()
 class SegNumClassCheckHook(Hook):
-    """Compare ``num_classes`` of the heads with the classes of the data set, as mmdet's hook does.
+    """Check, before anything runs, that model, data set and metric fit each other.
 
-    Without it, a head with too few classes fails in an assertion on the GPU, and a head with too
-    many trains outputs that no label uses.
+    Compares ``num_classes`` of the heads with the classes of the data set, as mmdet's hook does
+    (a head with too few classes fails in an assertion on the GPU, and one with too many trains
+    outputs that no label uses), and checks ``ignore_index`` and the windows of testing
+    (:mod:`mmeformer.segmentation.settings`).
 
     Raises:
-        ValueError: the numbers differ; the message names the head and both numbers.
+        ValueError: they do not fit; the message names the settings and their values.
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Compare with the training set."""
-        self._check(runner, runner.train_dataloader.dataset)
+        """Check the model and the training set; one class alone is an error too."""
+        dataset = runner.train_dataloader.dataset
+        self._check(runner, dataset)
+        require_ignore_index_of_model(dataset, runner.model)
+        if len(classes := dataset.metainfo["classes"]) == 1:
+            raise ValueError(
+                f"the data set has the one class {classes[0]!r}, which competes with nothing, so "
+                "the loss is always 0: name what is not this class as well, such as "
+                f"classes=('background', {classes[0]!r}), with num_classes=2"
+            )
+        if runner.val_loop is not None:
+            self.before_val(runner)
 
     def before_val(self, runner: Runner) -> None:
-        """Compare with the validation set."""
-        self._check(runner, runner.val_dataloader.dataset)
+        """Check the model, the validation set and its metrics."""
+        dataset = runner.val_dataloader.dataset
+        self._check(runner, dataset)
+        require_ignore_index_of_metrics(dataset, runner.val_evaluator.metrics, "val_evaluator")
 
     def before_test(self, runner: Runner) -> None:
-        """Compare with the test set."""
-        self._check(runner, runner.test_dataloader.dataset)
+        """Check the model, the test set and its metrics."""
+        dataset = runner.test_dataloader.dataset
+        self._check(runner, dataset)
+        require_ignore_index_of_metrics(dataset, runner.test_evaluator.metrics, "test_evaluator")
 
     @staticmethod
     def _check(runner: Runner, dataset) -> None:
+        model = plain_model(runner.model)
+        require_windows(model)
         classes = dataset.metainfo["classes"]
-        model = runner.model
-        # DDP and test-time augmentation keep the model in `module`.
-        while hasattr(model, "module"):
-            model = model.module
         for name, module in model.named_modules():
             count = getattr(module, "num_classes", None)
             if name and count is not None and count != len(classes):

@@ -19,6 +19,7 @@ from mmeformer.inference.outputs import write_mask
 from mmeformer.inference.pictures import at_picture_size
 from mmeformer.inference.predictor import Predictor
 from mmeformer.results import Segmentation
+from mmeformer.segmentation.settings import require_windows
 from mmeformer.segmentation.visualizer import draw_labels
 from mmeformer.windows import Window, cores
 
@@ -49,6 +50,7 @@ class SegmentationPredictor(Predictor[Segmentation]):
         mask_format: str | None = None,
     ) -> None:
         super().__init__(inferencer, native_size, mask_format)
+        require_windows(self.model)
         count = len(self.classes)
         if self.mask_format == "palette" and count > 256:
             raise ValueError(f"a palette has 256 colors, not {count}: use the mask format ids")

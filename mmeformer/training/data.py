@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
@@ -15,6 +16,8 @@ from mmeformer.training.randomness import SAMPLE, seed_all
 
 FILE_KEYS = ("img_path", "seg_map_path")
 """Entries of ``get_data_info`` that are paths of files."""
+INNER = ("dataset", "datasets")
+"""Arguments and attributes of wrappers that are the data sets inside."""
 UNREADABLE = "unreadable_files"
 """Entry of a sample's ``metainfo``: the files that it replaces, path -> reason."""
 
@@ -29,31 +32,38 @@ class UnreadableFileError(TrainingError):
         self.reason = reason
 
 
-class GuardedDataset(Dataset):
-    """Wrapper of a data set that seeds every sample and replaces samples with unreadable files.
+class _Delegate(Dataset):
+    """Wrapper of a data set whose other attributes are those of the data set."""
 
-    In training, a sample whose file is missing, empty, truncated or cannot be decoded is replaced
-    by a random other one, which reports the file to
-    :class:`mmeformer.training.hooks.UnreadableFilesHook`. In validation and testing such a file is
-    an error, since scores on different sets of images cannot be compared. Only local files are
-    checked, not URLs. All other attributes are those of the data set.
-
-    Args:
-        dataset: config of a data set.
-        seed: seed of the run.
-    """
-
-    ATTEMPTS = 20
-    """Number of unreadable samples in a row that means that the disk or folder is gone."""
-
-    def __init__(self, dataset: Mapping, seed: int | None) -> None:
-        self.dataset = MMENGINE_DATASETS.build(dataset)
-        self.seed = seed or 0
+    dataset: Any
 
     def __getattr__(self, name: str):
         if name.startswith("__") or name == "dataset":
             raise AttributeError(name)
         return getattr(self.dataset, name)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.dataset)
+
+
+class GuardedDataset(_Delegate):
+    """Data set of a loader: seeds every sample, and guards the data sets that read files.
+
+    Wrappers such as ``ConcatDataset``, ``RepeatDataset`` or ``MultiImageMixDataset`` (mosaic) stay
+    as they are; every data set inside becomes a :class:`GuardedFiles`. A sample names the files
+    that could not be read and were replaced, for
+    :class:`mmeformer.training.hooks.UnreadableFilesHook`.
+
+    Args:
+        dataset: config of a data set.
+        seed: seed of the run.
+        evaluation: whether the loader is for validation or testing.
+    """
+
+    def __init__(self, dataset: Mapping, seed: int | None = None, evaluation: bool = False) -> None:
+        self.dataset = MMENGINE_DATASETS.build(_guard(dataset, evaluation))
+        self.seed = seed or 0
 
     @property
     def pipeline(self):
@@ -62,13 +72,17 @@ class GuardedDataset(Dataset):
 
     @pipeline.setter
     def pipeline(self, pipeline) -> None:
-        self.dataset.pipeline = pipeline
+        leaf = self.dataset
+        while isinstance(leaf, _Delegate):
+            leaf = leaf.dataset
+        leaf.pipeline = pipeline
 
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.dataset)
+    @property
+    def file_count(self) -> int:
+        """Number of samples of the data sets inside, each counted once."""
+        return sum(len(leaf) for leaf in leaves(self.dataset))
 
-    def __getitem__(self, index: int) -> dict | None:
+    def __getitem__(self, index: int) -> dict:
         """Load a sample; a :class:`~mmeformer.training.randomness.Draw` as index sets its seed.
 
         Raises:
@@ -77,24 +91,67 @@ class GuardedDataset(Dataset):
         """
         if hasattr(index, "position"):
             seed_all(self.seed, SAMPLE, index.position, gpu=False)
-        index = int(index)
-        if getattr(self.dataset, "test_mode", False):
-            return self._load(index)
+        sample = self.dataset[int(index)]
         unreadable: dict[str, str | None] = {}
+        for leaf in leaves(self.dataset):
+            if isinstance(leaf, GuardedFiles):
+                unreadable.update(leaf.unreadable)
+                leaf.unreadable.clear()
+        if unreadable:
+            sample["data_samples"].set_metainfo({UNREADABLE: unreadable})
+        return sample
+
+
+class GuardedFiles(_Delegate):
+    """Data set that replaces samples whose files cannot be read.
+
+    In training, a sample whose file is missing, empty, truncated or cannot be decoded is replaced
+    by a random other one. In validation and testing such a file is an error, since scores on
+    different sets of images cannot be compared. Only local files are checked, not URLs.
+
+    Args:
+        dataset: config of a data set that is no wrapper of others.
+        evaluation: whether it is for validation or testing.
+    """
+
+    ATTEMPTS = 20
+    """Number of unreadable samples in a row that means that the disk or folder is gone."""
+
+    def __init__(self, dataset: Mapping, evaluation: bool) -> None:
+        self.dataset = MMENGINE_DATASETS.build(dataset)
+        self.evaluation = evaluation
+        self.unreadable: dict[str, str | None] = {}
+        """Files replaced since :class:`GuardedDataset` last emptied this, path -> reason."""
+
+    def __getitem__(self, index: int) -> dict:
+        """Load a sample or, in training, a replacement.
+
+        Raises:
+            UnreadableFileError: in validation and testing, a file cannot be read.
+            TrainingError: too many samples in a row cannot be read.
+        """
+        index = int(index)
+        if self.evaluation:
+            if (sample := self._load(index)) is None:
+                raise TrainingError(
+                    f"the pipeline returns nothing for {self._paths(index) or index}: in "
+                    "validation and testing every sample counts; correct its transforms"
+                )
+            return sample
+        failed = 0
         for _ in range(getattr(self.dataset, "max_refetch", 1000) + 1):
             try:
                 sample = self._load(index)
             except UnreadableFileError as error:
-                unreadable[error.path] = error.reason
-                if len(unreadable) >= min(self.ATTEMPTS, len(self)):
+                self.unreadable[error.path] = error.reason
+                failed += 1
+                if failed >= min(self.ATTEMPTS, len(self)):
                     raise TrainingError(
-                        f"{len(unreadable)} samples in a row could not be read, the last because "
-                        f"{error}; check that the disk with the data is available"
+                        f"{failed} samples in a row could not be read, the last because {error}; "
+                        "check that the disk with the data is available"
                     ) from error
             else:
                 if sample is not None:
-                    if unreadable:
-                        sample["data_samples"].set_metainfo({UNREADABLE: unreadable})
                     return sample
             index = np.random.randint(len(self))
         raise TrainingError(
@@ -120,6 +177,32 @@ class GuardedDataset(Dataset):
             raise
 
     def _paths(self, index: int) -> list[str]:
+        if not hasattr(self.dataset, "get_data_info"):
+            return []
         information = self.dataset.get_data_info(index)
         paths = (information.get(key) for key in FILE_KEYS)
         return [path for path in paths if path and is_local(path)]
+
+
+def _guard(settings: Any, evaluation: bool) -> Any:
+    """Config of a data set or a wrapper, with every data set that reads files guarded."""
+    if isinstance(settings, (list, tuple)):
+        return [_guard(item, evaluation) for item in settings]
+    if not isinstance(settings, Mapping):
+        return settings
+    for key in INNER:
+        if key in settings:
+            return {**settings, key: _guard(settings[key], evaluation)}
+    return dict(type=GuardedFiles, dataset=settings, evaluation=evaluation)
+
+
+def leaves(dataset: Any) -> Iterator[Any]:
+    """The data sets inside wrappers; if they are guarded, as :class:`GuardedFiles`."""
+    inner = None
+    if not isinstance(dataset, GuardedFiles):
+        inner = next((vars(dataset)[key] for key in INNER if key in vars(dataset)), None)
+    if inner is None:
+        yield dataset
+        return
+    for item in inner if isinstance(inner, (list, tuple)) else [inner]:
+        yield from leaves(item)

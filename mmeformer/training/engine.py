@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
+from mmengine.logging import print_log
 
 from mmeformer.checkpoints import safe_load
 from mmeformer.configs import drop_pretrained, existing_checkpoint
@@ -98,6 +101,7 @@ def build_test_runner(
             raise ValueError(
                 "test-time augmentation needs tta_model and tta_pipeline in the config"
             )
+        _warn_if_scales_differ(config)
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
         config.model = ConfigDict(**config.tta_model, module=config.model)
     # Fail now rather than after hours of testing.
@@ -112,6 +116,32 @@ def build_test_runner(
     if out is not None:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=out))
     return runner
+
+
+def _warn_if_scales_differ(config: Config) -> None:
+    """A config that changes the scale of testing easily forgets that of the augmentation."""
+    tested = set(_scales(config.test_dataloader.dataset.get("pipeline", ())))
+    augmented = set(_scales(config.tta_pipeline))
+    if tested and augmented and not tested & augmented:
+        print_log(
+            f"tta_pipeline resizes to {sorted(augmented)}, but testing without augmentation to "
+            f"{sorted(tested)}; set the scales of tta_pipeline to this and sizes near it",
+            "current",
+            logging.WARNING,
+        )
+
+
+def _scales(steps) -> Iterator[tuple[int, ...]]:
+    """Scales of all ``Resize`` in a pipeline."""
+    for step in steps:
+        if isinstance(step, (list, tuple)):
+            yield from _scales(step)
+        elif step["type"].split(".")[-1] == "TestTimeAug":
+            yield from _scales(step["transforms"])
+        elif step["type"].split(".")[-1] == "Resize" and isinstance(
+            step.get("scale"), (list, tuple)
+        ):
+            yield tuple(step["scale"])
 
 
 def _require_writable(folder: Path) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mmengine.runner import Runner
 from mmeformer.checks.interface import CheckedDataset
 from mmeformer.errors import TrainingError
 from mmeformer.registry import HOOKS
-from mmeformer.training.data import UNREADABLE
+from mmeformer.training.data import UNREADABLE, GuardedFiles, leaves
 from mmeformer.training.saving import POINTER
 
 
@@ -60,7 +61,7 @@ class UnreadableFilesHook(Hook):
         self._gather(runner)
         if self.found:
             runner.logger.warning(
-                f"{len(self.found)} of {len(runner.train_dataloader.dataset)} samples could not be "
+                f"{len(self.found)} of {_file_count(runner)} samples could not be "
                 f"read so far; others took their place:\n{self._list()}"
             )
 
@@ -74,7 +75,7 @@ class UnreadableFilesHook(Hook):
         for path, reason in new.items():
             self.found[path] = reason
             runner.logger.warning(f"left out of training: {path} {reason}")
-        total = len(runner.train_dataloader.dataset)
+        total = _file_count(runner)
         allowed = max(math.ceil(self.max_share), int(self.max_share * total))
         if new and len(self.found) > allowed:
             raise TrainingError(
@@ -91,18 +92,26 @@ class UnreadableFilesHook(Hook):
         return "\n".join(lines)
 
 
-class FiniteLossHook(Hook):
-    """Stop at the first loss that is NaN or infinite, before anything else is saved.
+class LossCheckHook(Hook):
+    """Stop at a loss that is NaN or infinite, or exactly 0 for long, before more is saved.
 
-    mmengine's ``CheckInvalidLossHook`` checks every 50 iterations and reports no details.
+    mmengine's ``CheckInvalidLossHook`` checks every 50 iterations and reports no details. A loss of
+    exactly 0 has no gradient: the labels do not reach it. If only some of its terms are 0, that is
+    logged once for each.
 
     Raises:
-        TrainingError: a loss is not finite. The message names the iteration, all terms of the loss,
-            the images, and the last checkpoint.
+        TrainingError: a loss is not finite, or was 0 in :attr:`PATIENCE` iterations in a row. The
+            message names the iteration, all terms of the loss, and the last checkpoint.
     """
 
     # Before any hook that saves the loss or the weights.
     priority = "VERY_HIGH"
+
+    PATIENCE = 100
+
+    def __init__(self) -> None:
+        self.zeros: Counter[str] = Counter()
+        """Iterations in a row in which a term of the loss was 0; ``""``: all, in all processes."""
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
@@ -114,24 +123,49 @@ class FiniteLossHook(Hook):
             if "loss" in name
         }
         bad = not all(map(math.isfinite, terms.values()))
+        positive = any(terms.values())
         if get_world_size() > 1:
             # The shared gradient made the weights of all processes invalid: none may save them.
-            anywhere = torch.tensor(float(bad))
+            anywhere = torch.tensor([float(bad), float(positive)])
             all_reduce(anywhere, "max")
-            if anywhere and not bad:
+            if anywhere[0] and not bad:
                 raise TrainingError(
                     f"iteration {runner.iter + 1}: the loss of another process is not finite; see "
                     "its message"
                 )
+            positive = bool(anywhere[1])
         if bad:
-            listed = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
             images = [sample.metainfo.get("img_path", "?") for sample in _samples(data_batch)]
             raise TrainingError(
-                f"iteration {runner.iter + 1}: the loss is not finite ({listed}). Images: "
+                f"iteration {runner.iter + 1}: the loss is not finite ({_listed(terms)}). Images: "
                 f"{', '.join(map(str, images))}. {last_checkpoint(runner)} Lower the learning "
                 "rate, lengthen the warm-up, clip gradients (optim_wrapper.clip_grad), train "
                 "without --amp, or check the labels of these images"
             )
+        if terms:
+            self._check_zeros(runner, terms, positive)
+
+    def _check_zeros(self, runner: Runner, terms: dict[str, float], positive: bool) -> None:
+        zero = {name: value == 0 for name, value in terms.items()}
+        for name, is_zero in (zero | {"": not positive}).items():
+            self.zeros[name] = self.zeros[name] + 1 if is_zero else 0
+        if self.zeros[""] == self.PATIENCE:
+            raise TrainingError(
+                f"iteration {runner.iter + 1}: the loss was exactly 0 in {self.PATIENCE} "
+                f"iterations in a row ({_listed(terms)}), so nothing is learned: no label reaches "
+                "it, or there is only one class to choose from. Look at the labels with "
+                f"tools/check_dataset.py. {last_checkpoint(runner)}"
+            )
+        if positive and (names := [name for name in terms if self.zeros[name] == self.PATIENCE]):
+            runner.logger.warning(
+                f"{', '.join(names)} was exactly 0 in {self.PATIENCE} iterations in a row: no "
+                "object of the labels was matched, or its weight is 0. Look at the labels with "
+                "tools/check_dataset.py"
+            )
+
+
+def _listed(terms: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
 
 
 class CheckMetricsHook(Hook):
@@ -156,19 +190,16 @@ class CheckMetricsHook(Hook):
     @staticmethod
     def _check(loop) -> None:
         metrics = getattr(getattr(loop, "evaluator", None), "metrics", ())
-        for dataset in _leaves(loop.dataloader.dataset) if metrics else ():
+        for leaf in leaves(loop.dataloader.dataset) if metrics else ():
+            dataset = leaf.dataset if isinstance(leaf, GuardedFiles) else leaf
             if isinstance(dataset, CheckedDataset):
                 dataset.check_metrics(metrics)
 
 
-def _leaves(dataset) -> Iterator:
-    """The data sets inside wrappers."""
-    inner = vars(dataset).get("datasets", vars(dataset).get("dataset"))
-    if inner is None:
-        yield dataset
-    else:
-        for item in inner if isinstance(inner, (list, tuple)) else [inner]:
-            yield from _leaves(item)
+def _file_count(runner: Runner) -> int:
+    """Number of samples in the training files, each counted once."""
+    dataset = runner.train_dataloader.dataset
+    return getattr(dataset, "file_count", None) or len(dataset)
 
 
 def last_checkpoint(runner: Runner) -> str:

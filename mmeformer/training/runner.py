@@ -6,25 +6,27 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
 from mmengine.runner import Runner as MMEngineRunner
 from torch.utils.data import DataLoader
 
 from mmeformer.checkpoints.matching import require_match
-from mmeformer.errors import TrainingError
+from mmeformer.errors import CheckpointError, TrainingError
 from mmeformer.files import replacing
 from mmeformer.training.data import GuardedDataset
 from mmeformer.training.hooks import (
     CheckMetricsHook,
-    FiniteLossHook,
+    LossCheckHook,
     UnreadableFilesHook,
     last_checkpoint,
 )
-from mmeformer.training.loops import EpochBasedTrainLoop
+from mmeformer.training.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
 from mmeformer.training.saving import (
     CheckpointHook,
@@ -32,18 +34,29 @@ from mmeformer.training.saving import (
     newest_resumable,
     read_resumable,
 )
+from mmeformer.training.schedule import Schedule
+
+OUR_LOOPS = {
+    "EpochBasedTrainLoop": EpochBasedTrainLoop,
+    MMEngineEpochBasedTrainLoop: EpochBasedTrainLoop,
+    "IterBasedTrainLoop": IterBasedTrainLoop,
+    MMEngineIterBasedTrainLoop: IterBasedTrainLoop,
+}
+"""Our training loop for each of mmengine's, as configs name them."""
 
 
 class Runner(MMEngineRunner):
     """mmengine's Runner with these additions, which need no entries in configs.
 
     - A resumed run draws the same data and random numbers as an uninterrupted one
-      (:mod:`mmeformer.training.randomness`, :mod:`mmeformer.training.loops`).
+      (:mod:`mmeformer.training.randomness`), goes on after the samples seen
+      (:mod:`mmeformer.training.loops`), and follows the config where it has changed
+      (:mod:`mmeformer.training.schedule`).
     - A checkpoint is complete or absent, and resuming takes the newest complete one
       (:mod:`mmeformer.training.saving`).
     - Weights that do not fit the model are an error (:mod:`mmeformer.checkpoints.matching`).
-    - Unreadable files are left out, counted and logged; a loss that is not finite stops the run
-      (:mod:`mmeformer.training.hooks`).
+    - Unreadable files are left out, counted and logged; a loss that is not finite, or 0 for long,
+      stops the run (:mod:`mmeformer.training.hooks`).
 
     Arguments are those of mmengine.
     """
@@ -52,31 +65,49 @@ class Runner(MMEngineRunner):
     # Attributes of mmengine's Runner.
     _load_from: str | None
     _resume: bool
+    _val_dataloader: Any
+    _test_dataloader: Any
+    optim_wrapper: Any
+    param_schedulers: Any
 
     @staticmethod
     def build_dataloader(
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
-        """mmengine's data loader with a guarded data set and sampler."""
+        """mmengine's data loader with guarded data set and sampler; for training if not marked."""
         if isinstance(dataloader, Mapping):
             dataloader = {**dataloader}
-            if isinstance(dataloader["dataset"], Mapping):
-                dataloader["dataset"] = dict(
-                    type=GuardedDataset, dataset=dataloader["dataset"], seed=seed
-                )
+            if not dataloader.get("num_workers"):
+                # PyTorch refuses what needs workers; base configs have some.
+                for key in ("persistent_workers", "prefetch_factor"):
+                    dataloader.pop(key, None)
+            if isinstance(dataset := dataloader["dataset"], Mapping):
+                if dataset["type"] is not GuardedDataset:
+                    dataset = dict(type=GuardedDataset, dataset=dataset)
+                dataloader["dataset"] = {**dataset, "seed": seed}
             if isinstance(dataloader["sampler"], Mapping):
                 dataloader["sampler"] = dict(type=PositionSampler, sampler=dataloader["sampler"])
         return MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)
 
     def build_train_loop(self, loop):
-        """mmengine's loop; loops by epoch can resume in the middle of an epoch."""
+        """mmengine's loops, which resume at the place of the checkpoint."""
         if isinstance(loop, Mapping):
             loop = {**loop}
-            by_epoch = "type" not in loop and loop.get("by_epoch")
-            if by_epoch or loop.get("type") in ("EpochBasedTrainLoop", MMEngineEpochBasedTrainLoop):
-                loop.pop("by_epoch", None)
-                loop["type"] = EpochBasedTrainLoop
+            if "type" not in loop:
+                by_epoch = loop.pop("by_epoch")
+                loop["type"] = "EpochBasedTrainLoop" if by_epoch else "IterBasedTrainLoop"
+            loop["type"] = OUR_LOOPS.get(loop["type"], loop["type"])
         return super().build_train_loop(loop)
+
+    def build_val_loop(self, loop):
+        """mmengine's loop, on data that must be complete."""
+        self._val_dataloader = _for_evaluation(self._val_dataloader)
+        return super().build_val_loop(loop)
+
+    def build_test_loop(self, loop):
+        """mmengine's loop, on data that must be complete."""
+        self._test_dataloader = _for_evaluation(self._test_dataloader)
+        return super().build_test_loop(loop)
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """mmengine's hooks, with our ``CheckpointHook`` instead of its own."""
@@ -91,9 +122,17 @@ class Runner(MMEngineRunner):
     def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
         """Hooks of mmengine and of the config, and the guards that the config does not name."""
         super().register_hooks(default_hooks, custom_hooks)
-        for guard in (StepSeedHook, FiniteLossHook, UnreadableFilesHook, CheckMetricsHook):
+        for guard in (StepSeedHook, LossCheckHook, UnreadableFilesHook, CheckMetricsHook):
             if not any(isinstance(hook, guard) for hook in self.hooks):
                 self.register_hook(guard())
+
+    def scale_lr(self, optim_wrapper, auto_scale_lr=None) -> None:
+        """mmengine's scaling; also of the base learning rate, which the log shows."""
+        base: Any = getattr(optim_wrapper, "base_param_settings", None)
+        before = optim_wrapper.param_groups[0]["lr"] if base else None
+        super().scale_lr(optim_wrapper, auto_scale_lr)
+        if before:
+            base["lr"] *= optim_wrapper.param_groups[0]["lr"] / before
 
     def train(self):
         """Train; a resumed run starts from the newest complete checkpoint.
@@ -138,10 +177,66 @@ class Runner(MMEngineRunner):
         Fine-tuning (``load_from``) needs the weights of the backbone, resuming and testing all.
         """
         self._source = filename
-        return super().load_checkpoint(filename, *args, **kwargs)
+        checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+        self._resumed = dict(
+            place=checkpoint.get("meta", {}).get("place"),
+            param_schedulers=checkpoint.get("param_schedulers"),
+        )
+        return checkpoint
+
+    def resume(self, filename: str, *args, **kwargs) -> None:
+        """Resume; what the config changes since the checkpoint applies, and is logged.
+
+        Raises:
+            CheckpointError: the state of the optimizer does not fit the config.
+        """
+        self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
+        if self.param_schedulers is not None:
+            self.param_schedulers = self.build_param_scheduler(self.param_schedulers)
+        schedule = Schedule(self)
+        try:
+            super().resume(filename, *args, **kwargs)
+            schedule.require_same_optimizer()
+        except ValueError as error:
+            raise CheckpointError(
+                f"{filename} cannot be resumed with this optim_wrapper ({error}). Use that of the "
+                "checkpoint, or start from its weights with --cfg-options load_from=..."
+            ) from error
+        loop = self.train_loop
+        moved = hasattr(loop, "resume_at") and loop.resume_at(self._resumed["place"])
+        changes = schedule.changes(self._resumed["param_schedulers"])
+        if changes and schedule.follows_scores:
+            self.logger.warning(
+                "the schedule of the checkpoint goes on, as it depends on past scores; not "
+                f"applied from the config: {', '.join(changes)}"
+            )
+        elif changes or moved:
+            epochs = isinstance(loop, EpochBasedTrainLoop)
+            schedule.restore(loop.epoch, loop.iter, len(loop.dataloader) if epochs else None)
+            if changes:
+                self.logger.warning(
+                    "the config has changed since the checkpoint and applies from here on: "
+                    f"{', '.join(changes)}"
+                )
+        self._warn_if_finished(filename)
+
+    def _warn_if_finished(self, filename: str) -> None:
+        loop = self.train_loop
+        if isinstance(loop, MMEngineEpochBasedTrainLoop):
+            done, total, unit = loop.epoch, loop.max_epochs, "epochs"
+        else:
+            done, total, unit = loop.iter, loop.max_iters, "iters"
+        if done >= total:
+            self.logger.warning(
+                f"nothing to train: {filename} has {done} {unit} and train_cfg.max_{unit} is "
+                f"{total}. To train longer, raise it and the `end` of param_scheduler"
+            )
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
-        """mmengine's call; compares weights with the model before they are loaded."""
+        """mmengine's call; compares weights with the model before they are loaded.
+
+        Saved checkpoints get the place in the data (:mod:`mmeformer.training.loops`).
+        """
         super().call_hook(fn_name, **kwargs)
         if fn_name == "after_load_checkpoint":
             require_match(
@@ -150,6 +245,9 @@ class Runner(MMEngineRunner):
                 str(self._source),
                 part="backbone." if self._fine_tuning else "",
             )
+        elif fn_name == "before_save_checkpoint" and hasattr(self.train_loop, "place"):
+            meta = kwargs["checkpoint"]["meta"]
+            meta["place"] = self.train_loop.place(meta["epoch"], meta["iter"])
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
         """Save under a temporary name, then rename; in the main process only.
@@ -181,3 +279,11 @@ class Runner(MMEngineRunner):
                 f"checkpoint {target} could not be written, {reason}, then continue with --resume; "
                 "older checkpoints are unchanged"
             ) from error
+
+
+def _for_evaluation(loader):
+    """Config of a data loader that stops at unreadable files instead of replacing them."""
+    if not isinstance(loader, Mapping) or not isinstance(loader["dataset"], Mapping):
+        return loader
+    dataset = dict(type=GuardedDataset, dataset=loader["dataset"], evaluation=True)
+    return {**loader, "dataset": dataset}

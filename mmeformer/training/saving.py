@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -90,10 +92,14 @@ def _candidates(work_dir: Path) -> Iterator[Path]:
 class CheckpointHook(MMEngineCheckpointHook):
     """mmengine's hook that removes an old checkpoint only after the new one is on the disk.
 
+    If ``save_best`` names a metric that is not evaluated, the closest one takes its place.
+
     mmengine removes it first, so a kill or a full disk at that moment leaves no checkpoint.
     Arguments are those of mmengine. :class:`mmeformer.training.runner.Runner` uses it in place of
     mmengine's.
     """
+
+    best_ckpt_path: str | None
 
     def before_train(self, runner: Runner) -> None:
         """Remove the files that a killed run left unfinished."""
@@ -136,6 +142,8 @@ class CheckpointHook(MMEngineCheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if not self.save_best:
             return
+        self._require_indicators(runner, metrics)
+        self._drop_other_metric(runner)
         # Hide the previous best from mmengine, which would remove it before saving.
         before = self._best()
         self._set_best({})
@@ -146,6 +154,37 @@ class CheckpointHook(MMEngineCheckpointHook):
             for name, path in before.items():
                 if name in after and after[name] != path:
                     self._remove(path)
+
+    def _require_indicators(self, runner: Runner, metrics: Mapping) -> None:
+        """Replace metrics that are not evaluated by the closest ones that are.
+
+        ``save_best`` of a base config does not know which metrics a config evaluates, such as those
+        of masks only. mmengine would fail after the first epoch.
+        """
+        scores = [name for name, value in metrics.items() if isinstance(value, Real)]
+        missing = [name for name in self.key_indicators if name not in (*metrics, "auto")]
+        if not missing or not scores:
+            return
+        chosen = [
+            closest_metric(name, scores) if name in missing else name
+            for name in self.key_indicators
+        ]
+        self._init_rule(self.rules, chosen)
+        runner.logger.warning(
+            f"save_best: {', '.join(missing)} is not among the metrics {', '.join(scores)}; the "
+            f"best checkpoint is that of {', '.join(chosen)}. To choose another, set "
+            "default_hooks.checkpoint.save_best"
+        )
+
+    def _drop_other_metric(self, runner: Runner) -> None:
+        """After resuming with another ``save_best``, do not compare with the score of the old."""
+        if len(self.key_indicators) > 1 or "auto" in self.key_indicators or not self.best_ckpt_path:
+            return
+        (name,) = self.key_indicators
+        if not Path(self.best_ckpt_path).name.startswith(f"best_{name}_".replace("/", "_")):
+            self.best_ckpt_path = None
+            runner.message_hub.pop_info("best_score", None)
+            runner.message_hub.pop_info("best_ckpt", None)
 
     def _best(self) -> dict[str | None, str]:
         """Paths of the best checkpoints by metric, or under None if there is only one metric."""
@@ -164,6 +203,17 @@ class CheckpointHook(MMEngineCheckpointHook):
     def _remove(self, path: str) -> None:
         if self.file_backend.isfile(path):
             self.file_backend.remove(path)
+
+
+def closest_metric(name: str, others: Sequence[str]) -> str:
+    """The first of ``others`` with most words of ``name``: for ``coco/bbox_mAP``, say,
+    ``coco/segm_mAP``.
+    """
+
+    def words(text: str) -> set[str]:
+        return set(re.findall(r"[A-Z]?[a-z]+|[A-Z]|\d+", text))
+
+    return max(others, key=lambda other: len(words(name) & words(other)))
 
 
 def find_nonfinite(state: dict) -> list[str]:

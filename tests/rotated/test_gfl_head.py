@@ -341,13 +341,12 @@ def test_loss_is_an_average_over_images():
 
 def set_distributions(head, cls_scores, bbox_preds, gts):
     """Write perfect boxes into the logits of the positives; returns their mask over anchors."""
-    sizes = [s.shape[-2:] for s in cls_scores]
+    sizes = [tuple(s.shape[-2:]) for s in cls_scores]
     anchors = cat_anchors(head)
-    counts = [h * w for h, w in sizes]
-    flags = [torch.ones(len(anchors), dtype=torch.bool)]
-    labels, _, targets = head.get_targets(anchors, counts, flags, [gts], metas(1))
+    labels, _, indices, targets = head.get_targets(anchors, sizes, [gts], metas(1))
     positive = labels < head.num_classes
-    deltas = head.bbox_coder.encode(anchors[positive], RotatedBoxes(targets[positive]))
+    assert torch.equal(positive.nonzero().squeeze(1), indices)
+    deltas = head.bbox_coder.encode(anchors[positive], RotatedBoxes(targets))
     bins = head.integral.to_bins(deltas)
     left = bins.floor()
     target = torch.full((len(bins), 5, 9), 1e-9)
@@ -536,13 +535,13 @@ def test_losses_and_boxes_are_float32_under_autocast(setting):
 def test_assigns_without_autocast(monkeypatch):
     """A box border close to an anchor's centre must not be rounded to the other side."""
     head = build_head()
-    assign, seen = head.assigner.assign, []
+    assign, seen = head.assigner.assign_batch, []
 
     def recording(*args):
         seen.append(torch.is_autocast_enabled("cpu"))
         return assign(*args)
 
-    monkeypatch.setattr(head.assigner, "assign", recording)
+    monkeypatch.setattr(head.assigner, "assign_batch", recording)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         head.loss_by_feat(*head(features(1)), [objects()], metas(1))
     assert seen == [False]
@@ -562,7 +561,7 @@ def test_predicts_the_boxes_of_the_distributions():
     preds, positive = set_distributions(head, cls_scores, bbox_preds, gts)
     # Surest where an object was assigned, otherwise below the threshold.
     flat = torch.full((len(positive), 3), -10.0)
-    sizes = [s.shape[-2:] for s in cls_scores]
+    sizes = [tuple(s.shape[-2:]) for s in cls_scores]
     anchors = cat_anchors(head).tensor
     for index in positive.nonzero().squeeze(1):
         delta = head.integral(

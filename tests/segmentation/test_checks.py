@@ -135,6 +135,37 @@ def test_binary_masks_of_0_and_255(tmp_path, reduce_zero_label):
     assert (finding.severity, finding.kind) == (ERROR, "0/255 masks")
     assert finding.path == str(folder.mask("good0"))
     assert "Save 255 as 1" in finding.message
+    assert ("reduce_zero_label=False" in finding.message) == reduce_zero_label
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("reduce_zero_label", [False, True])
+@pytest.mark.parametrize("values", [[0, 1], [0, 255], [0, 1, 255]])
+def test_one_class_is_never_learned(tmp_path, values, reduce_zero_label, training):
+    """A softmax over one class is always 1; the advice given must work."""
+    folder = Folder(tmp_path)
+    for index in range(3):
+        folder.add(f"good{index}", values)
+    finding = only(folder.check(("blob",), reduce_zero_label=reduce_zero_label, training=training))
+    assert (finding.severity, finding.kind) == (ERROR, "one class")
+    assert "classes=('background', 'blob') with reduce_zero_label=False" in finding.message
+    assert ("If 255 is 'blob', save it as 1" in finding.message) == (255 in values)
+    for index in range(3):
+        folder.add(f"good{index}", [1 if value == 255 else value for value in values])
+    assert folder.check(("background", "blob"), training=training) == []
+
+
+@pytest.mark.parametrize("values", [[0], [1, 255], [255]])
+def test_all_masks_of_one_value(tmp_path, values):
+    folder = Folder(tmp_path)
+    for index in range(3):
+        folder.add(f"good{index}", values)
+    finding = only(folder.check())
+    assert (finding.severity, finding.kind) == (ERROR, "nothing to tell apart")
+    assert ("the one class" if values != [255] else "no class") in finding.message
+    # Part of the data may be so.
+    assert all(found.severity == WARNING for found in folder.check(limit=2))
+    assert all(found.severity == WARNING for found in folder.check(training=False))
 
 
 def test_mask_without_labels(folder):

@@ -6,16 +6,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+import tiny
 import torch
 from mmengine.config import Config
 from mmseg.apis import MMSegInferencer, inference_model, init_model
 
 from mmeformer import configs
 from mmeformer.paths import config_dir, tools_dir
+from mmeformer.segmentation.hooks import SegNumClassCheckHook
 from mmeformer.synthetic.masks import CLASSES, write_mask_dataset
 from mmeformer.training import engine
 
@@ -169,6 +172,38 @@ def test_head_must_have_the_classes_of_the_data(trained, tmp_path):
     config.model.decode_head.num_classes = 4
     with pytest.raises(ValueError, match=r"model.decode_head has num_classes=4, .* 5 classes"):
         engine.build_train_runner(config).train()
+
+
+def test_one_class_is_an_error_whatever_the_data_set():
+    dataset = SimpleNamespace(metainfo=dict(classes=("blob",)))
+    runner = SimpleNamespace(
+        train_dataloader=SimpleNamespace(dataset=dataset), model=torch.nn.Module()
+    )
+    with pytest.raises(ValueError, match=r"one class 'blob'.*classes=\('background', 'blob'\)"):
+        SegNumClassCheckHook().before_train(runner)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_one_kind_of_object_and_background(trained, tmp_path, sigmoid):
+    """What the error for one class recommends can be learned."""
+    _, _, root = trained
+    root = shutil.copytree(root, tmp_path / "data")
+    for path in (root / "annotations").rglob("*.png"):
+        cv2.imwrite(str(path), np.minimum(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), 1))
+    config = small_config(root)
+    for name in ("train", "val", "test"):
+        config[f"{name}_dataloader"].dataset.metainfo = dict(
+            classes=("background", "blob"), palette=PALETTE[:2]
+        )
+    config.model.decode_head.num_classes = 2
+    if sigmoid:
+        config.model.decode_head.update(out_channels=1, threshold=0.5)
+        config.model.decode_head.loss_decode.use_sigmoid = True
+    config.train_cfg.update(max_iters=30, val_interval=30)
+    config.param_scheduler = None
+    losses = tiny.train(config, tmp_path / "work")
+    assert 0 < losses[29] < 0.7 * losses[0]
 
 
 def test_bad_masks_stop_training_before_its_first_step(trained, tmp_path):

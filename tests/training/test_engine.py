@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 import subprocess
@@ -83,6 +84,60 @@ class TestConfigs:
                 engine.build_test_runner(config.copy(), str(checkpoint), **kwargs)
 
 
+TEMPLATES = sorted(config_dir().glob("*/*_custom.py"))
+QUICKSTARTS = sorted(config_dir().glob("*/*_quickstart.py"))
+
+
+def edited(template, folder, **settings):
+    """A copy of a template beside its base, with other values of its settings."""
+    text = template.read_text().replace('_base_ = "', f'_base_ = "{template.parent}/')
+    for name, value in settings.items():
+        text, count = re.subn(rf"^{name} = .*", f"{name} = {value!r}", text, flags=re.M)
+        assert count == 1
+    path = folder / "edited.py"
+    path.write_text(text)
+    return configs.load_config(path)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.parent.name)
+class TestTemplates:
+    def test_learning_rate_is_for_the_batch_size_of_the_template(self, template, tmp_path):
+        config = edited(template, tmp_path, batch_size=6)
+        assert config.train_dataloader.batch_size == config.auto_scale_lr.base_batch_size == 6
+
+    def test_augmentation_in_testing_follows_the_scale(self, template, tmp_path):
+        scale = (896, 512)
+        name = "size" if template.parent.name == "rotated" else "scale"
+        config = edited(template, tmp_path, **{name: scale})
+        steps = config.test_dataloader.dataset.pipeline
+        (tested,) = [step.scale for step in steps if step.type.endswith("Resize")]
+        assert tuple(tested) == scale
+        if "tta_pipeline" in config:
+            scales = [tuple(step.scale) for step in config.tta_pipeline[1].transforms[0]]
+            assert scale in scales
+            assert config.tta_pipeline[0] == steps[0]
+            assert {round(a / b, 1) for a, b in scales} == {round(scale[0] / scale[1], 1)}
+
+
+@pytest.mark.parametrize("scale", [(1333, 800), (640, 640)])
+def test_augmentation_at_other_scales_than_testing_is_said(scale, monkeypatch):
+    config = configs.load_config(f"{V2_S0}_1x_coco.py")
+    config.test_dataloader.dataset.pipeline[1].scale = scale
+    lines: list[str] = []
+    monkeypatch.setattr(engine, "print_log", lambda text, *args: lines.append(text))
+    engine._warn_if_scales_differ(config)
+    assert len(lines) == (scale != (1333, 800))
+    assert all("to [(1333, 800), (1600, 960)], but" in line for line in lines)
+
+
+@pytest.mark.parametrize("quickstart", QUICKSTARTS, ids=lambda path: path.parent.name)
+def test_settings_of_a_quickstart_are_its_own(quickstart):
+    config = configs.load_config(quickstart)
+    assert config.auto_scale_lr.base_batch_size == config.train_dataloader.batch_size
+    if "tta_pipeline" in config:
+        assert max(max(step.scale) for step in config.tta_pipeline[1].transforms[0]) < 200
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is tested is the way without a GPU")
 class TestWithoutGpu:
     def test_amp_becomes_full_precision(self):
@@ -131,7 +186,7 @@ def small_config(shapes, tmp_path_factory):
         loader.update(batch_size=2, num_workers=0, persistent_workers=False)
     for evaluator in (config.val_evaluator, config.test_evaluator):
         evaluator.ann_file = str(shapes / "annotations/instances_val2017.json")
-    # Of the size of the images, in place of two large ones.
+    # Of the size of the images, in place of two larger ones.
     config.tta_pipeline[1].transforms[0] = [
         dict(type="Resize", scale=(side, side), keep_ratio=True) for side in (64, 96)
     ]
@@ -178,8 +233,8 @@ def test_train_by_command_line(trained):
     rows = scalars(trained)
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
-    # --auto-scale-lr: 2 images instead of 16; the last step stands at the end of the schedule.
-    assert rows[0]["base_lr"] < 1e-3 * 2 / 16
+    # --auto-scale-lr: 2 images instead of 8; the first step of the warm-up has a hundredth.
+    assert rows[0]["lr"] == rows[0]["base_lr"] == pytest.approx(2e-3 * 2 / 8 / 100)
     assert any("coco/segm_mAP_50" in row for row in rows)
 
 

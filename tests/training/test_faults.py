@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damaged files, losses that are not finite and images without objects."""
 
+import copy
 import json
+import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import tiny
 import torch
+from mmengine.registry import init_default_scope
 from mmengine.structures import BaseDataElement
 
 from mmeformer.errors import TrainingError
 from mmeformer.training import engine
-from mmeformer.training.data import UnreadableFileError
-from mmeformer.training.hooks import FiniteLossHook, UnreadableFilesHook, _samples
+from mmeformer.training.data import UNREADABLE, UnreadableFileError
+from mmeformer.training.hooks import LossCheckHook, UnreadableFilesHook, _samples
+from mmeformer.training.runner import Runner
 
 IMAGES = {
     "detection": "coco/train2017",
@@ -83,6 +88,93 @@ def test_one_damaged_file_is_left_out(folder, tmp_path, task, workers, damage, r
     log = next(tmp_path.glob("*/*.log")).read_text()
     assert f"left out of training: {bad}" in log
     assert "1 of 8 samples could not be read so far" in log
+
+
+def wrapped(task, kind, dataset):
+    """A training set of `task` inside a wrapper."""
+    if kind == "ConcatDataset":
+        half = [copy.deepcopy(dataset) for _ in range(2)]
+        for index, part in enumerate(half):
+            part.indices = list(range(4 * index, 4 * index + 4))
+        return dict(type=kind, datasets=half)
+    if kind == "RepeatDataset":
+        return dict(
+            type=kind,
+            dataset=dict(type="ClassBalancedDataset", dataset=dataset, oversample_thr=1e-3),
+            times=3,
+        )
+    pipeline = list(dataset.pipeline)
+    dataset.pipeline = pipeline[:2]
+    mosaic = dict(type="RandomMosaic", prob=1.0, img_scale=(64, 64))
+    return dict(type=kind, dataset=dataset, pipeline=[mosaic, *pipeline[2:]])
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("segmentation", "MultiImageMixDataset"),
+        *(
+            pytest.param(task, kind, marks=pytest.mark.slow)
+            for task, kind in (
+                ("segmentation", "ConcatDataset"),
+                ("detection", "ConcatDataset"),
+                ("detection", "RepeatDataset"),
+                ("rotated", "ConcatDataset"),
+                ("rotated", "RepeatDataset"),
+            )
+        ),
+    ],
+)
+def test_damaged_file_inside_a_wrapper_is_left_out(folder, tmp_path, task, kind):
+    config = tiny.TASKS[task](folder, iterations=8)
+    loader = config.train_dataloader
+    loader.dataset = wrapped(task, kind, loader.dataset)
+    bad = folder / IMAGES[task] / "000003.png"
+    losses, hook = run_with_late_damage(config, tmp_path, lambda: vanish(bad))
+    assert len(losses) == 8
+    assert hook.found == {str(bad): "does not exist"}
+    log = next(tmp_path.glob("*/*.log")).read_text()
+    assert "1 of 8 samples could not be read so far" in log
+
+
+@pytest.mark.slow
+def test_damaged_file_inside_a_mosaic_of_boxes(folder, tmp_path):
+    """mmdet's mosaic has no masks, so there is no model here that could train on it."""
+    config = tiny.detection(folder)
+    dataset = config.train_dataloader.dataset
+    dataset.pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
+    mosaic = [dict(type="Mosaic", img_scale=(64, 64)), dict(type="PackDetInputs")]
+    config.train_dataloader.dataset = dict(
+        type="MultiImageMixDataset", dataset=dataset, pipeline=mosaic
+    )
+    config.work_dir = str(tmp_path)
+    loop = engine.build_train_runner(config).train_loop
+    bad = folder / IMAGES["detection"] / "000003.png"
+    vanish(bad)
+    found = {}
+    for _, batch in zip(range(8), loop.dataloader, strict=False):
+        for sample in batch["data_samples"]:
+            found.update(sample.metainfo.get(UNREADABLE, {}))
+    assert found == {str(bad): "does not exist"}
+
+
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(task, marks=[pytest.mark.slow] * (task != "segmentation")) for task in IMAGES],
+)
+@pytest.mark.parametrize("command", ["val", pytest.param("test", marks=pytest.mark.slow)])
+def test_evaluation_inside_a_wrapper_needs_all_its_files(folder, tmp_path, task, command):
+    """Whatever the data set calls itself: the loader decides."""
+    config = tiny.TASKS[task](folder)
+    dataset = config[f"{command}_dataloader"].dataset
+    config[f"{command}_dataloader"].dataset = dict(type="ConcatDataset", datasets=[dataset])
+    config.work_dir = str(tmp_path)
+    runner = engine.build_train_runner(config)
+    loop = getattr(runner, f"build_{command}_loop")(getattr(runner, f"_{command}_loop"))
+    bad = next(folder.glob(f"{IMAGES[task].split('/')[0]}/**/val*/**/000001.png"))
+    vanish(bad)
+    with pytest.raises(UnreadableFileError, match="000001.png does not exist"):
+        list(loop.dataloader)
 
 
 def test_too_many_stop_the_run(folder, tmp_path):
@@ -207,10 +299,61 @@ def test_loss_of_another_process_is_not_finite(folder, tmp_path):
     assert [path.name for path in tmp_path.glob("work/*.pth")] == ["iter_2.pth"]
 
 
+def test_loss_that_stays_zero(folder, tmp_path, monkeypatch):
+    """One class, unlabeled pixels, and none of our checks of the data."""
+    monkeypatch.setattr(LossCheckHook, "PATIENCE", 3)
+    config = tiny.segmentation(folder)
+    config.train_dataloader.dataset.update(
+        type="BaseSegDataset",
+        metainfo=dict(classes=("blob",), palette=[[0, 0, 0]]),
+        reduce_zero_label=True,
+        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
+    )
+    config.model.decode_head.num_classes = 1
+    config.custom_hooks = []
+    for path in (folder / "masks/annotations/training").glob("*.png"):
+        cv2.imwrite(str(path), np.minimum(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), 1))
+    with pytest.raises(
+        TrainingError, match=r"iteration 3: the loss was exactly 0 in 3 .*loss_ce 0"
+    ):
+        tiny.train(config, tmp_path)
+
+
+@pytest.mark.parametrize("task", [pytest.param(t, marks=pytest.mark.slow) for t in tiny.TASKS])
+def test_loss_that_becomes_zero(folder, tmp_path, monkeypatch, task):
+    monkeypatch.setattr(LossCheckHook, "PATIENCE", 2)
+    config = tiny.TASKS[task](folder)
+
+    def weightless(settings):
+        for key, value in settings.items():
+            if isinstance(value, dict):
+                if "loss" in key:
+                    value["loss_weight"] = 0.0
+                weightless(value)
+
+    weightless(config.model)
+    with pytest.raises(TrainingError, match="iteration 2: the loss was exactly 0 in 2 iterations"):
+        tiny.train(config, tmp_path)
+
+
+def test_zeros_must_be_in_a_row(monkeypatch, caplog):
+    monkeypatch.setattr(LossCheckHook, "PATIENCE", 2)
+    runner = SimpleNamespace(iter=0, work_dir="none", logger=logging.getLogger("zeros"))
+    hook = LossCheckHook()
+    for cls, bbox in ((0, 0), (1, 0), (0, 0.5), (1, 0), (1, 0), (1, 0)):
+        terms = dict(loss=torch.tensor(cls + bbox), loss_cls=torch.tensor(cls), loss_bbox=bbox)
+        hook.after_train_iter(runner, 0, outputs=terms)
+    assert caplog.text.count("loss_bbox was exactly 0 in 2 iterations") == 2
+    assert "loss_cls" not in caplog.text
+    hook.after_train_iter(runner, 0, outputs=dict(loss=0.0, acc=3))
+    with pytest.raises(TrainingError, match="loss 0"):
+        hook.after_train_iter(runner, 0, outputs=dict(loss=0.0, acc=3))
+
+
 @pytest.mark.slow
 def test_nonfinite_weights_are_not_saved(folder, tmp_path, monkeypatch):
     """A gradient may be infinite though the loss is not."""
-    monkeypatch.setattr(FiniteLossHook, "after_train_iter", lambda *args, **kwargs: None)
+    monkeypatch.setattr(LossCheckHook, "after_train_iter", lambda *args, **kwargs: None)
     config = tiny.segmentation(folder)
     config.work_dir = str(tmp_path)
     runner = engine.build_train_runner(config)
@@ -257,6 +400,15 @@ def test_samples_of_a_batch_however_nested():
     batch = dict(inputs=[1], data_samples=[one, [two]])
     assert [sample.a for sample in _samples(batch)] == [1, 2]
     assert list(_samples(None)) == []
+
+
+def test_loader_without_workers_needs_no_other_setting(folder):
+    loader = tiny.segmentation(folder).train_dataloader
+    init_default_scope("mmseg")
+    loader.update(num_workers=0, persistent_workers=True, prefetch_factor=4)
+    assert not Runner.build_dataloader(loader, seed=0).persistent_workers
+    loader.update(num_workers=1)
+    assert Runner.build_dataloader(loader, seed=0).persistent_workers
 
 
 def test_share_must_be_a_share():

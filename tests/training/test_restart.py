@@ -314,3 +314,43 @@ def test_better_model_replaces_the_best_only_once_saved(folder, tmp_path, monkey
     assert [path.name for path in tmp_path.glob("best_*.pth")] == ["best_mIoU_iter_4.pth"]
     resumable = newest_resumable(tmp_path)[1]["message_hub"]["runtime_info"]
     assert Path(resumable["best_ckpt"]).name == "best_mIoU_iter_4.pth"
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "closest"),
+    [
+        ("coco/bbox_mAP", ["coco/segm_mAP", "coco/segm_mAP_50"], "coco/segm_mAP"),
+        ("mIoU", ["aAcc", "mDice", "mAcc"], "mDice"),
+        ("mIoU", ["aAcc", "mFscore", "mPrecision", "mRecall"], "mFscore"),
+        ("dota/AP50", ["dota/AP75"], "dota/AP75"),
+        ("coco/bbox_mAP", ["pascal_voc/AP50", "pascal_voc/mAP"], "pascal_voc/mAP"),
+    ],
+)
+def test_closest_metric(name, metrics, closest):
+    assert saving.closest_metric(name, metrics) == closest
+
+
+@pytest.mark.slow
+def test_best_model_by_the_metric_that_is_evaluated(folder, tmp_path, monkeypatch):
+    """Masks only: the base config's metric of boxes is not there, nor a resumed run's old one."""
+    config = tiny.segmentation(folder, iterations=2)
+    config.train_cfg.val_interval = 2
+    config.default_hooks.checkpoint.update(save_best="mIoU", rule="greater")
+    config.val_evaluator.iou_metrics = ["mDice"]
+    scores = dict(aAcc=50.0, mDice=30.0, mAcc=20.0)
+    monkeypatch.setattr(
+        "mmseg.evaluation.IoUMetric.compute_metrics", lambda self, results: dict(scores)
+    )
+    tiny.train(config, tmp_path)
+    assert [path.name for path in tmp_path.glob("best_*")] == ["best_mDice_iter_2.pth"]
+    log = next(tmp_path.glob("*/*.log")).read_text()
+    assert (
+        "mIoU is not among the metrics aAcc, mDice, mAcc; the best checkpoint is that of mDice"
+        in log
+    )
+    # Better by its own score, though lower than the best one of the other metric.
+    config.default_hooks.checkpoint.save_best = "mAcc"
+    config.train_cfg.update(max_iters=4)
+    tiny.train(config, tmp_path, resume="auto")
+    names = sorted(path.name for path in tmp_path.glob("best_*"))
+    assert names == ["best_mAcc_iter_4.pth", "best_mDice_iter_2.pth"]

@@ -1,6 +1,8 @@
 # Mask R-CNN with FPN and EfficientFormer V1 (L1). The variants differ only in
 # backbone and neck. Source of the settings: the reference's detection configs
 # (snap-research/EfficientFormer, detection/configs) on top of mmdet's Mask R-CNN.
+# The types that begin with "mmeformer." do what mmdet's of the same name do, with fewer launches and
+# waits on a GPU (docs/speed.md). mmdet's own may be named in their place; checkpoints fit both.
 model = dict(
     type="MaskRCNN",
     data_preprocessor=dict(
@@ -20,7 +22,7 @@ model = dict(
     ),
     neck=dict(type="FPN", in_channels=[48, 96, 224, 448], out_channels=256, num_outs=5),
     rpn_head=dict(
-        type="RPNHead",
+        type="mmeformer.RPNHead",
         in_channels=256,
         feat_channels=256,
         anchor_generator=dict(
@@ -30,7 +32,7 @@ model = dict(
             strides=[4, 8, 16, 32, 64],
         ),
         bbox_coder=dict(
-            type="DeltaXYWHBBoxCoder",
+            type="mmeformer.DeltaXYWHBBoxCoder",
             target_means=[0.0, 0.0, 0.0, 0.0],
             target_stds=[1.0, 1.0, 1.0, 1.0],
         ),
@@ -40,19 +42,19 @@ model = dict(
     roi_head=dict(
         type="StandardRoIHead",
         bbox_roi_extractor=dict(
-            type="SingleRoIExtractor",
+            type="mmeformer.SingleRoIExtractor",
             roi_layer=dict(type="RoIAlign", output_size=7, sampling_ratio=0),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],
         ),
         bbox_head=dict(
-            type="Shared2FCBBoxHead",
+            type="mmeformer.Shared2FCBBoxHead",
             in_channels=256,
             fc_out_channels=1024,
             roi_feat_size=7,
             num_classes=80,
             bbox_coder=dict(
-                type="DeltaXYWHBBoxCoder",
+                type="mmeformer.DeltaXYWHBBoxCoder",
                 target_means=[0.0, 0.0, 0.0, 0.0],
                 target_stds=[0.1, 0.1, 0.2, 0.2],
             ),
@@ -61,13 +63,13 @@ model = dict(
             loss_bbox=dict(type="L1Loss", loss_weight=1.0),
         ),
         mask_roi_extractor=dict(
-            type="SingleRoIExtractor",
+            type="mmeformer.SingleRoIExtractor",
             roi_layer=dict(type="RoIAlign", output_size=14, sampling_ratio=0),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],
         ),
         mask_head=dict(
-            type="FCNMaskHead",
+            type="mmeformer.FCNMaskHead",
             num_convs=4,
             in_channels=256,
             conv_out_channels=256,
@@ -78,7 +80,7 @@ model = dict(
     train_cfg=dict(
         rpn=dict(
             assigner=dict(
-                type="MaxIoUAssigner",
+                type="mmeformer.MaxIoUAssigner",
                 pos_iou_thr=0.7,
                 neg_iou_thr=0.3,
                 min_pos_iou=0.3,
@@ -86,7 +88,7 @@ model = dict(
                 ignore_iof_thr=-1,
             ),
             sampler=dict(
-                type="RandomSampler",
+                type="mmeformer.RandomSampler",
                 num=256,
                 pos_fraction=0.5,
                 neg_pos_ub=-1,
@@ -104,7 +106,7 @@ model = dict(
         ),
         rcnn=dict(
             assigner=dict(
-                type="MaxIoUAssigner",
+                type="mmeformer.MaxIoUAssigner",
                 pos_iou_thr=0.5,
                 neg_iou_thr=0.5,
                 min_pos_iou=0.5,
@@ -112,7 +114,7 @@ model = dict(
                 ignore_iof_thr=-1,
             ),
             sampler=dict(
-                type="RandomSampler",
+                type="mmeformer.RandomSampler",
                 num=512,
                 pos_fraction=0.25,
                 neg_pos_ub=-1,

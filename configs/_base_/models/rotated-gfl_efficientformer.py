@@ -41,7 +41,7 @@ model = dict(
             strides=[8, 16, 32, 64, 128],
         ),
         bbox_coder=dict(
-            type="mmrotate.DeltaXYWHTRBBoxCoder",
+            type="mmeformer.DeltaXYWHTRBBoxCoder",
             angle_version="le135",
             norm_factor=None,
             edge_swap=False,

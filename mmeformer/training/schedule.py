@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Apply a changed schedule to a resumed run.
+
+mmengine replaces the learning rate, the other settings of the optimizer and the whole schedule by
+those of the checkpoint, so that a longer schedule or another learning rate has no effect. Here the
+config decides: settings that differ from the checkpoint are applied and logged.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmengine.optim import OptimWrapperDict
+from mmengine.runner import Runner
+
+MOVING = {
+    *("last_step", "_global_step", "_last_value", "verbose"),
+    *("best", "num_bad_epochs", "cooldown_counter"),  # of ReduceOnPlateauLR
+    "base_values",  # those of the optimizer, which are compared there
+}
+"""Entries of a scheduler's state that are not its settings."""
+
+
+class Schedule:
+    """Optimizer settings and schedulers of a runner, as its config builds them.
+
+    Args:
+        runner: with optimizer and schedulers, before a checkpoint is loaded into them.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.groups = [_settings(group) for group in _param_groups(runner.optim_wrapper)]
+        self.states = [
+            copy.deepcopy(scheduler.state_dict()) for scheduler in _flat(runner.param_schedulers)
+        ]
+
+    def require_same_optimizer(self) -> None:
+        """Raise ValueError if the settings just loaded are those of another kind of optimizer."""
+        loaded = _param_groups(self.runner.optim_wrapper)[0]
+        missing = _compared(self.groups[0]) - loaded.keys()
+        if missing := {key for key in missing if not key.startswith("initial_")}:
+            raise ValueError(f"its optimizer has no {', '.join(sorted(missing))}")
+
+    def changes(self, states: Mapping | Sequence | None) -> list[str]:
+        """What differs between the checkpoint just loaded and the config.
+
+        Args:
+            states: ``param_schedulers`` of the checkpoint.
+        """
+        found: dict[str, str] = {}
+        groups = _param_groups(self.runner.optim_wrapper)
+        for before, now in zip(groups, self.groups, strict=True):
+            for key in sorted(_compared(now) & before.keys()):
+                if _differ(before[key], now[key]):
+                    name = key.removeprefix("initial_")
+                    found.setdefault(name, f"{name} {before[key]} -> {now[key]}")
+        states = _flat(states)
+        if len(states) != len(self.states):
+            found["schedulers"] = f"{len(states)} -> {len(self.states)} param_scheduler"
+        else:
+            for index, (before, now) in enumerate(zip(states, self.states, strict=True)):
+                for key in sorted((before.keys() | now.keys()) - MOVING):
+                    if _differ(before.get(key), now.get(key)):
+                        name = f"param_scheduler[{index}].{key}"
+                        found[name] = f"{name} {before.get(key)} -> {now.get(key)}"
+        return list(found.values())
+
+    def restore(self, epochs: int, iterations: int, epoch_length: int | None) -> None:
+        """Bring the config's settings to the place of the run, as if they had always been so.
+
+        Args:
+            epochs: complete epochs of the run.
+            iterations: complete iterations of the run.
+            epoch_length: iterations per epoch; None if the run has no epochs.
+        """
+        groups = _param_groups(self.runner.optim_wrapper)
+        for group, settings in zip(groups, self.groups, strict=True):
+            group.update(copy.deepcopy(settings))
+        schedulers = _flat(self.runner.param_schedulers)
+        for scheduler, state in zip(schedulers, self.states, strict=True):
+            scheduler.load_state_dict(copy.deepcopy(state))
+        with warnings.catch_warnings():
+            # PyTorch and mmengine miss the optimizer's steps in between.
+            warnings.simplefilter("ignore")
+            stepped = 0
+            for iteration in range(1, iterations + 1):
+                _step(schedulers, by_epoch=False)
+                if epoch_length and iteration % epoch_length == 0 and stepped < epochs:
+                    _step(schedulers, by_epoch=True)
+                    stepped += 1
+
+    @property
+    def follows_scores(self) -> bool:
+        """Whether a scheduler reads validation scores, so that its past cannot be recomputed."""
+        schedulers = _flat(self.runner.param_schedulers)
+        return any(getattr(scheduler, "need_val_args", False) for scheduler in schedulers)
+
+
+def _settings(group: Mapping) -> dict[str, Any]:
+    return copy.deepcopy({key: value for key, value in group.items() if key != "params"})
+
+
+def _compared(group: Mapping) -> set[str]:
+    """Settings of a parameter group to compare: where the schedule moves one, its initial value."""
+    scheduled = {key.removeprefix("initial_") for key in group if key.startswith("initial_")}
+    if "momentum" in scheduled:
+        scheduled.add("betas")  # of Adam; mmengine schedules its first as the momentum
+    return set(group) - scheduled
+
+
+def _differ(before, now) -> bool:
+    # Configs in JSON or YAML have lists in place of tuples.
+    before, now = (tuple(item) if isinstance(item, list) else item for item in (before, now))
+    return before != now
+
+
+def _param_groups(wrapper) -> list[dict]:
+    wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+    return [group for item in wrappers for group in item.param_groups]
+
+
+def _flat(schedulers: Mapping[str, Sequence] | Sequence | None) -> list:
+    """Schedulers or their states, by optimizer if there are several, in one list."""
+    if isinstance(schedulers, Mapping):
+        return [item for group in schedulers.values() for item in group]
+    return list(schedulers or [])
+
+
+def _step(schedulers: Sequence, *, by_epoch: bool) -> None:
+    for scheduler in schedulers:
+        if scheduler.by_epoch == by_epoch:
+            scheduler.step()
