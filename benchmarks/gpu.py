@@ -62,7 +62,6 @@ RESNET = dict(
     type="mmdet.ResNet",
     depth=50,
     num_stages=4,
-    out_indices=(0, 1, 2, 3),
     frozen_stages=1,
     norm_eval=True,
     style="pytorch",
@@ -319,6 +318,11 @@ def throughput(bench: Bench) -> None:
     free()
 
 
+def channels(config, widths: tuple[int, ...]) -> list[int]:
+    """Channels of the levels that the neck takes."""
+    return [widths[level] for level in config.model.backbone.get("out_indices", range(4))]
+
+
 def build_detector(task: str, backbone: str) -> tuple[nn.Module, object, dict]:
     """A detector or segmentor on the device, its optimizer and a batch of 4 images."""
     template, size, objects = DETECTORS[task]
@@ -338,14 +342,15 @@ def build_detector(task: str, backbone: str) -> tuple[nn.Module, object, dict]:
     config.optim_wrapper.optimizer.lr = 1e-8
     if not GPU:
         config.model.backbone.arch = TINY
-        config.model.neck.in_channels = list(TINY["widths"])
+        config.model.neck.in_channels = channels(config, TINY["widths"])
         if task == "detection":
             config.model.train_cfg.rpn_proposal.max_per_img = 20
             config.model.train_cfg.rcnn.sampler.num = 16
     training_device.prepare_device(config, "none")
     if backbone == "resnet50":
-        config.model.backbone = RESNET
-        config.model.neck.in_channels = [256, 512, 1024, 2048]
+        levels = config.model.backbone.get("out_indices", range(4))
+        config.model.neck.in_channels = channels(config, (256, 512, 1024, 2048))
+        config.model.backbone = dict(RESNET, out_indices=tuple(levels))
     torch.manual_seed(0)
     model = MODELS.build(config.model)
     model.init_weights()
@@ -435,7 +440,7 @@ def loop(bench: Bench) -> None:
     configs.drop_pretrained(config.model)
     if not GPU:
         config.model.backbone.arch = TINY
-        config.model.neck.in_channels = list(TINY["widths"])
+        config.model.neck.in_channels = channels(config, TINY["widths"])
     with tempfile.TemporaryDirectory() as folder:
         root = write_coco_dataset(Path(folder, "data"), train=images, val=1, size=side)
         loader = config.train_dataloader
