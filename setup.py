@@ -42,7 +42,7 @@ SEGMENTATION = ["onedl-mmsegmentation>=1.4,<1.5"]
 ROTATED = [*DETECTION, "onedl-mmrotate>=1.2,<1.3", "shapely"]
 DEPLOY = [
     "onnx",
-    "onnxruntime",
+    "onnxruntime>=1.15",
     "onnxscript",
     "coremltools>=9; sys_platform == 'linux' or sys_platform == 'darwin'",
 ]

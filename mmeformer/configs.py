@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +92,25 @@ def read_test_metainfo(config: Config) -> dict[str, Any]:
     dataset = config.test_dataloader.dataset
     metainfo = dataset.get("metainfo") or getattr(DATASETS.get(dataset.type), "METAINFO", {})
     return dict(metainfo)
+
+
+def native_size(config: Config) -> int | None:
+    """Side in pixels of the largest square that a model of this config sees without resizing.
+
+    This is the shorter side that the test pipeline resizes to, else the crop size of the
+    segmentor's test settings or of its data preprocessor, else None.
+    """
+    for step in config.test_dataloader.dataset.pipeline:
+        if step.type.rpartition(".")[2] == "Resize" and "scale" in step:
+            return _shorter_side(step.scale)
+    for settings, key in (
+        (config.model.get("test_cfg"), "crop_size"),
+        (config.model.get("data_preprocessor"), "size"),
+    ):
+        if settings and settings.get(key):
+            return _shorter_side(settings[key])
+    return None
+
+
+def _shorter_side(size: int | Sequence[int]) -> int:
+    return size if isinstance(size, int) else min(size)

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,6 +88,13 @@ def write_bytes(path: str | Path, data: bytes, sync: bool = False) -> None:
     """Write a file of bytes; see :func:`replacing`."""
     with replacing(path, sync) as draft:
         draft.write_bytes(data)
+
+
+def relative_names(paths: Sequence[str | Path]) -> list[str]:
+    """Paths below the folder that contains all of the files, with ``/``."""
+    whole = [os.path.abspath(path) for path in paths]
+    root = os.path.commonpath([os.path.dirname(path) for path in whole])
+    return [Path(os.path.relpath(path, root)).as_posix() for path in whole]
 
 
 def is_draft(path: str | Path) -> bool:

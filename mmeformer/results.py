@@ -6,7 +6,7 @@ Prediction, exported files, writers, metrics and evaluation share them. Only num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmeformer.rotated_boxes import corners, rotated_nms
+from mmeformer.windows import Window
 
 Array = NDArray[Any]
 
@@ -21,6 +22,21 @@ Array = NDArray[Any]
 def category_id(label: int) -> int:
     """Category id in JSON files of a class index: COCO counts categories from 1."""
     return int(label) + 1
+
+
+CATEGORY_IDS = "category_ids"
+"""The entry of a checkpoint's ``dataset_meta`` with the id of each class in the annotation file."""
+
+
+def category_ids(dataset_meta: Mapping[str, Any]) -> tuple[int, ...]:
+    """Category ids in JSON files, by class index: those of the training data, else from 1.
+
+    Args:
+        dataset_meta: of a checkpoint.
+    """
+    count = len(dataset_meta["classes"])
+    known = dataset_meta.get(CATEGORY_IDS) or ()
+    return tuple(known) if len(known) == count else tuple(map(category_id, range(count)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,6 +270,23 @@ class RotatedDetections:
     def scaled(self, scale: float) -> RotatedDetections:
         """The same objects in an image that was resized by ``scale``."""
         return replace(self, boxes=self.boxes * np.array([scale] * 4 + [1], np.float32))
+
+    @classmethod
+    def merged(
+        cls,
+        places: Sequence[Window],
+        results: Iterable[RotatedDetections],
+        iou_threshold: float,
+    ) -> RotatedDetections:
+        """The objects of a whole image, by rotated NMS within each class.
+
+        Args:
+            places: windows of the image, see :mod:`mmeformer.windows`.
+            results: of each window, in its own pixels.
+            iou_threshold: see :func:`mmeformer.rotated_boxes.rotated_nms`.
+        """
+        parts = [found.moved(*window[:2]) for found, window in zip(results, places, strict=True)]
+        return cls.concatenate(parts).suppressed(iou_threshold)
 
     def suppressed(self, iou_threshold: float) -> RotatedDetections:
         """The objects that rotated NMS within each class keeps, the best first."""

@@ -78,6 +78,19 @@ def crop(image: np.ndarray, window: Window, size: int | None = None) -> np.ndarr
     return padded
 
 
+def as_patch(image: np.ndarray, size: int) -> np.ndarray:
+    """Pad an image whose longer side is less than that of a patch, at the right and the bottom.
+
+    Resizing to a longer side would enlarge it. Other images stay as they are.
+
+    Args:
+        image: ``(H, W, 3)`` uint8, blue, green, red.
+        size: side of the patches in pixels.
+    """
+    height, width = image.shape[:2]
+    return image if max(height, width) >= size else crop(image, (0, 0, width, height), size)
+
+
 def cores(places: Sequence[Window]) -> list[Window]:
     """Rectangles that cover an image without overlap, one within each of its windows.
 

@@ -3,6 +3,7 @@
 
 import copy
 import faulthandler
+import json
 import os
 import signal
 import socket
@@ -34,15 +35,16 @@ QUICKSTARTS = {
     "segmentation": "segmentation/semantic-fpn_efficientformerv2-s0_quickstart.py",
     "rotated": "rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_quickstart.py",
 }
+BOXES_ONLY = "detection/faster-rcnn_efficientformerv2-s0_fpn_custom.py"
 ITERATIONS = 8
 
 
 # --- configs -------------------------------------------------------------------------------------
 
 
-def network(task: str) -> Config:
-    """The task's quickstart with a tiny network."""
-    config = configs.load_config(QUICKSTARTS[task])
+def network(task: str, path: str | None = None) -> Config:
+    """The task's quickstart, or another config of it, with a tiny network."""
+    config = configs.load_config(path or QUICKSTARTS[task])
     model = config.model
     model.backbone.update(arch=ARCH)
     model.neck.update(
@@ -54,9 +56,11 @@ def network(task: str) -> Config:
     elif task == "detection":
         model.rpn_head.update(in_channels=WIDTH, feat_channels=WIDTH)
         heads = model.roi_head
-        heads.bbox_roi_extractor.out_channels = heads.mask_roi_extractor.out_channels = WIDTH
+        heads.bbox_roi_extractor.out_channels = WIDTH
         heads.bbox_head.update(in_channels=WIDTH, fc_out_channels=32)
-        heads.mask_head.update(in_channels=WIDTH, conv_out_channels=16)
+        if heads.mask_head is not None:
+            heads.mask_roi_extractor.out_channels = WIDTH
+            heads.mask_head.update(in_channels=WIDTH, conv_out_channels=16)
     else:
         model.bbox_head.update(in_channels=WIDTH, feat_channels=WIDTH, stacked_convs=1)
         # A group of one channel has no variance on the coarsest map, which is one pixel large.
@@ -78,12 +82,12 @@ def small_config(task: str) -> Config:
     return config
 
 
-def _training(task: str, root: Path, iterations: int) -> Config:
+def _training(task: str, root: Path, iterations: int, path: str | None = None) -> Config:
     """A tiny network with dropped paths, trained on ``root`` two images at a time.
 
     There is no validation; every second iteration writes a checkpoint.
     """
-    config = network(task)
+    config = network(task, path)
     config.model.backbone.drop_path_rate = 0.2
     config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=10**6)
     config.train_dataloader.sampler = dict(type="InfiniteSampler", shuffle=True)
@@ -107,6 +111,33 @@ def detection(folder: Path, iterations: int = ITERATIONS) -> Config:
     """Mask R-CNN on shapes of 64 px below ``folder``, with random flips."""
     root = write_coco_dataset(folder / "coco", train=8, val=2, size=64)
     config = _training("detection", root, iterations)
+    for evaluator in (config.val_evaluator, config.test_evaluator):
+        evaluator.ann_file = str(root / "annotations/instances_val2017.json")
+    return config
+
+
+def boxes_only(folder: Path, iterations: int = ITERATIONS) -> Config:
+    """Faster R-CNN of the template for data with boxes only, on shapes of 64 px without masks.
+
+    As its users fill it in, but from scratch.
+    """
+    root = write_coco_dataset(folder / "coco", train=8, val=2, size=64)
+    for path in (root / "annotations").glob("*.json"):
+        content = json.loads(path.read_text())
+        for annotation in content["annotations"]:
+            del annotation["segmentation"]
+        path.write_text(json.dumps(content))
+    classes = tuple(category["name"] for category in content["categories"])
+    config = _training("detection", root, iterations, BOXES_ONLY)
+    config.model.backbone.update(norm_eval=False, layer_scale_init_value=1.0, init_cfg=None)
+    config.model.neck.norm_cfg = dict(type="BN")
+    config.model.roi_head.bbox_head.num_classes = len(classes)
+    config.log_processor.by_epoch = False
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.dataset.metainfo = dict(classes=classes)
+        for step in loader.dataset.pipeline:
+            if "scale" in step:
+                step.scale = (64, 64)
     for evaluator in (config.val_evaluator, config.test_evaluator):
         evaluator.ann_file = str(root / "annotations/instances_val2017.json")
     return config

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.formats import (
+    HEADS,
+    MMPRETRAIN,
+    MMPRETRAIN_DOWNSTREAM,
     NATIVE,
     REFERENCE,
     REFERENCE_DOWNSTREAM,
@@ -42,7 +46,7 @@ from mmeformer.files import replacing
 from mmeformer.variants import Variant
 from mmeformer.version import __version__
 
-TARGETS = ("native", "reference", "timm")
+TARGETS = ("native", "reference", "timm", "mmpretrain")
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 NO_HEADS = "the classifier's heads and final norm are not part of a backbone and are left out"
 NO_NORMS = (
@@ -55,7 +59,15 @@ REFERENCE_RESIZES = (
 )
 
 
-def convert(source: str, target: str | Path, to: str = "native", force: bool = False) -> Report:
+def convert(
+    source: str,
+    target: str | Path,
+    to: str = "native",
+    force: bool = False,
+    prefix: str | None = None,
+    key: str | None = None,
+    ema: bool = False,
+) -> Report:
     """Convert a checkpoint file.
 
     Whole models of the reference (mmdet 2.x, mmseg 0.x) are converted to whole models of ours and
@@ -66,8 +78,11 @@ def convert(source: str, target: str | Path, to: str = "native", force: bool = F
         source: as in :func:`mmeformer.checkpoints.load.load_pretrained`.
         target: file to write: ``.pth``, ``.pt`` or ``.bin`` (tensors and metadata), or
             ``.safetensors`` (tensors, metadata as text).
-        to: ``"native"``, ``"reference"`` or ``"timm"``.
+        to: ``"native"``, ``"reference"``, ``"timm"`` or ``"mmpretrain"`` (V1 only).
         force: overwrite ``target`` if it exists.
+        prefix: start of the backbone's names in the source; None finds it.
+        key: entry of the source that holds the tensors; None finds it.
+        ema: take the moving averages of the weights, where the source has both.
 
     Raises:
         FileExistsError: ``target`` exists and ``force`` is not given.
@@ -83,21 +98,26 @@ def convert(source: str, target: str | Path, to: str = "native", force: bool = F
         raise ValueError(f"{target} must end in one of {', '.join(SUFFIXES)}")
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists: choose another name, or force overwriting it")
-    content, report = convert_content(safe_load.load(source), str(source), to)
+    content, report = convert_content(safe_load.load(source), str(source), to, prefix, key, ema)
     write(content, target)
     report.notes.append(f"written to {target}")
     return report
 
 
 def convert_content(
-    content: Mapping[str, object], source: str, to: str
+    content: Mapping[str, object],
+    source: str,
+    to: str,
+    prefix: str | None = None,
+    key: str | None = None,
+    ema: bool = False,
 ) -> tuple[dict[str, dict[str, object]], Report]:
     """Convert a checkpoint that was already read; see :func:`convert`.
 
     Returns:
         ``{"state_dict" or "model": tensors, "meta": dict}``, and the report.
     """
-    parsed = parse_checkpoint(content, source)
+    parsed = parse_checkpoint(content, source, prefix, key, ema)
     held = identify_variant(parsed.backbone, parsed.format)
     if held is None or not held.complete:
         raise CheckpointError(
@@ -115,7 +135,16 @@ def convert_content(
         {name: value for name, value in parsed.other_tensors.items() if value.is_floating_point()},
         source,
     )
+    heads = [
+        name
+        for name in parsed.other_tensors
+        if parsed.format.heads and re.fullmatch(parsed.format.heads, name)
+    ]
+    for name in heads:
+        del parsed.other_tensors[name]
     form = _target_format(to, parsed)
+    if variant.family not in form.families:
+        raise CheckpointError(f"{source} holds {variant.name}, which {form.title} does not have")
     report = Report(
         title=f"converted to {to}",
         source=source,
@@ -125,6 +154,7 @@ def convert_content(
     )
     for rule, names in found.dropped.items():
         report.drop(rule, [parsed.prefix + name for name in names])
+    report.drop(HEADS, heads)
     state, no_place = from_native(found.tensors, form, variant.family, variant.architecture)
     for rule, names in no_place.items():
         report.drop(rule, names)
@@ -134,6 +164,8 @@ def convert_content(
         state = {f"{BACKBONE}{name}": tensor for name, tensor in state.items()}
         state |= parsed.other_tensors
         report.notes.append(f"kept as they are: {len(parsed.other_tensors)} {parsed.other_parts()}")
+    report.notes += parsed.notes
+    report.warnings += parsed.warnings
     if parsed.other_entries:
         report.notes.append(f"entries of the file left out: {', '.join(parsed.other_entries)}")
     meta = _convert_meta(parsed, to)
@@ -166,6 +198,9 @@ def _to_native(parsed: ParsedCheckpoint, variant: Variant, source: str) -> Trans
 
 
 def _target_format(to: str, parsed: ParsedCheckpoint) -> Format:
+    if to == "mmpretrain":
+        downstream = bool(parsed.other_tensors) or parsed.format is MMPRETRAIN_DOWNSTREAM
+        return MMPRETRAIN_DOWNSTREAM if downstream else MMPRETRAIN
     if to == "reference":
         # The reference's detectors and segmentors store their trained tables under another name.
         downstream = bool(parsed.other_tensors) or parsed.format is REFERENCE_DOWNSTREAM
@@ -198,7 +233,7 @@ def _add_advice(
         )
     if target_format is REFERENCE_DOWNSTREAM and source_format is NATIVE:
         report.warnings.append(REFERENCE_RESIZES)
-    if target_format in (REFERENCE, TIMM):
+    if target_format in (REFERENCE, TIMM, MMPRETRAIN):
         report.notes.append(NO_HEADS)
         if grid != (7, 7):
             report.warnings.append(

@@ -16,6 +16,7 @@ from functools import partial
 from torch import Tensor
 
 from mmeformer.checkpoints.huggingface import huggingface_layout, huggingface_name
+from mmeformer.checkpoints.mmpretrain import mmpretrain_layout, mmpretrain_name
 from mmeformer.checkpoints.reference import reference_layout, reference_name
 from mmeformer.checkpoints.timm import timm_layout, timm_name
 from mmeformer.variants import Architecture
@@ -40,6 +41,7 @@ class Format:
         families: the families that it exists for.
         pyramid_norms: whether it has V1's norms of the pyramid levels.
         drops: (pattern of its names, rule) of tensors that are not part of a backbone.
+        heads: pattern of the names of classifier heads outside the backbone, under no prefix.
     """
 
     title: str
@@ -48,6 +50,7 @@ class Format:
     families: tuple[str, ...] = ("v1", "v2")
     pyramid_norms: bool = False
     drops: tuple[tuple[str, str], ...] = ()
+    heads: str | None = None
 
     def holds(self, name: str) -> bool:
         """Whether our tensor ``name`` has a place in this format."""
@@ -112,11 +115,29 @@ HUGGINGFACE = Format(
     ),
 )
 
+MMPRETRAIN = Format(
+    "mmpretrain, classification",
+    mmpretrain_name,
+    mmpretrain_layout,
+    families=("v1",),
+    drops=((rf"norm3\.{_NORM_LEAVES}", FINAL_NORM), (r".+\.attention_bias_idxs", INDICES)),
+    heads=r"head\.(dist_)?head\.(weight|bias)",
+)
+MMPRETRAIN_DOWNSTREAM = Format(
+    "mmpretrain, backbone of a detector or segmentor",
+    mmpretrain_name,
+    mmpretrain_layout,
+    families=("v1",),
+    pyramid_norms=True,
+    drops=((r".+\.attention_bias_idxs", INDICES),),
+)
+
 # Patterns of names that occur in one format only, most specific first. The last one also matches
 # those parts of timm's V2 files that have no attention, where timm's names and ours are the same.
 _MARKS = (
     (r"efficientformer\.(patch_embed|encoder)\..+", HUGGINGFACE),
     (r"network\.\d+\..+\.attention_biases_seg", REFERENCE_DOWNSTREAM),
+    (r"patch_embed\.\d\.(conv|bn)\..+|network\.\d\.\d+\.(ls[12]|conv|bn)\..+", MMPRETRAIN),
     (r"(network|patch_embed)\.\d+\..+", REFERENCE),
     (r"stages\.\d\..+\.attention_bias\.table|norms\.\d\..+", NATIVE),
     (r"stages\.\d\..+\.attention_biases|stem\.norm\d\..+|head(_dist)?\.weight", TIMM),
@@ -128,6 +149,10 @@ def detect(names: Iterable[str]) -> Format | None:
     """Recognize the format of a backbone by its tensor names (no prefix); None if it is unknown."""
     names = list(names)
     for pattern, form in _MARKS:
-        if any(re.fullmatch(pattern, name) for name in names):
-            return form
+        if not any(re.fullmatch(pattern, name) for name in names):
+            continue
+        # A classifier of mmpretrain has a norm after the last stage only.
+        if form is MMPRETRAIN and any(re.match(r"norm[012]\.", name) for name in names):
+            return MMPRETRAIN_DOWNSTREAM
+        return form
     return None

@@ -50,6 +50,9 @@ class Pretrained:
         prefix: start of the backbone's names in the file; None finds it.
         map_location: device to read the file to, as in ``torch.load``.
         allow_partial: load what fits and report the rest instead of raising.
+        key: entry of the file that holds the tensors, such as ``"model_state_dict"``; None finds
+            it.
+        ema: take the moving averages of the weights, where the file has both.
     """
 
     def __init__(
@@ -58,15 +61,27 @@ class Pretrained:
         prefix: str | None = None,
         map_location: MapLocation = "cpu",
         allow_partial: bool = False,
+        key: str | None = None,
+        ema: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.prefix = prefix
         self.map_location = map_location
         self.allow_partial = allow_partial
+        self.key = key
+        self.ema = ema
 
     def __call__(self, module: nn.Module) -> None:
         """Load into ``module`` and log the report; see :func:`load_pretrained`."""
-        load_pretrained(module, self.checkpoint, self.prefix, self.map_location, self.allow_partial)
+        load_pretrained(
+            module,
+            self.checkpoint,
+            self.prefix,
+            self.map_location,
+            self.allow_partial,
+            self.key,
+            self.ema,
+        )
         if hasattr(module, "_params_init_info"):
             update_init_info(module, init_info=f"{type(self).__name__}: {self.checkpoint}")
 
@@ -77,6 +92,8 @@ def load_pretrained(
     prefix: str | None = None,
     map_location: MapLocation = "cpu",
     allow_partial: bool = False,
+    key: str | None = None,
+    ema: bool = False,
 ) -> Report:
     """Load a checkpoint into a backbone and log one block that accounts for every tensor.
 
@@ -87,6 +104,8 @@ def load_pretrained(
         prefix: start of the backbone's names in the file, such as ``"backbone."``; None finds it.
         map_location: device to read the file to, as in ``torch.load``.
         allow_partial: load what fits and report the rest as problems instead of raising.
+        key: entry of the file that holds the tensors; None finds it.
+        ema: take the moving averages of the weights, where the file has both.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -100,7 +119,7 @@ def load_pretrained(
             "use mmengine's load_checkpoint"
         )
     content = safe_load.load(checkpoint, map_location)
-    report = load_content(backbone, content, str(checkpoint), prefix, allow_partial)
+    report = load_content(backbone, content, str(checkpoint), prefix, allow_partial, key, ema)
     level = logging.WARNING if report.needs_attention else logging.INFO
     print_log(str(report), logger="current", level=level)
     return report
@@ -112,9 +131,11 @@ def load_content(
     source: str,
     prefix: str | None = None,
     allow_partial: bool = False,
+    key: str | None = None,
+    ema: bool = False,
 ) -> Report:
     """Load a checkpoint that was already read; as :func:`load_pretrained`, but logs nothing."""
-    parsed = parse_checkpoint(content, source, prefix)
+    parsed = parse_checkpoint(content, source, prefix, key, ema)
     model = variant_name(backbone)
     held = identify_variant(parsed.backbone, parsed.format)
     report = Report(
@@ -172,9 +193,8 @@ def _record_dropped(
         del found.tensors[name]
     if parsed.other_tensors:
         report.drop(parsed.other_parts(), parsed.other_tensors)
-    if "ema_state_dict" in parsed.other_entries:
-        # mmengine's EMAHook saves the averages as the model's weights, and the last weights beside.
-        report.notes.append("the weights are the moving averages (EMA) of the training")
+    report.notes += parsed.notes
+    report.warnings += parsed.warnings
     if parsed.other_entries:
         report.notes.append(
             f"entries of the file that are not read: {', '.join(parsed.other_entries)}"

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,7 +16,15 @@ from mmeformer.errors import CheckpointError
 
 # Containers: mmengine, mmcv and timm; the reference and DeiT.
 _CONTAINERS = ("state_dict", "model")
+# Moving averages of the weights beside the weights themselves: timm; DeiT; others.
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
+# Counters of mmengine's and PyTorch's averaged models.
+_COUNTERS = ("steps", "n_averaged")
+_SAVED_BY_MMENGINE = "ema_state_dict"
 BACKBONE = "backbone."
+_WRAPPERS = r"(?:(?:module|model|backbone)\.)*"
+"""Start of a name that says where a backbone is: parallel training, Lightning, a detector."""
+
 WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -30,6 +39,7 @@ class ParsedCheckpoint:
         other_tensors: name -> tensor outside the backbone, such as a detector's neck and heads.
         meta: the container's ``meta`` dict, or an empty one.
         other_entries: name -> value of the container's other entries, such as ``optimizer``.
+        notes, warnings: of the choice of the weights, for reports.
     """
 
     format: Format
@@ -38,6 +48,8 @@ class ParsedCheckpoint:
     other_tensors: dict[str, Tensor]
     meta: dict[object, object]
     other_entries: dict[str, object]
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def other_parts(self) -> str:
         """Name the parts of the model that ``other_tensors`` belong to, for reports."""
@@ -46,27 +58,37 @@ class ParsedCheckpoint:
 
 
 def parse_checkpoint(
-    content: Mapping[str, object], source: str, prefix: str | None = None
+    content: Mapping[str, object],
+    source: str,
+    prefix: str | None = None,
+    key: str | None = None,
+    ema: bool = False,
 ) -> ParsedCheckpoint:
     """Find the backbone's tensors in a checkpoint's dict.
 
     Args:
         content: the file's dict: bare tensors, or a container with ``state_dict`` or ``model``.
         source: the file, for messages.
-        prefix: start of the backbone's names, such as ``"backbone."``; None looks for the backbone
-            at the top and under ``backbone.``.
+        prefix: start of the backbone's names, such as ``"student.backbone."``; None finds it if it
+            is made of ``module.``, ``model.``, ``backbone.`` and ``_orig_mod.``, in any order.
+        key: entry of the container that holds the tensors; None takes the usual ones.
+        ema: take the moving averages of the weights.
 
     Raises:
-        CheckpointError: there is no state dict, no backbone in it, or it holds values that are not
-            tensors.
+        CheckpointError: there is no state dict or no such entry, no backbone in it, or it holds
+            values that are not tensors.
     """
-    state, entries = _find_state_dict(content, source)
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    if prefix is None:
-        prefix = BACKBONE if any(name.startswith(BACKBONE) for name in state) else ""
-    elif prefix and not prefix.endswith("."):
-        prefix += "."
+    averages = _find_averages(content)
+    if ema and averages is None:
+        raise CheckpointError(
+            f"{source} has no moving averages (EMA) beside its weights; its entries are "
+            f"{shorten(list(map(str, content)))}"
+        )
+    state, entries, chosen = _find_state_dict(content, source, averages if ema else key)
+    state = {
+        without_compilation(name): tensor for name, tensor in state.items() if name not in _COUNTERS
+    }
+    prefix = _find_prefix(state, source) if prefix is None else _given_prefix(state, prefix)
     backbone = {
         name.removeprefix(prefix): tensor
         for name, tensor in state.items()
@@ -82,32 +104,118 @@ def parse_checkpoint(
     if form is None:
         raise CheckpointError(
             f"{source} holds no EfficientFormer in a known format: its tensors are named "
-            f"{shorten(names)}. If the backbone is deeper inside, set prefix="
+            f"{shorten(names)}. If the backbone is deeper inside, set prefix= "
+            f"(convert_checkpoint.py: --prefix){_suggest(names)}"
         )
     meta = entries.pop("meta", None)
-    return ParsedCheckpoint(
+    # Necks and heads are named as in the model itself, without what wraps it.
+    wrapper = prefix.partition(BACKBONE)[0]
+    parsed = ParsedCheckpoint(
         format=form,
         backbone=backbone,
         prefix=prefix,
         other_tensors={
-            name: tensor for name, tensor in state.items() if not name.startswith(prefix)
+            name.removeprefix(wrapper): tensor
+            for name, tensor in state.items()
+            if not name.startswith(prefix)
         },
         meta=dict(meta) if isinstance(meta, Mapping) else {},
         other_entries=entries,
     )
+    _report_averages(parsed, chosen, averages)
+    return parsed
+
+
+def _find_averages(content: Mapping[str, object]) -> str | None:
+    """The entry with the moving averages of the weights, or None."""
+    saved = content.get(_SAVED_BY_MMENGINE)
+    if isinstance(saved, Mapping) and "steps" in saved and "state_dict" in content:
+        # mmengine's EMAHook saves the averages as the model's weights, and the last weights beside.
+        return "state_dict"
+    for name in _AVERAGES:
+        inner = content.get(name)
+        if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
+            return name
+    return None
+
+
+def _report_averages(parsed: ParsedCheckpoint, chosen: str | None, averages: str | None) -> None:
+    if averages is None:
+        return
+    if chosen == averages:
+        parsed.notes.append(
+            f"the weights are the moving averages (EMA) of the training, {chosen!r}"
+        )
+    else:
+        parsed.warnings.append(
+            f"the weights are the last ones of the training, {chosen!r}; the file also holds their "
+            f"moving averages (EMA), {averages!r}, which usually score better: take them with "
+            "ema=True (convert_checkpoint.py: --ema)"
+        )
+
+
+def without_compilation(name: str) -> str:
+    """``name`` without the wrappers of torch.compile, which may be anywhere."""
+    return re.sub(r"(^|\.)(_orig_mod\.)+", r"\1", name)
+
+
+def _find_prefix(state: Mapping[str, Tensor], source: str) -> str:
+    """Start of the backbone's names: the longest one made of known wrappers."""
+    found: dict[str, list[str]] = {}
+    for name in state:
+        prefix = re.match(_WRAPPERS, name)[0]  # type: ignore[index]  # it matches nothing, too
+        found.setdefault(prefix, []).append(name.removeprefix(prefix))
+    inside = [prefix for prefix in found if BACKBONE in prefix]
+    if not inside:
+        # A wrapper may hold more than the model, such as the loss.
+        known = [prefix for prefix, names in found.items() if detect(names)] or [""]
+        return max(known, key=lambda prefix: len(found.get(prefix, ())))
+    backbones = [prefix for prefix in inside if detect(found[prefix])] or inside
+    if len(backbones) > 1:
+        raise CheckpointError(
+            f"{source} holds several backbones, {', '.join(backbones)}: choose one with prefix= "
+            "(convert_checkpoint.py: --prefix)"
+        )
+    return backbones[0]
+
+
+def _given_prefix(state: Mapping[str, Tensor], prefix: str) -> str:
+    """``prefix`` as it stands in the names: complete, and below what wraps the whole model."""
+    if prefix and not prefix.endswith("."):
+        prefix += "."
+    prefix = without_compilation(prefix)
+    if not any(name.startswith(prefix) for name in state):
+        for name in state:
+            if match := re.match(rf"((?:(?:module|model)\.)+){re.escape(prefix)}", name):
+                return match[0]
+    return prefix
+
+
+def _suggest(names: list[str]) -> str:
+    """Prefixes that look like a backbone's, as the end of a message."""
+    found = dict.fromkeys(
+        match[0] for name in names if (match := re.match(rf".*?{re.escape(BACKBONE)}", name))
+    )
+    return f", such as {shorten(list(found), 3)}" if found else ""
 
 
 def _find_state_dict(
-    content: Mapping[str, object], source: str
-) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Return the state dict of a checkpoint, and the entries beside it."""
+    content: Mapping[str, object], source: str, key: str | None
+) -> tuple[dict[str, Tensor], dict[str, object], str | None]:
+    """Return the state dict of a checkpoint, the entries beside it, and its own entry's name."""
     found: Mapping[str, object] = content
     entries: dict[str, object] = {}
-    for key in _CONTAINERS:
-        inner = content.get(key)
+    if key is not None and not isinstance(content.get(key), Mapping):
+        raise CheckpointError(
+            f"{source} has no tensors under {key!r}: its entries are "
+            f"{shorten([str(name) for name in content])}"
+        )
+    chosen = None
+    for name in _CONTAINERS if key is None else (key,):
+        inner = content.get(name)
         if isinstance(inner, Mapping):
-            found = inner
-            entries = {name: value for name, value in content.items() if name != key}
+            chosen, found = name, inner
+            entries = {other: value for other, value in content.items() if other != name}
             break
     if not found:
         raise CheckpointError(f"{source} holds no tensors: use a file that holds a state dict")
@@ -118,12 +226,18 @@ def _find_state_dict(
     }
     if len(state) < len(found):
         invalid = [str(name) for name in found if name not in state]
+        dicts = [
+            str(name)
+            for name, value in found.items()
+            if isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
+        ]
+        hint = f". Tensors are under {shorten(dicts)}: choose with key= (--key)" if dicts else ""
         raise CheckpointError(
             f"{source} has no state dict: expected tensors, or a dict of tensors under "
             f"{' or '.join(map(repr, _CONTAINERS))}, but these entries are something else: "
-            f"{shorten(invalid)}"
+            f"{shorten(invalid)}{hint}"
         )
-    return state, entries
+    return state, entries, chosen
 
 
 def check_values(tensors: Mapping[str, Tensor], source: str) -> None:

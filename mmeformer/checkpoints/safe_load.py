@@ -36,6 +36,7 @@ from mmengine.runner.checkpoint import (
 )
 from timm.models import get_pretrained_cfg, load_state_dict_from_hf
 
+from mmeformer.checkpoints.parse import without_compilation
 from mmeformer.errors import CheckpointError
 from mmeformer.files import refuse_url
 
@@ -128,8 +129,9 @@ def read(path: str | Path, map_location: MapLocation = "cpu") -> dict[str, Any]:
         map_location: a device or its name; None keeps tensors where they were saved.
 
     Returns:
-        The file's dict. For a ``.safetensors`` file: its tensors, or (if its metadata has an entry
-        ``meta`` in JSON) ``{"state_dict": tensors, "meta": dict}``.
+        The file's dict; names of tensors are without the wrappers of torch.compile. For a
+        ``.safetensors`` file: its tensors, or (if its metadata has an entry ``meta`` that is a dict
+        in JSON) ``{"state_dict": tensors, "meta": dict}``.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -146,13 +148,23 @@ def read(path: str | Path, map_location: MapLocation = "cpu") -> dict[str, Any]:
     if container is None:
         raise CheckpointError(f"{path} {_explain_other_file(head)}")
     if container == "safetensors":
-        return _read_safetensors(path, map_location)
+        return _plain_names(_read_safetensors(path, map_location))
     content = _read_torch(path, map_location)
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, not a dict of tensors: save the model's "
             "state dict instead"
         )
+    return _plain_names(content)
+
+
+def _plain_names(content: dict[str, Any]) -> dict[str, Any]:
+    """Remove the wrappers of torch.compile from the names of tensors, in place."""
+    state = content.get("state_dict", content)
+    if isinstance(state, dict) and any("_orig_mod." in str(name) for name in state):
+        for name in list(state):
+            # Each in turn, so that the order stays.
+            state[without_compilation(name) if isinstance(name, str) else name] = state.pop(name)
     return content
 
 
@@ -161,13 +173,16 @@ def _read_safetensors(path: Path, map_location: MapLocation) -> dict[str, Any]:
         content = safetensors.torch.load_file(path)
         with safetensors.safe_open(path, "pt") as file:
             texts = file.metadata() or {}
-        # Written by our conversion; the format has no other place for metadata.
-        meta = json.loads(texts["meta"]) if "meta" in texts else None
     except Exception as error:  # safetensors raises several kinds, all about a damaged file
         raise CheckpointError(_damaged_message(path, error)) from error
     if map_location is not None:
         content = {name: tensor.to(map_location) for name, tensor in content.items()}
-    return content if meta is None else {"state_dict": content, "meta": meta}
+    try:
+        # Written by our conversion; the format has no other place for metadata.
+        meta = json.loads(texts["meta"])
+    except (KeyError, ValueError):  # texts of other programs may be anything
+        return content
+    return {"state_dict": content, "meta": meta} if isinstance(meta, dict) else content
 
 
 def _read_torch(path: Path, map_location: MapLocation) -> object:

@@ -124,6 +124,21 @@ def read_header(path: str) -> ImageFile:
         return ImageFile(height, width, layout)
 
 
+def sample_sides(paths: Sequence[str], limit: int) -> list[int]:
+    """Longer sides in pixels of up to ``limit`` images, spread evenly over all; skips bad files."""
+    step = max(1, len(paths) // limit)
+
+    def side(path: str) -> int | None:
+        try:
+            header = read_header(path)
+        except UNREADABLE:
+            return None
+        return max(header.height, header.width)
+
+    sides = in_threads(side, [path for path in paths[::step][:limit] if is_local(path)])
+    return [side for side in sides if side is not None]
+
+
 def in_threads(function, items: Sequence) -> list:
     """``[function(item) for item in items]`` in several threads; for file access."""
     with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert a checkpoint between the published formats and ours.
 
-Reads files of the reference implementation (classifiers, detectors, segmentors), timm, Hugging Face
-transformers and mmeformer, recognized by their content.
+Reads files of the reference implementation (classifiers, detectors, segmentors), timm, mmpretrain,
+Hugging Face transformers and mmeformer, recognized by their content.
 
 Examples:
     convert_checkpoint.py eformer_s0_450.pth efficientformerv2_s0.pth
     convert_checkpoint.py timm://efficientformer_l1.snap_dist_in1k l1.safetensors
+    convert_checkpoint.py training.pth l1.pth --ema
+    convert_checkpoint.py distilled.pth l1.pth --key model_state_dict --prefix student.backbone
     convert_checkpoint.py work_dirs/my_detector/epoch_12.pth backbone_for_timm.pth --to timm
 """
 
@@ -28,6 +30,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SRC", help="file, URL or timm://<model>.<tag>")
     parser.add_argument("target", metavar="DST", help="file: .pth, .pt, .bin or .safetensors")
     parser.add_argument("--to", choices=TARGETS, default="native", help="default: %(default)s")
+    parser.add_argument("--prefix", help="start of the backbone's names in SRC, if it is not found")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--key", help="entry of SRC that holds the tensors, if it is not found")
+    weights.add_argument(
+        "--ema", action="store_true", help="take the moving averages, where SRC has both"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite DST if it exists")
     return cli.parse(parser, argv)
 
@@ -43,7 +51,9 @@ def as_table(report: Report) -> Table:
 def work(args: argparse.Namespace) -> None:
     """Convert and print the report."""
     try:
-        report = convert(args.source, args.target, args.to, args.force)
+        report = convert(
+            args.source, args.target, args.to, args.force, args.prefix, args.key, args.ema
+        )
     except FileExistsError as error:
         raise FileExistsError(f"{error} (--force)") from error
     Console().print(as_table(report))

@@ -47,6 +47,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--batch-size", type=int, default=1, help="images, frames or windows at once (%(default)s)"
     )
     parser.add_argument("--score-thr", type=float, help="smallest score of a detection (0.3)")
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="report only these classes of a detector"
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU, if any)")
     parser.add_argument(
         "--window",
@@ -95,7 +98,10 @@ def work(args: argparse.Namespace) -> int:
         device=args.device,
         score_thr=args.score_thr,
         mask_format=args.mask_format,
+        classes=args.classes,
     )
+    for remark in predictor.remarks:
+        print(f"note: {remark}", file=sys.stderr)
 
     console = Console()
     columns = (
@@ -104,7 +110,7 @@ def work(args: argparse.Namespace) -> int:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    failed, finished, told = 0, 0, time.monotonic()
+    failed, finished, doubtful, told = 0, 0, 0, time.monotonic()
     with Progress(*columns, console=console) as progress:
         images = progress.add_task("images", total=len(sources))
         windows = progress.add_task("windows", visible=False)
@@ -130,8 +136,15 @@ def work(args: argparse.Namespace) -> int:
                 )
             else:
                 finished += 1
+            if status.warning is not None:
+                doubtful += 1
+                if doubtful == 1:
+                    text = f"warning: {status.name}: {status.warning}"
+                    progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
             tell(f"{status.done} of {status.total} images{_left(progress, images)}")
     print(f"predicted on {finished} images; results in {out}")
+    if doubtful > 1:
+        print(f"warning: of {doubtful} images, objects appear at another scale than in training")
     if failed:
         print(f"error: {failed} inputs were skipped or incomplete", file=sys.stderr)
         return 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,7 +25,6 @@ from mmeformer.commands import cli
 from mmeformer.deploy import models
 from mmeformer.deploy.export import Request
 from mmeformer.deploy.graphs import graph_class
-from mmeformer.deploy.metadata import export_metadata
 from mmeformer.deploy.profile import MODES, Profile, profile
 from mmeformer.files import write_text
 from mmeformer.runtime.metadata import Metadata
@@ -69,16 +68,15 @@ def run(args: argparse.Namespace) -> tuple[Profile, dict]:
         if size[0] != size[1]:
             raise ValueError(f"--size {size}: classifiers are counted on square images")
         cls = EfficientFormer if variant.family == "v1" else EfficientFormerV2
-        model = cls(variant.arch).eval()
-        metadata = Metadata(
-            BACKBONE, __version__, variant.name, (0.0,) * 3, (1.0,) * 3, True, size=size
-        )
+        task, model = BACKBONE, cls(variant.arch).eval()
     else:
         config = configs.load_config(args.config, args.cfg_options)
         task = request.task(config)
         model = models.build_model(config, args.checkpoint)
-        metadata = export_metadata(config, model, task, size=size)
-    metadata = replace(metadata, batch=args.batch)
+    # Only sizes count here, not how images are prepared.
+    metadata = Metadata(
+        task, __version__, args.config, (0.0,) * 3, (1.0,) * 3, True, size=size, batch=args.batch
+    )
     found = profile(
         model,
         metadata,

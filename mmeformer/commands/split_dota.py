@@ -129,7 +129,14 @@ def work(args: argparse.Namespace) -> int:
     total = len(split.pending)
     if split.finished:
         console.print(f"{split.finished} images were cut before, {total} remain")
-    patches, failed, printed = 0, [], time.monotonic()
+    if split.unused_labels:
+        console.print(
+            f"warning: {len(split.unused_labels)} label files have no image, such as "
+            f"{split.unused_labels[0]}",
+            markup=False,
+            soft_wrap=True,
+        )
+    patches, lost, failed, printed = 0, split.lost, [], time.monotonic()
     columns = TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     outcomes = split.run(args.workers)
     try:
@@ -138,6 +145,7 @@ def work(args: argparse.Namespace) -> int:
             for done, outcome in enumerate(outcomes, start=1):
                 progress.advance(task)
                 patches += len(outcome.patches)
+                lost += outcome.lost
                 if outcome.error is not None:
                     failed.append(outcome)
                     console.print(
@@ -158,6 +166,14 @@ def work(args: argparse.Namespace) -> int:
             "fewer --workers to continue"
         ) from error
     console.print(f"{patches} patches of {total - len(failed)} images in {args.target}")
+    if lost:
+        console.print(
+            f"warning: {lost} objects belong to no patch: they lie outside their image, or less "
+            f"than {settings.iof:.0%} of them is in any window. For large ones use a larger "
+            "--overlap or --size, a smaller --iof, or lower --rates",
+            markup=False,
+            soft_wrap=True,
+        )
     if failed:
         names = ", ".join(outcome.job.name for outcome in failed)
         print(f"error: {len(failed)} images were not cut: {names}", file=sys.stderr)

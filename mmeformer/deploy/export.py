@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
 from mmeformer.deploy import models
 from mmeformer.deploy.graphs import graph_class
+from mmeformer.deploy.inputs import compare_inputs
 from mmeformer.deploy.metadata import export_metadata
 from mmeformer.files import replacing, write_text
 from mmeformer.tasks import BACKBONE, of_config
@@ -133,6 +135,8 @@ def export(
             from mmeformer.deploy import coreml
 
             comparison = coreml.write(model, graph, metadata, real, draft, request.half)
+        preprocess: Any = model.data_preprocessor
+        compare_inputs(config, preprocess, metadata, real, comparison)
         comparison.report(report)
         comparison.raise_failures(out)
     write_text(sidecar, metadata.to_json() + "\n")

@@ -224,8 +224,13 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
 
 def top_k(scores: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Values and indices of the ``limit`` best scores (B, N) along N, or of all if N is smaller."""
+    """Values and indices of the ``limit`` best scores (B, N) along N, best first.
+
+    Of all if N is smaller, or if ``limit`` is not positive.
+    """
     count = scores.shape[1]
+    if limit <= 0:
+        return scores.sort(dim=1, descending=True)
     if not torch.jit.is_tracing():
         return scores.topk(min(limit, count), dim=1)
     # A number would become the constant of the traced example.
@@ -252,4 +257,4 @@ def cell_shifts(size: tuple[int, ...], stride: tuple[int, int], like: Tensor) ->
 def require(condition: bool, otherwise: str) -> None:
     """Raise a ``ValueError`` with the message ``otherwise`` unless ``condition`` holds."""
     if not condition:
-        raise ValueError(f"{otherwise}; `--part backbone` exports the backbone of every model")
+        raise ValueError(f"{otherwise}; `--part backbone` takes the backbone of every model")

@@ -11,12 +11,10 @@ from torch import nn
 
 from mmeformer import tasks
 from mmeformer.configs import read_test_metainfo
+from mmeformer.deploy.inputs import pipeline_settings, preprocessor_settings
 from mmeformer.images import Reading
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.version import __version__
-
-_NEUTRAL_STEPS = ("Load", "Pack", "ConvertBoxType")
-"""Steps of a test pipeline that leave the pixels of an image as they are."""
 
 
 def export_metadata(
@@ -37,40 +35,49 @@ def export_metadata(
         size, batch, preprocessing_in_graph: see :class:`Metadata`.
 
     Raises:
-        ValueError: the test pipeline has steps that the runtime lacks.
+        ValueError: the test pipeline or the data preprocessor has a setting that the runtime does
+            not follow, or ``size`` is not one that the test pipeline makes.
     """
     graph = tasks.load(tasks.exports()[task].graph)
-    preprocessor = config.model.data_preprocessor
     # The bare backbone can be that of a config without test data.
     dataset = config.get("test_dataloader", {}).get("dataset", {})
     reading = Reading.of_config(dataset.get("pipeline", ()))
-    return Metadata(
+    metadata = Metadata(
         task=task,
         version=__version__,
         config=Path(config.filename or "config").stem,
-        mean=tuple(preprocessor.mean),
-        std=tuple(preprocessor.std),
-        bgr_to_rgb=preprocessor.get("bgr_to_rgb", False),
         preprocessing_in_graph=preprocessing_in_graph,
         batch=batch,
         size=size,
         bands=reading.bands,
         stretch=reading.stretch,
+        **preprocessor_settings(config, task),
         **graph.settings(config, model),
     )
+    step = metadata.multiple
+    if size is not None and any(side % step for side in size):
+        lower, upper = (
+            " ".join(str(max((side + more) // step * step, step)) for side in size)
+            for more in (0, step - 1)
+        )
+        raise ValueError(
+            f"--size {size[0]} {size[1]}: the test pipeline resizes to multiples of {step} "
+            f"(ResizeToMultiple); give --size {lower} or {upper}"
+        )
+    return metadata
 
 
 def task_settings(config: Config, model: nn.Module) -> dict[str, Any]:
     """Metadata fields of all tasks, from test pipeline and data set.
 
     Raises:
-        ValueError: the test pipeline has steps that the runtime lacks.
+        ValueError: the test pipeline has a setting that the runtime does not follow.
     """
     dataset_meta = getattr(model, "dataset_meta", {}) or read_test_metainfo(config)
     return dict(
         classes=tuple(dataset_meta.get("classes", ())),
         palette=tuple(tuple(color) for color in dataset_meta.get("palette") or ()),
-        **_pipeline_settings(config),
+        **pipeline_settings(config),
     )
 
 
@@ -80,26 +87,7 @@ def detector_settings(config: Config, model: nn.Module, test_cfg: dict) -> dict[
         pad_divisor=config.model.data_preprocessor.get("pad_size_divisor", 1),
         score_threshold=test_cfg["score_thr"],
         iou_threshold=test_cfg["nms"]["iou_threshold"],
-        max_per_image=test_cfg["max_per_img"],
+        # Without a limit, mmdet's multiclass_nms keeps all.
+        max_per_image=test_cfg["max_per_img"] if test_cfg["max_per_img"] > 0 else None,
         **task_settings(config, model),
     )
-
-
-def _pipeline_settings(config: Config) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for step in config.test_dataloader.dataset.pipeline:
-        name = step["type"].rpartition(".")[2]
-        if name.startswith(_NEUTRAL_STEPS):
-            continue
-        if name == "Resize" and not settings and "scale" in step:
-            scale = step["scale"]
-            settings["scale"] = (scale, scale) if isinstance(scale, int) else tuple(scale)
-            settings["keep_ratio"] = step.get("keep_ratio", False)
-        elif name == "ResizeToMultiple" and "multiple" not in settings:
-            settings["multiple"] = step.get("size_divisor", 32)
-        else:
-            raise ValueError(
-                f"the runtime does not have the step {step['type']} of the test pipeline, only one "
-                "Resize with a scale, then one ResizeToMultiple"
-            )
-    return settings

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ from mmeformer.runtime.images import Prepared, as_image, normalize, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 
 OPSET = 17
-"""Has LayerNormalization (17) and half-pixel RoiAlign (16); needs onnxruntime 1.13 or newer."""
+"""Has LayerNormalization (17) and half-pixel RoiAlign (16)."""
+
+OLDEST_RUNTIME = "1.15.0"
+"""The oldest onnxruntime that the files are tested with (``tests/deploy/test_oldest_runtime.py``).
+"""
 
 TRACED_SIZE = (64, 96)
 """Height and width of the example image of a graph for any size: small, and its sides differ."""
@@ -139,6 +144,8 @@ def _compare(
     comparison: check.Comparison,
 ) -> None:
     """Compare raw tensors and results with those of the model as it was trained."""
+    # Both get the image as it is: the network is compared, not the cutting into windows.
+    finished = runtime.Predictor(finished.session, replace(finished.metadata, patch_size=0))
     metadata = finished.metadata
     reference = graph_class(copy.deepcopy(model)).eval()
     raw = reference.raw_names or reference.output_names

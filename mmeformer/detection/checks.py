@@ -46,7 +46,7 @@ def check_coco(
         image_dir: folder to which ``file_name`` is relative.
         classes: names of the classes to train.
         training: warn about classes that do not occur.
-        masks: every object needs a mask, as in instance segmentation.
+        masks: masks are read: every object needs one. Else masks are not checked.
         limit: number of images to read; None reads all.
         decode: decode these images in full.
         reading: see :func:`mmeformer.checks.images.check_images`.
@@ -99,7 +99,9 @@ def check_coco(
         if category["name"] not in classes:
             others[category["name"]] += 1
             continue
-        found = (_box_finding(annotation, image), _mask_finding(annotation, image, masks))
+        # What is not read cannot harm.
+        mask = _mask_finding(annotation, image) if masks else None
+        found = (_box_finding(annotation, image), mask)
         for kind, message, severity in filter(None, found):
             where = f"annotation {number} ({image['file_name']})"
             wrong(kind, f"{where}: {message}", severity)
@@ -262,12 +264,11 @@ def _box_finding(annotation: Mapping, image: Mapping) -> tuple[str, str, str] | 
     return None
 
 
-def _mask_finding(annotation: Mapping, image: Mapping, needed: bool) -> tuple[str, str, str] | None:
+def _mask_finding(annotation: Mapping, image: Mapping) -> tuple[str, str, str] | None:
     mask = annotation.get("segmentation")
-    if not mask and (mask is None or mask == []):
-        if needed:
-            return "missing mask", "has no segmentation, but the model learns masks", ERROR
-    elif isinstance(mask, list):
+    if mask is None or mask == []:
+        return "missing mask", "has no segmentation, but the model learns masks", ERROR
+    if isinstance(mask, list):
         return _polygon_finding(mask, image)
     elif isinstance(mask, Mapping):
         size = [image["height"], image["width"]]

@@ -86,7 +86,15 @@ class CocoDataset(CheckedDataset, MMDetCocoDataset):
             if not self.test_mode:
                 left_out |= dict.fromkeys(UNREADABLE_KINDS, len(images))
             stop_on_errors(findings, left_out)
-        return Annotations(content, self.metainfo["classes"])
+        index = Annotations(content, self.metainfo["classes"])
+        self._file_ids = index.category_ids
+        return index
+
+    def category_ids(self) -> list[int] | None:
+        """See the base class."""
+        return [
+            self._file_ids.get(number, number) for number in super().category_ids() or []
+        ] or None
 
     def _require_categories(self, content: dict, path: str) -> None:
         wanted = class_names(self.metainfo.get("classes"))

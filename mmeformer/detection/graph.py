@@ -25,6 +25,9 @@ from mmeformer.detection.roi_heads import FCNMaskHead, SingleRoIExtractor
 from mmeformer.detection.rpn_head import RPNHead
 from mmeformer.runtime import Detections
 
+NO_LIMIT = 2**31 - 1
+"""More boxes than any image has."""
+
 
 class NonMaxSuppression(torch.autograd.Function):
     """ONNX's operator ``NonMaxSuppression``, for one class per image."""
@@ -161,7 +164,7 @@ class DetectionGraph(Graph):
             deltas = deltas.permute(0, 2, 3, 1).reshape(logits.shape[0], -1, 4)
             shifts = cell_shifts(size, head.prior_generator.strides[level], logits)
             anchors = self.base_anchors[level] + shifts.repeat(1, 2)[:, None]
-            best, index = top_k(logits.sigmoid(), settings.nms_pre)
+            best, index = top_k(logits.sigmoid(), settings.get("nms_pre", -1))
             decoded = _decode(
                 head.bbox_coder, anchors.flatten(0, 1)[index.flatten()], take(deltas, index)
             )
@@ -170,7 +173,7 @@ class DetectionGraph(Graph):
             levels.append(torch.full_like(index[0], level))
         scores, boxes = torch.cat(level_scores, 1), torch.cat(level_boxes, 1)
         smallest = (boxes[..., 2:] - boxes[..., :2]).amin(-1)
-        scores = torch.where(smallest > settings.min_bbox_size, scores, -1)
+        scores = torch.where(smallest > settings.get("min_bbox_size", -1), scores, -1)
         image, index = suppress(
             boxes, scores, torch.cat(levels), settings.nms.iou_threshold, -0.5, settings.max_per_img
         )
@@ -178,7 +181,7 @@ class DetectionGraph(Graph):
         counts = (image[:, None] == torch.arange(boxes.shape[0], device=image.device)).sum(0)
         starts = counts.cumsum(0) - counts
         rank = torch.arange(image.shape[0], device=image.device) - starts[image]
-        width = counts.amax().clamp(min=1)
+        width = counts.amax(0).clamp(min=1)
         slots = (image * width + rank)[:, None]
         total: Any = boxes.shape[0] * width  # a tensor, which a tracer follows
         chosen = boxes[image, index]
@@ -212,7 +215,7 @@ class DetectionGraph(Graph):
             labels,
             settings.nms.iou_threshold,
             settings.score_thr,
-            settings.max_per_img,
+            settings.max_per_img if settings.max_per_img > 0 else NO_LIMIT,
         )
         found = boxes[image, index]
         outputs = (found, scores[image, index], labels[index], image)
@@ -234,6 +237,7 @@ class DetectionGraph(Graph):
     @staticmethod
     def settings(config: Config, model: Any) -> dict[str, Any]:
         """See :meth:`Graph.settings`."""
+        _check_supported(model)
         test_cfg = config.model.test_cfg.rcnn
         masks = dict(mask_threshold=test_cfg.mask_thr_binary) if model.roi_head.with_mask else {}
         return detector_settings(config, model, test_cfg) | masks
@@ -282,8 +286,13 @@ def _extract(
 
 def _check_supported(model: Any) -> None:
     name = type(model).__name__
-    require(isinstance(model, TwoStageDetector), f"{name} is not a two-stage detector of mmdet")
-    rpn, roi = model.rpn_head, model.roi_head
+    require(
+        isinstance(model, TwoStageDetector),
+        f"{name} is not a two-stage detector of mmdet; only Mask R-CNN and Faster R-CNN can be "
+        "exported and profiled whole",
+    )
+    rpn: Any = getattr(model, "rpn_head", None)
+    roi: Any = getattr(model, "roi_head", None)
     require(
         type(rpn) in (RPNHead, dense_heads.RPNHead) and rpn.use_sigmoid_cls,
         "the rpn_head is not a plain RPNHead",
@@ -313,8 +322,20 @@ def _check_supported(model: Any) -> None:
         )
     for part, settings in (("rpn", rpn.test_cfg), ("rcnn", roi.test_cfg)):
         require(
-            settings.nms.get("type", "nms") == "nms"
+            settings.get("nms") is not None
+            and settings.nms.get("type", "nms") == "nms"
             and set(settings.nms) <= {"type", "iou_threshold"},
             f"test_cfg.{part}.nms is not a plain nms",
+        )
+    require(
+        rpn.test_cfg.max_per_img > 0,
+        f"test_cfg.rpn.max_per_img is {rpn.test_cfg.max_per_img}, with which mmdet loses the worst "
+        "proposals; set the largest number of them",
+    )
+    if roi.with_mask:
+        require(
+            roi.test_cfg.mask_thr_binary >= 0,
+            f"test_cfg.rcnn.mask_thr_binary is {roi.test_cfg.mask_thr_binary}, but masks need a "
+            "threshold",
         )
     require(not roi.bbox_head.custom_cls_channels, "the bbox_head has a custom activation")

@@ -49,7 +49,7 @@ class DetectionPredictor(Predictor[Detections]):
 
     def entries(self, result: Detections) -> list[dict]:
         """Annotations of :func:`mmeformer.detection.writers.to_json`."""
-        return to_json(result)
+        return to_json(result, self.category_ids)
 
 
 def from_sample(sample: DetDataSample) -> Detections:

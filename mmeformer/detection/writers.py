@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from mmeformer.results import Detections, Mask, category_id
 
 
-def to_json(detections: Detections) -> list[dict]:
+def to_json(detections: Detections, category_ids: Sequence[int] | None = None) -> list[dict]:
     """Objects of one image as COCO annotations, without ``id`` and ``image_id``.
 
+    Args:
+        detections: of one image.
+        category_ids: by label; None counts from 1.
+
     Returns:
-        Per object ``category_id`` (from 1), ``bbox`` (x, y, width, height), ``area``, ``score``
+        Per object ``category_id``, ``bbox`` (x, y, width, height), ``area``, ``score``
         and, if the model has masks, ``segmentation`` (compressed run-length encoding).
     """
     entries = []
@@ -22,7 +28,7 @@ def to_json(detections: Detections) -> list[dict]:
     ):
         left, top, right, bottom = (float(edge) for edge in box)
         entry = dict(
-            category_id=category_id(label),
+            category_id=category_id(label) if category_ids is None else category_ids[label],
             bbox=[round(value, 2) for value in (left, top, right - left, bottom - top)],
             area=round((right - left) * (bottom - top), 2),
             iscrowd=0,

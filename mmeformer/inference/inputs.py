@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mmeformer.checks.images import quick_fault
-from mmeformer.files import refuse_url
+from mmeformer.files import refuse_url, relative_names
 from mmeformer.images import PLAIN, Reading, read_image
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -25,7 +26,8 @@ class Source:
 
     Args:
         path: of the image or video.
-        file_name: path below the folder that was given, with ``/``.
+        file_name: path below the folder that was given, with ``/``; below the folder above all
+            inputs if two files would then have the same.
         name: the same without suffix, unless two files would then have the same name. Outputs are
             named after it.
     """
@@ -105,17 +107,29 @@ def _expand(pattern: str, exclude: list[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _with_unique_names(sources: list[Source]) -> list[Source]:
+    if len({source.file_name for source in sources}) < len(sources):
+        # Of several inputs: the folder above all of them tells the files apart.
+        names = relative_names([source.path for source in sources])
+        sources = [
+            Source(source.path, name, Path(name).with_suffix("").as_posix())
+            for source, name in zip(sources, names, strict=True)
+        ]
     counts = Counter(source.name for source in sources)
     sources = [
         replace(source, name=source.file_name) if counts[source.name] > 1 else source
         for source in sources
     ]
+    videos = {f"{source.name}/": source for source in sources if source.is_video}
     first: dict[str, Source] = {}
     for source in sources:
-        if (other := first.setdefault(source.name, source)) is not source:
+        # Frames of a video are named as images in a folder are.
+        other = first.setdefault(
+            source.name, videos.get(os.path.dirname(source.name) + "/", source)
+        )
+        if other is not source:
             raise ValueError(
-                f"the outputs of {other.path} and {source.path} would have the same name; give the "
-                "folder above both, or one run and --out for each"
+                f"the outputs of {other.path} and {source.path} would have the same name; use one "
+                "run and --out for each"
             )
     return sources
 

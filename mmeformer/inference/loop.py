@@ -31,7 +31,7 @@ class Settings:
     Args:
         batch_size: images, frames or windows per call of the model.
         window: side of the windows that every image is cut into, pixels; 0 never cuts; None cuts
-            only large ones, see ``large`` and ``native_size`` of :class:`Predictor`.
+            only those that are large for the model, see :meth:`Predictor.window_of`.
         overlap: of the windows, pixels; None is a quarter of their side.
         pictures: whether to draw pictures and videos.
 
@@ -68,12 +68,14 @@ class Status:
         done: images and frames that are finished or skipped so far.
         total: all images and frames, as far as known.
         error: why it was skipped, or None.
+        warning: what may be wrong with its result, or None.
     """
 
     name: str
     done: int
     total: int
     error: str | None = None
+    warning: str | None = None
 
 
 @dataclass
@@ -151,7 +153,7 @@ def run(
     state = _Run(predictor, out, settings, on_window)
     if predictor.legend is not None:
         write_text(out / LEGEND, json.dumps(predictor.legend, indent=1) + "\n")
-    results = json_results(out / RESULTS, predictor.classes) if predictor.writes_json else None
+    results = json_results(out / RESULTS, predictor.categories) if predictor.writes_json else None
     with results or nullcontext() as state.results, state.video_files:
         yield from state.all(sources)
 
@@ -183,14 +185,12 @@ class _Run:
         self.video: VideoWriter | None = None
         self.done = 0
         self.total = 0
-        side = settings.window or predictor.native_size
+        side = settings.window or predictor.window_size
         overlap = settings.overlap
-        if settings.window != 0 and side is not None:
-            self.overlap = side // 4 if overlap is None else overlap
-            if self.overlap >= side:
-                raise ValueError(
-                    f"overlap {overlap} must be less than the window, {side} pixels (--window)"
-                )
+        if settings.window != 0 and side is not None and (overlap or 0) >= side:
+            raise ValueError(
+                f"overlap {overlap} must be less than the window, {side} pixels (--window)"
+            )
 
     def all(self, sources: Sequence[Source]) -> Iterator[Status]:
         """Predict on all sources in their order."""
@@ -265,11 +265,9 @@ class _Run:
 
     def _window(self, image: np.ndarray) -> int | None:
         """Side of the windows to cut an image into, or None to predict on the whole image."""
-        size, native = self.settings.window, self.predictor.native_size
-        if size is not None:
-            return size or None
-        is_large = native is not None and max(image.shape[:2]) > self.predictor.large * native
-        return native if is_large else None
+        if self.settings.window is not None:
+            return self.settings.window or None
+        return self.predictor.window_of(image.shape[:2])
 
     def _predict(self, items: Sequence[_Image]) -> Iterator[Status]:
         if not items:
@@ -283,8 +281,9 @@ class _Run:
             if self.on_window is not None:
                 self.on_window(item.title, done, total)
 
+        overlap = size // 4 if self.settings.overlap is None else self.settings.overlap
         return self.predictor.predict_windows(
-            item.image, size, self.overlap, self.settings.batch_size, progress
+            item.image, size, overlap, self.settings.batch_size, progress
         )
 
     def _finish(self, item: _Image, result: Any) -> Status:
@@ -299,7 +298,8 @@ class _Run:
             else:
                 write_image(self.out / "pictures" / f"{item.name}.jpg", picture)
         self.done += 1
-        return self._status(item)
+        warning = self.predictor.scale_warning(item.image.shape[:2], item.window)
+        return Status(item.title, self.done, self.total, warning=warning)
 
-    def _status(self, item: _Item, error: str | None = None) -> Status:
+    def _status(self, item: _Item, error: str) -> Status:
         return Status(item.title, self.done, self.total, error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from mmeformer.files import refuse_url, replacing
-from mmeformer.results import category_id
 
 FOLDERS = ("pictures", "videos", "masks", "labels")
 """Folders of outputs, below the output folder."""
@@ -96,18 +95,18 @@ class JsonResults:
             self._annotations += 1
             json.dump(dict(id=self._annotations, image_id=image["id"], **entry), self._file)
 
-    def finish(self, classes: Sequence[str]) -> None:
-        """Write the rest of the file after the annotations."""
-        categories = [dict(id=category_id(label), name=name) for label, name in enumerate(classes)]
+    def finish(self, categories: Mapping[int, str]) -> None:
+        """Write the rest of the file after the annotations; see :func:`json_results`."""
+        listed = [dict(id=number, name=name) for number, name in categories.items()]
         self._file.write('\n],\n"categories": ')
-        json.dump(categories, self._file)
+        json.dump(listed, self._file)
         self._file.write(',\n"images": ')
         json.dump(self._images, self._file)
         self._file.write("}\n")
 
 
 @contextmanager
-def json_results(path: Path, classes: Sequence[str]) -> Iterator[JsonResults]:
+def json_results(path: Path, categories: Mapping[int, str]) -> Iterator[JsonResults]:
     """Write a COCO data set of predictions; the file appears if the block succeeds.
 
     The file has ``images`` (``id``, ``file_name``, ``height``, ``width`` and, for videos,
@@ -116,12 +115,12 @@ def json_results(path: Path, classes: Sequence[str]) -> Iterator[JsonResults]:
 
     Args:
         path: of the file.
-        classes: names, by label.
+        categories: names of the classes, by category id.
     """
     with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
         results = JsonResults(file)
         yield results
-        results.finish(classes)
+        results.finish(categories)
 
 
 class VideoWriter:

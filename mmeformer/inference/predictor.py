@@ -23,6 +23,8 @@ from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.deploy.fold import fold
 from mmeformer.images import PLAIN, Reading
+from mmeformer.results import category_ids
+from mmeformer.training_images import TrainingImages
 from mmeformer.windows import Progress, Window, predict_windows, windows
 
 SCORE_THR = 0.3
@@ -44,6 +46,15 @@ class Predictor(ABC, Generic[Result]):
         native_size: side in pixels of the largest square that the model sees without resizing, or
             None if the config does not tell. Windows of large images have this side.
         mask_format: one of ``mask_formats``; None takes the first.
+        score_thr: objects with this score or a lower one are left out of all results; None for
+            results without scores.
+
+    Attributes:
+        classes: names, by label.
+        category_ids: ids of the classes in the annotation file of the training, by label; from 1
+            if the checkpoint does not have them.
+        labels: those of the classes that results are limited to; None for all.
+        remarks: what people should know before they use the results, one sentence each.
     """
 
     reading: Reading = PLAIN
@@ -53,7 +64,8 @@ class Predictor(ABC, Generic[Result]):
     """OpenMMLab's inferencer of the task."""
 
     large: float
-    """Images whose longer side exceeds ``native_size`` by this factor are cut into windows."""
+    """Images whose longer side exceeds ``native_size``, and the largest image of the training, by
+    this factor are cut into windows."""
 
     pads_windows: bool = False
     """Whether windows of images that are smaller than a window are padded to its size."""
@@ -67,6 +79,9 @@ class Predictor(ABC, Generic[Result]):
     writes_json: bool = True
     """Whether results go to a JSON file, as :meth:`entries` gives them."""
 
+    training_images: TrainingImages = TrainingImages(None)
+    """Record of the images that the model was trained on."""
+
     legend: list[dict] | None = None
     """Classes as ``classes.json`` lists them, for tasks whose files of results do not name them."""
 
@@ -75,11 +90,19 @@ class Predictor(ABC, Generic[Result]):
         inferencer: BaseInferencer,
         native_size: int | None = None,
         mask_format: str | None = None,
+        score_thr: float | None = None,
     ) -> None:
         self.inferencer = inferencer
         self.native_size = native_size
+        self.score_thr = score_thr
         self.mask_format = mask_format or next(iter(self.mask_formats), None)
-        self.classes = tuple(inferencer.model.dataset_meta["classes"])
+        self.remarks: list[str] = []
+        self.labels: list[int] | None = None
+        dataset_meta = inferencer.model.dataset_meta
+        self.classes = tuple(dataset_meta["classes"])
+        self.category_ids = category_ids(dataset_meta)
+        if record := TrainingImages.from_meta(dataset_meta):
+            self.training_images = record
 
     @classmethod
     def from_config(
@@ -100,7 +123,8 @@ class Predictor(ABC, Generic[Result]):
             ValueError: the task does not have one of the options.
         """
         if cls.has_scores:
-            _set_score_thr(config.model.test_cfg, SCORE_THR if score_thr is None else score_thr)
+            score_thr = SCORE_THR if score_thr is None else score_thr
+            _set_score_thr(config.model, score_thr)
         elif score_thr is not None:
             raise ValueError("a score threshold is for detection; every pixel has a class")
         if mask_format is not None and mask_format not in cls.mask_formats:
@@ -115,7 +139,7 @@ class Predictor(ABC, Generic[Result]):
         inferencer = inferencer_class(
             config, checkpoint, device=device, scope=config.default_scope, show_progress=False
         )
-        return cls(inferencer, native_size(config), mask_format)
+        return cls(inferencer, configs.native_size(config), mask_format, score_thr)
 
     @property
     def model(self) -> BaseModel:
@@ -144,11 +168,71 @@ class Predictor(ABC, Generic[Result]):
             batch = self.inferencer.collate_fn([prepared[index] for index in members])
             with torch.no_grad():
                 found.update(zip(members, self.results_of_batch(batch), strict=True))
-        return [found[index] for index in range(len(prepared))]
+        return [self._wanted(found[index]) for index in range(len(prepared))]
+
+    def _wanted(self, result: Any) -> Any:
+        """The objects above the threshold and of the wanted classes."""
+        # Not every head reads score_thr: those like DETR's report all their queries.
+        if self.score_thr is not None:
+            result = result.take(result.scores > self.score_thr)
+        return result if self.labels is None else result.take(np.isin(result.labels, self.labels))
+
+    def limit_to(self, classes: Sequence[str]) -> None:
+        """Leave objects of other classes out of all results.
+
+        Raises:
+            ValueError: the model has no such class, or its results are no objects.
+        """
+        if not self.has_scores:
+            raise ValueError("a choice of classes is for detection; every pixel has a class")
+        if unknown := [name for name in classes if name not in self.classes]:
+            raise ValueError(f"the model has no class {unknown}, only {list(self.classes)}")
+        self.labels = [self.classes.index(name) for name in classes]
+
+    @property
+    def categories(self) -> dict[int, str]:
+        """Names of the classes, by category id."""
+        return dict(zip(self.category_ids, self.classes, strict=True))
+
+    @property
+    def window_size(self) -> int | None:
+        """Side in pixels of the windows that large images are cut into by default."""
+        return self.native_size
+
+    def window_of(self, size: tuple[int, int]) -> int | None:
+        """Side of the windows that an image is cut into by default; None: it is not cut.
+
+        Args:
+            size: height and width of the image.
+        """
+        if self.native_size is None:
+            return None
+        known = self.training_images.sides or (0, 0)
+        is_large = max(size) > self.large * max(self.native_size, known[1])
+        return self.native_size if is_large else None
+
+    def scale_warning(self, size: tuple[int, int], window: int | None) -> str | None:
+        """A sentence if objects of an image appear at another scale than in training, or None.
+
+        Args:
+            size: height and width of the image.
+            window: side of the windows it is cut into, or None.
+        """
+        # Objects in whole photographs have any size in pixels.
+        return None if window is None else self.training_images.scale_warning(window)
 
     def predict_images(self, images: Sequence[np.ndarray]) -> list[Result]:
-        """Predict on images."""
-        return self.predict([self.prepare(image) for image in images])
+        """Predict on images; those that are large for the model are cut into windows."""
+        sides = [self.window_of(image.shape[:2]) for image in images]
+        whole = [self.prepare(image) for image, side in zip(images, sides, strict=True) if not side]
+        results = iter(self.predict(whole))
+        return [
+            self.predict_windows(image, side, side // 4) if side else next(results)
+            for image, side in zip(images, sides, strict=True)
+        ]
+
+    def _predict_crops(self, crops: Sequence[np.ndarray]) -> list[Result]:
+        return self.predict([self.prepare(image) for image in crops])
 
     def predict_windows(
         self,
@@ -173,7 +257,7 @@ class Predictor(ABC, Generic[Result]):
         results = predict_windows(
             image,
             places,
-            self.predict_images,
+            self._predict_crops,
             batch_size,
             size if self.pads_windows else None,
             progress,
@@ -248,13 +332,14 @@ class StrictInferencer(BaseInferencer):
         super()._load_weights_to_model(model, checkpoint, cfg)
 
 
-def _set_score_thr(test_cfg: ConfigDict, score_thr: float) -> None:
-    """Set the score threshold of a detector's test settings, in place.
+def _set_score_thr(model: ConfigDict, score_thr: float) -> None:
+    """Set the score threshold in a detector's test settings, in place, if it has any.
 
     The results are the same as if low scores were dropped afterwards, since only better boxes
     suppress others; but no masks are computed for them.
     """
-    test_cfg.get("rcnn", test_cfg).score_thr = score_thr
+    if test_cfg := model.get("test_cfg"):
+        test_cfg.get("rcnn", test_cfg).score_thr = score_thr
 
 
 def load_predictor(
@@ -264,6 +349,7 @@ def load_predictor(
     device: str | None = None,
     score_thr: float | None = None,
     mask_format: str | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Predictor[Any]:
     """Load a trained model of any task.
 
@@ -273,6 +359,7 @@ def load_predictor(
         device: such as ``cpu`` or ``cuda:1``; None takes the first GPU, if there is one.
         score_thr: detections with this score or a lower one are not reported (default 0.3).
         mask_format: of segmentation masks: ``palette`` (default) or ``ids``.
+        classes: names of the classes to report; None reports all.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
@@ -305,10 +392,12 @@ def load_predictor(
             # The inferencers put one in its place that takes arrays.
             dataset.pipeline[index] = ConfigDict(type="LoadImageFromFile")
     safe_load.install()
-    predictor = tasks.load(task.predictor).from_config(
+    predictor: Predictor[Any] = tasks.load(task.predictor).from_config(
         config, checkpoint, device=device, score_thr=score_thr, mask_format=mask_format
     )
     predictor.reading = reading
+    if classes is not None:
+        predictor.limit_to(classes)
     return predictor
 
 
@@ -325,25 +414,3 @@ def _existing_device(name: str | None) -> str:
             f"cpu and {count} CUDA device{'s' * (count != 1)}"
         ) from error
     return name
-
-
-def native_size(config: Config) -> int | None:
-    """Side in pixels of the largest square that a model of this config sees without resizing.
-
-    This is the shorter side that the test pipeline resizes to, else the crop size of the
-    segmentor's test settings or of its data preprocessor, else None.
-    """
-    for step in config.test_dataloader.dataset.pipeline:
-        if step.type.rpartition(".")[2] == "Resize" and "scale" in step:
-            return _shorter_side(step.scale)
-    for settings, key in (
-        (config.model.get("test_cfg"), "crop_size"),
-        (config.model.get("data_preprocessor"), "size"),
-    ):
-        if settings and settings.get(key):
-            return _shorter_side(settings[key])
-    return None
-
-
-def _shorter_side(size: int | Sequence[int]) -> int:
-    return size if isinstance(size, int) else min(size)

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first, first_of
-from mmeformer.checks.images import check_images
+from mmeformer.checks.images import UNREADABLE, check_images, in_threads, read_header
 from mmeformer.images import PLAIN, Reading
 from mmeformer.rotated.dota import DotaObject, read_labels
 
@@ -46,11 +46,12 @@ def check_dota(
 
     Returns:
         The problems, errors first; kinds: ``bad label line``, ``unknown class``, ``empty box``,
-        ``crossed corners``, ``image without labels``, ``labels without image``, ``unused class``,
-        ``unreadable image``, ``bands or depth``, ``deep image``.
+        ``crossed corners``, ``outside image``, ``image without labels``, ``labels without image``,
+        ``unused class``, ``unreadable image``, ``bands or depth``, ``deep image``.
     """
     findings: list[Finding] = []
     counts: Counter[str] = Counter()
+    sizes = image_sizes([stem for stem in images if stem in labels][:limit], images)
     for stem in (stem for stem in images if stem in labels):
         path = str(labels[stem])
         try:
@@ -60,7 +61,7 @@ def check_dota(
             findings.append(Finding(ERROR, "bad label line", path, text))
             continue
         for item in objects:
-            finding = _object_finding(path, item, classes, dropped_classes)
+            finding = _object_finding(path, item, classes, dropped_classes, sizes.get(stem))
             if finding is not None:
                 findings.append(finding)
             if finding is None or finding.severity == WARNING:
@@ -84,8 +85,26 @@ def check_dota(
     return errors_first(findings + check_images(paths, decode=decode, reading=reading))
 
 
+def image_sizes(stems: Sequence[str], images: Mapping[str, Path]) -> dict[str, tuple[int, int]]:
+    """Width and height of images, without those that cannot be read."""
+
+    def size(stem: str) -> tuple[int, int] | None:
+        try:
+            header = read_header(str(images[stem]))
+        except UNREADABLE:
+            return None
+        return header.width, header.height
+
+    found = zip(stems, in_threads(size, stems), strict=True)
+    return {stem: size for stem, size in found if size is not None}
+
+
 def _object_finding(
-    path: str, item: DotaObject, classes: Sequence[str], dropped: Sequence[str]
+    path: str,
+    item: DotaObject,
+    classes: Sequence[str],
+    dropped: Sequence[str],
+    image_size: tuple[int, int] | None,
 ) -> Finding | None:
     where = f"line {item.line}"
     if item.name in dropped:
@@ -95,6 +114,8 @@ def _object_finding(
         return Finding(ERROR, "unknown class", path, text + "metainfo.dropped_classes")
     if is_thin(item):
         return Finding(ERROR, "empty box", path, f"{where}: the corners enclose no area; remove it")
+    if image_size is not None and (finding := outside_finding(path, item, image_size)):
+        return finding
     if _crosses(item.polygon):
         text = f"{where}: the outline crosses itself; write the corners in the order of the outline"
         return Finding(WARNING, "crossed corners", path, text)
@@ -104,6 +125,25 @@ def _object_finding(
 def is_thin(item: DotaObject) -> bool:
     """Whether an object has no area to learn from."""
     return min(cv2.minAreaRect(item.polygon.astype(np.float32))[1]) < THIN
+
+
+def outside_finding(path: str, item: DotaObject, image_size: tuple[int, int]) -> Finding | None:
+    """A finding if no part of an object of the label file ``path`` lies in its image.
+
+    Args:
+        path: of the label file.
+        item: the object.
+        image_size: width and height in pixels.
+    """
+    low, high = item.polygon.min(0), item.polygon.max(0)
+    if (high > 0).all() and (low < image_size).all():
+        return None
+    text = (
+        f"line {item.line}: x from {low[0]:.0f} to {high[0]:.0f} and y from {low[1]:.0f} to "
+        f"{high[1]:.0f} px lie outside the image of {image_size[0]} x {image_size[1]} px; remove "
+        "the object, or use the image that was labeled"
+    )
+    return Finding(ERROR, "outside image", path, text)
 
 
 def _crosses(polygon: np.ndarray) -> bool:

@@ -4,24 +4,29 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+from mmengine.dataset import Compose
 from mmengine.logging import print_log
 from mmrotate.datasets import DOTADataset as MMRotateDOTADataset
 from mmrotate.visualization.palette import get_palette
 
 from mmeformer.checks.classes import class_names, require_classes, require_color_per_class
 from mmeformer.checks.findings import Finding, first_of, stop_on_errors
-from mmeformer.checks.images import check_images
+from mmeformer.checks.images import check_images, sample_sides
 from mmeformer.checks.interface import CheckedDataset
 from mmeformer.registry import DATASETS
-from mmeformer.rotated.checks import check_dota, is_thin
+from mmeformer.rotated.checks import check_dota, image_sizes, is_thin, outside_finding
 from mmeformer.rotated.dota import (
     DotaObject,
     list_images,
     list_labels,
     read_label_files,
 )
+from mmeformer.rotated.patches import patch_size_of
+from mmeformer.rotated.scale import find_kind, pad_loaded
+from mmeformer.training_images import TrainingImages
 
 
 @DATASETS.register_module()
@@ -37,6 +42,11 @@ class DOTADataset(CheckedDataset, MMRotateDOTADataset):
     Args:
         diff_thr: as in mmrotate; the default ignores no difficult object.
         img_suffix: list only images with this suffix; None lists png, jpg, tif and bmp.
+        patch_size: side in pixels if the images are patches, which are square cutouts of larger
+            images at one scale: smaller ones are then padded to it, not enlarged. 0 for whole
+            images of any size. None finds out: they are patches if all have the names that
+            ``tools/split_dota.py`` gives, or if all have the same longer side. The size in a
+            patch's own name counts more.
         **kwargs: as in mmrotate. ``metainfo`` may have ``dropped_classes``: names in the label
             files whose objects are left out on purpose. ``ann_file=""`` means no labels.
 
@@ -46,8 +56,43 @@ class DOTADataset(CheckedDataset, MMRotateDOTADataset):
             have no objects; classes or palette are invalid. The message names file, line and fix.
     """
 
-    def __init__(self, diff_thr: int = 100, img_suffix: str | None = None, **kwargs) -> None:
+    def __init__(
+        self,
+        diff_thr: int = 100,
+        img_suffix: str | None = None,
+        patch_size: int | None = None,
+        **kwargs,
+    ) -> None:
+        self.patch_size = patch_size
+        self._images = TrainingImages(None)
         super().__init__(diff_thr=diff_thr, img_suffix=img_suffix, **kwargs)
+
+    @property
+    def pipeline(self) -> Compose:
+        """Pipeline of the samples, with :class:`~mmeformer.rotated.scale.PadPatch`."""
+        return self._pipeline
+
+    @pipeline.setter
+    def pipeline(self, pipeline: Compose) -> None:
+        self._pipeline = pad_loaded(pipeline)
+
+    def training_images(self) -> TrainingImages:
+        """Whether the images are patches, and their sizes; see the base class."""
+        self.full_init()
+        return self._images
+
+    def follow(self, images: TrainingImages) -> None:
+        """See the base class."""
+        self.full_init()
+        if self.patch_size is None:
+            self._images = images
+
+    def get_data_info(self, idx: int) -> dict:
+        """Entry of an image, with the ``patch_size`` that it is padded to (0: none)."""
+        info = super().get_data_info(idx)
+        if size := self._images.patch_size:
+            size = patch_size_of(Path(info["img_path"]).stem) or size
+        return dict(info, patch_size=size)
 
     @classmethod
     def _load_metainfo(cls, metainfo: dict | None = None) -> dict:
@@ -103,6 +148,7 @@ class DOTADataset(CheckedDataset, MMRotateDOTADataset):
         images = list_images(self.data_prefix["img_path"], self.img_suffix)
         if self.checked:
             self._check_images([str(path) for path in images.values()])
+        self._images = self._find_kind(list(images.values()))
         objects = self._read_labels(images) if self.ann_file else {}
         labels = {name: label for label, name in enumerate(self.metainfo["classes"])}
         return [
@@ -121,6 +167,14 @@ class DOTADataset(CheckedDataset, MMRotateDOTADataset):
             )
             for stem, path in images.items()
         ]
+
+    def _find_kind(self, paths: list[Path]) -> TrainingImages:
+        named = all(patch_size_of(path.stem) is not None for path in paths)
+        sides = [] if named else sample_sides(list(map(str, paths)), self.CHECKED_FILES)
+        scales = (getattr(step, "scale", None) for step in self.pipeline.transforms)
+        native = next((min(scale) for scale in scales if isinstance(scale, tuple)), None)
+        found = find_kind(paths, sides, native)
+        return found if self.patch_size is None else replace(found, patch_size=self.patch_size)
 
     def _read_labels(self, images: dict[str, Path]) -> dict[str, list[DotaObject]]:
         files = list_labels(self.ann_file)
@@ -142,7 +196,20 @@ class DOTADataset(CheckedDataset, MMRotateDOTADataset):
                 "without labels, set ann_file=''"
             )
         self._log_flaws(images, files, objects, counts)
+        if self.checked:
+            self._check_places(images, files, objects)
         return objects
+
+    def _check_places(self, images, files, objects) -> None:
+        """Stop if objects of the first images lie outside them; a few are only logged."""
+        first = dict(list(objects.items())[: self.CHECKED_FILES])
+        findings = [
+            finding
+            for stem, size in image_sizes(list(first), images).items()
+            for item in first[stem]
+            if (finding := outside_finding(str(files[stem]), item, size)) is not None
+        ]
+        stop_on_errors(findings, {"outside image": sum(map(len, first.values()))})
 
     def _log_flaws(self, images, files, objects, counts) -> None:
         thin = [

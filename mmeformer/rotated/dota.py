@@ -48,8 +48,8 @@ def read_labels(path: str | Path) -> list[DotaObject]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not UTF-8 text or has invalid lines; the message names the file, the
-            lines and what is wrong with them.
+        ValueError: the file is not UTF-8 text, has invalid lines or numbers that are not pixels;
+            the message names the file, the lines and what is wrong with them.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -68,7 +68,20 @@ def read_labels(path: str | Path) -> list[DotaObject]:
         raise ValueError(
             f"label file {path} has invalid lines; correct them:\n  " + _some(bad, _LINE)
         )
+    if _are_normalized(objects):
+        raise ValueError(
+            f"label file {path} has only numbers between 0 and 1: these are shares of the image's "
+            "width and height, as YOLO writes them; multiply x by the width and y by the height"
+        )
     return objects
+
+
+def _are_normalized(objects: list[DotaObject]) -> bool:
+    """Whether corners are shares of the image: all in its first pixel, not all on its corners."""
+    if not objects:
+        return False
+    corners = np.stack([item.polygon for item in objects])
+    return bool((np.abs(corners) <= 1).all() and (corners % 1 != 0).any())
 
 
 def _parse(fields: list[str], line: int) -> DotaObject:
@@ -83,10 +96,23 @@ def _parse(fields: list[str], line: int) -> DotaObject:
         raise ValueError("the first 8 fields must be numbers") from None
     if not all(map(math.isfinite, corners)):
         raise ValueError("the first 8 fields must be finite")
+    if _is_fraction(fields[8]) and fields[0].isdigit():
+        raise ValueError(
+            "the class comes first, as in YOLO's format; write 'x1 y1 x2 y2 x3 y3 x4 y4 class "
+            "difficult' in pixels, with the name of the class"
+        )
     difficult = fields[9] if len(fields) == 10 else "0"
     if not (difficult.isascii() and difficult.isdigit()):
         raise ValueError(f"difficult must be an integer of at least 0, but is {difficult!r}")
     return DotaObject(np.array(corners).reshape(4, 2), fields[8], int(difficult), line)
+
+
+def _is_fraction(text: str) -> bool:
+    """Whether a text is a number with a decimal point."""
+    try:
+        return "." in text and math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _some(items: Collection[str], separator: str = ", ") -> str:

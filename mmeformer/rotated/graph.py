@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmeformer.deploy import check, samples
 from mmeformer.deploy.graphs import Graph, cell_shifts, require, take, top_k
 from mmeformer.deploy.metadata import detector_settings
+from mmeformer.rotated.scale import training_images
 from mmeformer.runtime import RotatedDetections
 
 
@@ -32,22 +33,19 @@ class _GFLGraph(Graph):
 
     def __init__(self, model: Any, normalize: nn.Module | None = None) -> None:
         super().__init__(normalize)
-        head: Any = getattr(model, "bbox_head", None)
-        require(
-            type(head).__name__ == "RotatedGFLHead",
-            f"{type(model).__name__} has no RotatedGFLHead",
-        )
-        require(
-            head.test_cfg.nms.get("type") == "nms_rotated"
-            and set(head.test_cfg.nms) <= {"type", "iou_threshold"},
-            "test_cfg.nms is not a plain nms_rotated",
-        )
+        _check_supported(model)
         self.model = model
 
     @staticmethod
     def settings(config: Config, model: Any) -> dict[str, Any]:
         """See :meth:`Graph.settings`."""
-        return detector_settings(config, model, config.model.test_cfg)
+        _check_supported(model)
+        images, _ = training_images(config, getattr(model, "dataset_meta", None))
+        return dict(
+            detector_settings(config, model, config.model.test_cfg),
+            patch_size=images.patch_size,
+            training_sides=images.sides,
+        )
 
     @staticmethod
     def predict(model: Any, image: Tensor, metainfo: dict[str, Any]) -> RotatedDetections:
@@ -108,7 +106,8 @@ class RotatedGraph(_GFLGraph):
         """The best boxes (B, K, 5), scores (B, K) and labels (B, K) of one level."""
         head = self.model.bbox_head
         size, classes = scores.shape[-2:], head.cls_out_channels
-        best, index = top_k(scores.permute(0, 2, 3, 1).flatten(1).sigmoid(), head.test_cfg.nms_pre)
+        nms_pre = head.test_cfg.get("nms_pre", -1)
+        best, index = top_k(scores.permute(0, 2, 3, 1).flatten(1).sigmoid(), nms_pre)
         labels = index % classes
         cells = torch.div(index, classes, rounding_mode="floor")
         deltas = head.integral(take(logits.flatten(2).transpose(1, 2), cells).flatten(0, 1))
@@ -145,3 +144,21 @@ class RotatedRawGraph(_GFLGraph):
             rows = head.integral(level.permute(0, 2, 3, 1).flatten(0, 2))
             deltas.append(rows.view(batch, height, width, 5).permute(0, 3, 1, 2))
         return (*(level.sigmoid() for level in scores), *deltas)
+
+
+def _check_supported(model: Any) -> None:
+    head: Any = getattr(model, "bbox_head", None)
+    require(
+        type(head).__name__ == "RotatedGFLHead",
+        f"{type(model).__name__} has no RotatedGFLHead",
+    )
+    require(
+        head.test_cfg.nms.get("type") == "nms_rotated"
+        and set(head.test_cfg.nms) <= {"type", "iou_threshold"},
+        "test_cfg.nms is not a plain nms_rotated",
+    )
+    require(
+        head.test_cfg.max_per_img > 0,
+        f"test_cfg.max_per_img is {head.test_cfg.max_per_img}, with which mmdet loses the "
+        "worst objects; set the largest number of them",
+    )

@@ -17,6 +17,7 @@ from mmengine.registry import DefaultScope
 from mmeformer.images import Reading, read_image
 from mmeformer.results import RotatedDetections
 from mmeformer.rotated.detections import MERGE_IOU, from_instances, to_sample
+from mmeformer.rotated.scale import training_images
 from mmeformer.windows import Progress, Window, predict_windows, windows
 
 
@@ -24,8 +25,8 @@ def detect_large_image(
     model: BaseDetector,
     image: str | Path | np.ndarray,
     *,
-    size: int = 1024,
-    overlap: int = 200,
+    size: int | None = None,
+    overlap: int | None = None,
     batch_size: int = 1,
     iou_thr: float = MERGE_IOU,
     progress: Progress | None = None,
@@ -38,10 +39,11 @@ def detect_large_image(
     Args:
         model: from mmdet's ``init_detector``, so with ``cfg``.
         image: a file, or ``(H, W, 3)`` uint8, blue, green, red.
-        size: side of the windows, pixels: that of the training patches. A smaller image is padded
-            to it, as patches are.
-        overlap: pixels; should exceed the largest object. 200 is what DOTA's development kit and
-            mmrotate use.
+        size: side of the windows, pixels; a smaller image is padded to it. None takes that of the
+            training patches, and does not cut images for a model that was trained on whole ones;
+            see :func:`mmeformer.rotated.scale.training_images`.
+        overlap: pixels; should exceed the largest object. None is 200, which DOTA's development kit
+            and mmrotate use, or a quarter of small windows.
         batch_size: windows per call of the model.
         iou_thr: for merging, see :func:`merge_windows`.
         progress: called after each batch with the number of finished windows and of all windows.
@@ -66,8 +68,13 @@ def detect_large_image(
             f"{pixels.dtype}"
         )
     height, width = pixels.shape[:2]
-    places = windows(width, height, size, overlap)
-    results = predict_windows(pixels, places, _predictor(model), batch_size, size, progress)
+    if size is None:
+        images, _ = training_images(model.cfg, getattr(model, "dataset_meta", None))
+        size = images.patch_size
+    if overlap is None:
+        overlap = min(200, size // 4)
+    places = windows(width, height, size, overlap) if size else [(0, 0, width, height)]
+    results = predict_windows(pixels, places, _predictor(model), batch_size, size or None, progress)
     merged = merge_windows(places, results, iou_thr)
     return to_sample(merged, img_path=path, ori_shape=(height, width), img_shape=(height, width))
 
@@ -84,8 +91,7 @@ def merge_windows(
         results: of each window, in its own pixels.
         iou_thr: see :func:`mmeformer.rotated_boxes.rotated_nms`.
     """
-    parts = [found.moved(*window[:2]) for found, window in zip(results, places, strict=True)]
-    return RotatedDetections.concatenate(parts).suppressed(iou_thr)
+    return RotatedDetections.merged(places, results, iou_thr)
 
 
 def _predictor(model: BaseDetector) -> Callable[[list[np.ndarray]], Sequence[RotatedDetections]]:

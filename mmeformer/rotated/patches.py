@@ -68,6 +68,12 @@ def parse_patch_name(name: str) -> PatchName:
     return PatchName(match["image"], *(int(match[key]) for key in ("size", "x", "y")))
 
 
+def patch_size_of(name: str) -> int | None:
+    """SIZE of a patch's name; None if it is no such name."""
+    match = _PATCH_NAME.fullmatch(name)
+    return None if match is None else int(match["size"])
+
+
 @dataclass(frozen=True)
 class CutSettings:
     """Settings for cutting images into patches.
@@ -185,11 +191,27 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Result of a :class:`Job`: the names of its patches, or an error."""
+    """Result of a :class:`Job`.
+
+    Args:
+        job: the job.
+        patches: names of the patches.
+        error: why the image was not cut, or None.
+        lost: number of objects that belong to no patch.
+    """
 
     job: Job
     patches: list[str]
     error: str | None
+    lost: int = 0
+
+
+class _Record(NamedTuple):
+    """Entry of the manifest: an image that was cut."""
+
+    fingerprint: list
+    patches: list[str]
+    lost: int
 
 
 def cut_image(job: Job, target: Path, settings: CutSettings) -> Outcome:
@@ -202,9 +224,11 @@ def cut_image(job: Job, target: Path, settings: CutSettings) -> Outcome:
         image = read_image(job.image, settings.reading, _refuse)
         height, width = image.shape[:2]
         names = []
+        lost = {item.line for item in objects}
         for size, overlap in settings.scales():
             for window in windows(width, height, size, overlap):
                 found = objects_inside(objects, window, settings)
+                lost -= {item.line for item in found}
                 if not found and not settings.keep_empty:
                     continue
                 name = str(PatchName(job.name, size, *window[:2]))
@@ -218,7 +242,7 @@ def cut_image(job: Job, target: Path, settings: CutSettings) -> Outcome:
                 names.append(name)
     except (OSError, ValueError, cv2.error) as error:
         return Outcome(job, [], str(error))
-    return Outcome(job, names, None)
+    return Outcome(job, names, None, len(lost))
 
 
 def _refuse(text: str) -> None:
@@ -259,6 +283,8 @@ class Split:
     Attributes:
         pending: images to cut.
         finished: number of images that an earlier run cut.
+        lost: number of their objects that belong to no patch.
+        unused_labels: label files without an image.
 
     Raises:
         FileNotFoundError: a folder of ``sources`` is missing, or has no file of its kind.
@@ -275,6 +301,7 @@ class Split:
     ) -> None:
         self.target, self.settings = Path(target), settings
         self._has_labels = sources[0][1] is not None
+        self.unused_labels: list[Path] = []
         jobs = self._jobs(sources)
         self._header = {
             "settings": _as_json(settings),
@@ -283,12 +310,14 @@ class Split:
         done = self._read_manifest()
         self._stale = [
             name
-            for image, (fingerprint, names) in done.items()
-            for name in names
-            if image not in jobs or fingerprint != jobs[image].fingerprint
+            for image, record in done.items()
+            for name in record.patches
+            if image not in jobs or record.fingerprint != jobs[image].fingerprint
         ]
         self.pending = [job for job in jobs.values() if not self._is_done(job, done)]
         self.finished = len(jobs) - len(self.pending)
+        done_before = jobs.keys() - {job.name for job in self.pending}
+        self.lost = sum(done[name].lost for name in done_before)
 
     def _jobs(self, sources) -> dict[str, Job]:
         jobs: dict[str, Job] = {}
@@ -301,6 +330,7 @@ class Split:
                 raise ValueError(
                     f"no label file in {label_folder} belongs to an image in {image_folder}"
                 )
+            self.unused_labels += [labels[name] for name in labels if name not in images]
             for name, path in images.items():
                 if name in jobs:
                     raise ValueError(f"{jobs[name].image} and {path} have the same name")
@@ -309,7 +339,7 @@ class Split:
                 jobs[name] = Job(name, path, label, [[s.st_size, s.st_mtime_ns] for s in stats])
         return jobs
 
-    def _read_manifest(self) -> dict[str, tuple[list, list[str]]]:
+    def _read_manifest(self) -> dict[str, _Record]:
         path = self.target / MANIFEST
         if not path.is_file():
             if self.target.exists() and not self._is_unused():
@@ -322,7 +352,11 @@ class Split:
         try:
             # An interrupted run may have left an unfinished line after the last line end.
             header, *records = [json.loads(line) for line in lines[:-1]]
-            done = {r["image"]: (r["fingerprint"], r["patches"]) for r in records}
+            done = {
+                # Earlier versions did not count lost objects.
+                r["image"]: _Record(r["fingerprint"], r["patches"], r.get("lost", 0))
+                for r in records
+            }
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}); delete {self.target}, or choose another folder"
@@ -342,10 +376,12 @@ class Split:
             for path in self.target.iterdir()
         )
 
-    def _is_done(self, job: Job, done: dict) -> bool:
-        fingerprint, names = done.get(job.name, (None, []))
-        return fingerprint == job.fingerprint and all(
-            file.is_file() for name in names for file in self._files(name)
+    def _is_done(self, job: Job, done: dict[str, _Record]) -> bool:
+        record = done.get(job.name)
+        return (
+            record is not None
+            and record.fingerprint == job.fingerprint
+            and all(file.is_file() for name in record.patches for file in self._files(name))
         )
 
     def _files(self, name: str) -> list[Path]:
@@ -381,6 +417,7 @@ class Split:
                         image=outcome.job.name,
                         fingerprint=outcome.job.fingerprint,
                         patches=outcome.patches,
+                        lost=outcome.lost,
                     )
                     manifest.write(json.dumps(record) + "\n")
                     manifest.flush()

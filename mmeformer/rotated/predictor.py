@@ -9,25 +9,51 @@ from pathlib import Path
 import numpy as np
 from mmdet.apis import DetInferencer
 from mmdet.structures import DetDataSample
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 
 from mmeformer.inference.pictures import NAME_PIXELS, at_picture_size
 from mmeformer.inference.predictor import Predictor
 from mmeformer.results import RotatedDetections
 from mmeformer.rotated.detections import from_instances
 from mmeformer.rotated.inference import merge_windows
+from mmeformer.rotated.scale import training_images
 from mmeformer.rotated.writers import draw_boxes, to_json, write_dota_text
-from mmeformer.windows import Window
+from mmeformer.windows import Window, as_patch
 
 
 class RotatedPredictor(Predictor[RotatedDetections]):
     """Predicts :class:`mmeformer.results.RotatedDetections`."""
 
     inferencer_class = DetInferencer
-    # Models of aerial images are trained on patches at full resolution: larger images are cut, and
-    # smaller ones are padded as patches are.
     large = 1.0
     pads_windows = True
+
+    @classmethod
+    def from_config(cls, config: Config, checkpoint: str, **options) -> Predictor:
+        """See the base class; see :mod:`mmeformer.rotated.scale` for patches and whole images."""
+        predictor = super().from_config(config, checkpoint, **options)
+        predictor.training_images, remark = training_images(config, predictor.model.dataset_meta)
+        predictor.remarks += [remark] if remark else []
+        return predictor
+
+    @property
+    def window_size(self) -> int | None:
+        """See the base class."""
+        return self.training_images.patch_size or self.native_size
+
+    def window_of(self, size: tuple[int, int]) -> int | None:
+        """See the base class; of a model for whole images, none is cut."""
+        patch_size = self.training_images.patch_size
+        return patch_size if patch_size and max(size) > patch_size else None
+
+    def scale_warning(self, size: tuple[int, int], window: int | None) -> str | None:
+        """See the base class; whole images are compared with those of the training."""
+        side = max(window or max(size), self.training_images.patch_size)
+        return self.training_images.scale_warning(side)
+
+    def prepare(self, image: np.ndarray) -> dict:
+        """See the base class; what is smaller than a patch is padded to its size."""
+        return super().prepare(as_patch(image, self.training_images.patch_size))
 
     @classmethod
     def set_visualizer(cls, settings: ConfigDict) -> None:
@@ -60,8 +86,9 @@ class RotatedPredictor(Predictor[RotatedDetections]):
     def entries(self, result: RotatedDetections) -> list[dict]:
         """Annotations of :func:`mmeformer.rotated.writers.to_json`."""
         entries = [dict(entry, iscrowd=0) for entry in to_json("", result, self.classes)]
-        for entry in entries:
+        for entry, label in zip(entries, result.labels, strict=True):
             del entry["image_id"]
+            entry["category_id"] = self.category_ids[label]
         return entries
 
     def write_files(self, out: Path, name: str, result: RotatedDetections) -> None:

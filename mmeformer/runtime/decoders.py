@@ -8,7 +8,7 @@ fixed batch size may have been filled up, so there may be outputs for more image
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mmeformer.results import Detections, Mask, Pyramid, RotatedDetections, Segmentation
 from mmeformer.runtime.images import Prepared
 from mmeformer.runtime.metadata import Metadata
+from mmeformer.windows import Window
 
 Result = Detections | Pyramid | RotatedDetections | Segmentation
 Outputs = Mapping[str, NDArray[Any]]
@@ -50,7 +51,7 @@ def decode_detections(
 ) -> list[Detections]:
     """Boxes (N, 4) and masks (N, S, S) of the whole batch, after NMS."""
     results = []
-    for item, own in _by_image(batch, outputs):
+    for item, own in _by_image(batch, outputs, metadata):
         boxes = own["boxes"] / np.array(_scale_factors(item)[::-1] * 2, np.float32)
         masks = None
         if "masks" in own:
@@ -69,7 +70,7 @@ def decode_rotated(
     """Candidates (N, 5) of the whole batch, before NMS; does the NMS."""
     assert metadata.iou_threshold is not None, "the export of a rotated detector has one"
     results = []
-    for item, own in _by_image(batch, outputs):
+    for item, own in _by_image(batch, outputs, metadata):
         boxes = _rescale_rotated(own["boxes"], *_scale_factors(item))
         found = RotatedDetections(boxes, own["scores"], own["labels"])
         kept = found.suppressed(metadata.iou_threshold)
@@ -77,12 +78,25 @@ def decode_rotated(
     return results
 
 
+def merge_patches(
+    places: Sequence[Window], results: Iterable[RotatedDetections], metadata: Metadata
+) -> RotatedDetections:
+    """Merge the results of an image's windows by NMS within each class."""
+    assert metadata.iou_threshold is not None, "the export of a rotated detector has one"
+    return RotatedDetections.merged(places, results, metadata.iou_threshold)
+
+
 def _by_image(
-    batch: Sequence[Prepared], outputs: Outputs
+    batch: Sequence[Prepared], outputs: Outputs, metadata: Metadata
 ) -> Iterator[tuple[Prepared, dict[str, NDArray[Any]]]]:
-    """Each image with its own rows of outputs that list the objects of all images."""
+    """Each image with its own rows of outputs that list the objects of all images.
+
+    Rows that do not exceed the score threshold are left out, whatever the graph does.
+    """
     for index, item in enumerate(batch):
         own = outputs["image_index"] == index
+        if metadata.score_threshold is not None:
+            own = own & (outputs["scores"] > metadata.score_threshold)
         yield item, {name: value[own] for name, value in outputs.items()}
 
 

@@ -19,6 +19,10 @@ KEY = "mmeformer"
 """The entry of an ONNX file's ``metadata_props``, and of a CoreML model's user metadata."""
 
 
+_ADDED_LATER = {"patch_size", "training_sides", "bands", "stretch"}
+"""Entries that files of earlier versions do not have; their defaults hold."""
+
+
 @dataclass(frozen=True)
 class Metadata:
     """How to prepare inputs of an exported model, and what its outputs mean.
@@ -43,11 +47,16 @@ class Metadata:
         classes: names, in the order of the labels.
         palette: a color (R, G, B) for each class, or empty.
         strides: of a backbone's outputs, in pixels.
-        score_threshold: detections with a lower score are not reported.
+        score_threshold: detections with this score or a lower one are not reported.
         iou_threshold: of the last non-maximum suppression, in the graph or in
             :mod:`mmeformer.runtime.decoders`.
         max_per_image: largest number of detections of an image.
         mask_threshold: smallest probability of a mask's pixel.
+        patch_size: side in pixels of the patches that the model was trained on: larger images are
+            cut into windows of this side, whose rotated boxes are merged, and smaller ones are
+            padded to it. 0 for a model of whole images.
+        training_sides: the smallest and the largest longer side of a training image in pixels; None
+            if unknown, or if objects have any size in pixels.
         bands, stretch: how imagery in files is read; see :class:`mmeformer.images.Reading`.
     """
 
@@ -71,6 +80,8 @@ class Metadata:
     iou_threshold: float | None = None
     max_per_image: int | None = None
     mask_threshold: float | None = None
+    patch_size: int = 0
+    training_sides: tuple[int, int] | None = None
     bands: Sequence[int] | None = None
     stretch: Sequence[float] | str | None = None
 
@@ -112,11 +123,10 @@ class Metadata:
                 f"format {FORMAT}; export the model again, or install the version that wrote it"
             )
         known = {field.name for field in fields(cls)}
-        # Files of earlier versions lack these.
-        values = {**dict.fromkeys(("bands", "stretch")), **values}
-        if set(values) != known:
+        required = known - _ADDED_LATER
+        if not required <= set(values) <= known:
             raise ValueError(
-                f"{source}: its metadata has missing entries {sorted(known - set(values))} and "
+                f"{source}: its metadata has missing entries {sorted(required - set(values))} and "
                 f"unknown entries {sorted(set(values) - known)}; export the model again"
             )
         return cls(**{name: _as_tuple(value) for name, value in values.items()})

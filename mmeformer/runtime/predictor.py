@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,42 +14,81 @@ from numpy.typing import NDArray
 
 from mmeformer import tasks
 from mmeformer.files import refuse_url
-from mmeformer.runtime.decoders import Result
-from mmeformer.runtime.images import Prepared, as_image, prepare
+from mmeformer.runtime.decoders import Result, merge_patches
+from mmeformer.runtime.images import Image, Prepared, as_image, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
+from mmeformer.training_images import TrainingImages
+from mmeformer.windows import as_patch, predict_windows, windows
+
+WINDOWS_AT_ONCE = 4
+"""Windows of a large image per run, if the batch is free."""
 
 MAX_LOGITS = 2**28
 """Largest number of logits (1 GiB) that a segmentation graph resizes at once."""
 
 
-def load(path: str | Path, threads: int = 0, providers: Sequence[str] | None = None) -> Predictor:
+def load(
+    path: str | Path,
+    threads: int = 0,
+    providers: Sequence[str | tuple[str, dict[str, Any]]] | None = None,
+    options: onnxruntime.SessionOptions | None = None,
+) -> Predictor:
     """Load a file that ``tools/export.py`` wrote.
 
     Args:
         path: the ``.onnx`` file. Its metadata is inside; the JSON file beside it is for people.
-        threads: per operator; 0 lets onnxruntime choose.
-        providers: of onnxruntime; None takes the CPU.
+        threads: per operator; 0 lets onnxruntime choose, or takes the number of ``options``.
+        providers: of onnxruntime, each a name or a pair of name and settings; None takes the CPU.
+        options: of onnxruntime's session.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an ONNX file that mmeformer exported.
+        ValueError: not an ONNX file that mmeformer exported, or this onnxruntime does not have, or
+            cannot start, one of the providers.
     """
     refuse_url(path, "model")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"model {path} does not exist")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=list(providers or ["CPUExecutionProvider"])
-        )
-    except Exception as error:  # onnxruntime's errors have no common base but this one
-        raise ValueError(f"{path}: onnxruntime cannot load it ({error})") from error
+    wanted = list(providers or ["CPUExecutionProvider"])
+    session = _start(path, threads, wanted, options)
     properties = session.get_modelmeta().custom_metadata_map
     if KEY not in properties:
         raise ValueError(f"{path} has no metadata of mmeformer; export it with tools/export.py")
-    return Predictor(session, Metadata.from_json(properties[KEY], path))
+    loaded = Predictor(session, Metadata.from_json(properties[KEY], path))
+    # A session and its options cannot be pickled; what they were made of can.
+    loaded._source = None if options is not None else (path.resolve(), threads, wanted)
+    return loaded
+
+
+def _start(
+    path: Path,
+    threads: int,
+    providers: Sequence[str | tuple[str, dict[str, Any]]],
+    options: onnxruntime.SessionOptions | None,
+) -> onnxruntime.InferenceSession:
+    names = [item if isinstance(item, str) else item[0] for item in providers]
+    known = onnxruntime.get_available_providers()
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(
+            f"this onnxruntime has no {', '.join(missing)}, only {', '.join(known)}; install the "
+            "package of onnxruntime that has it (such as onnxruntime-gpu), or name another provider"
+        )
+    if options is None:
+        options = onnxruntime.SessionOptions()
+    if threads:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:  # onnxruntime's errors have no common base but this one
+        raise ValueError(f"{path}: onnxruntime cannot load it ({error})") from error
+    # If a provider does not start, onnxruntime goes on with the others after a line in its log.
+    if idle := [name for name in names if name not in session.get_providers()]:
+        raise ValueError(
+            f"onnxruntime could not start {', '.join(idle)}; its log says why (often a missing "
+            "library of the driver or of CUDA), or name another provider"
+        )
+    return session
 
 
 class Predictor:
@@ -65,12 +105,33 @@ class Predictor:
         self.input_names = [item.name for item in session.get_inputs()]
         self.output_names = [item.name for item in session.get_outputs()]
         self._decode = tasks.load(metadata.export.decoder)
+        self._source: tuple[Path, int, list[Any]] | None = None
 
-    def predict(self, image: NDArray[Any] | str | Path) -> Result:
+    def __getstate__(self) -> dict[str, Any]:
+        """Arguments of :func:`load`; other processes read the same file again.
+
+        Raises:
+            TypeError: there are options of the session, which cannot be pickled.
+        """
+        if self._source is None:
+            raise TypeError(
+                "this predictor cannot be pickled, as it was made with options of a session; load "
+                "the file in the other process"
+            )
+        return dict(source=self._source, metadata=self.metadata)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load the file again."""
+        path, threads, providers = state["source"]
+        self.__init__(_start(path, threads, providers, None), state["metadata"])  # type: ignore
+        self._source = state["source"]
+
+    def predict(self, image: Image) -> Result:
         """Predict on one image.
 
         Args:
-            image: a file, or an array (H, W, 3) of ``uint8`` in BGR.
+            image: a path, the content of a file (``bytes``), a binary file object, a Pillow image,
+                or an array of ``uint8``: (H, W) gray, (H, W, 3) BGR or (H, W, 4) BGRA.
 
         Returns:
             The result of the model's task (of a backbone its :class:`Pyramid`), in pixels of the
@@ -79,18 +140,58 @@ class Predictor:
         Raises:
             FileNotFoundError: no such file.
             ValueError: not an image.
+            TypeError: of another type.
         """
         return self.predict_batch([image])[0]
 
-    def predict_batch(self, images: Sequence[NDArray[Any] | str | Path]) -> list[Result]:
+    def predict_batch(self, images: Sequence[Image]) -> list[Result]:
         """Predict on several images; see :meth:`predict`.
 
         Images of one size go through the network together, as many as the model's batch allows.
-        No image is padded to the size of another.
+        No image is padded to the size of another. For a model that was trained on patches, images
+        that are larger are cut into overlapping windows, and those that are smaller are padded.
         """
-        prepared = [
-            prepare(as_image(image, self.metadata.reading), self.metadata) for image in images
+        arrays = [as_image(image, self.metadata.reading) for image in images]
+        self._warn_of_scale(arrays)
+        side = self.patch_size
+        is_large = [bool(side) and max(image.shape[:2]) > side for image in arrays]
+        whole = [as_patch(a, side) for a, large in zip(arrays, is_large, strict=True) if not large]
+        results = iter(self._predict_whole(whole))
+        return [
+            self._predict_windows(image) if large else next(results)
+            for image, large in zip(arrays, is_large, strict=True)
         ]
+
+    @property
+    def patch_size(self) -> int:
+        """Side in pixels of the windows that images are cut into or padded to; 0: neither.
+
+        That of the training, or less if the file's own size has no room for it at the same scale.
+        """
+        size, scale = self.metadata.size, self.metadata.scale
+        if size is None or scale is None:
+            return self.metadata.patch_size
+        return int(min(1.0, min(size) / min(scale)) * self.metadata.patch_size)
+
+    def _warn_of_scale(self, images: Sequence[NDArray[Any]]) -> None:
+        record = TrainingImages(self.metadata.training_sides, self.metadata.patch_size)
+        if self.metadata.patch_size:
+            return  # their scale is kept
+        for height, width in {image.shape[:2] for image in images}:
+            if text := record.scale_warning(max(height, width)):
+                warnings.warn(f"image of {width} x {height} px: {text}", stacklevel=3)
+
+    def _predict_windows(self, image: NDArray[Any]) -> Result:
+        """Predict on an image that is larger than a patch, window by window."""
+        height, width = image.shape[:2]
+        places = windows(width, height, self.patch_size, self.patch_size // 4)
+        step = self.metadata.batch or WINDOWS_AT_ONCE
+        found = predict_windows(image, places, self._predict_whole, step, self.patch_size)
+        return merge_patches(places, found, self.metadata)
+
+    def _predict_whole(self, images: Sequence[NDArray[Any]]) -> list[Any]:
+        """Predict on images as they are."""
+        prepared = [prepare(image, self.metadata) for image in images]
         groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
         for index, item in enumerate(prepared):
             groups.setdefault((item.data.shape, item.original), []).append(index)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -27,12 +28,16 @@ from mmeformer.images import PLAIN, Reading
 
 @dataclass(frozen=True)
 class _Labels:
-    """Content of one mask: label value -> number of pixels, or why it could not be read."""
+    """Content of one mask: label value -> number of pixels, or why it could not be read.
+
+    ``colors`` are those of its palette, label value -> (red, green, blue); empty without palette.
+    """
 
     image: str
     mask: str
     counts: dict[int, int]
     finding: Finding | None = None
+    colors: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def check_pairs(
@@ -66,7 +71,7 @@ def check_pairs(
         The problems, errors first; kinds: ``missing mask``, ``unreadable image``, ``unreadable
         mask``, ``color mask``, ``size mismatch``, ``label out of range``, ``one class``,
         ``0/255 masks``, ``nothing to tell apart``, ``reduce_zero_label``, ``nothing labeled``,
-        ``unused class``, ``bands or depth``, ``deep image``.
+        ``unused class``, ``different palettes``, ``bands or depth``, ``deep image``.
     """
     exists = in_threads(os.path.isfile, [mask for _, mask in pairs])
     readable = [pair for pair, found in zip(pairs, exists, strict=True) if found][:limit]
@@ -83,6 +88,7 @@ def check_pairs(
         if not found
     ]
     findings += [labels.finding for labels in read if labels.finding is not None]
+    findings += _check_palettes(read)
     if reading is None or reading.stretch is None:
         findings += check_depth([labels.image for labels in read if labels.finding is None])
     findings += _check_labels(
@@ -132,6 +138,7 @@ def _read_pair(pair: tuple[str, str], decode: bool, reading: Reading | None) -> 
     try:
         with Image.open(mask) as opened:
             labels = np.asarray(opened).squeeze()
+            palette = np.reshape(opened.getpalette("RGB") or (), (-1, 3)).tolist()
     except UNREADABLE as error:
         return wrong("unreadable mask", mask, f"cannot be read ({error}); export it again")
     if labels.ndim != 2:
@@ -158,7 +165,34 @@ def _read_pair(pair: tuple[str, str], decode: bool, reading: Reading | None) -> 
         counts = counts[values]
     else:
         values, counts = np.unique(labels, return_counts=True)
-    return _Labels(image, mask, dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    colors = {value: tuple(palette[value]) for value in values.tolist() if value < len(palette)}
+    return _Labels(
+        image, mask, dict(zip(values.tolist(), counts.tolist(), strict=True)), colors=colors
+    )
+
+
+def _check_palettes(read: Sequence[_Labels]) -> list[Finding]:
+    """An error if one color has different values in two masks, as in colors quantized by file."""
+    first: dict[tuple[int, ...], tuple[int, str]] = {}
+    for item in read:
+        # A color that a palette has twice tells nothing.
+        repeated = Counter(item.colors.values())
+        for value, color in item.colors.items():
+            if repeated[color] > 1:
+                continue
+            other, mask = first.setdefault(color, (value, item.mask))
+            if other != value:
+                return [
+                    Finding(
+                        ERROR,
+                        "different palettes",
+                        item.mask,
+                        f"has the value {value} for the color {color} (red, green, blue), but in "
+                        f"{mask} this color has {other}: the values are numbers of colors, chosen "
+                        "file by file, and no labels. Save every color as the label of its class",
+                    )
+                ]
+    return []
 
 
 def _check_labels(

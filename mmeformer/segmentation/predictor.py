@@ -33,7 +33,7 @@ class SegmentationPredictor(Predictor[Segmentation]):
     Labels are of uint8, or of uint16 with more than 256 classes.
 
     Args:
-        inferencer, native_size: see the base class.
+        inferencer, native_size, score_thr: see the base class.
         mask_format: ``palette`` (default) or ``ids``, see :meth:`write_files`.
     """
 
@@ -48,8 +48,9 @@ class SegmentationPredictor(Predictor[Segmentation]):
         inferencer: BaseInferencer,
         native_size: int | None = None,
         mask_format: str | None = None,
+        score_thr: None = None,
     ) -> None:
-        super().__init__(inferencer, native_size, mask_format)
+        super().__init__(inferencer, native_size, mask_format, score_thr)
         require_windows(self.model)
         count = len(self.classes)
         if self.mask_format == "palette" and count > 256:

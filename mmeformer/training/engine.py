@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
@@ -15,6 +16,7 @@ from mmengine.logging import print_log
 from mmeformer.checkpoints import safe_load
 from mmeformer.configs import drop_pretrained, existing_checkpoint
 from mmeformer.training.device import prepare_device
+from mmeformer.training.pictures import PicturesHook
 from mmeformer.training.runner import Runner
 
 TRAINING_KEYS = ("model", "train_dataloader", "train_cfg", "optim_wrapper")
@@ -94,8 +96,7 @@ def build_test_runner(
         raise ValueError(f"file for predictions {out} must end in .pkl or .pickle")
     config.load_from = None if checkpoint is None else existing_checkpoint(checkpoint)
     config.resume = False
-    if show_dir is not None:
-        _draw_predictions(config, show_dir)
+    options = {} if show_dir is None else _drawing_options(config)
     if tta:
         if "tta_model" not in config or "tta_pipeline" not in config:
             raise ValueError(
@@ -113,6 +114,8 @@ def build_test_runner(
     prepare_device(config, launcher)
     safe_load.install()
     runner = Runner.from_cfg(config)
+    if show_dir is not None:
+        runner.register_hook(PicturesHook(Path(show_dir).resolve(), **options))
     if out is not None:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=out))
     return runner
@@ -149,20 +152,15 @@ def _require_writable(folder: Path) -> None:
     tempfile.TemporaryFile(dir=folder).close()
 
 
-def _draw_predictions(config: Config, show_dir: str) -> None:
+def _drawing_options(config: Config) -> dict[str, Any]:
+    """Settings of the config's visualization hook, which itself is turned off."""
     hook = config.default_hooks.get("visualization")
     if hook is None or hook.get("type", "").split(".")[-1] not in VISUALIZATION_HOOKS:
         raise ValueError(
             "pictures of predictions need default_hooks.visualization in the config, one of "
             f"{' or '.join(VISUALIZATION_HOOKS)}"
         )
-    hook.draw = True
-    hook.interval = 1
-    # Both libraries join a relative path to the folder of the run.
-    pictures = str(Path(show_dir).resolve())
+    hook.draw = False
     if hook.type.split(".")[-1] == "DetVisualizationHook":
-        hook.test_out_dir = pictures
-    else:
-        config.visualizer.vis_backends = [dict(type="LocalVisBackend", img_save_dir=pictures)]
-        # Under its old name mmengine would return the visualizer of a training in this process.
-        config.visualizer.name = f"visualizer of {pictures}"
+        return dict(pred_score_thr=hook.get("score_thr", 0.3))
+    return {}

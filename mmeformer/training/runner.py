@@ -28,6 +28,7 @@ from mmeformer.training.hooks import (
 )
 from mmeformer.training.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
+from mmeformer.training.record import TrainingDataHook
 from mmeformer.training.saving import (
     CheckpointHook,
     find_nonfinite,
@@ -122,7 +123,14 @@ class Runner(MMEngineRunner):
     def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
         """Hooks of mmengine and of the config, and the guards that the config does not name."""
         super().register_hooks(default_hooks, custom_hooks)
-        for guard in (StepSeedHook, LossCheckHook, UnreadableFilesHook, CheckMetricsHook):
+        guards = (
+            StepSeedHook,
+            LossCheckHook,
+            UnreadableFilesHook,
+            CheckMetricsHook,
+            TrainingDataHook,
+        )
+        for guard in guards:
             if not any(isinstance(hook, guard) for hook in self.hooks):
                 self.register_hook(guard())
 

@@ -17,6 +17,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.convert import convert, convert_content
+from mmeformer.checkpoints.formats import HEADS
 from mmeformer.checkpoints.load import load_content
 from mmeformer.checkpoints.translate import backbone_shapes
 from mmeformer.errors import CheckpointError
@@ -234,9 +235,11 @@ def test_ours_into_timm(small_variant, tool, tmp_path):
     assert meta["mmeformer"]["variant"] == small_variant.name
 
 
-@pytest.mark.parametrize("to", ["reference", "timm"])
+@pytest.mark.parametrize("to", ["reference", "timm", "mmpretrain"])
 def test_backbones_of_every_variant_there_and_back(to, any_variant):
     variant = any_variant
+    if to == "mmpretrain" and variant.family == "v2":
+        pytest.skip("mmpretrain has no EfficientFormerV2")
     shapes = backbone_shapes(variant.family, variant.arch)
     ours = {
         name: torch.tensor(float(number)).expand(shape)
@@ -247,11 +250,12 @@ def test_backbones_of_every_variant_there_and_back(to, any_variant):
     there, report = convert_content({**ours, **norms}, "ours.pth", to)
     assert report.loaded == list(ours) and sum(map(len, report.dropped.values())) == len(norms)
     state = there["model" if to == "reference" else "state_dict"]
-    if to == "reference":
-        published = set(manifest()[variant.name]["classification"])
+    if to != "timm":
+        form = "classification" if to == "reference" else "mmpretrain"
+        published = set(manifest()[variant.name][form])
         left = {name for name in published - set(state)}
         assert set(state) <= published
-        assert all(re.match(r"(norm|head|dist_head)\.|.*_idxs$", name) for name in left)
+        assert all(re.match(r"(norm3?|head|dist_head)\.|.*_idxs$", name) for name in left)
     back, _ = convert_content(there, "there.pth", "native")
     assert set(back["state_dict"]) == set(ours)
     for name, tensor in back["state_dict"].items():
@@ -371,6 +375,49 @@ def test_bad_numbers_in_a_head_are_refused_too():
     state["neck.convs.0.weight"] = torch.tensor([float("inf")])
     with pytest.raises(CheckpointError, match="neck.convs.0.weight has 1 of 1 values"):
         convert_content(state, "bad.pth", "native")
+
+
+def test_mmpretrain_has_no_v2(source, tool, tmp_path):
+    status, _, error = tool(source, tmp_path / "out.pth", "--to", "mmpretrain")
+    assert status == 1 and "efficientformerv2_s0, which mmpretrain" in error
+
+
+@pytest.mark.parametrize("to", ["native", "reference", "timm"])
+def test_a_classifier_of_mmpretrain(to):
+    state = {
+        f"backbone.{name}": torch.ones(shape)
+        for name, shape in manifest()["efficientformer_l1"]["mmpretrain"].items()
+    }
+    state["head.head.bias"] = state["head.dist_head.bias"] = torch.ones(1000)
+    content, report = convert_content({"state_dict": state}, "a.pth", to)
+    names = set(content["model" if to == "reference" else "state_dict"])
+    assert not any(name.startswith(("backbone.", "head")) for name in names)
+    assert report.dropped[HEADS] == ["head.head.bias", "head.dist_head.bias"]
+    if to == "reference":
+        assert names <= set(manifest()["efficientformer_l1"]["classification"])
+
+
+def test_prefix_and_key_and_averages(tool, tmp_path):
+    state = build_backbone(S0).state_dict()
+    pair = {
+        f"{owner}.backbone.{name}": tensor + (owner == "teacher")
+        for owner in ("student", "teacher")
+        for name, tensor in state.items()
+    }
+    torch.save({"weights": pair, "weights_ema": {}, "model_ema": state}, tmp_path / "a.pth")
+    out = tmp_path / "out.pth"
+    status, _, error = tool(tmp_path / "a.pth", out, "--key", "weights")
+    assert status == 1 and "--prefix" in error
+    arguments = ("--key", "weights", "--prefix", "teacher.backbone")
+    status, _, error = tool(tmp_path / "a.pth", out, *arguments)
+    assert status == 0, error
+    converted = torch.load(out)["state_dict"]
+    name = "backbone.stem.conv1.conv.weight"
+    assert torch.equal(converted[name], state[name.removeprefix("backbone.")] + 1)
+    status, _, error = tool(tmp_path / "a.pth", out, "--ema", "--force")
+    assert status == 0, error
+    converted = torch.load(out)["state_dict"]
+    assert torch.equal(converted["stem.conv1.conv.weight"], state["stem.conv1.conv.weight"])
 
 
 def test_bad_arguments_are_named(source, tool, tmp_path):

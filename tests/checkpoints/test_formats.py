@@ -23,6 +23,8 @@ MANIFEST_FORMATS = {
     "detection": formats.REFERENCE_DOWNSTREAM,
     "segmentation": formats.REFERENCE_DOWNSTREAM,
     "huggingface": formats.HUGGINGFACE,
+    "mmpretrain": formats.MMPRETRAIN,
+    "mmpretrain-downstream": formats.MMPRETRAIN_DOWNSTREAM,
 }
 CASES = [
     (name, form)

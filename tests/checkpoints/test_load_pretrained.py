@@ -4,6 +4,7 @@
 import copy
 import logging
 import os
+import re
 
 import huggingface_hub.constants
 import numpy as np
@@ -165,16 +166,137 @@ def test_our_own_files_round_trip(small_variant, suffix, tmp_path):
     assert_untouched(target, snapshot(source))
 
 
-@pytest.mark.parametrize("prefix", ["backbone.", "module.backbone.", "module."])
+@torch.no_grad()
+def test_mmpretrain_weights_give_its_features(tmp_path):
+    path = tmp_path / "mmpretrain.pth"
+    torch.save({"state_dict": published_state_dict(L1.name, "mmpretrain-downstream")}, path)
+    output = initialized(L1, path).eval()(image(224, 224))[3]
+    assert relative_error(output, golden(L1.name)["mmpretrain/stage3"]) < 1e-5
+
+
+def test_a_classifier_of_mmpretrain(tmp_path):
+    state = {
+        f"backbone.{name}": tensor
+        for name, tensor in published_state_dict(L1.name, "mmpretrain").items()
+    }
+    state["head.head.weight"] = state["head.dist_head.weight"] = torch.ones(1000, 448)
+    report = load_content(build_backbone(L1), {"state_dict": state, "meta": {}}, "a.pth")
+    assert report.format == "mmpretrain, classification" and report.variant == L1.name
+    dropped = {name for names in report.dropped.values() for name in names}
+    assert dropped == {
+        "backbone.norm3.weight",
+        "backbone.norm3.bias",
+        "head.head.weight",
+        "head.dist_head.weight",
+    }
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "backbone.",
+        "module.backbone.",
+        "module.",
+        "model.",
+        "_orig_mod.",
+        "_orig_mod.module.",
+        "module._orig_mod.",
+        "module.module.",
+        "model.backbone.",
+        "module.model._orig_mod.backbone.",
+        "backbone.module.",
+        "backbone._orig_mod.",
+        "model.backbone.model.",
+    ],
+)
 def test_whole_models_of_ours(prefix, tmp_path):
     source = build_backbone(S0)
     state = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
     if "backbone" in prefix:
         state[prefix.replace("backbone", "neck") + "convs.0.weight"] = torch.ones(2)
+    if prefix != "_orig_mod.":
+        # Losses and metrics of a wrapper are beside the model.
+        state["head.weight"] = torch.ones(2)
     path = tmp_path / "model.pth"
     torch.save({"state_dict": state, "meta": {"epoch": 3}, "optimizer": {"state": {}}}, path)
     target = initialized(S0, path)
     assert_untouched(target, snapshot(source))
+
+
+def test_compiled_parts_of_a_backbone():
+    source = build_backbone(S0)
+    state = {
+        re.sub(r"^(stages\.\d)", r"\1._orig_mod", name): tensor
+        for name, tensor in source.state_dict().items()
+    }
+    assert any("_orig_mod" in name for name in state)
+    target = build_backbone(S0)
+    load_content(target, state, "compiled.pth")
+    assert_untouched(target, snapshot(source))
+
+
+def test_two_backbones_under_known_names_are_ambiguous():
+    state = {
+        f"{owner}backbone.{name}": tensor
+        for owner in ("model.", "module.model.")
+        for name, tensor in build_backbone(S0).state_dict().items()
+    }
+    assert_refused(build_backbone(S0), state, "several backbones, model.backbone., module.model")
+    load_content(build_backbone(S0), state, "two.pth", prefix="model.backbone")
+
+
+def averaged(kind):
+    """(weights, averages, file with both) as programs write them."""
+    last, average = build_backbone(S0).state_dict(), build_backbone(S0).state_dict()
+    average["stem.conv1.conv.weight"] = last["stem.conv1.conv.weight"] + 1
+    wrapped = {f"module.{name}": tensor for name, tensor in average.items()}
+    content = {
+        "timm": {"state_dict": last, "state_dict_ema": average, "epoch": 3},
+        "deit": {"model": last, "model_ema": average},
+        "pytorch": {
+            "state_dict": last,
+            "ema_state_dict": {"n_averaged": torch.tensor(7), **wrapped},
+        },
+        "mmengine": {
+            "state_dict": {f"backbone.{name}": tensor for name, tensor in average.items()},
+            "ema_state_dict": {
+                "steps": torch.tensor(7),
+                **{f"module.backbone.{name}": tensor for name, tensor in last.items()},
+            },
+            "meta": {},
+        },
+    }[kind]
+    return last, average, content
+
+
+@pytest.mark.parametrize("kind", ["timm", "deit", "pytorch", "mmengine"])
+def test_moving_averages_by_choice_and_never_in_silence(kind, tmp_path, log):
+    last, average, content = averaged(kind)
+    path = tmp_path / "both.pth"
+    torch.save(content, path)
+    usual = initialized(S0, path)
+    assert_untouched(usual, average if kind == "mmengine" else last)
+    chosen = initialized(S0, path, init=dict(ema=True))
+    assert_untouched(chosen, average)
+    report = load_content(build_backbone(S0), content, "both.pth")
+    if kind == "mmengine":
+        assert not report.needs_attention
+        assert "moving averages (EMA) of the training, 'state_dict'" in str(report)
+    else:
+        assert report.needs_attention
+        (key,) = [name for name in content if "ema" in name]
+        (warning,) = report.warnings
+        assert "last ones" in warning and repr(key) in warning and "ema=True" in warning
+        assert_untouched(initialized(S0, path, init=dict(key=key)), average)
+
+
+def test_averages_and_entries_that_are_not_there():
+    state = build_backbone(S0).state_dict()
+    content = {"model_state_dict": state, "epoch": 3}
+    assert_refused(build_backbone(S0), content, "under model_state_dict: choose with key=")
+    assert_refused(build_backbone(S0), content, "no moving averages", ema=True)
+    assert_refused(build_backbone(S0), content, "no tensors under 'net': its entries", key="net")
+    load_content(build_backbone(S0), content, "a.pth", key="model_state_dict")
 
 
 def test_backbone_deep_inside_needs_its_prefix(tmp_path):
@@ -186,7 +308,9 @@ def test_backbone_deep_inside_needs_its_prefix(tmp_path):
     }
     path = tmp_path / "pair.pth"
     torch.save({"state_dict": state}, path)
-    with pytest.raises(CheckpointError, match="set prefix="):
+    with pytest.raises(
+        CheckpointError, match="set prefix=.* such as student.backbone., teacher.backbone."
+    ):
         initialized(S0, path)
     with pytest.raises(CheckpointError, match="no tensor whose name starts with prefix 'head.'"):
         initialized(S0, path, init=dict(prefix="head"))

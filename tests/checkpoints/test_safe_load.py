@@ -402,6 +402,22 @@ def test_what_training_checkpoints_hold_survives(tmp_path):
     assert read["meta"] == content["meta"]
 
 
+@pytest.mark.parametrize("meta", ["not JSON", "[1]", "7", '"text"', "", '{"a": '])
+def test_safetensors_with_metadata_of_other_programs(meta, tmp_path):
+    path = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(2)}, path, {"meta": meta, "format": "pt"})
+    assert list(safe_load.read(path)) == ["a"]
+
+
+def test_names_of_compiled_models_are_plain(tmp_path):
+    """Also for mmengine, which loads whole models by name."""
+    state = {"_orig_mod.backbone._orig_mod.a": torch.ones(1), "neck.b": torch.ones(2)}
+    for content in (state, {"state_dict": state, "meta": {}}):
+        torch.save(content, tmp_path / "compiled.pth")
+        read = safe_load.read(tmp_path / "compiled.pth")
+        assert list(read.get("state_dict", read)) == ["backbone.a", "neck.b"]
+
+
 RUN = itertools.count()
 
 
@@ -479,7 +495,7 @@ def test_backbone_from_our_training_checkpoint(tmp_path):
     for name, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, state[f"backbone.{name}"])
     assert len(report.loaded) == len(backbone.state_dict())
-    assert "the weights are the moving averages (EMA) of the training" in report.notes
+    assert "the weights are the moving averages (EMA) of the training, 'state_dict'" in report.notes
 
 
 def test_map_location_reaches_both_containers(tmp_path):

@@ -1,26 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import io
 import json
+import pickle
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from mmeformer import configs, runtime
+from mmeformer import configs, runtime, tasks
 from mmeformer.deploy import models
 from mmeformer.deploy.metadata import export_metadata
 from mmeformer.results import Mask
 from mmeformer.rotated_boxes import rotated_iou, rotated_nms
-from mmeformer.runtime.images import prepare
+from mmeformer.runtime.images import as_image, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
+from mmeformer.windows import crop, windows
 
 METADATA = Metadata(
     task="detection",
@@ -200,10 +206,113 @@ def test_corners_are_those_of_mmrotate():
     assert ours == {tuple(np.round(corner, 3)) for corner in theirs.view(-1, 2).tolist()}
 
 
+def test_a_model_of_patches_cuts_and_pads(onnx_file):
+    predictor = runtime.load(onnx_file("rotated", size=None))
+    assert predictor.metadata.patch_size == predictor.patch_size == 64
+    small, large = pixels(30, 40), pixels(50, 150)
+    found = predictor.predict_batch([small, large, pixels(64, 64)])
+    padded = crop(small, (0, 0, 40, 30), 64)
+    np.testing.assert_array_equal(found[0].boxes, predictor.predict(padded).boxes)
+    places = windows(150, 50, 64, 16)
+    assert len(places) == 3
+    parts = predictor.predict_batch([crop(large, place, 64) for place in places])
+    expected = runtime.RotatedDetections.merged(places, parts, predictor.metadata.iou_threshold)
+    assert len(expected) > 3
+    np.testing.assert_allclose(found[1].boxes, expected.boxes, atol=1e-3)
+    whole = runtime.Predictor(predictor.session, replace(predictor.metadata, patch_size=0))
+    assert whole.predict(large).boxes.shape != found[1].boxes.shape
+
+
+def test_windows_fit_a_file_of_a_smaller_size_than_the_training(onnx_file):
+    predictor = runtime.load(onnx_file("rotated", size=None))
+    metadata = replace(predictor.metadata, patch_size=512, scale=(1024, 1024), size=(512, 640))
+    assert runtime.Predictor(predictor.session, metadata).patch_size == 256
+
+
+def test_an_image_at_another_scale_than_in_training_is_named(onnx_file):
+    predictor = runtime.load(onnx_file("rotated", size=None))
+    metadata = replace(predictor.metadata, patch_size=0, training_sides=(30, 40))
+    whole = runtime.Predictor(predictor.session, metadata)
+    with pytest.warns(UserWarning, match="80 x 20 px: objects appear at 0.5 times the scale"):
+        whole.predict(pixels(20, 80))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole.predict(pixels(20, 36))
+
+
+def test_files_of_earlier_versions_load():
+    values = json.loads(METADATA.to_json())
+    del values["patch_size"], values["training_sides"]
+    assert Metadata.from_json(json.dumps(values), "old.onnx") == METADATA
+
+
+@pytest.mark.parametrize("task", ["detection", "rotated"])
+def test_scores_below_the_threshold_are_left_out_whatever_the_graph_does(task):
+    metadata = replace(METADATA, task=task, score_threshold=0.5, iou_threshold=0.5)
+    boxes = np.array([[0, 0, 9, 9, 0], [20, 20, 8, 9, 0], [40, 40, 9, 9, 0]], np.float32)
+    outputs = dict(
+        boxes=boxes if task == "rotated" else boxes[:, :4] + [0, 0, 40, 40],
+        scores=np.array([0.9, 0.5, 0.2], np.float32),
+        labels=np.zeros(3, np.int64),
+        image_index=np.zeros(3, np.int64),
+    )
+    batch = [prepare(pixels(80, 80), metadata)]
+    (found,) = tasks.load(metadata.export.decoder)(batch, outputs, metadata)
+    assert found.scores.tolist() == [np.float32(0.9)]
+
+
 @pytest.fixture
 def segmentor(onnx_file) -> Path:
     """File of an exported segmentor of a fixed size."""
     return onnx_file("segmentation", size=(64, 96), batch=2, preprocessing=True)
+
+
+def test_images_come_in_many_forms(segmentor, tmp_path):
+    predictor = runtime.load(segmentor)
+    image = pixels(50, 70)
+    path = tmp_path / "image.png"
+    cv2.imwrite(str(path), image)
+    expected = predictor.predict(path).labels
+    content = path.read_bytes()
+    opaque = np.dstack([image, np.full((50, 70), 9, np.uint8)])
+    given = [image, content, bytearray(content), io.BytesIO(content), Image.open(path), opaque]
+    given += [Image.fromarray(cv2.cvtColor(opaque, cv2.COLOR_BGRA2RGBA)), path.open("rb")]
+    assert len(np.unique(expected)) > 1
+    for found in predictor.predict_batch(given):
+        np.testing.assert_array_equal(found.labels, expected)
+    gray = image[..., 0]
+    expected = predictor.predict(np.dstack([gray] * 3)).labels
+    for found in predictor.predict_batch([gray, gray[..., None], Image.fromarray(gray)]):
+        np.testing.assert_array_equal(found.labels, expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pillow_images_are_turned_as_opencv_turns_files(orientation, tmp_path):
+    image = Image.fromarray(pixels(20, 30))
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / "turned.jpg"
+    image.save(path, exif=exif, quality=100)
+    ours, theirs = as_image(Image.open(path)), cv2.imread(str(path))
+    assert ours.shape == theirs.shape
+    assert np.abs(ours.astype(int) - theirs).max() <= 3
+
+
+def test_options_of_the_session(segmentor):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 3
+    predictor = runtime.load(segmentor, options=options)
+    assert predictor.session.get_session_options().intra_op_num_threads == 3
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(predictor)
+
+
+def test_predictors_go_to_other_processes(segmentor):
+    predictor = runtime.load(segmentor, threads=2)
+    again = pickle.loads(pickle.dumps(predictor))
+    assert again.session.get_session_options().intra_op_num_threads == 2
+    image = pixels(40, 60)
+    np.testing.assert_array_equal(again.predict(image).labels, predictor.predict(image).labels)
 
 
 def test_batches_and_sizes_may_mix(segmentor, picture):
@@ -240,9 +349,30 @@ class TestBadInput:
         broken.write_bytes(b"no image")
         with pytest.raises(ValueError, match="broken.png cannot be read"):
             predictor.predict(broken)
-        for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), "u1")):
-            with pytest.raises(ValueError, match=r"must be \(H, W, 3\) of uint8"):
-                predictor.predict(wrong)
+        for shape, kind in (((4, 4, 2), "u1"), ((4, 4, 3), "f8"), ((0, 4, 3), "u1"), ((4,), "u1")):
+            with pytest.raises(ValueError, match=r"must be \(H, W\), .* of uint8, but is"):
+                predictor.predict(np.zeros(shape, kind))
+        with pytest.raises(ValueError, match="the image cannot be read as an image"):
+            predictor.predict(b"no image")
+        with pytest.raises(TypeError, match="not list"):
+            predictor.predict([[1, 2], [3, 4]])
+        with pytest.raises(TypeError, match="opened in binary mode"):
+            predictor.predict(io.StringIO("text"))
+        with pytest.raises(ValueError, match="the mode I;16, more than 8 bits"):
+            predictor.predict(Image.fromarray(np.zeros((4, 4), np.uint16)))
+
+    def test_providers(self, segmentor, monkeypatch):
+        with pytest.raises(ValueError, match=r"has no CUDAExecutionProvider, only .*CPUExecution"):
+            runtime.load(segmentor, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+        # Known, but its libraries are missing: onnxruntime goes on with the CPU.
+        known = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
+        with (
+            warnings.catch_warnings(),
+            pytest.raises(ValueError, match="could not start CUDAExecutionProvider"),
+        ):
+            warnings.simplefilter("ignore")
+            runtime.load(segmentor, providers=[("CUDAExecutionProvider", {"device_id": 0})])
 
     def test_files(self, segmentor, tmp_path):
         with pytest.raises(FileNotFoundError, match="gone.onnx does not exist"):

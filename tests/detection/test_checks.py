@@ -102,9 +102,12 @@ def test_sound_data(content, tmp_path):
 )
 def test_annotations(content, tmp_path, change, kind, message):
     content["annotations"][0].update(change)
-    first = check(content, tmp_path, training=False)[0]
+    masks = "segmentation" in change
+    first = check(content, tmp_path, training=False, masks=masks)[0]
     assert (first.severity, first.kind, first.path) == (ERROR, kind, "labels.json")
     assert re.search(message, first.message), first.message
+    if masks:
+        assert check(content, tmp_path, training=False) == [], "not read, so not judged"
 
 
 def test_objects_need_masks_where_masks_are_learned(content, tmp_path):

@@ -22,6 +22,7 @@ CONFIGS = sorted(path.name for path in (config_dir() / "detection").glob("*.py")
 FULL = {
     "mask-rcnn_efficientformerv2-s0_fpn_quickstart.py",
     "mask-rcnn_efficientformerv2-s0_fpn_custom.py",
+    "faster-rcnn_efficientformerv2-s0_fpn_custom.py",
 }
 
 
@@ -82,10 +83,37 @@ def test_config_agrees_with_the_table(name):
         assert resize == ("RandomResize" if "ms-" in name else "Resize")
 
 
-def small_batch(num_classes):
+def without_masks(value):
+    """A config without its masks, as plain containers."""
+    if isinstance(value, dict):
+        mask_settings = ("mask_head", "mask_roi_extractor", "with_mask", "pad_mask")
+        return {k: without_masks(v) for k, v in value.items() if k not in mask_settings}
+    if isinstance(value, (list, tuple)):
+        return [without_masks(item) for item in value]
+    return value
+
+
+@pytest.mark.parametrize("kind", ["1x_coco", "custom"])
+def test_faster_rcnn_is_mask_rcnn_without_masks(kind):
+    with_masks, boxes = (
+        without_masks(configs.load_config(path).to_dict())
+        for path in (
+            f"detection/mask-rcnn_efficientformerv2-s0_fpn_{kind}.py",
+            f"detection/faster-rcnn_efficientformerv2-s0_fpn_{kind}.py",
+        )
+    )
+    assert with_masks["model"].pop("type") == "MaskRCNN"
+    assert boxes["model"].pop("type") == "FasterRCNN"
+    for evaluator in ("val_evaluator", "test_evaluator"):
+        assert with_masks[evaluator].pop("metric") == ["bbox", "segm"]
+        assert boxes[evaluator].pop("metric") == "bbox"
+    assert with_masks == boxes
+
+
+def small_batch(num_classes, masks):
     torch.manual_seed(0)
     return demo_mm_inputs(
-        2, [[3, 64, 96], [3, 75, 64]], num_items=[3, 2], num_classes=num_classes, with_mask=True
+        2, [[3, 64, 96], [3, 75, 64]], num_items=[3, 2], num_classes=num_classes, with_mask=masks
     )
 
 
@@ -110,23 +138,27 @@ def test_trains_a_step_and_predicts(name):
     model = MODELS.build(config.model)
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
     num_classes = config.model.roi_head.bbox_head.num_classes
+    masks = name.startswith("mask-rcnn")
+    assert masks == model.roi_head.with_mask
     model.train()
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
-    logs = model.train_step(small_batch(num_classes), wrapper)
+    logs = model.train_step(small_batch(num_classes, masks), wrapper)
     assert torch.isfinite(logs["loss"])
     for key, parameter in model.named_parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all(), key
     moved = [k for k, v in model.named_parameters() if not torch.equal(v, before[k])]
     assert any(k.startswith("backbone.stem") for k in moved)
-    assert any(k.startswith("roi_head.mask_head") for k in moved)
+    assert any(k.startswith("roi_head.bbox_head") for k in moved)
+    assert any(k.startswith("roi_head.mask_head") for k in moved) == masks
 
     model.eval()
     with torch.no_grad():
-        results = model.test_step(small_batch(num_classes))
+        results = model.test_step(small_batch(num_classes, masks))
     assert len(results) == 2
     for result in results:
         instances = result.pred_instances
-        assert len(instances.bboxes) == len(instances.labels) == len(instances.masks)
+        assert len(instances.bboxes) == len(instances.labels)
+        assert not masks or len(instances.masks) == len(instances.bboxes)
         assert instances.bboxes.isfinite().all()
 
 

@@ -60,9 +60,22 @@ def test_outputs_of_an_earlier_run_are_no_inputs(tmp_path):
 def test_names_are_unique(tmp_path):
     touch(tmp_path, "one/a.png", "one/a.jpg", "two/a.png", "two/b.png")
     assert [source.name for source in find_sources([tmp_path / "one"])] == ["a.jpg", "a.png"]
-    with pytest.raises(ValueError, match=r"one/a.png and .*two/a.png would have the same name"):
-        find_sources([tmp_path / "one" / "a.png", tmp_path / "two"])
+    found = find_sources([tmp_path / "one" / "a.png", tmp_path / "two"])
+    assert described(found) == [
+        ("one/a.png", "one/a", False),
+        ("two/a.png", "two/a", False),
+        ("two/b.png", "two/b", False),
+    ]
     assert len(find_sources([tmp_path])) == 4
+
+
+def test_names_that_cannot_be_told_apart_are_named(tmp_path):
+    touch(tmp_path, "a.png", "a.jpg", "a.png.png")
+    with pytest.raises(ValueError, match=r"a.png and .*a.png.png would have the same name"):
+        find_sources([tmp_path])
+    touch(tmp_path, "videos/clip.mp4", "videos/clip/000001.png")
+    with pytest.raises(ValueError, match=r"clip.mp4 and .*000001.png would have the same name"):
+        find_sources([tmp_path / "videos"])
 
 
 @pytest.mark.parametrize(

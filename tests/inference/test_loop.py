@@ -21,7 +21,7 @@ class Means(Predictor):
 
     def __init__(self, native_size=50):
         self.native_size = native_size
-        self.classes = ("thing",)
+        self.classes, self.category_ids = ("thing",), (1,)
         self.batches, self.windows, self.drawn = [], [], 0
 
     def prepare(self, image):

@@ -18,7 +18,7 @@ def test_json_is_a_coco_data_set(tmp_path):
     pixels = np.zeros((20, 30), bool)
     pixels[3:9, 4:14] = True
     path = tmp_path / "predictions.json"
-    with json_results(path, ("cat", "dog")) as results:
+    with json_results(path, {2: "cat", 17: "dog"}) as results:
         code = run_length_code(Mask.from_array(pixels), (20, 30))
         entry = dict(category_id=2, bbox=[4, 3, 10, 6], area=60, iscrowd=0, score=0.5)
         results.add("a/b.png", (20, 30), [dict(entry, segmentation=code), entry], None)
@@ -27,7 +27,7 @@ def test_json_is_a_coco_data_set(tmp_path):
         assert not path.exists()
     assert [file.name for file in tmp_path.iterdir()] == ["predictions.json"]
     coco = COCO(str(path))
-    assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == ["cat", "dog"]
+    assert coco.loadCats(coco.getCatIds()) == [dict(id=2, name="cat"), dict(id=17, name="dog")]
     assert coco.loadImgs([1, 3]) == [
         dict(id=1, file_name="a/b.png", height=20, width=30),
         dict(id=3, file_name="clip.mp4", height=20, width=30, frame=1),
@@ -39,7 +39,7 @@ def test_json_is_a_coco_data_set(tmp_path):
 
 
 def test_without_images_the_json_is_whole_too(tmp_path):
-    with json_results(tmp_path / "p.json", ("cat",)):
+    with json_results(tmp_path / "p.json", {1: "cat"}):
         pass
     assert json.loads((tmp_path / "p.json").read_text())["images"] == []
 
@@ -48,7 +48,7 @@ def test_without_images_the_json_is_whole_too(tmp_path):
 def test_an_interrupted_run_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "predictions.json"
     path.write_text("old")
-    with pytest.raises(error), json_results(path, ("cat",)) as results:
+    with pytest.raises(error), json_results(path, {1: "cat"}) as results:
         results.add("a.png", (2, 2), [dict(score=1)], None)
         raise error
     assert [file.name for file in tmp_path.iterdir()] == ["predictions.json"]

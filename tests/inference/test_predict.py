@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """tools/predict.py with small models of the three tasks, against OpenMMLab's own inference."""
 
+import copy
 import importlib.util
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -21,6 +23,7 @@ from mmeformer import configs
 from mmeformer.files import is_draft
 from mmeformer.inference import load_predictor
 from mmeformer.paths import tools_dir
+from mmeformer.training_images import TrainingImages
 
 pytestmark = pytest.mark.usefixtures("quiet_logging")
 
@@ -263,6 +266,57 @@ def test_score_threshold_of_the_model(place, predictors):
         assert 4 <= len(sure.scores) < len(everything.scores)
 
 
+@pytest.mark.parametrize("task", ["detection", "rotated"])
+def test_category_ids_of_the_training_and_a_choice_of_classes(task, place, tmp_path, predictors):
+    weights = torch.load(place / f"{task}.pth", weights_only=False)
+    weights["meta"]["dataset_meta"]["category_ids"] = [3, 90, 7, 20]
+    torch.save(weights, tmp_path / "ids.pth")
+    image = place / "images" / "a.png"
+    (everything,) = predictors[task].predict_images([cv2.imread(str(image))])
+    label = int(everything.labels[0])
+    arguments = [place / f"{task}.py", tmp_path / "ids.pth", image, "--score-thr", 0]
+    name = CLASSES[task][label]
+    assert predict_main([*arguments, "--out", tmp_path / "out", "--classes", name]) == 0
+    coco = COCO(str(tmp_path / "out" / "predictions.json"))
+    named = {category["id"]: category["name"] for category in coco.dataset["categories"]}
+    assert named == dict(zip([3, 90, 7, 20], CLASSES[task], strict=True))
+    found = [entry["category_id"] for entry in coco.dataset["annotations"]]
+    assert found == [[3, 90, 7, 20][label]] * int((everything.labels == label).sum())
+    config = configs.load_config(place / f"{task}.py")
+    others = [other for other in CLASSES[task] if other != name]
+    predictor = load_predictor(config, str(tmp_path / "ids.pth"), score_thr=0.0, classes=others)
+    (rest,) = predictor.predict_images([cv2.imread(str(image))])
+    assert len(rest) == len(everything) - len(found)
+
+
+def test_score_threshold_of_a_head_that_does_not_know_it(place, tmp_path):
+    """DETR reports every query, whatever its score."""
+    import mmdet
+
+    config = configs.load_config(place / "detection.py")
+    folder = Path(mmdet.__file__).parent / ".mim" / "configs" / "detr"
+    model = Config.fromfile(str(folder / "detr_r50_8xb2-150e_coco.py")).model
+    model.backbone = copy.deepcopy(config.model.backbone)
+    model.backbone.out_indices = (3,)
+    model.neck.update(in_channels=[tiny.ARCH["widths"][-1]])
+    model.bbox_head.num_classes = len(CLASSES["detection"])
+    model.num_queries = model.test_cfg.max_per_img = 20
+    model.encoder.num_layers = model.decoder.num_layers = 1
+    config.model = model
+    init_default_scope("mmdet")
+    torch.save(MODELS.build(copy.deepcopy(model)).state_dict(), tmp_path / "detr.pth")
+    image = scene(128, 96, 1)
+    found = {}
+    for thr in (0.0, 0.3, 0.999):
+        predictor = load_predictor(config, str(tmp_path / "detr.pth"), score_thr=thr)
+        (found[thr],) = predictor.predict_images([image])
+    assert len(found[0.0]) == 20 and len(found[0.999]) == 0
+    thr = float(np.median(found[0.0].scores))
+    predictor = load_predictor(config, str(tmp_path / "detr.pth"), score_thr=thr)
+    (sure,) = predictor.predict_images([image])
+    assert 0 < len(sure) < 20 and sure.scores.min() > thr
+
+
 def test_one_window_is_the_whole_image(predictors):
     image = scene(128, 128, 5)
     for task, predictor in predictors.items():
@@ -299,6 +353,28 @@ def test_large_images_are_cut_and_merged(task, place, tmp_path, capfd):
     picture = cv2.imread(str(out / "pictures" / "large.jpg"))
     factor = max(1, 640 // size[0])
     assert picture.shape[:2] == (size[1] * factor, size[0] * factor)
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_images_as_large_as_in_training_are_not_cut(task, predictors, monkeypatch):
+    predictor = predictors[task]
+    assert predictor.window_of((1100, 130)) == 128
+    monkeypatch.setattr(predictor, "training_images", TrainingImages((600, 1200)))
+    assert predictor.window_of((1100, 130)) is None
+    assert predictor.scale_warning((1100, 130), None) is None
+    assert "objects appear at 4.7 times the scale" in predictor.scale_warning((1100, 130), 128)
+
+
+def test_another_scale_than_in_training_is_told_once(place, tmp_path, capfd):
+    weights = torch.load(place / "rotated.pth", weights_only=False)
+    weights["meta"]["dataset_meta"].update(TrainingImages((40, 50)).to_meta())
+    torch.save(weights, tmp_path / "whole.pth")
+    arguments = [place / "rotated.py", tmp_path / "whole.pth", place / "images" / "*" / "*"]
+    assert predict_main([*arguments, "--out", tmp_path / "out", "--no-pictures"]) == 0
+    output = capfd.readouterr()
+    assert output.out.count("warning: ") == 2 and "note: " not in output.err
+    assert re.search("warning: .*b.jpg: objects appear at 0.39 times the scale", output.out)
+    assert "warning: of 2 images, objects appear at another scale" in output.out
 
 
 @pytest.mark.parametrize("task", list(tiny.TASKS))
@@ -404,6 +480,11 @@ ERRORS = [
     (DET + "{p}/images --window 7", "window 7 must be at least 32"),
     (DET + "{p}/images --overlap -3", "overlap -3 must not be negative"),
     (DET + "{p}/images --overlap 500", "overlap 500 must be less than the window, 128"),
+    (DET + "{p}/images --classes cat star", r"no class \['cat'\], only \['circle', 'rect"),
+    (
+        "{p}/segmentation.py {p}/segmentation.pth {p}/images --classes star",
+        "a choice of classes is for detection",
+    ),
     (DET + "{p}/images --mask-format ids", "a mask format is for segmentation"),
     (DET + "{p}/images --device cuda:77", "device cuda:77 cannot be used here"),
     (DET + "{p}/images --device gpu", "device gpu cannot be used here"),

@@ -144,6 +144,35 @@ def test_same_as_mmrotate_with_ignored_boxes(threshold):
     assert (result.gt_inds >= 0).all()
 
 
+@pytest.mark.parametrize(("low", "high"), [(6, 20), (30, 150)], ids=["small", "large"])
+def test_difficult_objects_are_neither_object_nor_background(low, high):
+    priors, levels = grid_priors()
+    assigner = RotatedATSSAssigner()
+    for seed in range(5):
+        boxes, difficult = random_boxes(20, seed=seed), random_boxes(6, 256, low, high, seed + 50)
+        alone = assigner.assign(InstanceData(priors=priors), levels, instances(boxes))
+        result = assigner.assign(
+            InstanceData(priors=priors), levels, instances(boxes), instances(difficult)
+        )
+        as_objects = assigner.assign(InstanceData(priors=priors), levels, instances(difficult))
+        wanted = alone.gt_inds.clone()
+        wanted[(alone.gt_inds == 0) & (as_objects.gt_inds > 0)] = -1
+        assert (wanted == -1).sum() > 6
+        assert torch.equal(result.gt_inds, wanted)
+        assert torch.equal(result.labels, alone.labels), "real objects keep their priors"
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_difficult_objects_alone_in_an_image_are_ignored(threshold):
+    priors, levels = grid_priors()
+    difficult = instances(random_boxes(6, low=40, high=150))
+    result = RotatedATSSAssigner(ignore_iof_thr=threshold).assign(
+        InstanceData(priors=priors), levels, instances(torch.zeros(0, 5)), difficult
+    )
+    assert (result.gt_inds == -1).sum() > 6 and (result.gt_inds > 0).sum() == 0
+    assert (result.labels == -1).all()
+
+
 def test_chunks_do_not_change_the_result(monkeypatch):
     boxes = random_boxes(50, seed=4)
     expected = assert_same(*grid_priors(), boxes)

@@ -44,6 +44,9 @@ def test_sound_data(folder):
         ("1 1 9 1 9 5 1 5 ship maybe", ERROR, "bad label line", "difficult"),
         ("1 1 9 1 9 5 1 5 shp 0", ERROR, "unknown class", "line 3: 'shp' is not a class"),
         ("1 1 5 1 9 1 5 1 ship 0", ERROR, "empty box", "line 3: the corners enclose no area"),
+        ("21 1 29 1 29 5 21 5 ship 0", ERROR, "outside image", "line 3: x from 21 to 29 and y"),
+        ("1 -9 9 -9 9 0 1 0 ship 0", ERROR, "outside image", "outside the image of 20 x 20 px"),
+        ("3 0.1 0.2 0.3 0.2 0.3 0.4 0.1 0.4", ERROR, "bad label line", "line 3: the class comes"),
         ("1 1 9 5 9 1 1 5 ship 0", WARNING, "crossed corners", "line 3: the outline crosses"),
     ],
 )
@@ -53,6 +56,24 @@ def test_lines(folder, line, severity, kind, message):
     (finding,) = check(folder)
     assert (finding.severity, finding.kind) == (severity, kind)
     assert finding.path == str(folder / "labels/1.txt") and message in finding.message
+
+
+@pytest.mark.parametrize("number", [0, 0.25, 0.999])
+def test_shares_of_the_image_are_no_pixels(folder, number):
+    line = f"{number} 0.1 0.3 0.1 0.3 0.2 {number} 0.2 ship 0\n"
+    (folder / "labels/1.txt").write_text(line)
+    with pytest.raises(ValueError, match=r"1.txt has only numbers between 0 and 1: .* multiply"):
+        read_labels(folder / "labels/1.txt")
+    assert check(folder)[0].kind == "bad label line"
+    # A box of one pixel, or another object, shows that these are pixels.
+    for text in ("0 0 1 0 1 1 0 1 ship 0\n", line + "1 1 9 1 9 5 1 5 plane 0\n"):
+        (folder / "labels/1.txt").write_text(text)
+        assert read_labels(folder / "labels/1.txt")
+
+
+def test_objects_that_reach_into_the_image_are_sound(folder):
+    (folder / "labels/1.txt").write_text(GOOD + "-5 -5 1 -5 1 1 -5 1 ship 0\n")
+    assert check(folder) == []
 
 
 def test_files(folder):

@@ -50,6 +50,16 @@ def build(root, classes=("ship", "plane"), metainfo=None, **kwargs):
     return DATASETS.build({"type": "mmeformer.DOTADataset"} | arguments | kwargs)
 
 
+def test_objects_outside_their_images_are_named(root):
+    outside = "110 10 130 10 130 20 110 20 ship 0\n"
+    (root / "labelTxt" / "f.txt").write_text(HARD + outside)
+    with pytest.raises(ValueError, match=r"f.txt: line 2: x from 110 to 130 .* of 80 x 64 px"):
+        build(root)
+    # One of many is only logged.
+    (root / "labelTxt" / "f.txt").write_text(HARD * 200 + outside)
+    assert len(build(root)) == 6
+
+
 def test_original_labels_and_mixed_images(root):
     dataset = build(root)
     assert isinstance(dataset, DOTADataset)
@@ -186,7 +196,7 @@ def test_100_000_objects_take_seconds(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "labelTxt").mkdir()
     for number in range(100):
-        cv2.imwrite(str(tmp_path / "images" / f"{number}.png"), np.zeros((8, 8, 3), np.uint8))
+        cv2.imwrite(str(tmp_path / "images" / f"{number}.png"), np.zeros((32, 32, 3), np.uint8))
         (tmp_path / "labelTxt" / f"{number}.txt").write_text(SHIP * 1000)
     start = time.process_time()
     assert len(build(tmp_path)) == 100

@@ -325,6 +325,31 @@ def load_tool():
     return module
 
 
+def test_objects_and_labels_that_reach_no_patch_are_counted(tmp_path, capsys):
+    source = write_source(tmp_path / "DOTA", {"a.png": (100, 70), "b.png": (100, 70)}, objects=0)
+    lines = (
+        "2 2 20 2 20 12 2 12 ship 0\n"  # inside
+        "1 1 99 1 99 40 1 40 ship 0\n"  # longer than a patch
+        "200 2 220 2 220 12 200 12 ship 0\n"  # outside
+    )
+    (source / "labelTxt" / "a.txt").write_text(lines)
+    (source / "labelTxt" / "b.txt").write_text(lines)
+    (source / "labelTxt" / "other.txt").write_text(lines)
+    arguments = [str(source), str(tmp_path / "cut"), "--size", "64", "--overlap", "16"]
+    command = load_tool()
+    for again in range(2):
+        # A second run, which cuts one image again, counts those of the first too.
+        assert command.main(arguments) == 0
+        output = " ".join(capsys.readouterr().out.split())
+        assert "warning: 4 objects belong to no patch: they lie outside" in output
+        assert "warning: 1 label files have no image, such as" in output
+        if not again:
+            (source / "labelTxt" / "a.txt").write_text(lines + "\n")
+    options = ["--truncated", "difficult"]
+    assert command.main([str(source), str(tmp_path / "other"), *arguments[2:], *options]) == 0
+    assert "warning: 2 objects belong to no patch" in " ".join(capsys.readouterr().out.split())
+
+
 def test_command_names_unreadable_images_and_goes_on(tmp_path, capsys):
     source = write_source(tmp_path / "DOTA", {f"{n}.png": (100, 70) for n in "abcd"})
     whole = (source / "images" / "b.png").read_bytes()

@@ -332,3 +332,30 @@ def test_wrong_suffix(folder):
 def test_malformed_metainfo(folder, metainfo, message):
     with pytest.raises(ValueError, match=message):
         folder.dataset(metainfo=metainfo)
+
+
+def indexed(values, palette):
+    """An indexed mask with colors of its values."""
+    mask = Image.fromarray(np.resize(np.array(values, np.uint8), SIZE))
+    mask.putpalette([number for color in palette for number in color])
+    return mask
+
+
+def test_masks_whose_colors_were_quantized_file_by_file(folder):
+    red, green, blue = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    folder.add("paint1", mask=indexed([0, 1], [red, green]))
+    folder.add("paint2", mask=indexed([0, 1], [green, blue]))
+    (finding,) = (found for found in folder.check() if found.kind == "different palettes")
+    assert finding.severity == ERROR and finding.path == str(folder.mask("paint2"))
+    assert "the value 0 for the color (0, 250, 0)" in finding.message
+    assert f"in {folder.mask('paint1')} this color has 1" in finding.message
+
+
+def test_indexed_masks_of_one_palette_are_sound(folder):
+    colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    folder.add("one", mask=indexed([0, 1], colors))
+    folder.add("two", mask=indexed([1, 2], colors[:3]))
+    # Values without a color of their own, and colors that no pixel has.
+    folder.add("three", mask=indexed([1, 2], [colors[1], *colors[1:]]))
+    folder.add("black", mask=indexed([0, 1, 2], [(0, 0, 0)] * 3))
+    assert "different palettes" not in [found.kind for found in folder.check()]

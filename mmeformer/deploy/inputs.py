@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Input of a config's own test pipeline: which settings the runtime has, and a comparison of both.
+
+The runtime prepares images itself, without OpenMMLab. So every step of the test pipeline, every
+argument of a step and every argument of the data preprocessor is either one that the runtime
+follows, or one that leaves the input of the network as it is. Anything else is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+
+from mmeformer.deploy import check
+from mmeformer.images import read_image, write_image
+from mmeformer.runtime.images import prepare
+from mmeformer.runtime.metadata import Metadata
+from mmeformer.tasks import BACKBONE
+
+_ANY = None
+"""In place of the accepted values: the runtime follows the setting, or it changes no input."""
+
+_Accepted = Mapping[str, Sequence[Any] | None]
+
+_LOADING: _Accepted = dict(
+    to_float32=(False,),
+    color_type=("color",),
+    imdecode_backend=("cv2", None),
+    file_client_args=_ANY,
+    ignore_empty=_ANY,
+    bands=_ANY,
+    stretch=_ANY,
+    backend_args=_ANY,
+)
+_STEPS: dict[str, _Accepted] = {
+    "LoadImageFromFile": _LOADING,
+    "Resize": dict(
+        scale=_ANY,
+        scale_factor=(None,),
+        keep_ratio=_ANY,
+        clip_object_border=_ANY,
+        backend=("cv2",),
+        interpolation=("bilinear",),
+    ),
+    "ResizeToMultiple": dict(size_divisor=_ANY, interpolation=("bilinear", None)),
+}
+_PREPROCESSORS: dict[str, _Accepted] = {
+    "DetDataPreprocessor": dict(
+        mean=_ANY,
+        std=_ANY,
+        bgr_to_rgb=_ANY,
+        rgb_to_bgr=_ANY,
+        pad_size_divisor=_ANY,
+        pad_value=(0,),
+        # Of training, of the ground truth, or of the device.
+        pad_mask=_ANY,
+        mask_pad_value=_ANY,
+        pad_seg=_ANY,
+        seg_pad_value=_ANY,
+        boxtype2tensor=_ANY,
+        non_blocking=_ANY,
+        batch_augments=_ANY,
+    ),
+    "SegDataPreProcessor": dict(
+        mean=_ANY,
+        std=_ANY,
+        bgr_to_rgb=_ANY,
+        rgb_to_bgr=_ANY,
+        test_cfg=(None, {}),
+        # Of training; without test_cfg no image is padded in a test.
+        size=_ANY,
+        size_divisor=_ANY,
+        pad_val=_ANY,
+        seg_pad_val=_ANY,
+        batch_augments=_ANY,
+    ),
+}
+
+
+def input_steps(config: Config) -> list[Any]:
+    """Steps of the config's test pipeline that make the input: all but those about annotations.
+
+    Raises:
+        ValueError: the test data has no pipeline of its own.
+    """
+    dataset = config.test_dataloader.dataset
+    if "pipeline" not in dataset:
+        raise ValueError(
+            f"test_dataloader.dataset is a {dataset.type} without a pipeline: set it to the data "
+            "set inside, whose pipeline the export follows"
+        )
+    return [step for step in dataset.pipeline if not _is_of_annotations(_name(step))]
+
+
+def pipeline_settings(config: Config) -> dict[str, Any]:
+    """Fields of :class:`Metadata` from the test pipeline: ``scale``, ``keep_ratio``, ``multiple``.
+
+    Raises:
+        ValueError: a step, or one of its arguments, is none that the runtime follows.
+    """
+    settings: dict[str, Any] = {}
+    for step in input_steps(config):
+        name = _name(step)
+        if name.startswith("Pack"):
+            continue
+        if name in _STEPS:
+            _require_accepted(step, _STEPS[name], f"step {name} of the test pipeline")
+        if name == "LoadImageFromFile":
+            continue
+        if name == "Resize" and not settings and "scale" in step:
+            scale = step["scale"]
+            settings["scale"] = (scale, scale) if isinstance(scale, int) else tuple(scale)
+            settings["keep_ratio"] = step.get("keep_ratio", False)
+        elif name == "ResizeToMultiple" and "multiple" not in settings:
+            settings["multiple"] = step.get("size_divisor", 32)
+        else:
+            raise ValueError(
+                f"the runtime does not have the step {name} of the test pipeline, only "
+                "LoadImageFromFile, one Resize with a scale, then one ResizeToMultiple"
+            )
+    return settings
+
+
+def preprocessor_settings(config: Config, task: str) -> dict[str, Any]:
+    """Fields of :class:`Metadata` from the data preprocessor: ``mean``, ``std``, ``bgr_to_rgb``.
+
+    Without ``mean`` and ``std`` the network sees values from 0 to 255; one number stands for all
+    three channels. Of a backbone, which pads no image, other arguments do not count.
+
+    Raises:
+        ValueError: it is of another type, or has an argument that the runtime does not follow.
+    """
+    preprocessor = config.model.get("data_preprocessor") or dict(type="none")
+    name = _name(preprocessor)
+    if task != BACKBONE and name not in _PREPROCESSORS:
+        raise ValueError(
+            f"model.data_preprocessor is {name}, but the runtime follows only "
+            f"{' and '.join(_PREPROCESSORS)}"
+        )
+    if task != BACKBONE:
+        _require_accepted(preprocessor, _PREPROCESSORS[name], "model.data_preprocessor")
+    mean, std = (
+        tuple(map(float, preprocessor.get(key) or (neutral,)))
+        for key, neutral in (("mean", 0), ("std", 1))
+    )
+    # The network sees the channels in the order of the file or reversed, whatever that is called.
+    reverse = bool(preprocessor.get("bgr_to_rgb") or preprocessor.get("rgb_to_bgr"))
+    return dict(mean=mean * (3 // len(mean)), std=std * (3 // len(std)), bgr_to_rgb=reverse)
+
+
+def compare_inputs(
+    config: Config,
+    preprocess: Callable[..., Any],
+    metadata: Metadata,
+    images: Sequence[Path],
+    comparison: check.Comparison,
+) -> None:
+    """Compare the runtime's input for an image file with that of the config's own test pipeline.
+
+    The image is at the size of the pipeline, also for a file of a fixed size. Of a backbone, which
+    the runtime gives images of any size, only reading and normalizing are compared.
+
+    Args:
+        config: of the model.
+        preprocess: the model's ``data_preprocessor``.
+        metadata: of the exported file.
+        images: the first one is used; if there is none, a random one.
+        comparison: gets the result.
+    """
+    with TemporaryDirectory() as folder:
+        if images:
+            path = images[0]
+        else:
+            path = Path(folder) / "random.jpg"
+            write_image(path, check.random_image(150, 210, 2))
+        image = read_image(path, metadata.reading)
+        if metadata.task == BACKBONE:
+            planes = torch.from_numpy(image.transpose(2, 0, 1).copy())
+            batch: Any = dict(inputs=[planes], data_samples=None)
+            shape = image.shape[:2]
+        else:
+            sample = Compose(input_steps(config))(dict(img_path=str(path), img_id=0))
+            batch = pseudo_collate([sample])
+            shape = tuple(sample["data_samples"].img_shape[:2])
+    expected = preprocess(batch, False)["inputs"][0].numpy()
+    ours = prepare(image, replace(metadata, size=None, preprocessing_in_graph=False))
+    if metadata.task == BACKBONE:
+        expected = expected[:, : shape[0], : shape[1]]
+    difference = check.relative_difference(ours.data, expected)
+    comparison.add(
+        f"{path.name}: the prepared image differs by {difference:.1e} of its largest value from "
+        "that of the config's own test pipeline",
+        difference <= check.RAW_TOLERANCE and ours.size == shape,
+    )
+
+
+def _name(step: Mapping[str, Any]) -> str:
+    """Name of a type, without the scope and the module."""
+    kind = step["type"]
+    name: str = kind if isinstance(kind, str) else kind.__name__
+    return name.rpartition(".")[2]
+
+
+def _is_of_annotations(name: str) -> bool:
+    return "Annotation" in name or name == "ConvertBoxType"
+
+
+def _require_accepted(settings: Mapping[str, Any], accepted: _Accepted, where: str) -> None:
+    for name, value in settings.items():
+        if name in ("type", "_scope_"):
+            continue
+        values = accepted.get(name, ())
+        if values is _ANY or value in values:
+            continue
+        fix = f"set it to {values[0]!r} and test the checkpoint so" if values else "remove it"
+        raise ValueError(
+            f"{where} has {name}={value!r}, which the runtime does not follow: {fix}, or export "
+            "the bare backbone with --part backbone and prepare images yourself"
+        )

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data with boxes but no masks, with the template for it: from the checker to the runtime."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from mmeformer import runtime
+from mmeformer.commands import check_dataset, export, predict, test, train
+from mmeformer.training import engine
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(config, its file, checkpoint) after a few iterations of the template."""
+    folder = tmp_path_factory.mktemp("boxes")
+    config = tiny.boxes_only(folder)
+    config.work_dir = str(folder / "work")
+    config.model.test_cfg.rcnn.update(score_thr=0.01, max_per_img=5)
+    path = folder / "boxes.py"
+    config.dump(str(path))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert train.main([str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    checkpoint = Path(config.work_dir, "last_checkpoint").read_text().strip()
+    return config, path, checkpoint
+
+
+@pytest.fixture(autouse=True)
+def quiet(quiet_logging):
+    """Commands in one process."""
+
+
+def test_the_checker_wants_no_masks(trained, capsys):
+    _, path, _ = trained
+    assert check_dataset.main([str(path)]) == 0, capsys.readouterr()
+
+
+def test_boxes_are_learned_evaluated_exported_and_predicted(trained, tmp_path, capsys):
+    config, path, checkpoint = trained
+    assert test.main([str(path), checkpoint]) == 0
+    shown = capsys.readouterr()
+    assert "bbox_mAP_50" in shown.out + shown.err and "segm" not in shown.out
+
+    folder = Path(config.test_dataloader.dataset.data_root, "val2017")
+    arguments = [str(path), checkpoint, str(folder), "--score-thr", "0.01"]
+    assert predict.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    written = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert written["annotations"]
+    assert all("segmentation" not in entry for entry in written["annotations"])
+
+    file = tmp_path / "boxes.onnx"
+    arguments = [str(path), checkpoint, "--to", "onnx", "--dynamic", "--out", str(file)]
+    assert export.main(arguments) == 0
+    model = runtime.load(file)
+    entries = {image["file_name"]: [] for image in written["images"]}
+    names = {image["id"]: image["file_name"] for image in written["images"]}
+    for entry in written["annotations"]:
+        entries[names[entry["image_id"]]].append(entry)
+    for name, expected in entries.items():
+        found = model.predict(folder / Path(name).name)
+        assert found.instance_masks is None
+        assert len(found.boxes) == len(expected) == 5
+        scores = sorted(entry["score"] for entry in expected)
+        np.testing.assert_allclose(sorted(found.scores.tolist()), scores, atol=1e-3)
+    assert test.main([str(path), str(file)]) == 0
+
+
+@pytest.mark.slow
+def test_a_tiny_detector_learns_its_images(tmp_path):
+    config = tiny.boxes_only(tmp_path, iterations=200)
+    config.work_dir = str(tmp_path / "work")
+    config.train_dataloader.batch_size = 8
+    config.model.backbone.drop_path_rate = 0.0
+    config.model.train_cfg.rcnn.sampler.num = 64
+    config.optim_wrapper.optimizer.lr = 2e-3
+    config.default_hooks.checkpoint.interval = 200
+    config.test_dataloader.dataset.update(
+        ann_file="annotations/instances_train2017.json", data_prefix=dict(img="train2017/")
+    )
+    root = Path(config.train_dataloader.dataset.data_root)
+    config.test_evaluator.ann_file = str(root / "annotations/instances_train2017.json")
+    engine.build_train_runner(config.copy()).train()
+    checkpoint = Path(config.work_dir, "last_checkpoint").read_text().strip()
+    metrics = engine.build_test_runner(config, checkpoint).test()
+    assert metrics["coco/bbox_mAP_50"] > 0.6
