@@ -3,7 +3,7 @@
 
     python benchmarks/gpu.py                              # all parts, about 5 minutes on an H100
     python benchmarks/gpu.py --parts training detectors
-    python benchmarks/gpu.py --parts training --compile-only    # fill torch's compilation cache
+    python benchmarks/gpu.py --parts detectors --archs s0 --tasks rotated
 
 Prints Markdown and, with ``--out``, writes JSON. Each number is the median of ``--rounds`` timings
 between two synchronizations; memory is what the call adds to the allocated memory at its peak.
@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import fcntl
 import json
 import os
 import statistics
@@ -56,6 +57,7 @@ DEVICE = "cuda" if GPU else "cpu"
 BF16, F32 = torch.bfloat16, torch.float32
 NAMES = {"s0": "V2-S0", "l1": "V1-L1"}
 LAST = torch.channels_last
+LAYOUTS = {"reference's way": torch.contiguous_format, "reference's way, channels last": LAST}
 # Without a GPU, in place of the published sizes.
 TINY = dict(widths=(8, 16, 24, 32), depths=(1, 1, 2, 2), attention_blocks=(0, 0, 1, 1))
 RESNET = dict(
@@ -100,36 +102,65 @@ class Row:
     compile_s: float | None = None
 
 
+@dataclass
+class Request:
+    """A call to time; fields as in :class:`Row`."""
+
+    part: str
+    work: str
+    way: str
+    call: Callable[[], object]
+    goal: float | None = None
+    compiled: bool = False
+    baseline: bool = False
+
+
 class Bench:
-    """Measures calls and collects rows."""
+    """Collects what is to be measured, compiles, then measures one after the other.
 
-    def __init__(self, rounds: int, compile_only: bool) -> None:
+    Args:
+        rounds: timings per call.
+        archs, tasks: the backbones and tasks to measure.
+    """
+
+    def __init__(self, rounds: int, archs: list[str], tasks: list[str]) -> None:
         self.rounds = rounds
-        self.compile_only = compile_only
+        self.archs = archs
+        self.tasks = tasks
+        self.requests: list[Request] = []
+        self.others: list[Callable[[], None]] = []
         self.rows: list[Row] = []
+        self.compile_s: dict[int, float] = {}
 
-    def measure(
-        self,
-        part: str,
-        work: str,
-        way: str,
-        call: Callable[[], object],
-        goal: float | None = None,
-        compiled: bool = False,
-        baseline: bool = False,
-    ) -> Row | None:
-        """Time a call and compare it with the fastest baseline of the same part and work."""
-        if self.compile_only and not compiled:
-            return None
-        started = time.perf_counter()
-        call()
-        synchronize()
-        seconds = time.perf_counter() - started
-        if self.compile_only:
-            print(f"{part}, {work}, {way}: compiled in {seconds:.1f} s", flush=True)
-            return None
-        for _ in range(2):
-            call()
+    def measure(self, *args, **kwargs) -> None:
+        """Ask for a measurement; arguments are those of :class:`Request`."""
+        self.requests.append(Request(*args, **kwargs))
+
+    def compile(self) -> None:
+        """Call what compiles once."""
+        torch._dynamo.config.recompile_limit = 64
+        for request in self.requests:
+            if request.compiled:
+                started = time.perf_counter()
+                request.call()
+                synchronize()
+                seconds = time.perf_counter() - started
+                self.compile_s[id(request)] = seconds
+                name = f"{request.part}, {request.work}, {request.way}"
+                print(f"{name}: compiled in {seconds:.1f} s", flush=True)
+                free()
+
+    def run(self) -> None:
+        """Measure everything."""
+        for request in self.requests:
+            self._time(request)
+            free()
+        for other in self.others:
+            other()
+
+    def _time(self, request: Request) -> None:
+        for _ in range(3 if GPU else 1):
+            request.call()
         synchronize()
         before = torch.cuda.memory_allocated() if GPU else 0
         if GPU:
@@ -138,24 +169,36 @@ class Bench:
         for _ in range(self.rounds):
             synchronize()
             started = time.perf_counter()
-            call()
+            request.call()
             synchronize()
             times.append(time.perf_counter() - started)
         peak = torch.cuda.max_memory_allocated() - before if GPU else 0
-        row = Row(part, work, way, 1e3 * statistics.median(times), peak / 2**20, goal=goal)
-        row.compile_s = seconds if compiled else None
+        self.add(
+            Row(
+                request.part,
+                request.work,
+                request.way,
+                1e3 * statistics.median(times),
+                peak / 2**20,
+                goal=request.goal,
+                compile_s=self.compile_s.get(id(request)),
+            ),
+            request.baseline,
+        )
+
+    def add(self, row: Row, baseline: bool = False) -> None:
+        """Compare with the fastest baseline of the same part and work."""
         bases = [
             other
             for other in self.rows
-            if (other.part, other.work) == (part, work) and other.ratio is None
+            if (other.part, other.work, other.ratio) == (row.part, row.work, None)
         ]
         if not baseline and bases:
             best = min(bases, key=lambda other: other.ms)
             row.ratio = row.ms / best.ms
             row.memory_ratio = row.mib / best.mib if best.mib else None
         self.rows.append(row)
-        print(f"{part}, {work}, {way}: {row.ms:.2f} ms, {row.mib:.0f} MiB", flush=True)
-        return row
+        print(f"{row.part}, {row.work}, {row.way}: {row.ms:.2f} ms, {row.mib:.0f} MiB", flush=True)
 
 
 def synchronize() -> None:
@@ -170,9 +213,8 @@ def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager:
 
 
 def compiled(model: nn.Module, **options) -> nn.Module:
-    """Compile a module in place; without a GPU, with a backend that takes no compiler."""
-    torch._dynamo.reset()
-    model.compile(**(options if GPU else dict(backend="aot_eager")))
+    """Compile a module in place, for fixed sizes; without a GPU with a backend without compiler."""
+    model.compile(dynamic=False, **(options if GPU else dict(backend="aot_eager")))
     return model
 
 
@@ -241,26 +283,20 @@ def training(bench: Bench) -> None:
     shape = (4, 3, 800, 1344) if GPU else (1, 3, 64, 96)
     images = torch.randn(*shape, device=DEVICE)
     goals = {BF16: (0.8, 0.5), F32: (0.9, 0.7)}
-    for arch in NAMES:
+    for arch in bench.archs:
         for dtype in (BF16, F32):
             work = f"{NAMES[arch]}, {'bf16' if dtype is BF16 else 'float32'}"
             run = partial(bench.measure, "backbone training step, 4 x 800 x 1344", work)
-            if not bench.compile_only:
+            # Ours keeps its weights in channels last, the reference in PyTorch's default.
+            for way, layout in LAYOUTS.items():
                 reference = ReferenceWay(build(arch, bias_resize="matrix")).train()
-                # Ours keeps its weights in channels last, the reference in PyTorch's default.
-                reference.to(memory_format=torch.contiguous_format)
-                run("reference's way", step_of(reference, images, dtype), baseline=True)
-                reference.to(memory_format=LAST)
-                step = step_of(reference, images.to(memory_format=LAST), dtype)
-                run("reference's way, channels last", step, baseline=True)
-                del reference
+                step = step_of(reference.to(memory_format=layout), images, dtype)
+                run(way, step, baseline=True)
             eager_goal, compiled_goal = goals[dtype]
             ours = build(arch, bias_grid=grid(shape[2:]))
             run("as it comes", step_of(ours, images, dtype), eager_goal)
-            ours = compiled(ours)
+            ours = compiled(build(arch, bias_grid=grid(shape[2:])))
             run("compiled", step_of(ours, images, dtype), compiled_goal, compiled=True)
-            del ours
-            free()
 
 
 def inference(bench: Bench) -> None:
@@ -269,17 +305,14 @@ def inference(bench: Bench) -> None:
     for batch in (8, 1) if GPU else (1,):
         images = torch.randn(batch, 3, *size, device=DEVICE)
         last = images.to(memory_format=LAST)
-        for arch in NAMES:
+        for arch in bench.archs:
             part = f"backbone inference, batch {batch}, 800 x 1344, bf16"
             run = partial(bench.measure, part, NAMES[arch])
-            if not bench.compile_only:
+            for way, layout in LAYOUTS.items():
                 reference = ReferenceWay(build(arch, images, bias_resize="matrix")).eval()
-                reference.to(memory_format=torch.contiguous_format)
-                run("reference's way", prediction_of(reference, images, BF16), baseline=True)
-                reference.to(memory_format=LAST)
-                call = prediction_of(reference, last, BF16)
-                run("reference's way, channels last", call, baseline=True)
-                del reference
+                reference.to(memory_format=layout)
+                call = prediction_of(reference, images.to(memory_format=layout), BF16)
+                run(way, call, baseline=True)
             ours = build(arch, images, bias_grid=grid(size)).eval()
             call = prediction_of(ours, images, BF16)
             run("as it comes", call, 0.65 if batch == 8 else 0.9)
@@ -293,8 +326,6 @@ def inference(bench: Bench) -> None:
                 fast = compiled(fold(ours, size), **options)
                 call = prediction_of(fast, last, BF16)
                 run("folded, compiled with CUDA graphs", call, 0.3, compiled=True)
-            del ours, fast
-            free()
 
 
 def throughput(bench: Bench) -> None:
@@ -310,12 +341,11 @@ def throughput(bench: Bench) -> None:
     options = {} if GPU else dict(depths=TINY["depths"])
     theirs = timm.create_model("efficientformerv2_s0", img_size=side, num_classes=0, **options)
     theirs = theirs.to(DEVICE).eval().to(memory_format=LAST)
-    run("timm", prediction_of(theirs, images, BF16))
+    run("timm", prediction_of(copy.deepcopy(theirs), images, BF16), baseline=True)
     theirs = compiled(theirs)
     run("timm, compiled", prediction_of(theirs, images, BF16), compiled=True, baseline=True)
     fast = compiled(fold(ours, (side, side)))
     run("folded, compiled", prediction_of(fast, images, BF16), 1 / 1.2, compiled=True)
-    free()
 
 
 def channels(config, widths: tuple[int, ...]) -> list[int]:
@@ -362,57 +392,60 @@ def build_detector(task: str, backbone: str) -> tuple[nn.Module, object, dict]:
     return model, wrapper, batch
 
 
+def train_step_of(model: nn.Module, wrapper, batch: dict) -> Callable[[], None]:
+    """A whole training step from images on the host to new weights."""
+
+    def step() -> None:
+        data = dict(batch, data_samples=copy.deepcopy(batch["data_samples"]))
+        losses = model.train_step(data, wrapper)
+        if not losses["loss"].isfinite():
+            raise RuntimeError(f"a loss is not finite: {losses}")
+
+    return step
+
+
 def detectors(bench: Bench) -> None:
     """Whole training steps: preprocessing on the device, losses, gradients, fused optimizer."""
-    for task, (_, size, _) in DETECTORS.items():
+    for task in bench.tasks:
+        size = DETECTORS[task][1]
         part = f"training step of a whole model, 4 x {size[0]} x {size[1]}, AMP"
-        for backbone in ("resnet50", *NAMES):
-            model, wrapper, batch = build_detector(task, backbone)
-            losses = {}
-
-            def step(model=model, wrapper=wrapper, batch=batch, losses=losses) -> None:
-                data = dict(batch, data_samples=copy.deepcopy(batch["data_samples"]))
-                losses.update(model.train_step(data, wrapper))
-
-            run = partial(bench.measure, part, task)
-            if backbone == "resnet50":
-                run("ResNet-50", step, baseline=True)
-                torch._dynamo.reset()
-                model.backbone.compile(**({} if GPU else dict(backend="aot_eager")))
-                run("ResNet-50, compiled", step, compiled=True)
-            else:
-                run(NAMES[backbone], step, 0.9)
-                torch._dynamo.reset()
-                model.backbone.compile(**({} if GPU else dict(backend="aot_eager")))
-                run(f"{NAMES[backbone]}, compiled", step, 0.9, compiled=True)
-            if losses and not all(value.isfinite().all() for value in losses.values()):
-                raise RuntimeError(f"{task} with {backbone}: a loss is not finite: {losses}")
-            del model, wrapper, step
-            free()
+        run = partial(bench.measure, part, task)
+        run("ResNet-50", train_step_of(*build_detector(task, "resnet50")), baseline=True)
+        for arch in bench.archs:
+            run(NAMES[arch], train_step_of(*build_detector(task, arch)), 0.9)
+            model, wrapper, batch = build_detector(task, arch)
+            compiled(model.backbone)
+            step = train_step_of(model, wrapper, batch)
+            run(f"{NAMES[arch]}, compiled", step, 0.9, compiled=True)
 
 
 def settings(bench: Bench) -> None:
-    """Settings of the training loop, each on and off: Mask R-CNN and Semantic FPN with V2-S0."""
-    for task in ("detection", "segmentation"):
-        model, wrapper, batch = build_detector(task, "s0")
+    """Settings of the training loop, each on and off, with V2-S0."""
+    for task in bench.tasks:
         run = partial(bench.measure, "settings of the loop, V2-S0", task)
+        step = train_step_of(*build_detector(task, "s0"))
 
-        def step(wrapper, model=model, batch=batch) -> None:
-            data = dict(batch, data_samples=copy.deepcopy(batch["data_samples"]))
-            model.train_step(data, wrapper)
+        def with_setting(owner, name: str, step: Callable[[], None] = step) -> Callable[[], None]:
+            def changed() -> None:
+                before = getattr(owner, name)
+                setattr(owner, name, not before)
+                try:
+                    step()
+                finally:
+                    setattr(owner, name, before)
 
-        run("as our configs set it", partial(step, wrapper), baseline=True)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-        run("TF32 in matrix products too", partial(step, wrapper))
-        torch.backends.cuda.matmul.allow_tf32 = False
+            return changed
+
+        run("as our configs set it", step, baseline=True)
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        run("TF32 in matrix products too", with_setting(matmul, "allow_tf32"))
+        run("no TF32 in convolutions", with_setting(cudnn, "allow_tf32"))
         if task == "segmentation":  # never where the number of regions varies
-            torch.backends.cudnn.benchmark = True
-            run("cudnn_benchmark", partial(step, wrapper))
-            torch.backends.cudnn.benchmark = False
+            run("cudnn_benchmark", with_setting(cudnn, "benchmark"))
+        model, wrapper, batch = build_detector(task, "s0")
         for group in wrapper.optimizer.param_groups:
             group["fused"] = False
-        run("optimizer not fused", partial(step, wrapper))
-        free()
+        run("optimizer not fused", train_step_of(model, wrapper, batch))
 
 
 class Clock(Hook):
@@ -432,8 +465,10 @@ class Clock(Hook):
 
 def loop(bench: Bench) -> None:
     """Images per second of training with its data pipeline, against the bare step."""
-    if bench.compile_only:
-        return
+    bench.others.append(partial(_loop, bench))
+
+
+def _loop(bench: Bench) -> None:
     side, images, batch, iterations = (800, 128, 4, 60) if GPU else (128, 8, 2, 4)
     config = configs.load_config("detection/mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py")
     small = configs.load_config("detection/mask-rcnn_efficientformerv2-s0_fpn_quickstart.py")
@@ -468,24 +503,32 @@ def loop(bench: Bench) -> None:
         later = clock.ends[iterations // 3 :]
         each = 1e3 * (later[-1] - later[0]) / (len(later) - 1)
 
-        def step() -> None:
-            data = dict(clock.batch, data_samples=copy.deepcopy(clock.batch["data_samples"]))
-            runner.model.train_step(data, runner.optim_wrapper)
-
         part = f"tools/train.py, {loader.num_workers} workers, {side} px data"
-        bare = bench.measure(part, "V2-S0, Mask R-CNN", "bare step", step, baseline=True)
-        assert bare is not None
-        row = Row(part, bare.work, "iteration with data and logging", each, 0.0, each / bare.ms)
-        row.goal = 1 / 0.9
-        bench.rows.append(row)
-        print(f"{part}: {each:.1f} ms, {1e3 * batch / each:.1f} images/s", flush=True)
+        work = "V2-S0, Mask R-CNN"
+        step = train_step_of(runner.model, runner.optim_wrapper, clock.batch)
+        bench._time(Request(part, work, "bare step", step, baseline=True))
+        bench.add(Row(part, work, "iteration with data and logging", each, 0.0, goal=1 / 0.9))
+        print(f"{1e3 * batch / each:.1f} images/s", flush=True)
 
 
 def free() -> None:
     """Give memory back between models."""
-    torch._dynamo.reset()
     if GPU:
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def exclusive(signal: Path | None) -> Iterator[None]:
+    """Wait until a file exists, then until no other process holds it."""
+    if signal is None:
+        yield
+        return
+    print("compiled; waiting", flush=True)
+    while not signal.exists():
+        time.sleep(0.1)
+    with signal.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 PARTS = {
@@ -520,12 +563,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--archs", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--tasks", nargs="+", choices=DETECTORS, default=list(DETECTORS))
     parser.add_argument("--rounds", type=int, default=10 if GPU else 1)
-    parser.add_argument("--compile-only", action="store_true", help="fill the compilation cache")
     parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument(
+        "--wait-for",
+        type=Path,
+        metavar="FILE",
+        help="compile, then wait for the file and measure while no other process does, so that "
+        "several processes can compile at once",
+    )
     args = parser.parse_args()
     MMLogger.get_instance("benchmark", log_level="ERROR")
-    bench = Bench(args.rounds, args.compile_only)
+    bench = Bench(args.rounds, args.archs, args.tasks)
     about = dict(
         gpu=torch.cuda.get_device_name() if GPU else "none: small sizes, times mean nothing",
         torch=torch.__version__,
@@ -534,12 +585,13 @@ def main() -> None:
         date=datetime.date.today().isoformat(),
     )
     for name in args.parts:
-        started = time.perf_counter()
         PARTS[name](bench)
-        print(f"-- {name}: {time.perf_counter() - started:.0f} s", flush=True)
-        if args.out and not args.compile_only:
-            rows = [asdict(row) for row in bench.rows]
-            write_text(args.out, json.dumps(dict(about=about, rows=rows), indent=1) + "\n")
+    bench.compile()
+    with exclusive(args.wait_for):
+        bench.run()
+    if args.out:
+        rows = [asdict(row) for row in bench.rows]
+        write_text(args.out, json.dumps(dict(about=about, rows=rows), indent=1) + "\n")
     print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
     print("\n".join(markdown(bench.rows)))
 
