@@ -56,7 +56,8 @@ class FoldedPoolBlock(nn.Module):
 
     def mix(self, x: Tensor, means: Tensor) -> Tensor:
         """``x + scale * (means - x)``, all of them (B, C, H, W)."""
-        return torch.lerp(x, means, self.ls1.gamma[:, None, None])
+        # Autocast leaves lerp alone, which takes numbers of one type.
+        return torch.lerp(x, means, self.ls1.gamma[:, None, None].to(x.dtype))
 
 
 class GraphPoolBlock(FoldedPoolBlock):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,26 @@ def resample_in_graph(table: Tensor, dim: int, target: int) -> Tensor:
     return below + (above - below) * share
 
 
+@lru_cache(maxsize=1024)
+@torch.inference_mode(False)
+def _neighbors(
+    source: int, target: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The two old offsets around each of ``target`` new ones, and the share of the second.
+
+    Computed once per size: on a GPU each of them is a copy from the host.
+    """
+    positions = [min(offset * source / target, source - 1) for offset in range(target)]
+    lower = [min(int(position), max(source - 2, 0)) for position in positions]
+    upper = [min(index + 1, source - 1) for index in lower]
+    share = [position - index for position, index in zip(positions, lower, strict=True)]
+    return (
+        torch.tensor(lower, device=device),
+        torch.tensor(upper, device=device),
+        torch.tensor(share, device=device, dtype=dtype),
+    )
+
+
 def _resample_offsets(table: Tensor, dim: int, target: int) -> Tensor:
     """Resample the offsets along ``dim`` to ``target`` offsets, by linear interpolation."""
     if torch.compiler.is_compiling():
@@ -41,21 +62,11 @@ def _resample_offsets(table: Tensor, dim: int, target: int) -> Tensor:
     source = table.shape[dim]
     if source == target:
         return table
-    # Python numbers, so that a traced or exported graph has plain constants. Gather and lerp, not a
-    # product with a weight matrix, which autocast would run in half precision.
-    positions = [min(offset * source / target, source - 1) for offset in range(target)]
-    lower = [min(int(position), max(source - 2, 0)) for position in positions]
-    upper = [min(index + 1, source - 1) for index in lower]
-    share = torch.tensor(
-        [position - index for position, index in zip(positions, lower, strict=True)],
-        device=table.device,
-        dtype=table.dtype,
-    )
+    # Gather and lerp, not a product with a weight matrix, which autocast would run in half
+    # precision.
+    lower, upper, share = _neighbors(int(source), int(target), table.device, table.dtype)
     share = share.view([-1 if axis == dim % table.dim() else 1 for axis in range(table.dim())])
-    below, above = (
-        table.index_select(dim, torch.tensor(index, device=table.device))
-        for index in (lower, upper)
-    )
+    below, above = table.index_select(dim, lower), table.index_select(dim, upper)
     return torch.lerp(below, above, share.expand_as(below))
 
 
@@ -88,8 +99,16 @@ def expand_offset_table(table: Tensor, query_stride: int = 1) -> Tensor:
 
 def distances(side: int, query_stride: int, device: torch.device) -> Tensor:
     """|s * query - key| along one side: (queries, keys)."""
+    return (_distances if in_graph() else _known_distances)(side, query_stride, device)
+
+
+@torch.inference_mode(False)
+def _distances(side: int, query_stride: int, device: torch.device) -> Tensor:
     places = torch.arange(side, device=device)
     return (places[::query_stride, None] - places).abs()
+
+
+_known_distances = lru_cache(maxsize=1024)(_distances)
 
 
 # Select along one axis at a time, not by pairs of indices: the gradient then adds whole rows or
@@ -122,9 +141,10 @@ class AttentionBias(nn.Module):
             ``segmentation/``). On maps that are not square this mixes rows and columns, so use it
             only for published downstream checkpoints.
 
-    In eval mode and without gradients the bias of the latest sizes is cached. Every use compares
-    the table with the one that the cache was computed from, value by value, so neither training,
-    loading nor moving can leave it stale.
+    On a CPU, in eval mode and without gradients, the bias of the latest sizes is cached. Every use
+    compares the table with the one that the cache was computed from, value by value, so neither
+    training, loading nor moving can leave it stale. On a GPU such a comparison would wait for all
+    work before it, and computing the bias takes a few short kernels.
     """
 
     MAX_CACHED_SIZES = 2
@@ -163,7 +183,8 @@ class AttentionBias(nn.Module):
 
     def forward(self, size: tuple[int, ...]) -> Tensor:
         """``size`` (H, W) of the key map -> bias (heads, Nq, H * W)."""
-        if self.training or self._differentiable() or in_graph():
+        on_cpu = self.table.device.type == "cpu"
+        if self.training or self._differentiable() or in_graph() or not on_cpu:
             return self.compute(size)
         return self._cached((size[0], size[1]))
 

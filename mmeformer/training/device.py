@@ -13,16 +13,21 @@ from mmengine.logging import print_log
 
 from mmeformer.training.memory import keep_freed_memory, return_freed_memory
 
+FUSED = ("Adam", "AdamW", "SGD")
+"""Optimizers of PyTorch that can update all weights in a few kernels."""
+
 
 def prepare_device(config: Config, launcher: str) -> None:
     """Adapt a config to the machine, in place, so that it runs on GPUs, clusters and a plain CPU.
 
-    Without a GPU, processes communicate over gloo (the process group is created here, as mmengine's
-    own start needs a CUDA device), batch norms are not synchronized (PyTorch has no CPU kernel for
-    it), and mixed precision becomes full precision with a message in the log.
+    With a GPU: see :func:`use_gpu`. Without one, processes communicate over gloo (the process group
+    is created here, as mmengine's own start needs a CUDA device), batch norms are not synchronized
+    (PyTorch has no CPU kernel for it), and mixed precision becomes full precision with a message in
+    the log.
     """
     config.launcher = launcher
     if torch.cuda.is_available():
+        use_gpu(config, torch.cuda.is_bf16_supported(including_emulation=False))
         return
     if config.model.get("backbone", {}).get("with_cp"):
         # Who asks for recomputation is short of memory, not of time.
@@ -52,6 +57,31 @@ def prepare_device(config: Config, launcher: str) -> None:
         torch.distributed.init_process_group("gloo")
         # A gloo thread that outlives the interpreter would abort the process at its end.
         atexit.register(_leave_process_group)
+
+
+def use_gpu(config: Config, bf16: bool) -> None:
+    """Set what trains faster on a GPU, in place, where the config says nothing else.
+
+    Images are loaded into pinned memory, the optimizer updates all weights in a few kernels
+    (``fused``), and AMP computes in bfloat16 instead of float16, which needs no loss scaling.
+
+    Args:
+        config: of a training or a test.
+        bf16: whether the GPU computes in bfloat16.
+    """
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        if config.get(name):
+            config[name].setdefault("pin_memory", True)
+    wrapper = config.get("optim_wrapper") or {}
+    if wrapper.get("optimizer", {}).get("type") in FUSED and not {"foreach", "fused"} & set(
+        wrapper.optimizer
+    ):
+        wrapper.optimizer.fused = True
+    if wrapper.get("type") == "AmpOptimWrapper" and bf16 and "dtype" not in wrapper:
+        wrapper.dtype = "bfloat16"
+        if wrapper.get("loss_scale", "dynamic") == "dynamic":
+            # The range of float32: small gradients do not become zero.
+            wrapper.loss_scale = 1.0
 
 
 def _leave_process_group() -> None:

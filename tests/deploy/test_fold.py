@@ -43,6 +43,17 @@ def test_backbones_stay_equal(any_variant):
 
 
 @torch.no_grad()
+def test_a_folded_copy_runs_under_autocast(small_variant):
+    backbone = trained_like(build_backbone(small_variant))
+    image = torch.randn(1, 3, 64, 96)
+    for size in (None, (64, 96)):
+        with torch.autocast("cpu", torch.bfloat16):
+            levels = fold(backbone, size)(image)
+        for ours, theirs in zip(levels, backbone(image), strict=True):
+            assert relative_error(ours.float(), theirs) < 0.2
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, LayerScale, AttentionBias])
 def test_every_kind_of_part_counts(norm):
     """What the first test compares does depend on each part: without it the outputs differ."""

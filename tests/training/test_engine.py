@@ -138,6 +138,32 @@ def test_settings_of_a_quickstart_are_its_own(quickstart):
         assert max(max(step.scale) for step in config.tta_pipeline[1].transforms[0]) < 200
 
 
+class TestGpuSettings:
+    def test_what_the_config_leaves_open_is_set(self):
+        config = configs.load_config(f"{V2_S0.replace('s0', 's2')}_amp-1x_coco.py")
+        device.use_gpu(config, bf16=True)
+        wrapper = config.optim_wrapper
+        assert wrapper.optimizer.fused and wrapper.dtype == "bfloat16" and wrapper.loss_scale == 1.0
+        assert config.train_dataloader.pin_memory and config.val_dataloader.pin_memory
+
+    def test_float16_keeps_its_loss_scaling(self):
+        config = configs.load_config(f"{V2_S0.replace('s0', 's2')}_amp-1x_coco.py")
+        device.use_gpu(config, bf16=False)
+        assert "dtype" not in config.optim_wrapper and config.optim_wrapper.loss_scale == "dynamic"
+
+    def test_what_the_config_says_stays(self):
+        options = {
+            "optim_wrapper.dtype": "float16",
+            "optim_wrapper.optimizer.foreach": True,
+            "train_dataloader.pin_memory": False,
+        }
+        config = configs.load_config(f"{V2_S0.replace('s0', 's2')}_amp-1x_coco.py", options)
+        device.use_gpu(config, bf16=True)
+        wrapper = config.optim_wrapper
+        assert wrapper.dtype == "float16" and wrapper.loss_scale == "dynamic"
+        assert "fused" not in wrapper.optimizer and not config.train_dataloader.pin_memory
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is tested is the way without a GPU")
 class TestWithoutGpu:
     def test_amp_becomes_full_precision(self):

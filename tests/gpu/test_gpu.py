@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GPU computes what the CPU computes. ``pytest -m gpu`` takes three minutes at most."""
+
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from helpers import build_backbone
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.optim import build_optim_wrapper
+from mmengine.structures import InstanceData, PixelData
+from mmrotate.structures.bbox import RotatedBoxes
+from mmseg.structures import SegDataSample
+from trained_like import trained_like
+
+from mmeformer.backbones import EfficientFormer, EfficientFormerV2
+from mmeformer.deploy import fold, models
+from mmeformer.training import device as training_device
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+TASKS = ("detection", "segmentation", "rotated")
+SIDE = 128
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """Full float32, and kernels that add in a fixed order where there are any."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch._dynamo.reset()
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    theirs = theirs.detach().double().cpu()
+    return float((ours.detach().double().cpu() - theirs).abs().max() / theirs.abs().max())
+
+
+def tiny_backbone(family: str, **kwargs):
+    kind = EfficientFormerV2 if family == "v2" else EfficientFormer
+    return trained_like(kind(tiny.ARCH, drop_path_rate=0.0, bias_grid=4, **kwargs))
+
+
+def sample(task: str, seed: int):
+    """One image with five objects."""
+    generator = torch.Generator().manual_seed(seed)
+    meta = dict.fromkeys(("img_shape", "ori_shape", "pad_shape", "batch_input_shape"), (SIDE, SIDE))
+    meta["scale_factor"] = (1.0, 1.0)
+    if task == "segmentation":
+        found = SegDataSample(metainfo=meta)
+        data = torch.randint(0, 4, (1, SIDE, SIDE), generator=generator)
+        found.gt_sem_seg = PixelData(data=data)
+        return found
+    unit = torch.rand(5, 5, generator=generator)
+    start, size = unit[:, :2] * 60, unit[:, 2:4] * 50 + 10
+    labels = torch.randint(0, 3, (5,), generator=generator)
+    found = DetDataSample(metainfo=meta)
+    if task == "rotated":
+        boxes = RotatedBoxes(torch.cat([start + 25, size, unit[:, 4:]], 1))
+        found.gt_instances = InstanceData(bboxes=boxes, labels=labels)
+    else:
+        boxes = torch.cat([start, start + size], 1)
+        masks = np.zeros((5, SIDE, SIDE), np.uint8)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = 1
+        found.gt_instances = InstanceData(
+            bboxes=boxes, labels=labels, masks=BitmapMasks(masks, SIDE, SIDE)
+        )
+    found.ignored_instances = InstanceData(bboxes=boxes[:0], labels=labels[:0])
+    return found
+
+
+def task_model(task: str, **settings):
+    config = tiny.network(task)
+    if task == "detection":
+        # All regions and anchors: which of them are drawn depends on the device.
+        config.model.train_cfg.rpn.sampler.num = 10**6
+        config.model.train_cfg.rcnn.sampler.num = 10**6
+    elif task == "segmentation":
+        config.model.decode_head.dropout_ratio = 0
+    config.update(settings)
+    torch.manual_seed(0)
+    return config, trained_like(models.build_model(config)).train()
+
+
+def batch(task: str) -> dict:
+    images = [
+        torch.randint(0, 256, (3, SIDE, SIDE), generator=torch.Generator().manual_seed(seed))
+        for seed in range(2)
+    ]
+    return dict(
+        inputs=[image.to(torch.uint8) for image in images],
+        data_samples=[sample(task, seed) for seed in range(2)],
+    )
+
+
+def losses_and_gradients(model, task: str, context=contextlib.nullcontext):
+    data = model.data_preprocessor(copy.deepcopy(batch(task)), True)
+    with context():
+        losses = model(**data, mode="loss")
+    total, _ = model.parse_losses(losses)
+    total.backward()
+    return total.detach(), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_backbones_of_all_variants(variant, training):
+    backbone = trained_like(build_backbone(variant, drop_path_rate=0.0)).train(training)
+    image = torch.randn(2, 3, 96, 128)
+    on_gpu = copy.deepcopy(backbone).cuda()
+    for ours, theirs in zip(on_gpu(image.cuda()), backbone(image), strict=True):
+        assert ours.is_contiguous()
+        assert relative(ours, theirs) < 1e-3
+
+
+@pytest.mark.parametrize("family", ["v1", "v2"])
+@pytest.mark.parametrize("with_cp", [False, True])
+def test_gradients_in_double_precision(family, with_cp):
+    on_cpu = tiny_backbone(family, with_cp=with_cp).double().train()
+    on_gpu = copy.deepcopy(on_cpu).cuda()
+    image = torch.randn(2, 3, 96, 128, dtype=torch.double)
+    for model, x in ((on_cpu, image), (on_gpu, image.cuda())):
+        sum(level.square().mean() for level in model(x)).backward()
+    for (name, ours), theirs in zip(on_gpu.named_parameters(), on_cpu.parameters(), strict=True):
+        if theirs.grad.abs().max() > 1e-12:  # biases before norms have none
+            assert relative(ours.grad, theirs.grad) < 1e-6, name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_losses_and_gradients_of_a_step(task):
+    _, on_cpu = task_model(task)
+    on_gpu = copy.deepcopy(on_cpu).cuda()
+    theirs, their_gradients = losses_and_gradients(on_cpu, task)
+    ours, gradients = losses_and_gradients(on_gpu, task)
+    assert relative(ours, theirs) < 1e-4
+    assert set(gradients) == set(their_gradients)
+    heads = [name for name in gradients if "head" in name and name.endswith("weight")]
+    assert heads
+    for name in heads:
+        assert relative(gradients[name], their_gradients[name]) < 0.02, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("task", TASKS)
+def test_mixed_precision_is_finite_and_near(task, dtype):
+    _, model = task_model(task)
+    model = model.cuda()
+    exact, _ = losses_and_gradients(copy.deepcopy(model), task)
+    ours, gradients = losses_and_gradients(model, task, lambda: torch.autocast("cuda", dtype))
+    assert relative(ours, exact) < 0.1
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_steps_with_our_settings_lower_the_loss(task):
+    """Fused optimizer and AMP as `prepare_device` sets them."""
+    config, model = task_model(task)
+    config.optim_wrapper.type = "AmpOptimWrapper"
+    config.optim_wrapper.optimizer.lr = 1e-3
+    training_device.prepare_device(config, "none")
+    assert config.optim_wrapper.optimizer.fused and config.optim_wrapper.dtype == "bfloat16"
+    model = model.cuda()
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    losses = []
+    for _ in range(12):
+        losses.append(float(model.train_step(copy.deepcopy(batch(task)), wrapper)["loss"]))
+    assert np.isfinite(losses).all() and np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_predictions(task):
+    _, model = task_model(task)
+    model = model.eval()
+    results = []
+    for where in (model, copy.deepcopy(model).cuda(), fold(model).cuda()):
+        with torch.no_grad():
+            results.append(where.test_step(copy.deepcopy(batch(task))))
+    for found in results[1:]:
+        for ours, theirs in zip(found, results[0], strict=True):
+            if task == "segmentation":
+                same = ours.pred_sem_seg.data.cpu() == theirs.pred_sem_seg.data
+                assert same.float().mean() > 0.999
+            else:
+                ours, theirs = ours.pred_instances, theirs.pred_instances
+                # Near the thresholds, rounding decides.
+                assert abs(len(ours) - len(theirs)) <= 1 + len(theirs) // 50
+                count = min(len(ours), len(theirs), 5)
+                assert relative(ours.scores[:count], theirs.scores[:count]) < 1e-3
+
+
+@pytest.mark.parametrize("family", ["v1", "v2"])
+def test_compiled_equals_eager(family):
+    backbone = tiny_backbone(family).cuda().train()
+    compiled = copy.deepcopy(backbone)
+    compiled.compile()
+    for width in (128, 160):  # the second size compiles for all sizes
+        image = torch.randn(2, 3, 96, width, device="cuda")
+        backbone.zero_grad(), compiled.zero_grad()
+        outputs = backbone(image), compiled(image)
+        for ours, theirs in zip(outputs[1], outputs[0], strict=True):
+            assert relative(ours, theirs) < 1e-4
+        for levels in outputs:
+            sum(level.square().mean() for level in levels).backward()
+        for (name, ours), theirs in zip(
+            compiled.named_parameters(), backbone.parameters(), strict=True
+        ):
+            if theirs.grad.abs().max() > 1e-5:
+                assert relative(ours.grad, theirs.grad) < 5e-3, name
+
+
+def test_a_forward_pass_never_waits_for_the_gpu():
+    for family in ("v1", "v2"):
+        backbone = tiny_backbone(family).cuda().eval()
+        image = torch.randn(1, 3, 96, 128, device="cuda")
+        for mode in (torch.no_grad, contextlib.nullcontext):
+            with mode():
+                backbone(image)
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    backbone(image)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_nms_against_its_definition():
+    from mmcv.ops import nms
+
+    torch.manual_seed(0)
+    corner = torch.rand(400, 2) * 100
+    boxes = torch.cat([corner, corner + torch.rand(400, 2) * 40 + 1], 1)
+    scores = torch.rand(400)
+    kept = []
+    for index in scores.argsort(descending=True).tolist():
+        x1, y1, x2, y2 = boxes[index].tolist()
+        for other in kept:
+            a1, b1, a2, b2 = boxes[other].tolist()
+            width, height = min(x2, a2) - max(x1, a1), min(y2, b2) - max(y1, b1)
+            overlap = max(width, 0) * max(height, 0)
+            if overlap / ((x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - overlap) > 0.5:
+                break
+        else:
+            kept.append(index)
+    assert nms(boxes.cuda(), scores.cuda(), 0.5)[1].tolist() == kept
+
+
+def test_roi_align_of_a_plane_is_its_value_at_the_centers_of_the_bins():
+    """A linear map makes bilinear samples exact, whatever their number."""
+    from mmcv.ops import roi_align
+
+    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(40.0), indexing="ij")
+    plane = (2 * columns + 3 * rows)[None, None].cuda()
+    roi = torch.tensor([[0, 16.0, 24.0, 72.0, 80.0]]).cuda()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        maps = plane.expand(1, 8, -1, -1).contiguous(memory_format=layout)
+        found = roi_align(maps, roi, 7, 0.25, 0, "avg", True)
+        centers = 14 / 7 * (torch.arange(7) + 0.5)
+        expected = 2 * (4 + centers - 0.5) + 3 * (6 + centers - 0.5)[:, None]
+        torch.testing.assert_close(found[0, 0].cpu(), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_rotated_nms_equals_the_cpu():
+    from mmcv.ops import nms_rotated
+
+    torch.manual_seed(0)
+    boxes = torch.cat([torch.rand(600, 2) * 200, torch.rand(600, 2) * 40 + 4], 1)
+    boxes = torch.cat([boxes, torch.rand(600, 1) * 3 - 1.5], 1)
+    scores = torch.rand(600)
+    labels = torch.randint(0, 3, (600,))
+    theirs = nms_rotated(boxes, scores, 0.3, labels)[1]
+    ours = nms_rotated(boxes.cuda(), scores.cuda(), 0.3, labels.cuda())[1]
+    assert ours.tolist() == theirs.tolist()

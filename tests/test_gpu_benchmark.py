@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measurements of a GPU run without one, at small sizes."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", BENCHMARKS / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(benchmark, tmp_path, monkeypatch, capsys, *parts):
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), "--parts", *parts])
+    benchmark.main()
+    rows = json.loads(out.read_text())["rows"]
+    table = capsys.readouterr().out
+    assert all(f"| {row['work']} | {row['way']} |" in table for row in rows)
+    baselines = [row for row in rows if row["ratio"] is None]
+    assert baselines and all(row["ms"] > 0 for row in rows)
+    for row in rows:
+        if row["ratio"] is not None:
+            mine = [
+                b["ms"] for b in baselines if (b["part"], b["work"]) == (row["part"], row["work"])
+            ]
+            assert row["ratio"] == pytest.approx(row["ms"] / min(mine))
+    return rows
+
+
+def test_backbones(benchmark, tmp_path, monkeypatch, capsys):
+    rows = run(benchmark, tmp_path, monkeypatch, capsys, "inference")
+    assert {row["way"] for row in rows} >= {"reference's way", "as it comes", "folded"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["training", "throughput", "detectors", "settings", "loop"])
+def test_other_parts(benchmark, tmp_path, monkeypatch, capsys, part):
+    run(benchmark, tmp_path, monkeypatch, capsys, part, "--tasks", "segmentation", "rotated")
