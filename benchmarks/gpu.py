@@ -353,8 +353,11 @@ def channels(config, widths: tuple[int, ...]) -> list[int]:
     return [widths[level] for level in config.model.backbone.get("out_indices", range(4))]
 
 
-def build_detector(task: str, backbone: str) -> tuple[nn.Module, object, dict]:
-    """A detector or segmentor on the device, its optimizer and a batch of 4 images."""
+def build_detector(task: str, backbone: str, **optimizer: object) -> tuple[nn.Module, object, dict]:
+    """A detector or segmentor on the device, its optimizer and a batch of 4 images.
+
+    ``optimizer`` overrides settings of the config's optimizer.
+    """
     template, size, objects = DETECTORS[task]
     if not GPU:
         size, objects = (64, 96), 3
@@ -369,7 +372,7 @@ def build_detector(task: str, backbone: str) -> tuple[nn.Module, object, dict]:
         config.model.data_preprocessor.size = size
         config.model.decode_head.norm_cfg.type = "BN"
     # A rate that leaves the weights, and so the number of regions, as they are.
-    config.optim_wrapper.optimizer.lr = 1e-8
+    config.optim_wrapper.optimizer.update(optimizer, lr=1e-8)
     if not GPU:
         config.model.backbone.arch = TINY
         config.model.neck.in_channels = channels(config, TINY["widths"])
@@ -442,10 +445,8 @@ def settings(bench: Bench) -> None:
         run("no TF32 in convolutions", with_setting(cudnn, "allow_tf32"))
         if task == "segmentation":  # never where the number of regions varies
             run("cudnn_benchmark", with_setting(cudnn, "benchmark"))
-        model, wrapper, batch = build_detector(task, "s0")
-        for group in wrapper.optimizer.param_groups:
-            group["fused"] = False
-        run("optimizer not fused", train_step_of(model, wrapper, batch))
+        plain = build_detector(task, "s0", foreach=True)
+        run("optimizer not fused", train_step_of(*plain))
 
 
 class Clock(Hook):
