@@ -232,6 +232,15 @@ def test_a_forward_pass_never_waits_for_the_gpu():
                     torch.cuda.set_sync_debug_mode("default")
 
 
+def test_weights_are_channels_last_on_the_gpu_only():
+    backbone = tiny_backbone("v2")
+    weight = backbone.stem.conv2.conv.weight
+    assert weight.is_contiguous()
+    backbone.cuda()
+    assert backbone.stem.conv2.conv.weight is weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
 def test_nms_against_its_definition():
     from mmcv.ops import nms
 
