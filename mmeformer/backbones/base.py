@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 from mmengine.model import BaseModule, PretrainedInit
@@ -224,7 +224,7 @@ class PyramidBackbone(BaseModule):
         whole backbone.
         """
         yield self.stem
-        for stage in self.stages:
+        for stage in cast("Iterable[Stage]", self.stages):
             if not isinstance(stage.downsample, nn.Identity):
                 yield stage.downsample
             yield from stage.blocks
