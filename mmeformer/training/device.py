@@ -72,7 +72,7 @@ def use_gpu(config: Config, bf16: bool) -> None:
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if config.get(name):
             config[name].setdefault("pin_memory", True)
-    wrapper = config.get("optim_wrapper") or {}
+    wrapper = config.get("optim_wrapper") or ConfigDict()
     if wrapper.get("optimizer", {}).get("type") in FUSED and not {"foreach", "fused"} & set(
         wrapper.optimizer
     ):
