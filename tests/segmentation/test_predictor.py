@@ -22,8 +22,13 @@ class Segmentor(SegmentationPredictor):
     """Labels crops with a function in place of a model."""
 
     def __init__(self, label, dtype=np.uint8):
-        self.dtype = dtype
-        self.predict_images = lambda crops: [Segmentation(labels) for labels in label(crops)]
+        self.label, self.dtype = label, dtype
+
+    def prepare(self, image):
+        return image
+
+    def predict(self, prepared):
+        return [Segmentation(labels) for labels in self.label(prepared)]
 
 
 @settings(max_examples=100)
