@@ -205,6 +205,7 @@ class Runner(MMEngineRunner):
         try:
             super().resume(filename, *args, **kwargs)
             schedule.require_same_optimizer()
+            schedule.follow_machine()
         except ValueError as error:
             raise CheckpointError(
                 f"{filename} cannot be resumed with this optim_wrapper ({error}). Use that of the "
@@ -243,7 +244,8 @@ class Runner(MMEngineRunner):
     def call_hook(self, fn_name: str, **kwargs) -> None:
         """mmengine's call; compares weights with the model before they are loaded.
 
-        Saved checkpoints get the place in the data (:mod:`mmeformer.training.loops`).
+        Saved checkpoints get the place in the data (:mod:`mmeformer.training.loops`) and weights in
+        PyTorch's default memory format; the backbones keep them in channels last.
         """
         super().call_hook(fn_name, **kwargs)
         if fn_name == "after_load_checkpoint":
@@ -253,9 +255,14 @@ class Runner(MMEngineRunner):
                 str(self._source),
                 part="backbone." if self._fine_tuning else "",
             )
-        elif fn_name == "before_save_checkpoint" and hasattr(self.train_loop, "place"):
-            meta = kwargs["checkpoint"]["meta"]
-            meta["place"] = self.train_loop.place(meta["epoch"], meta["iter"])
+        elif fn_name == "before_save_checkpoint":
+            checkpoint = kwargs["checkpoint"]
+            for state in (checkpoint["state_dict"], checkpoint.get("ema_state_dict", {})):
+                # Other programs, such as safetensors, take PyTorch's default format alone.
+                state.update({name: value.contiguous() for name, value in state.items()})
+            if hasattr(self.train_loop, "place"):
+                meta = checkpoint["meta"]
+                meta["place"] = self.train_loop.place(meta["epoch"], meta["iter"])
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
         """Save under a temporary name, then rename; in the main process only.

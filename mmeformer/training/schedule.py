@@ -13,8 +13,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
+from torch import Tensor
+from torch.optim import Optimizer
 
 MOVING = {
     *("last_step", "_global_step", "_last_value", "verbose"),
@@ -22,6 +25,9 @@ MOVING = {
     "base_values",  # those of the optimizer, which are compared there
 }
 """Entries of a scheduler's state that are not its settings."""
+
+MEANS = ("capturable", "foreach", "fused")
+"""Settings of how PyTorch computes a step, which depend on the machine and not on the schedule."""
 
 
 class Schedule:
@@ -44,6 +50,25 @@ class Schedule:
         missing = _compared(self.groups[0]) - loaded.keys()
         if missing := {key for key in missing if not key.startswith("initial_")}:
             raise ValueError(f"its optimizer has no {', '.join(sorted(missing))}")
+
+    def follow_machine(self) -> None:
+        """Compute steps in the config's way (such as fused), in whatever way the checkpoint did."""
+        settings = iter(self.groups)
+        for optimizer in _optimizers(self.runner.optim_wrapper):
+            changed = False
+            for group, now in zip(optimizer.param_groups, settings, strict=False):
+                wanted = {key: now[key] for key in MEANS if key in now}
+                changed |= any(group.get(key) != value for key, value in wanted.items())
+                group.update(wanted)
+            if changed:
+                # PyTorch moves the counters of steps to the device where these settings need them.
+                optimizer.load_state_dict(optimizer.state_dict())
+            # Fused steps need states with the strides of the weights; in older checkpoints they
+            # have PyTorch's default format.
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def changes(self, states: Mapping | Sequence | None) -> list[str]:
         """What differs between the checkpoint just loaded and the config.
@@ -118,9 +143,13 @@ def _differ(before, now) -> bool:
     return before != now
 
 
-def _param_groups(wrapper) -> list[dict]:
+def _optimizers(wrapper) -> list[Optimizer]:
     wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-    return [group for item in wrappers for group in item.param_groups]
+    return [item.optimizer for item in wrappers]
+
+
+def _param_groups(wrapper) -> list[dict]:
+    return [group for item in _optimizers(wrapper) for group in item.param_groups]
 
 
 def _flat(schedulers: Mapping[str, Sequence] | Sequence | None) -> list:
