@@ -245,7 +245,7 @@ class Runner(MMEngineRunner):
         """mmengine's call; compares weights with the model before they are loaded.
 
         Saved checkpoints get the place in the data (:mod:`mmeformer.training.loops`) and weights in
-        PyTorch's default memory format; the backbones keep them in channels last.
+        PyTorch's default memory format; on a GPU the backbones keep them in channels last.
         """
         super().call_hook(fn_name, **kwargs)
         if fn_name == "after_load_checkpoint":
