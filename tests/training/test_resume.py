@@ -215,14 +215,16 @@ def test_same_config_is_silent(folder, tmp_path):
 
 
 def test_checkpoint_of_another_machine_goes_on_the_same(folder, tmp_path):
-    """A GPU takes fused steps of weights in channels last; older checkpoints have neither."""
+    """A GPU takes fused steps, of weights and so of states in channels last; a CPU has neither."""
     config = by_iteration(folder, 4)
     config.default_hooks.checkpoint.max_keep_ckpts = 2
     run(config, tmp_path)
     expected = torch.load(tmp_path / "iter_4.pth", weights_only=False)
     checkpoint = torch.load(tmp_path / "iter_2.pth", weights_only=False)
     for state in checkpoint["optimizer"]["state"].values():
-        state.update({name: value.contiguous() for name, value in state.items()})
+        for name, value in state.items():
+            if value.dim() == 4:
+                state[name] = value.contiguous(memory_format=torch.channels_last)
     torch.save(checkpoint, tmp_path / "old.pth")
     config.optim_wrapper.optimizer.fused = True
     _, lines = run(config, tmp_path, resume=str(tmp_path / "old.pth"))
