@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.optim import OptimWrapperDict
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor
-from torch.optim import Optimizer
 
 MOVING = {
     *("last_step", "_global_step", "_last_value", "verbose"),
@@ -54,9 +53,12 @@ class Schedule:
     def follow_machine(self) -> None:
         """Compute steps in the config's way (such as fused), in whatever way the checkpoint did."""
         settings = iter(self.groups)
-        for optimizer in _optimizers(self.runner.optim_wrapper):
+        for wrapper in _wrappers(self.runner.optim_wrapper):
+            optimizer = wrapper.optimizer
             changed = False
-            for group, now in zip(optimizer.param_groups, settings, strict=False):
+            # One more than the optimizer has: mmengine's base settings.
+            for group in wrapper.param_groups:
+                now = next(settings)
                 wanted = {key: now[key] for key in MEANS if key in now}
                 changed |= any(group.get(key) != value for key, value in wanted.items())
                 group.update(wanted)
@@ -143,13 +145,12 @@ def _differ(before, now) -> bool:
     return before != now
 
 
-def _optimizers(wrapper) -> list[Optimizer]:
-    wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-    return [item.optimizer for item in wrappers]
+def _wrappers(wrapper) -> list[OptimWrapper]:
+    return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 
 
 def _param_groups(wrapper) -> list[dict]:
-    return [group for item in _optimizers(wrapper) for group in item.param_groups]
+    return [group for item in _wrappers(wrapper) for group in item.param_groups]
 
 
 def _flat(schedulers: Mapping[str, Sequence] | Sequence | None) -> list:
