@@ -52,6 +52,8 @@ def rotated_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
             )
     float64 = torch.float64 in (boxes1.dtype, boxes2.dtype)
     dtype = torch.float64 if float64 else torch.float32
+    dim = max(boxes1.dim(), boxes2.dim())
+    boxes1, boxes2 = (boxes[(None,) * (dim - boxes.dim())] for boxes in (boxes1, boxes2))
     # Coordinates first, so that one operator takes both, or all corners, of all pairs.
     center1, size1, angle1 = boxes1.to(dtype).movedim(-1, 0).split([2, 2, 1])
     center2, size2, angle2 = boxes2.to(dtype).movedim(-1, 0).split([2, 2, 1])

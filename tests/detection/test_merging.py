@@ -126,7 +126,13 @@ class Detector(DetectionPredictor):
     """Detects with a camera in place of a model."""
 
     def __init__(self, camera):
-        self.predict_images = camera
+        self.camera = camera
+
+    def prepare(self, image):
+        return image
+
+    def predict(self, prepared):
+        return self.camera(prepared)
 
 
 def found_in_windows(boxes, labels, width, height, size, overlap, batch_size=3, least=3):

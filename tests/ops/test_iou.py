@@ -310,3 +310,11 @@ def test_broadcasts_to_all_pairs_and_accepts_no_boxes():
 def test_wrong_shape_is_named():
     with pytest.raises(ValueError, match=r"boxes2 must have 5 numbers.*\(3, 4\)"):
         rotated_iou(torch.rand(3, 5), torch.rand(3, 4))
+
+
+def test_leading_dimensions_of_any_number_broadcast():
+    torch.manual_seed(0)
+    one, many = torch.rand(5, dtype=torch.double), torch.rand(2, 3, 5, dtype=torch.double)
+    expected = rotated_iou(one.expand(2, 3, 5), many)
+    torch.testing.assert_close(rotated_iou(one, many), expected)
+    torch.testing.assert_close(rotated_iou(many, one), rotated_iou(many, one.expand(2, 3, 5)))
