@@ -245,7 +245,7 @@ def test_damaged_annotations_never_pass_silently(tmp_path_factory, data):
         data_prefix=dict(img=""),
         metainfo=dict(classes=CLASSES),
         pipeline=[
-            dict(type="mmdet.LoadImageFromFile"),
+            dict(type="LoadImageFromFile"),
             dict(type="mmdet.LoadAnnotations", with_bbox=True, with_mask=True),
         ],
     )

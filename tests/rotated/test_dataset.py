@@ -96,7 +96,7 @@ def test_suffix_and_unlabeled_images(root):
 
 def test_pipeline_makes_rotated_boxes(root):
     pipeline = [
-        dict(type="mmdet.LoadImageFromFile"),
+        dict(type="LoadImageFromFile"),
         dict(type="mmdet.LoadAnnotations", with_bbox=True, box_type="qbox"),
         dict(type="mmrotate.ConvertBoxType", box_type_mapping=dict(gt_bboxes="rbox")),
         dict(type="mmdet.PackDetInputs"),

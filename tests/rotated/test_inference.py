@@ -26,7 +26,7 @@ from mmeformer.rotated import detect_large_image, from_instances
 
 AREA = 30 * 12
 PIPELINE = [
-    dict(type="mmdet.LoadImageFromFile"),
+    dict(type="LoadImageFromFile"),
     dict(type="mmdet.LoadAnnotations", with_bbox=True, box_type="qbox"),
     dict(type="ConvertBoxType", box_type_mapping=dict(gt_bboxes="rbox")),
     dict(type="mmdet.PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape")),

@@ -22,7 +22,7 @@ from mmeformer.windows import FILL
 LABEL = "2 2 20 2 20 12 2 12 ship 0\n"
 RESIZE = dict(type="mmdet.Resize", scale=(128, 128), keep_ratio=True)
 PIPELINE = [
-    dict(type="mmdet.LoadImageFromFile"),
+    dict(type="LoadImageFromFile"),
     RESIZE,
     dict(type="mmdet.PackDetInputs", meta_keys=("img_shape", "ori_shape", "scale_factor")),
 ]
