@@ -47,4 +47,8 @@ def test_backbones(benchmark, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["training", "throughput", "detectors", "settings", "loop"])
 def test_other_parts(benchmark, tmp_path, monkeypatch, capsys, part):
-    run(benchmark, tmp_path, monkeypatch, capsys, part, "--tasks", "segmentation", "rotated")
+    tasks = ("--tasks", "segmentation", "rotated")
+    rows = run(benchmark, tmp_path, monkeypatch, capsys, part, *tasks)
+    if part == "detectors":
+        assert {row["work"] for row in rows} == {"segmentation", "rotated"}
+    assert any(row["ratio"] is not None for row in rows)

@@ -224,12 +224,15 @@ def test_a_forward_pass_never_waits_for_the_gpu():
         image = torch.randn(1, 3, 96, 128, device="cuda")
         for mode in (torch.no_grad, contextlib.nullcontext):
             with mode():
-                backbone(image)
-                torch.cuda.set_sync_debug_mode("error")
+                before = backbone(image)
+                torch.cuda.set_sync_debug_mode("error")  # a wait raises
                 try:
-                    backbone(image)
+                    levels = backbone(image)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
+                assert [relative(*pair) < 1e-5 for pair in zip(levels, before, strict=True)] == [
+                    True
+                ] * 4
 
 
 def test_weights_are_channels_last_on_the_gpu_only():

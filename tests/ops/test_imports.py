@@ -167,12 +167,12 @@ def test_choice_made_in_the_program(fake):
 def test_registering_again_leaves_one_finder(fake):
     code = """
         import sys, mmeformer.ops
-        before = list(map(type, sys.meta_path))
+        names = [type(finder).__name__ for finder in sys.meta_path]
         mmeformer.ops.register()
-        assert list(map(type, sys.meta_path)) == before
-        assert type(sys.meta_path[-1]).__name__ == "_Finder", "not the last"
+        again = [type(finder).__name__ for finder in sys.meta_path]
+        print(again == names, again.count("_Finder"), again[-1])
     """
-    run(fake(COMPILED), code)
+    assert run(fake(COMPILED), code).split() == ["True", "1", "_Finder"]
 
 
 # --- the start of Python --------------------------------------------------------------------------
@@ -218,20 +218,25 @@ def test_a_damaged_installation_is_named(tmp_path):
 AFTER = f"""
     import torch
     from mmcv.ops import nms
-    assert nms({NMS}, 0.5)[1].tolist() == [0]
+    print(nms({NMS}, 0.5)[1].tolist())
 """
 DETECTION = f"""
     import torch
     from mmdet.models.layers.bbox_nms import batched_nms
     boxes, kept = batched_nms({NMS}, torch.zeros(2), dict(type="nms", iou_threshold=0.5))
-    assert kept.tolist() == [0]
+    print(kept.tolist())
 """
 ROTATED = """
     import torch
     from mmrotate.structures.bbox.bbox_overlaps import rbbox_overlaps
     box = torch.tensor([[9.0, 9, 8, 4, 1]])
-    assert rbbox_overlaps(box, box).item() > 0.999
+    print([int(rbbox_overlaps(box, box).item() < 0.999)])
 """
+
+
+def right(printed: str) -> bool:
+    """Whether the last line of one of the programs above, after those of the libraries, is [0]."""
+    return printed.splitlines()[-1:] == ["[0]"]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +253,7 @@ ROTATED = """
 def test_orders_of_imports_in_an_installed_environment(first, then, packages, installed):
     for package in packages:
         pytest.importorskip(package)
-    run(installed, f"import {first}\n" + textwrap.dedent(then) + "\nimport mmeformer")
+    assert right(run(installed, f"import {first}\n" + textwrap.dedent(then) + "\nimport mmeformer"))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +263,7 @@ def test_orders_of_imports_in_an_installed_environment(first, then, packages, in
 def test_a_checkout_replaces_placeholders(first, then, checkout):
     for package in ("mmdet", "mmrotate"):
         pytest.importorskip(package)
-    run(checkout, f"import {first}\nimport mmeformer\n" + textwrap.dedent(then))
+    assert right(run(checkout, f"import {first}\nimport mmeformer\n" + textwrap.dedent(then)))
 
 
 @INSTALL
@@ -272,20 +277,24 @@ def test_only_placeholders_are_replaced(checkout):
         import mmeformer
         import mmcv.ops
         from mmdet.structures.bbox import bbox_overlaps
-        assert bbox_overlaps.__module__ == "mmdet.structures.bbox.bbox_overlaps"
-        assert mmdet.apis.inference.RoIPool is mmcv.ops.RoIPool
         structures = sys.modules["mmdet.structures.mask.structures"]
-        assert structures.roi_align is mmcv.ops.roi_align
+        found = [
+            bbox_overlaps.__module__ == "mmdet.structures.bbox.bbox_overlaps",
+            mmdet.apis.inference.RoIPool is mmcv.ops.RoIPool,
+            structures.roi_align is mmcv.ops.roi_align,
+        ]
+        left = []
         for name, module in list(sys.modules.items()):
             if name.partition(".")[0] in ("mmdet", "mmseg") and module is not None:
                 for key, value in vars(module).items():
                     known = getattr(mmcv.ops, key.lstrip("_"), None)
                     if known is not None and getattr(value, "__module__", "") == name:
                         text = inspect.getsource(value)
-                        assert "compiled with ops" not in text, (name, key)
-                        assert "is not available" not in text, (name, key)
+                        if "compiled with ops" in text or "is not available" in text:
+                            left.append((name, key))
+        print(found, left)
     """
-    run(checkout, code)
+    assert run(checkout, code).splitlines()[-1] == "[True, True, True] []"
 
 
 @INSTALL
@@ -310,14 +319,13 @@ def test_worker_processes(place, method, request):
             if {method!r} == "fork":
                 work(0)
             with multiprocessing.get_context({method!r}).Pool(1) as pool:
-                assert pool.map(work, [0]) == [[0]]
+                results = pool.map(work, [0])
+            print(results[0])
     """
     # A spawned worker runs a file again, not a command.
     (python.parent / "main.py").write_text(textwrap.dedent(code))
-    run(
-        python,
-        "import runpy, sys; sys.argv = ['main.py']; runpy.run_path('main.py', run_name='__main__')",
-    )
+    start = "import runpy, sys; sys.argv = ['main.py']; "
+    assert right(run(python, start + "runpy.run_path('main.py', run_name='__main__')"))
 
 
 @INSTALL
@@ -335,7 +343,8 @@ def test_processes_of_torchrun(installed):
         from torch.distributed.run import main
         main(["--standalone", "--nproc_per_node=2", "distributed.py"])
     """
-    assert run(installed, code).split().count("fine") == 2
+    printed = run(installed, code)
+    assert printed.count("fine") == printed.count("[0]") == 2
 
 
 # --- inferencers ----------------------------------------------------------------------------------
@@ -364,11 +373,12 @@ def test_init_detector_and_inferencer_of_mmdet(installed, tiny_configs):
         image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
         path = {str(tiny_configs["detection"])!r}
         model = init_detector(path, device="cpu")
-        assert len(inference_detector(model, image).pred_instances) > 0
+        found = len(inference_detector(model, image).pred_instances)
         result = DetInferencer(path, device="cpu", show_progress=False)(image)
-        assert len(result["predictions"][0]["labels"]) > 0
+        print(found, len(result["predictions"][0]["labels"]))
     """
-    run(installed, code)
+    counts = run(installed, code).splitlines()[-1].split()
+    assert len(counts) == 2 and all(int(count) > 0 for count in counts)
 
 
 # Of the other tasks tests/smoke.py has much of this.
@@ -383,9 +393,10 @@ def test_init_detector_on_a_rotated_model(installed, tiny_configs):
         model.test_cfg.score_thr = 0.0
         model.bbox_head.test_cfg.score_thr = 0.0
         result = inference_detector(model, image).pred_instances
-        assert len(result) > 0 and result.bboxes.shape[1] == 5
+        print(*result.bboxes.shape)
     """
-    run(installed, code)
+    count, numbers = run(installed, code).splitlines()[-1].split()
+    assert int(count) > 0 and numbers == "5"
 
 
 @INSTALL
@@ -396,6 +407,6 @@ def test_inferencer_of_mmseg(installed, tiny_configs):
         import numpy as np
         image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
         inferencer = MMSegInferencer({str(tiny_configs["segmentation"])!r}, device="cpu")
-        assert inferencer(image)["predictions"].shape == (64, 64)
+        print(inferencer(image)["predictions"].shape)
     """
-    run(installed, code)
+    assert run(installed, code).splitlines()[-1] == "(64, 64)"
