@@ -3,16 +3,11 @@
 
 import copy
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from launches import Launches
-from mmdet.structures import DetDataSample
-from mmdet.structures.mask import BitmapMasks
-from mmengine.structures import InstanceData, PixelData
-from mmrotate.structures.bbox import RotatedBoxes
-from mmseg.structures import SegDataSample
+from samples import random_sample
 
 from mmeformer import configs
 from mmeformer.deploy import models
@@ -44,41 +39,9 @@ def model(request):
     return built
 
 
-def sample(task, number):
-    """One image with objects."""
-    generator = torch.Generator().manual_seed(0)
-    unit = torch.rand(number, 5, generator=generator)
-    labels = torch.randint(0, 3, (number,), generator=generator)
-    meta = dict(
-        img_shape=(SIZE, SIZE),
-        pad_shape=(SIZE, SIZE),
-        ori_shape=(SIZE, SIZE),
-        batch_input_shape=(SIZE, SIZE),
-        scale_factor=(1.0, 1.0),
-    )
-    if task == "segmentation":
-        found = SegDataSample(metainfo=meta)
-        found.gt_sem_seg = PixelData(data=torch.randint(0, 4, (1, SIZE, SIZE)))
-        return found
-    found = DetDataSample(metainfo=meta)
-    start, size = unit[:, :2] * 60, unit[:, 2:4] * 60 + 5
-    if task == "rotated":
-        boxes = RotatedBoxes(torch.cat([start + 20, size, unit[:, 4:]], 1))
-        found.gt_instances = InstanceData(bboxes=boxes, labels=labels)
-    else:
-        boxes = torch.cat([start, start + size], 1)
-        masks = np.zeros((number, SIZE, SIZE), np.uint8)
-        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
-            mask[top:bottom, left:right] = 1
-        masks = BitmapMasks(masks, SIZE, SIZE)
-        found.gt_instances = InstanceData(bboxes=boxes, labels=labels, masks=masks)
-    found.ignored_instances = InstanceData(bboxes=boxes[:0], labels=labels[:0])
-    return found
-
-
 def step(model, images=2, objects=10) -> tuple[Launches, Launches]:
     """Forward and backward pass of neck, heads and losses, at a size that came before."""
-    samples = [sample(model.task, objects) for _ in range(images)]
+    samples = [random_sample(model.task, objects, SIZE) for _ in range(images)]
     inputs = torch.zeros(images, 3, SIZE, SIZE)
     model.loss(inputs, copy.deepcopy(samples))
     with Launches() as forward:

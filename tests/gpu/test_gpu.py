@@ -9,12 +9,8 @@ import pytest
 import tiny
 import torch
 from helpers import build_backbone
-from mmdet.structures import DetDataSample
-from mmdet.structures.mask import BitmapMasks
 from mmengine.optim import build_optim_wrapper
-from mmengine.structures import InstanceData, PixelData
-from mmrotate.structures.bbox import RotatedBoxes
-from mmseg.structures import SegDataSample
+from samples import random_sample
 from trained_like import trained_like
 
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
@@ -49,35 +45,6 @@ def tiny_backbone(family: str, **kwargs):
     return trained_like(kind(tiny.ARCH, drop_path_rate=0.0, bias_grid=4, **kwargs))
 
 
-def sample(task: str, seed: int):
-    """One image with five objects."""
-    generator = torch.Generator().manual_seed(seed)
-    meta = dict.fromkeys(("img_shape", "ori_shape", "pad_shape", "batch_input_shape"), (SIDE, SIDE))
-    meta["scale_factor"] = (1.0, 1.0)
-    if task == "segmentation":
-        found = SegDataSample(metainfo=meta)
-        data = torch.randint(0, 4, (1, SIDE, SIDE), generator=generator)
-        found.gt_sem_seg = PixelData(data=data)
-        return found
-    unit = torch.rand(5, 5, generator=generator)
-    start, size = unit[:, :2] * 60, unit[:, 2:4] * 50 + 10
-    labels = torch.randint(0, 3, (5,), generator=generator)
-    found = DetDataSample(metainfo=meta)
-    if task == "rotated":
-        boxes = RotatedBoxes(torch.cat([start + 25, size, unit[:, 4:]], 1))
-        found.gt_instances = InstanceData(bboxes=boxes, labels=labels)
-    else:
-        boxes = torch.cat([start, start + size], 1)
-        masks = np.zeros((5, SIDE, SIDE), np.uint8)
-        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
-            mask[top:bottom, left:right] = 1
-        found.gt_instances = InstanceData(
-            bboxes=boxes, labels=labels, masks=BitmapMasks(masks, SIDE, SIDE)
-        )
-    found.ignored_instances = InstanceData(bboxes=boxes[:0], labels=labels[:0])
-    return found
-
-
 def task_model(task: str, **settings):
     config = tiny.network(task)
     if task == "detection":
@@ -98,7 +65,7 @@ def batch(task: str) -> dict:
     ]
     return dict(
         inputs=[image.to(torch.uint8) for image in images],
-        data_samples=[sample(task, seed) for seed in range(2)],
+        data_samples=[random_sample(task, 5, SIDE, seed) for seed in range(2)],
     )
 
 
