@@ -207,7 +207,8 @@ def test_constraints_lie_in_the_ranges_of_the_package(python, metadata):
 
 def without_make() -> dict[str, str]:
     """The environment as if not below `make test`, which hands its own settings down."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    handed_down = re.compile("MAKE.*|MFLAGS|TESTS|JOBS|PYTHON")  # variables set on its command line
+    return {key: value for key, value in os.environ.items() if not handed_down.fullmatch(key)}
 
 
 def make(*arguments, cwd=ROOT):
