@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Head of the published classifiers: final norm, mean over the places, one or two classifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmpretrain.models.heads import ClsHead
+from torch import Tensor, nn
+
+from mmeformer.registry import MODELS
+
+NORMS: dict[str, type[nn.Module]] = {"v1": nn.LayerNorm, "v2": nn.BatchNorm2d}
+"""The final norm of each family: over the channels of every place, or over the batch."""
+
+
+@MODELS.register_module()
+class EfficientFormerHead(ClsHead):
+    """Final norm, mean over the places, and linear classifiers of the last stage's output.
+
+    The published models have two classifiers: in training ``fc`` learns the labels and ``fc_dist``
+    the answers of a teacher; at test time the mean of both logits counts. Without a teacher, both
+    learn the labels.
+
+    Sources: arXiv 2206.01191 and 2212.08059; repository snap-research/EfficientFormer, ``models/``
+    (``norm``, ``head``, ``dist_head``).
+
+    Args:
+        family: ``"v1"`` or ``"v2"``: that of the backbone.
+        in_channels: channels of the backbone's last stage.
+        num_classes: number of classes.
+        distillation: whether there is a second classifier, for distillation.
+        kwargs: of mmpretrain's ``ClsHead``, such as ``loss``.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        in_channels: int,
+        num_classes: int,
+        distillation: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if family not in NORMS:
+            raise ValueError(f"family must be one of {', '.join(NORMS)}, but is {family!r}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, but is {num_classes}")
+        self.family = family
+        self.num_classes = num_classes
+        self.norm = NORMS[family](in_channels)
+        self.fc = nn.Linear(in_channels, num_classes)
+        self.fc_dist = nn.Linear(in_channels, num_classes) if distillation else None
+
+    def init_weights(self) -> None:
+        """Initialize the classifiers as published (normal, std 0.02), then by ``init_cfg``."""
+        if not self.is_init:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                    nn.init.zeros_(module.bias)
+        super().init_weights()
+
+    def pre_logits(self, feats: Sequence[Tensor]) -> Tensor:
+        """Normalized mean of the last map: (B, C, H, W) -> (B, C)."""
+        x = feats[-1]
+        if self.family == "v1":
+            return self.norm(x.flatten(2).transpose(1, 2)).mean(1)
+        return self.norm(x).mean((2, 3))
+
+    def forward(self, feats: Sequence[Tensor]) -> Tensor:
+        """Logits (B, num_classes); with two classifiers, the mean of theirs."""
+        x = self.pre_logits(feats)
+        return self.fc(x) if self.fc_dist is None else (self.fc(x) + self.fc_dist(x)) / 2
+
+    def loss(self, feats: Sequence[Tensor], data_samples: Sequence[Any], **kwargs: Any) -> dict:
+        """Loss on the labels; with two classifiers, the mean of theirs.
+
+        Args:
+            feats: outputs of the backbone, of which the last one counts.
+            data_samples: with ``gt_label``, or ``gt_score`` of mixed images.
+            kwargs: of the loss module.
+
+        Returns:
+            ``loss``, or ``loss_cls`` and ``loss_dist``; and accuracies if ``cal_acc`` is set.
+        """
+        x = self.pre_logits(feats)
+        losses = self._get_loss(self.fc(x), data_samples, **kwargs)
+        if self.fc_dist is None:
+            return losses
+        second = self._get_loss(self.fc_dist(x), data_samples, **kwargs)
+        losses["loss_cls"] = losses.pop("loss") / 2
+        losses["loss_dist"] = second["loss"] / 2
+        return losses
