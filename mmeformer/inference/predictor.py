@@ -20,6 +20,7 @@ from torch import nn
 
 from mmeformer import configs, tasks
 from mmeformer.checkpoints import safe_load
+from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.deploy.fold import fold
 from mmeformer.images import PLAIN, Reading
@@ -319,6 +320,7 @@ class StrictInferencer(BaseInferencer):
         return pseudo_collate
 
     def _load_weights_to_model(self, model: nn.Module, checkpoint: dict, cfg) -> None:
+        use_published(model, checkpoint, self._weights)
         require_match(model, checkpoint, self._weights)
         meta = checkpoint.setdefault("meta", {})
         if "dataset_meta" not in meta and "CLASSES" not in meta:
