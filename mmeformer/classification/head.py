@@ -9,6 +9,7 @@ from typing import Any
 from mmpretrain.models.heads import ClsHead
 from torch import Tensor, nn
 
+from mmeformer.classification.distillation import KINDS, distillation_loss
 from mmeformer.registry import MODELS
 
 NORMS: dict[str, type[nn.Module]] = {"v1": nn.LayerNorm, "v2": nn.BatchNorm2d}
@@ -31,6 +32,10 @@ class EfficientFormerHead(ClsHead):
         in_channels: channels of the backbone's last stage.
         num_classes: number of classes.
         distillation: whether there is a second classifier, for distillation.
+        kind: ``"hard"`` or ``"soft"``; see
+            :func:`mmeformer.classification.distillation.distillation_loss`.
+        alpha: share of the teacher in the loss, 0 to 1.
+        temperature: of ``soft``.
         kwargs: of mmpretrain's ``ClsHead``, such as ``loss``.
 
     Raises:
@@ -43,6 +48,9 @@ class EfficientFormerHead(ClsHead):
         in_channels: int,
         num_classes: int,
         distillation: bool = True,
+        kind: str = "hard",
+        alpha: float = 0.5,
+        temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -50,6 +58,13 @@ class EfficientFormerHead(ClsHead):
             raise ValueError(f"family must be one of {', '.join(NORMS)}, but is {family!r}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, but is {num_classes}")
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, but is {kind!r}")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be at least 0 and at most 1, but is {alpha}")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, but is {temperature}")
+        self.kind, self.alpha, self.temperature = kind, alpha, temperature
         self.family = family
         self.num_classes = num_classes
         self.norm = NORMS[family](in_channels)
@@ -77,12 +92,20 @@ class EfficientFormerHead(ClsHead):
         x = self.pre_logits(feats)
         return self.fc(x) if self.fc_dist is None else (self.fc(x) + self.fc_dist(x)) / 2
 
-    def loss(self, feats: Sequence[Tensor], data_samples: Sequence[Any], **kwargs: Any) -> dict:
-        """Loss on the labels; with two classifiers, the mean of theirs.
+    def loss(
+        self,
+        feats: Sequence[Tensor],
+        data_samples: Sequence[Any],
+        teacher: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict:
+        """Loss on the labels, and on the answers of the teacher.
 
         Args:
             feats: outputs of the backbone, of which the last one counts.
             data_samples: with ``gt_label``, or ``gt_score`` of mixed images.
+            teacher: logits (B, num_classes) of the teacher, or None: then both classifiers learn
+                the labels, and the loss is the mean of theirs.
             kwargs: of the loss module.
 
         Returns:
@@ -92,7 +115,13 @@ class EfficientFormerHead(ClsHead):
         losses = self._get_loss(self.fc(x), data_samples, **kwargs)
         if self.fc_dist is None:
             return losses
-        second = self._get_loss(self.fc_dist(x), data_samples, **kwargs)
-        losses["loss_cls"] = losses.pop("loss") / 2
-        losses["loss_dist"] = second["loss"] / 2
+        student = self.fc_dist(x)
+        if teacher is None:
+            alpha = 0.5
+            second = self._get_loss(student, data_samples, **kwargs)["loss"]
+        else:
+            alpha = self.alpha
+            second = distillation_loss(student, teacher, self.kind, self.temperature)
+        losses["loss_cls"] = losses.pop("loss") * (1 - alpha)
+        losses["loss_dist"] = second * alpha
         return losses
