@@ -2,6 +2,16 @@
 """Image classification: additions to mmpretrain. Importing this package registers them."""
 
 from mmeformer.classification.classifier import Classifier
+from mmeformer.classification.datasets import ImageFolderDataset, ImageNetDataset
 from mmeformer.classification.head import EfficientFormerHead
+from mmeformer.classification.hooks import ClassNumCheckHook
+from mmeformer.classification.visualizer import ClassificationVisualizer
 
-__all__ = ["Classifier", "EfficientFormerHead"]
+__all__ = [
+    "ClassNumCheckHook",
+    "ClassificationVisualizer",
+    "Classifier",
+    "EfficientFormerHead",
+    "ImageFolderDataset",
+    "ImageNetDataset",
+]

@@ -80,6 +80,10 @@ class Predictor(ABC, Generic[Result]):
     writes_json: bool = True
     """Whether results go to a JSON file, as :meth:`entries` gives them."""
 
+    columns: tuple[str, ...] = ()
+    """Columns of the table that results go to as well, as :meth:`cells` gives them; none for tasks
+    without a table."""
+
     training_images: TrainingImages = TrainingImages(None)
     """Record of the images that the model was trained on."""
 
@@ -127,7 +131,7 @@ class Predictor(ABC, Generic[Result]):
             score_thr = SCORE_THR if score_thr is None else score_thr
             _set_score_thr(config.model, score_thr)
         elif score_thr is not None:
-            raise ValueError("a score threshold is for detection; every pixel has a class")
+            raise ValueError("a score threshold is for detection; these results have no boxes")
         if mask_format is not None and mask_format not in cls.mask_formats:
             if not cls.mask_formats:
                 raise ValueError(
@@ -293,6 +297,10 @@ class Predictor(ABC, Generic[Result]):
     def entries(self, result: Result) -> list[dict]:
         """A result as COCO annotations, without ``id`` and ``image_id``."""
         raise NotImplementedError(f"{type(self).__name__} writes no JSON")
+
+    def cells(self, result: Result) -> list[str]:
+        """A row of the table, one text for each of :attr:`columns`."""
+        raise NotImplementedError(f"{type(self).__name__} writes no table")
 
     def write_files(self, out: Path, name: str, result: Result) -> None:
         """Write the files that the task has per image, if any.
