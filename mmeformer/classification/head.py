@@ -80,17 +80,32 @@ class EfficientFormerHead(ClsHead):
                     nn.init.zeros_(module.bias)
         super().init_weights()
 
-    def pre_logits(self, feats: Sequence[Tensor]) -> Tensor:
-        """Normalized mean of the last map: (B, C, H, W) -> (B, C)."""
+    def normalize(self, feats: Sequence[Tensor]) -> Tensor:
+        """Normalized last map, with the channels last: (B, C, H, W) -> (B, H, W, C)."""
         x = feats[-1]
         if self.family == "v1":
-            return self.norm(x.flatten(2).transpose(1, 2)).mean(1)
-        return self.norm(x).mean((2, 3))
+            return self.norm(x.permute(0, 2, 3, 1))
+        return self.norm(x).permute(0, 2, 3, 1)
+
+    def pre_logits(self, feats: Sequence[Tensor]) -> Tensor:
+        """Normalized mean of the last map: (B, C, H, W) -> (B, C)."""
+        return self.normalize(feats).mean((1, 2))
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Logits (..., num_classes) of (..., C); with two classifiers, the mean of theirs."""
+        return self.fc(x) if self.fc_dist is None else (self.fc(x) + self.fc_dist(x)) / 2
 
     def forward(self, feats: Sequence[Tensor]) -> Tensor:
-        """Logits (B, num_classes); with two classifiers, the mean of theirs."""
-        x = self.pre_logits(feats)
-        return self.fc(x) if self.fc_dist is None else (self.fc(x) + self.fc_dist(x)) / 2
+        """Logits (B, num_classes)."""
+        return self.classify(self.pre_logits(feats))
+
+    def activation_map(self, feats: Sequence[Tensor]) -> Tensor:
+        """Logits of every place (B, num_classes, H, W), of which :meth:`forward` is the mean.
+
+        As the classifiers are linear, this is the class activation map itself, not an estimate.
+        Source: Zhou et al. (arXiv 1512.04150), section 2.
+        """
+        return self.classify(self.normalize(feats)).permute(0, 3, 1, 2)
 
     def loss(
         self,

@@ -189,7 +189,7 @@ class Predictor(ABC, Generic[Result]):
             ValueError: the model has no such class, or its results are no objects.
         """
         if not self.has_scores:
-            raise ValueError("a choice of classes is for detection; every pixel has a class")
+            raise ValueError("a choice of classes is for detection; these results have no boxes")
         if unknown := [name for name in classes if name not in self.classes]:
             raise ValueError(f"the model has no class {unknown}, only {list(self.classes)}")
         self.labels = [self.classes.index(name) for name in classes]
