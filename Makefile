@@ -17,7 +17,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-compiled repair quickstart quickstart-seg quickstart-rotated \
-	test test-all test-install smoke check format doctor lock clean
+	quickstart-cls test test-all test-install smoke check format doctor lock clean
 
 help: ## Show this list
 	@echo "mmeformer: the first of these commands to run also installs what is missing into .venv."
@@ -44,6 +44,9 @@ quickstart-seg: install ## The same for Semantic FPN
 
 quickstart-rotated: install ## The same for rotated boxes
 	@$(VENV) tools/quickstart.py rotated
+
+quickstart-cls: install ## The same for a classifier, on crops of ten photographs
+	@$(VENV) tools/quickstart.py classification
 
 # The selection of `make test`, by pytest's markers.
 TESTS ?= not slow and not install

@@ -40,6 +40,8 @@ BASE = [
 DETECTION = ["onedl-mmdetection>=3.5,<3.6"]
 SEGMENTATION = ["onedl-mmsegmentation>=1.4,<1.5"]
 ROTATED = [*DETECTION, "onedl-mmrotate>=1.2,<1.3", "shapely"]
+# scikit-image brings the photographs of the quickstart.
+CLASSIFICATION = ["onedl-mmpretrain>=1.3.6,<1.4", "scikit-image>=0.22"]
 DEPLOY = [
     "onnx",
     "onnxruntime>=1.15",
@@ -50,8 +52,9 @@ EXTRAS = {
     "detection": DETECTION,
     "segmentation": SEGMENTATION,
     "rotated": ROTATED,
+    "classification": CLASSIFICATION,
     "deploy": DEPLOY,
-    "all": list(dict.fromkeys(DETECTION + SEGMENTATION + ROTATED + DEPLOY)),
+    "all": list(dict.fromkeys(DETECTION + SEGMENTATION + ROTATED + CLASSIFICATION + DEPLOY)),
     "dev": [
         "hypothesis",
         "mypy",

@@ -30,6 +30,7 @@ RIVALS = {
     "mmdet": ("onedl-mmdetection", "mmdet"),
     "mmseg": ("onedl-mmsegmentation", "mmsegmentation"),
     "mmrotate": ("onedl-mmrotate", "mmrotate"),
+    "mmpretrain": ("onedl-mmpretrain", "mmpretrain"),
     "cv2": tuple(
         f"opencv-{kind}python{tail}" for kind in ("", "contrib-") for tail in ("", "-headless")
     ),
@@ -52,6 +53,7 @@ NEEDS = {
     "mmdet": ("operators",),
     "mmseg": ("operators",),
     "mmrotate": ("mmdet",),
+    "mmpretrain": ("operators",),
     "mmeformer": ("mmengine", "timm"),
 }
 # Modules that an import of the package alone leaves out, though every task needs them.

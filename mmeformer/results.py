@@ -51,6 +51,27 @@ class Pyramid:
 
 
 @dataclass(frozen=True, eq=False)
+class Classification:
+    """The class of a whole image.
+
+    Args:
+        scores: (C,) ``float32``, probability of every class.
+    """
+
+    scores: Array
+
+    @property
+    def label(self) -> int:
+        """Index of the most likely class."""
+        return int(self.scores.argmax())
+
+    def best(self, count: int) -> list[int]:
+        """Indices of the ``count`` most likely classes, the best first; all if there are fewer."""
+        order: list[int] = np.argsort(-self.scores, kind="stable")[:count].tolist()
+        return order
+
+
+@dataclass(frozen=True, eq=False)
 class Segmentation:
     """The class of every pixel.
 

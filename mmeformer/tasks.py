@@ -105,6 +105,21 @@ _ROWS = (
         quickstart="mmeformer.rotated.quickstart:QUICKSTART",
         datasets=("mmeformer.DOTADataset",),
     ),
+    Task(
+        name="classification",
+        scope="mmpretrain",
+        libraries=("mmpretrain",),
+        predictor="mmeformer.classification.predictor:ClassificationPredictor",
+        outputs="predictions.json and predictions.csv (the best five classes of every image)",
+        export=Export(
+            graph="mmeformer.classification.graph:ClassificationGraph",
+            coreml_graph="mmeformer.classification.graph:ClassificationGraph",
+            decoder="mmeformer.runtime.decoders:decode_classification",
+            stretches=True,
+        ),
+        quickstart="mmeformer.classification.quickstart:QUICKSTART",
+        datasets=("mmeformer.ImageFolderDataset", "mmeformer.ImageNetDataset"),
+    ),
 )
 
 TASKS: dict[str, Task] = {row.name: row for row in _ROWS}

@@ -31,6 +31,7 @@ HEALTHY = Facts(
         "onedl-mmdetection": "3.5.1",
         "onedl-mmsegmentation": "1.4.2",
         "onedl-mmrotate": "1.2.1",
+        "onedl-mmpretrain": "1.3.6",
     },
     requirements={
         "mmeformer": (
@@ -148,12 +149,13 @@ def test_families_over_each_other(rival, module):
 def test_openmmlab_alone_is_fine():
     ours = ["onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation"]
     facts = changed(
-        remove=[*ours, "onedl-mmrotate"],
+        remove=[*ours, "onedl-mmrotate", "onedl-mmpretrain"],
         mmengine="0.10.7",
         mmcv="2.1.0",
         mmdet="3.3.0",
         mmsegmentation="1.2.2",
         mmrotate="1.0.0rc1",
+        mmpretrain="1.2.0",
     )
     assert doctor.diagnose(facts) == []
 

@@ -10,7 +10,7 @@ import inspect
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mmeformer"
-LIBRARIES = ("mmengine", "mmcv", "mmdet", "mmseg", "mmrotate")
+LIBRARIES = ("mmengine", "mmcv", "mmdet", "mmseg", "mmrotate", "mmpretrain")
 # Arguments by keyword that our subclasses and calls rely on beyond the names themselves.
 ARGUMENTS = {
     "mmengine.runner.load_checkpoint": ["model", "filename", "map_location"],

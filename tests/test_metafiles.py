@@ -9,7 +9,7 @@ import yaml
 from mmeformer.paths import config_dir
 from mmeformer.variants import VARIANTS
 
-TASKS = ("detection", "segmentation", "rotated")
+TASKS = ("detection", "segmentation", "rotated", "classification")
 
 
 def test_index_lists_every_task():

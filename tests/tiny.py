@@ -13,6 +13,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -161,6 +162,43 @@ def rotated(folder: Path, iterations: int = ITERATIONS) -> Config:
 TASKS = {"detection": detection, "segmentation": segmentation, "rotated": rotated}
 
 
+ANIMALS = {"cat": (40, 60, 200), "dog": (60, 170, 60), "fox": (200, 80, 40), "owl": (150, 150, 150)}
+"""Classes of pictures, and their mean color (blue, green, red)."""
+
+
+def class_folders(root: Path, train: int = 16, val: int = 8, size: int = 64) -> Path:
+    """Noise in the color of its class: ``train/`` and ``val/`` with one folder per class."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for index in range(count):
+            name = list(ANIMALS)[index % len(ANIMALS)]
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            image = rng.normal(ANIMALS[name], 30, (size, size, 3)).clip(0, 255).astype(np.uint8)
+            cv2.imwrite(str(root / split / name / f"{index:03d}.png"), image)
+    return root
+
+
+def classifier(root: Path) -> Config:
+    """A classifier of pictures in folders of :func:`class_folders`, trained for two epochs.
+
+    Not among :data:`TASKS`, as its library, mmpretrain, is imported by its own tests only.
+    """
+    config = configs.load_config("classification/efficientformerv2-s0_quickstart.py")
+    model = config.model
+    model.backbone.update(arch=ARCH)
+    model.head.update(in_channels=ARCH["widths"][3], num_classes=len(ANIMALS))
+    model.head.loss.num_classes = model.data_preprocessor.num_classes = len(ANIMALS)
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.dataset.update(data_root=str(root), metainfo=dict(classes=tuple(ANIMALS)))
+        loader.update(batch_size=4, num_workers=0, persistent_workers=False)
+    config.train_cfg.update(max_epochs=2, val_interval=2)
+    for schedule, (begin, end) in zip(config.param_scheduler, ((0, 1), (1, 2)), strict=True):
+        schedule.update(begin=begin, end=end)
+    config.default_hooks.checkpoint.update(interval=2)
+    config.default_hooks.logger.update(interval=1)
+    return config
+
+
 # --- trained models and their exports ------------------------------------------------------------
 
 
@@ -182,7 +220,7 @@ def save_trained(config: Config, folder: Path, seed: int = 0) -> str:
     model = trained_like(models.build_model(copy.deepcopy(config)), seed)
     with torch.no_grad():
         for name, module in model.named_modules():
-            outputs = ("rpn_cls", "rpn_reg", "fc_cls", "fc_reg", "gfl_cls", "gfl_reg")
+            outputs = ("rpn_cls", "rpn_reg", "fc_cls", "fc_reg", "gfl_cls", "gfl_reg", "fc")
             if name.rpartition(".")[2] in (*outputs, "conv_logits", "conv_seg"):
                 nn.init.normal_(module.weight, std=1.5 * module.weight[0].numel() ** -0.5)
     path = folder / "trained.pth"

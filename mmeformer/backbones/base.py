@@ -40,6 +40,10 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [[next(rates) for _ in range(depth)] for depth in depths]
 
 
+PRETRAINED = "mmeformer.Pretrained"
+"""Type of the initializer that loads a checkpoint completely or raises."""
+
+
 def strict_pretrained(init_cfg: InitConfig) -> list[dict[str, Any]]:
     """Copy ``init_cfg`` with every ``Pretrained`` made ``mmeformer.Pretrained`` and put last.
 
@@ -49,7 +53,7 @@ def strict_pretrained(init_cfg: InitConfig) -> list[dict[str, Any]]:
     pretrained, others = [], []
     for entry in entries:
         if entry["type"] in ("Pretrained", PretrainedInit):
-            pretrained.append({**entry, "type": "mmeformer.Pretrained"})
+            pretrained.append({**entry, "type": PRETRAINED})
         else:
             others.append(dict(entry))
     return [*others, *pretrained]

@@ -134,8 +134,8 @@ class EfficientFormer(PyramidBackbone):
     """EfficientFormer V1 with pyramid outputs.
 
     Source: arXiv 2206.01191; repository snap-research/EfficientFormer, ``detection/backbone.py``.
-    Every output level has a GroupNorm of one group, as in the reference downstream; ImageNet
-    checkpoints do not have these norms.
+    Every output level has a GroupNorm of one group, as in the reference downstream (not with
+    ``pyramid_norms=False``); ImageNet checkpoints do not have these norms.
 
     Args:
         arch: ``"l1"``, ``"l3"`` or ``"l7"``, or a dict with the fields of
@@ -152,6 +152,7 @@ class EfficientFormer(PyramidBackbone):
             tables at stride 32; 7 as pretrained at 224 px. 25 suits 800 px inputs.
         bias_resize: ``"displacement"``, or ``"matrix"`` for checkpoints trained downstream by the
             reference; see :class:`mmeformer.layers.attention_bias.AttentionBias`.
+        pyramid_norms: whether the outputs are normalized. Classifiers have no such norms.
         init_cfg: mmengine's initialization config.
 
     Raises:
@@ -161,9 +162,11 @@ class EfficientFormer(PyramidBackbone):
     family = "v1"
     stem_act = nn.ReLU
 
-    def __init__(self, arch: str | Mapping[str, Any] = "l1", **kwargs: Any) -> None:
+    def __init__(
+        self, arch: str | Mapping[str, Any] = "l1", pyramid_norms: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(arch, **kwargs)
-        for index in self.out_indices:
+        for index in self.out_indices if pyramid_norms else ():
             self.norms[str(index)] = nn.GroupNorm(1, self.architecture.widths[index])
 
     def build_stage(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,8 +15,15 @@ import torch
 from torch import Tensor
 
 from mmeformer.checkpoints import safe_load
+from mmeformer.checkpoints.classifier import (
+    check_head,
+    classifier_state,
+    count_as_head,
+    head_names,
+    head_tensors,
+)
 from mmeformer.checkpoints.formats import (
-    HEADS,
+    HUGGINGFACE,
     MMPRETRAIN,
     MMPRETRAIN_DOWNSTREAM,
     NATIVE,
@@ -46,13 +52,15 @@ from mmeformer.files import replacing
 from mmeformer.variants import Variant
 from mmeformer.version import __version__
 
-TARGETS = ("native", "reference", "timm", "mmpretrain")
+TARGETS = ("native", "reference", "timm", "huggingface", "mmpretrain")
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
-NO_HEADS = "the classifier's heads and final norm are not part of a backbone and are left out"
+NO_HEADS = "the file holds no classifier: the model to load into keeps its final norm and heads"
 NO_NORMS = (
     "an ImageNet checkpoint has no pyramid norms: they keep their initial values in every model "
     "that loads it"
 )
+CLASSIFIERS_ONLY = (TIMM, HUGGINGFACE)
+"""Formats without detectors and segmentors."""
 REFERENCE_RESIZES = (
     "the reference resizes the bias matrix at run time: scores carry over only from models with "
     "bias_resize='matrix'"
@@ -70,15 +78,16 @@ def convert(
 ) -> Report:
     """Convert a checkpoint file.
 
-    Whole models of the reference (mmdet 2.x, mmseg 0.x) are converted to whole models of ours and
-    back; the names of necks and heads are the same in mmdet 3.x and mmseg 1.x. For timm's format,
-    only the backbone of a whole model is written.
+    A whole classifier becomes a whole classifier of the other format. Whole models of the reference
+    (mmdet 2.x, mmseg 0.x) are converted to whole models of ours and back; the names of necks and
+    heads are the same in mmdet 3.x and mmseg 1.x. For formats without such models, only their
+    backbone is written.
 
     Args:
         source: as in :func:`mmeformer.checkpoints.load.load_pretrained`.
         target: file to write: ``.pth``, ``.pt`` or ``.bin`` (tensors and metadata), or
             ``.safetensors`` (tensors, metadata as text).
-        to: ``"native"``, ``"reference"``, ``"timm"`` or ``"mmpretrain"`` (V1 only).
+        to: one of :data:`TARGETS`; ``"huggingface"`` and ``"mmpretrain"`` have V1 only.
         force: overwrite ``target`` if it exists.
         prefix: start of the backbone's names in the source; None finds it.
         key: entry of the source that holds the tensors; None finds it.
@@ -125,7 +134,12 @@ def convert_content(
             "published variants can be converted"
         )
     variant = held.variant
+    form = _target_format(to, parsed)
+    if variant.family not in form.families:
+        raise CheckpointError(f"{source} holds {variant.name}, which {form.title} does not have")
+    head = head_tensors(parsed)
     found = _to_native(parsed, variant, source)
+    check_head(head, variant, source)
     check_values(
         {parsed.prefix + found.origin[name]: tensor for name, tensor in found.tensors.items()},
         source,
@@ -135,16 +149,6 @@ def convert_content(
         {name: value for name, value in parsed.other_tensors.items() if value.is_floating_point()},
         source,
     )
-    heads = [
-        name
-        for name in parsed.other_tensors
-        if parsed.format.heads and re.fullmatch(parsed.format.heads, name)
-    ]
-    for name in heads:
-        del parsed.other_tensors[name]
-    form = _target_format(to, parsed)
-    if variant.family not in form.families:
-        raise CheckpointError(f"{source} holds {variant.name}, which {form.title} does not have")
     report = Report(
         title=f"converted to {to}",
         source=source,
@@ -154,11 +158,13 @@ def convert_content(
     )
     for rule, names in found.dropped.items():
         report.drop(rule, [parsed.prefix + name for name in names])
-    report.drop(HEADS, heads)
     state, no_place = from_native(found.tensors, form, variant.family, variant.architecture)
     for rule, names in no_place.items():
         report.drop(rule, names)
-    if parsed.other_tensors and form is TIMM:
+    if head:
+        count_as_head(report, head_names(parsed))
+        state = classifier_state(state, head, form)
+    elif parsed.other_tensors and form in CLASSIFIERS_ONLY:
         report.drop(parsed.other_parts(), parsed.other_tensors)
     elif parsed.other_tensors:
         state = {f"{BACKBONE}{name}": tensor for name, tensor in state.items()}
@@ -198,14 +204,15 @@ def _to_native(parsed: ParsedCheckpoint, variant: Variant, source: str) -> Trans
 
 
 def _target_format(to: str, parsed: ParsedCheckpoint) -> Format:
+    downstream = bool(parsed.other_tensors) and not head_names(parsed)
     if to == "mmpretrain":
-        downstream = bool(parsed.other_tensors) or parsed.format is MMPRETRAIN_DOWNSTREAM
+        downstream |= parsed.format is MMPRETRAIN_DOWNSTREAM
         return MMPRETRAIN_DOWNSTREAM if downstream else MMPRETRAIN
     if to == "reference":
         # The reference's detectors and segmentors store their trained tables under another name.
-        downstream = bool(parsed.other_tensors) or parsed.format is REFERENCE_DOWNSTREAM
+        downstream |= parsed.format is REFERENCE_DOWNSTREAM
         return REFERENCE_DOWNSTREAM if downstream else REFERENCE
-    return {"native": NATIVE, "timm": TIMM}[to]
+    return {"native": NATIVE, "timm": TIMM, "huggingface": HUGGINGFACE}[to]
 
 
 def find_bias_grid(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -233,15 +240,16 @@ def _add_advice(
         )
     if target_format is REFERENCE_DOWNSTREAM and source_format is NATIVE:
         report.warnings.append(REFERENCE_RESIZES)
-    if target_format in (REFERENCE, TIMM, MMPRETRAIN):
-        report.notes.append(NO_HEADS)
+    if target_format in (REFERENCE, TIMM, HUGGINGFACE, MMPRETRAIN):
+        if not report.head:
+            report.notes.append(NO_HEADS)
         if grid != (7, 7):
             report.warnings.append(
                 f"the bias tables have the grid {grid}, but those of a model at 224 px are 7 x 7: "
                 f"the model to load into must be made for {32 * grid[0]} x {32 * grid[1]} px"
             )
     has_norms = any(name.startswith("norms.") for name in tensors)
-    if target_format is NATIVE and variant.family == "v1" and not has_norms:
+    if target_format is NATIVE and variant.family == "v1" and not (has_norms or report.head):
         report.notes.append(NO_NORMS)
 
 

@@ -9,8 +9,8 @@ works with any format: a new format is a new file and an entry here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
@@ -41,7 +41,9 @@ class Format:
         families: the families that it exists for.
         pyramid_norms: whether it has V1's norms of the pyramid levels.
         drops: (pattern of its names, rule) of tensors that are not part of a backbone.
-        heads: pattern of the names of classifier heads outside the backbone, under no prefix.
+        classifier: module of our classifier's head (final norm ``norm``, linear layers ``fc`` and
+            ``fc_dist``) -> its name in a whole classifier; empty if the format has none.
+        prefix: start of the backbone's names in a whole classifier.
     """
 
     title: str
@@ -50,7 +52,8 @@ class Format:
     families: tuple[str, ...] = ("v1", "v2")
     pyramid_norms: bool = False
     drops: tuple[tuple[str, str], ...] = ()
-    heads: str | None = None
+    classifier: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
 
     def holds(self, name: str) -> bool:
         """Whether our tensor ``name`` has a place in this format."""
@@ -72,7 +75,14 @@ def _same_layout(name: str, tensor: Tensor, family: str) -> Tensor:
     return tensor
 
 
-NATIVE = Format("mmeformer", _same_name, _same_layout, pyramid_norms=True)
+NATIVE = Format(
+    "mmeformer",
+    _same_name,
+    _same_layout,
+    pyramid_norms=True,
+    classifier={"norm": "head.norm", "fc": "head.fc", "fc_dist": "head.fc_dist"},
+    prefix="backbone.",
+)
 REFERENCE = Format(
     "reference implementation, classification",
     partial(reference_name, downstream=False),
@@ -82,6 +92,7 @@ REFERENCE = Format(
         (rf"norm\.{_NORM_LEAVES}", FINAL_NORM),
         (r".+\.attention_bias_idxs", INDICES),
     ),
+    classifier={"norm": "norm", "fc": "head", "fc_dist": "dist_head"},
 )
 REFERENCE_DOWNSTREAM = Format(
     "reference implementation, detection or segmentation",
@@ -102,6 +113,7 @@ TIMM = Format(
         (rf"norm\.{_NORM_LEAVES}", FINAL_NORM),
         (r".+\.attention_bias_idxs", INDICES),
     ),
+    classifier={"norm": "norm", "fc": "head", "fc_dist": "head_dist"},
 )
 HUGGINGFACE = Format(
     "Hugging Face transformers",
@@ -113,15 +125,20 @@ HUGGINGFACE = Format(
         (rf"efficientformer\.layernorm\.{_NORM_LEAVES}", FINAL_NORM),
         (r".+\.attention_bias_idxs", INDICES),
     ),
+    classifier={
+        "norm": "efficientformer.layernorm",
+        "fc": "classifier",
+        "fc_dist": "distillation_classifier",
+    },
 )
-
 MMPRETRAIN = Format(
     "mmpretrain, classification",
     mmpretrain_name,
     mmpretrain_layout,
     families=("v1",),
     drops=((rf"norm3\.{_NORM_LEAVES}", FINAL_NORM), (r".+\.attention_bias_idxs", INDICES)),
-    heads=r"head\.(dist_)?head\.(weight|bias)",
+    classifier={"norm": "backbone.norm3", "fc": "head.head", "fc_dist": "head.dist_head"},
+    prefix="backbone.",
 )
 MMPRETRAIN_DOWNSTREAM = Format(
     "mmpretrain, backbone of a detector or segmentor",

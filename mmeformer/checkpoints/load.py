@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a checkpoint of any published format into a backbone, completely or with an error."""
+"""Load a checkpoint of any published format into a backbone or a classifier, or raise."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from mmeformer.backbones.base import PyramidBackbone
 from mmeformer.checkpoints import safe_load
-from mmeformer.checkpoints.formats import REFERENCE_DOWNSTREAM
+from mmeformer.checkpoints.classifier import count_as_head, head_names, head_tensors
+from mmeformer.checkpoints.formats import NATIVE, REFERENCE_DOWNSTREAM
 from mmeformer.checkpoints.parse import ParsedCheckpoint, check_values, parse_checkpoint
 from mmeformer.checkpoints.report import NEW_COUNTERS, NEW_NORMS, Report
 from mmeformer.checkpoints.safe_load import MapLocation
@@ -43,7 +45,8 @@ LISTED = 20
 class Pretrained:
     """Initializer ``mmeformer.Pretrained``: loads a checkpoint of any published format.
 
-    Our backbones use it for every ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
+    Our backbones and classifiers use it for every
+    ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
 
     Args:
         checkpoint: local path, URL, or ``timm://efficientformerv2_s0.snap_dist_in1k``.
@@ -95,10 +98,11 @@ def load_pretrained(
     key: str | None = None,
     ema: bool = False,
 ) -> Report:
-    """Load a checkpoint into a backbone and log one block that accounts for every tensor.
+    """Load a checkpoint and log one block that accounts for every tensor.
 
     Args:
-        backbone: an ``EfficientFormer`` or ``EfficientFormerV2``.
+        backbone: an ``EfficientFormer`` or ``EfficientFormerV2``, or a whole classifier, which
+            takes the final norm and the linear layers of its head too.
         checkpoint: local path (``.pth``, ``.bin``, ``.safetensors``), URL, or
             ``timm://<model>.<tag>``.
         prefix: start of the backbone's names in the file, such as ``"backbone."``; None finds it.
@@ -113,16 +117,112 @@ def load_pretrained(
             unknown; the backbone is then unchanged.
         TypeError: ``backbone`` is not one of ours.
     """
-    if not isinstance(backbone, PyramidBackbone):
+    if not (isinstance(backbone, PyramidBackbone) or is_classifier(backbone)):
         raise TypeError(
             f"{type(backbone).__name__} is neither an EfficientFormer nor an EfficientFormerV2: "
             "use mmengine's load_checkpoint"
         )
     content = safe_load.load(checkpoint, map_location)
-    report = load_content(backbone, content, str(checkpoint), prefix, allow_partial, key, ema)
+    if isinstance(backbone, PyramidBackbone):
+        report = load_content(backbone, content, str(checkpoint), prefix, allow_partial, key, ema)
+    else:
+        report = load_classifier(
+            backbone, content, str(checkpoint), prefix, allow_partial, key, ema
+        )
+    _log(report)
+    return report
+
+
+def _log(report: Report) -> None:
     level = logging.WARNING if report.needs_attention else logging.INFO
     print_log(str(report), logger="current", level=level)
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model has one of our backbones and the head of the published classifiers."""
+    parts = getattr(model, "backbone", None), getattr(model, "head", None)
+    return isinstance(parts[0], PyramidBackbone) and all(
+        isinstance(getattr(parts[1], name, None), nn.Module) for name in ("norm", "fc")
+    )
+
+
+def load_classifier(
+    model: Any,
+    content: Mapping[str, object],
+    source: str,
+    prefix: str | None = None,
+    allow_partial: bool = False,
+    key: str | None = None,
+    ema: bool = False,
+) -> Report:
+    """Load a checkpoint that was already read into a whole classifier; logs nothing.
+
+    Args:
+        model: with our backbone and head, see :func:`is_classifier`.
+        content: the file's dict, in any format.
+        source: the file, for messages.
+        prefix, key, ema: as in :func:`load_pretrained`.
+        allow_partial: the same, for the backbone; the head must fit.
+
+    Raises:
+        CheckpointError: a tensor is missing, has the wrong shape or is unknown; the model is then
+            unchanged.
+    """
+    parsed = parse_checkpoint(content, source, prefix, key, ema)
+    names, tensors = head_names(parsed), head_tensors(parsed)
+    if not tensors:
+        raise CheckpointError(
+            f"{source} is not a whole classifier: its backbone alone can be loaded by "
+            "model.backbone.init_cfg"
+        )
+    ours = {name: tuple(tensor.shape) for name, tensor in model.head.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    optional = {"norm.num_batches_tracked"}
+    if wrong := [
+        f"{name} {theirs.get(name, 'missing')} where the model has {ours.get(name, 'nothing')}"
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name) and name not in optional
+    ]:
+        raise CheckpointError(
+            f"{source} does not fit the head of the model: {'; '.join(wrong)}. Set "
+            "model.head.num_classes and model.head.distillation (two linear layers) to those of "
+            "the file, or load the backbone alone by model.backbone.init_cfg"
+        )
+    check_values({names[name]: tensor for name, tensor in tensors.items()}, source)
+    report = load_content(model.backbone, content, source, prefix, allow_partial, key, ema)
+    model.head.load_state_dict({**model.head.state_dict(), **tensors}, strict=True)
+    count_as_head(report, names)
     return report
+
+
+def use_published(model: Any, content: MutableMapping[str, Any], source: str) -> None:
+    """Make a checkpoint of a foreign format one of this model, in place, if both are classifiers.
+
+    Whoever reads checkpoints of whole models calls this first, so that published classifiers can
+    be evaluated and used as they are. Everything else stays as it is. The report is logged.
+
+    Args:
+        model: may be wrapped (DDP).
+        content: the file's dict.
+        source: the file, for messages.
+
+    Raises:
+        CheckpointError: it is a classifier, but not one that this model can load.
+    """
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    if not is_classifier(model):
+        return
+    try:
+        parsed = parse_checkpoint(content, source)
+    except CheckpointError:
+        return  # the comparison with the model that follows says what is wrong
+    if parsed.format is NATIVE or not head_names(parsed):
+        return
+    _log(load_classifier(model, content, source))
+    meta = content.get("meta")
+    content.clear()
+    content.update(state_dict=model.state_dict(), meta=meta if isinstance(meta, dict) else {})
 
 
 def load_content(

@@ -27,7 +27,8 @@ class Report:
         source: the file or URL.
         format: title of the format found.
         variant: name of the published variant found, or None.
-        loaded: our names of the tensors that were loaded or converted.
+        loaded: our names of the backbone's tensors that were loaded or converted.
+        head: the same of a classifier's head; empty if only a backbone is wanted.
         dropped: rule -> names in the file of tensors that are left out.
         new: reason -> our names of tensors that the file does not hold.
         resized: (our name, grid of the file, grid of the model) of every bias table resized.
@@ -42,6 +43,7 @@ class Report:
     format: str = ""
     variant: str | None = None
     loaded: list[str] = field(default_factory=list)
+    head: list[str] = field(default_factory=list)
     dropped: dict[str, list[str]] = field(default_factory=dict)
     new: dict[str, list[str]] = field(default_factory=dict)
     resized: list[tuple[str, tuple[int, int], tuple[int, int]]] = field(default_factory=list)
@@ -64,6 +66,8 @@ class Report:
         if self.variant:
             rows.append(("variant", None, self.variant))
         rows.append(("loaded", len(self.loaded), "tensors of the backbone"))
+        if self.head:
+            rows.append(("loaded", len(self.head), f"of the head: {shorten(self.head)}"))
         for rule, names in self.dropped.items():
             rows.append(("dropped", len(names), f"{rule}: {shorten(names)}"))
         for reason, names in self.new.items():

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmeformer.errors import UserError
 from mmeformer.rotated_boxes import rotated_iou
-from mmeformer.runtime import Pyramid, Segmentation
+from mmeformer.runtime import Classification, Pyramid, Segmentation
 
 RAW_TOLERANCE = 1e-4
 """Largest allowed difference of a raw tensor, as a share of its largest value."""
@@ -98,6 +98,20 @@ def compare_pyramids(pairs: Sequence[tuple[Pyramid, Pyramid]], comparison: Compa
     )
     line = f"feature maps differ by {worst:.1e} of their largest value"
     comparison.add(line, worst <= RAW_TOLERANCE)
+
+
+def compare_scores(
+    pairs: Sequence[tuple[Classification, Classification]], comparison: Comparison
+) -> None:
+    """Compare the probabilities of all classes, and the best class."""
+    worst = max(float(np.abs(ours.scores - expected.scores).max()) for expected, ours in pairs)
+    comparison.add(f"probabilities within {worst:.1e}", worst <= MATCH_SCORE)
+    # Two classes can have the same probability up to rounding.
+    differ = sum(
+        expected.scores[ours.label] < expected.scores.max() - MATCH_SCORE
+        for expected, ours in pairs
+    )
+    comparison.add(f"{differ} of {len(pairs)} images have another class", differ == 0)
 
 
 def compare_labels(

@@ -8,7 +8,7 @@ follows, or one that leaves the input of the network as it is. Anything else is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,7 +50,16 @@ _STEPS: dict[str, _Accepted] = {
         interpolation=("bilinear",),
     ),
     "ResizeToMultiple": dict(size_divisor=_ANY, interpolation=("bilinear", None)),
+    "ResizeEdge": dict(
+        scale=_ANY, edge=("short",), backend=("pillow",), interpolation=("bicubic",)
+    ),
+    "CenterCrop": dict(crop_size=_ANY, auto_pad=(False,), pad_cfg=_ANY, clip_object_border=_ANY),
 }
+_DEFAULTS: dict[str, Mapping[str, Any]] = {
+    "ResizeEdge": dict(edge="short", backend="cv2", interpolation="bilinear"),
+}
+"""Arguments that a step takes if the config does not give them, and that are not accepted so."""
+
 _PREPROCESSORS: dict[str, _Accepted] = {
     "DetDataPreprocessor": dict(
         mean=_ANY,
@@ -81,6 +90,17 @@ _PREPROCESSORS: dict[str, _Accepted] = {
         seg_pad_val=_ANY,
         batch_augments=_ANY,
     ),
+    "ClsDataPreprocessor": dict(
+        mean=_ANY,
+        std=_ANY,
+        to_rgb=_ANY,
+        pad_size_divisor=(1,),
+        pad_value=_ANY,
+        # Of the labels, or of training.
+        to_onehot=_ANY,
+        num_classes=_ANY,
+        batch_augments=_ANY,
+    ),
 }
 
 
@@ -106,14 +126,7 @@ def pipeline_settings(config: Config) -> dict[str, Any]:
         ValueError: a step, or one of its arguments, is none that the runtime follows.
     """
     settings: dict[str, Any] = {}
-    for step in input_steps(config):
-        name = _name(step)
-        if name.startswith("Pack"):
-            continue
-        if name in _STEPS:
-            _require_accepted(step, _STEPS[name], f"step {name} of the test pipeline")
-        if name == "LoadImageFromFile":
-            continue
+    for name, step in _pixel_steps(config):
         if name == "Resize" and not settings and "scale" in step:
             scale = step["scale"]
             settings["scale"] = (scale, scale) if isinstance(scale, int) else tuple(scale)
@@ -126,6 +139,41 @@ def pipeline_settings(config: Config) -> dict[str, Any]:
                 "LoadImageFromFile, one Resize with a scale, then one ResizeToMultiple"
             )
     return settings
+
+
+def crop_settings(config: Config) -> dict[str, Any]:
+    """Fields of :class:`Metadata` from a classifier's test pipeline: ``shorter_side``, ``crop``.
+
+    Raises:
+        ValueError: a step, or one of its arguments, is none that the runtime follows; or the crop
+            is larger than the image.
+    """
+    steps = list(_pixel_steps(config))
+    names = [name for name, _ in steps]
+    if names != ["ResizeEdge", "CenterCrop"]:
+        raise ValueError(
+            f"the test pipeline has the steps {', '.join(names) or 'of no crop'}, but the runtime "
+            "only LoadImageFromFile, ResizeEdge, CenterCrop: change the pipeline"
+        )
+    side, crop = steps[0][1]["scale"], steps[1][1]["crop_size"]
+    crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
+    if max(crop) > side:
+        raise ValueError(
+            f"the test pipeline cuts {crop} from images of which the shorter side is {side}: make "
+            "the crop no larger than ResizeEdge.scale"
+        )
+    return dict(shorter_side=side, crop=crop)
+
+
+def _pixel_steps(config: Config) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Names and settings of the steps that change pixels."""
+    for step in input_steps(config):
+        name = _name(step)
+        if name in _STEPS:
+            given = {**_DEFAULTS.get(name, {}), **step}
+            _require_accepted(given, _STEPS[name], f"step {name} of the test pipeline")
+        if name != "LoadImageFromFile" and not name.startswith("Pack"):
+            yield name, step
 
 
 def preprocessor_settings(config: Config, task: str) -> dict[str, Any]:
@@ -142,7 +190,7 @@ def preprocessor_settings(config: Config, task: str) -> dict[str, Any]:
     if task != BACKBONE and name not in _PREPROCESSORS:
         raise ValueError(
             f"model.data_preprocessor is {name}, but the runtime follows only "
-            f"{' and '.join(_PREPROCESSORS)}"
+            f"{', '.join(_PREPROCESSORS)}"
         )
     if task != BACKBONE:
         _require_accepted(preprocessor, _PREPROCESSORS[name], "model.data_preprocessor")
@@ -151,7 +199,7 @@ def preprocessor_settings(config: Config, task: str) -> dict[str, Any]:
         for key, neutral in (("mean", 0), ("std", 1))
     )
     # The network sees the channels in the order of the file or reversed, whatever that is called.
-    reverse = bool(preprocessor.get("bgr_to_rgb") or preprocessor.get("rgb_to_bgr"))
+    reverse = any(preprocessor.get(key) for key in ("bgr_to_rgb", "rgb_to_bgr", "to_rgb"))
     return dict(mean=mean * (3 // len(mean)), std=std * (3 // len(std)), bgr_to_rgb=reverse)
 
 

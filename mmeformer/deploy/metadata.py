@@ -73,11 +73,15 @@ def task_settings(config: Config, model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the test pipeline has a setting that the runtime does not follow.
     """
+    return {**class_settings(config, model), **pipeline_settings(config)}
+
+
+def class_settings(config: Config, model: nn.Module) -> dict[str, Any]:
+    """Metadata fields of the classes."""
     dataset_meta = getattr(model, "dataset_meta", {}) or read_test_metainfo(config)
     return dict(
         classes=tuple(dataset_meta.get("classes", ())),
         palette=tuple(tuple(color) for color in dataset_meta.get("palette") or ()),
-        **pipeline_settings(config),
     )
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
+from mmengine.runner.checkpoint import load_state_dict
 from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from mmeformer import configs
 from mmeformer.checkpoints import safe_load
+from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
@@ -40,9 +41,12 @@ def build_model(config: Config, checkpoint: str | None = None) -> nn.Module:
     if checkpoint is None:
         return model
     safe_load.install()
+    loaded = safe_load.load(configs.existing_checkpoint(checkpoint))
+    use_published(model, loaded, checkpoint)
+    state = loaded.get("state_dict", loaded)
     try:
-        loaded = load_checkpoint(
-            model, configs.existing_checkpoint(checkpoint), map_location="cpu", strict=True
+        load_state_dict(
+            model, {str(name).removeprefix("module."): value for name, value in state.items()}, True
         )
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} is not of this config: {error}") from error

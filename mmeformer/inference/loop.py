@@ -16,7 +16,16 @@ import numpy as np
 from mmeformer.files import write_text
 from mmeformer.images import write_image
 from mmeformer.inference.inputs import Source, read
-from mmeformer.inference.outputs import LEGEND, RESULTS, JsonResults, VideoWriter, json_results
+from mmeformer.inference.outputs import (
+    LEGEND,
+    RESULTS,
+    TABLE,
+    JsonResults,
+    TableResults,
+    VideoWriter,
+    json_results,
+    table_results,
+)
 from mmeformer.inference.predictor import Predictor
 from mmeformer.inference.videos import Video
 
@@ -154,7 +163,12 @@ def run(
     if predictor.legend is not None:
         write_text(out / LEGEND, json.dumps(predictor.legend, indent=1) + "\n")
     results = json_results(out / RESULTS, predictor.categories) if predictor.writes_json else None
-    with results or nullcontext() as state.results, state.video_files:
+    table = table_results(out / TABLE, predictor.columns) if predictor.columns else None
+    with (
+        results or nullcontext() as state.results,
+        table or nullcontext() as state.table,
+        state.video_files,
+    ):
         yield from state.all(sources)
 
 
@@ -166,6 +180,7 @@ class _Run:
 
     Attributes:
         results: JSON file, or None for tasks without one.
+        table: CSV file, or None for tasks without one.
         video_files: holds the video that is being written.
     """
 
@@ -181,6 +196,7 @@ class _Run:
         self.settings = settings
         self.on_window = on_window
         self.results: JsonResults | None = None
+        self.table: TableResults | None = None
         self.video_files = ExitStack()
         self.video: VideoWriter | None = None
         self.done = 0
@@ -290,6 +306,8 @@ class _Run:
         if self.results is not None:
             entries = self.predictor.entries(result)
             self.results.add(item.source.file_name, item.image.shape[:2], entries, item.frame)
+        if self.table is not None:
+            self.table.add(item.source.file_name, self.predictor.cells(result), item.frame)
         self.predictor.write_files(self.out, item.name, result)
         if self.settings.pictures:
             picture = self.predictor.draw(item.image, result)

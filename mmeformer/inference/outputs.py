@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from mmeformer.files import refuse_url, replacing
 FOLDERS = ("pictures", "videos", "masks", "labels")
 """Folders of outputs, below the output folder."""
 
-RESULTS, LEGEND = "predictions.json", "classes.json"
+RESULTS, TABLE, LEGEND = "predictions.json", "predictions.csv", "classes.json"
 
 
 def prepare_folder(out: str | Path) -> Path:
@@ -121,6 +122,30 @@ def json_results(path: Path, categories: Mapping[int, str]) -> Iterator[JsonResu
         results = JsonResults(file)
         yield results
         results.finish(categories)
+
+
+class TableResults:
+    """A CSV table of predictions that grows image by image; made by :func:`table_results`.
+
+    Args:
+        file: to write to.
+        columns: beside the name of the file and the number of the frame.
+    """
+
+    def __init__(self, file: TextIO, columns: Sequence[str]) -> None:
+        self._writer = csv.writer(file)
+        self._writer.writerow(["file_name", "frame", *columns])
+
+    def add(self, file_name: str, cells: Sequence[str], frame: int | None) -> None:
+        """Add an image or a frame of a video (from 0)."""
+        self._writer.writerow([file_name, "" if frame is None else frame, *cells])
+
+
+@contextmanager
+def table_results(path: Path, columns: Sequence[str]) -> Iterator[TableResults]:
+    """Write a CSV table of predictions; the file appears if the block succeeds."""
+    with replacing(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        yield TableResults(file, columns)
 
 
 class VideoWriter:

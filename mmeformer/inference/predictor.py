@@ -20,6 +20,7 @@ from torch import nn
 
 from mmeformer import configs, tasks
 from mmeformer.checkpoints import safe_load
+from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.deploy.fold import fold
 from mmeformer.images import PLAIN, Reading
@@ -79,6 +80,10 @@ class Predictor(ABC, Generic[Result]):
     writes_json: bool = True
     """Whether results go to a JSON file, as :meth:`entries` gives them."""
 
+    columns: tuple[str, ...] = ()
+    """Columns of the table that results go to as well, as :meth:`cells` gives them; none for tasks
+    without a table."""
+
     training_images: TrainingImages = TrainingImages(None)
     """Record of the images that the model was trained on."""
 
@@ -126,7 +131,7 @@ class Predictor(ABC, Generic[Result]):
             score_thr = SCORE_THR if score_thr is None else score_thr
             _set_score_thr(config.model, score_thr)
         elif score_thr is not None:
-            raise ValueError("a score threshold is for detection; every pixel has a class")
+            raise ValueError("a score threshold is for detection; these results have no boxes")
         if mask_format is not None and mask_format not in cls.mask_formats:
             if not cls.mask_formats:
                 raise ValueError(
@@ -184,7 +189,7 @@ class Predictor(ABC, Generic[Result]):
             ValueError: the model has no such class, or its results are no objects.
         """
         if not self.has_scores:
-            raise ValueError("a choice of classes is for detection; every pixel has a class")
+            raise ValueError("a choice of classes is for detection; these results have no boxes")
         if unknown := [name for name in classes if name not in self.classes]:
             raise ValueError(f"the model has no class {unknown}, only {list(self.classes)}")
         self.labels = [self.classes.index(name) for name in classes]
@@ -293,6 +298,10 @@ class Predictor(ABC, Generic[Result]):
         """A result as COCO annotations, without ``id`` and ``image_id``."""
         raise NotImplementedError(f"{type(self).__name__} writes no JSON")
 
+    def cells(self, result: Result) -> list[str]:
+        """A row of the table, one text for each of :attr:`columns`."""
+        raise NotImplementedError(f"{type(self).__name__} writes no table")
+
     def write_files(self, out: Path, name: str, result: Result) -> None:
         """Write the files that the task has per image, if any.
 
@@ -319,6 +328,7 @@ class StrictInferencer(BaseInferencer):
         return pseudo_collate
 
     def _load_weights_to_model(self, model: nn.Module, checkpoint: dict, cfg) -> None:
+        use_published(model, checkpoint, self._weights)
         require_match(model, checkpoint, self._weights)
         meta = checkpoint.setdefault("meta", {})
         if "dataset_meta" not in meta and "CLASSES" not in meta:

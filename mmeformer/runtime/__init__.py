@@ -10,11 +10,18 @@
     print([model.metadata.classes[label] for label in found.labels], found.boxes)
 """
 
-from mmeformer.results import Detections, Pyramid, RotatedDetections, Segmentation
+from mmeformer.results import (
+    Classification,
+    Detections,
+    Pyramid,
+    RotatedDetections,
+    Segmentation,
+)
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.runtime.predictor import Predictor, load
 
 __all__ = [
+    "Classification",
     "Detections",
     "Metadata",
     "Predictor",

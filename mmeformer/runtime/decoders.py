@@ -15,12 +15,19 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mmeformer.results import Detections, Mask, Pyramid, RotatedDetections, Segmentation
+from mmeformer.results import (
+    Classification,
+    Detections,
+    Mask,
+    Pyramid,
+    RotatedDetections,
+    Segmentation,
+)
 from mmeformer.runtime.images import Prepared
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.windows import Window
 
-Result = Detections | Pyramid | RotatedDetections | Segmentation
+Result = Classification | Detections | Pyramid | RotatedDetections | Segmentation
 Outputs = Mapping[str, NDArray[Any]]
 
 
@@ -31,6 +38,13 @@ def decode_pyramids(
     return [
         Pyramid(tuple(level[index] for level in outputs.values())) for index in range(len(batch))
     ]
+
+
+def decode_classification(
+    batch: Sequence[Prepared], outputs: Outputs, metadata: Metadata
+) -> list[Classification]:
+    """``scores`` (B, C)."""
+    return [Classification(outputs["scores"][index]) for index in range(len(batch))]
 
 
 def decode_segmentation(

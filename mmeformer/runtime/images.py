@@ -100,8 +100,12 @@ def _from_pillow(image: Any) -> NDArray[Any]:
 def prepare(image: NDArray[Any], metadata: Metadata) -> Prepared:
     """Resize, normalize and pad an image (H, W, 3) as described by ``metadata``."""
     original = (image.shape[0], image.shape[1])
-    height, width = _network_size(original, metadata)
-    image = _resize(image, height, width)
+    if metadata.shorter_side is not None and metadata.crop is not None:
+        image = _center(image, metadata.shorter_side, metadata.crop)
+        height, width = metadata.crop
+    else:
+        height, width = _network_size(original, metadata)
+        image = _resize(image, height, width)
     if metadata.multiple > 1:
         height, width = (_round_up(side, metadata.multiple) for side in (height, width))
         image = _resize(image, height, width)
@@ -151,6 +155,61 @@ def _resize(image: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     if image.shape[:2] == (height, width):
         return image
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def _center(image: NDArray[Any], side: int, crop: tuple[int, int]) -> NDArray[Any]:
+    """Resize the shorter side, then cut out the center; as mmpretrain's ResizeEdge, CenterCrop."""
+    height, width = image.shape[:2]
+    if width < height:
+        height, width = int(side * height / width), side
+    else:
+        height, width = side, int(side * width / height)
+    image = resize_bicubic(image, height, width)
+    top, left = (round((full - part) / 2) for full, part in zip((height, width), crop, strict=True))
+    return image[top : top + crop[0], left : left + crop[1]]
+
+
+PRECISION = 22
+"""Bits after the point of Pillow's weights for images of 8 bits."""
+
+
+def resize_bicubic(image: NDArray[Any], height: int, width: int) -> NDArray[Any]:
+    """Resize (H, W, C) ``uint8`` with Pillow's bicubic filter.
+
+    Unlike OpenCV's, this filter grows with the step between pixels, so that shrinking averages. In
+    each direction the pixels are Pillow's own. The width comes first, as in Pillow before 13, which
+    chooses the order: both round in between, so their pixels may differ by that rounding.
+    Source: Pillow, ``src/libImaging/Resample.c``.
+    """
+    image = _resample(image.transpose(1, 0, 2), width).transpose(1, 0, 2)
+    return np.ascontiguousarray(_resample(image, height))
+
+
+def _resample(image: NDArray[Any], length: int) -> NDArray[Any]:
+    """Resize the first axis of ``uint8`` to ``length``."""
+    full = image.shape[0]
+    if full == length:
+        return image
+    scale = full / length
+    stretch = max(scale, 1.0)
+    centers = (np.arange(length) + 0.5) * scale
+    first = np.maximum((centers - 2 * stretch + 0.5).astype(np.int64), 0)
+    last = np.minimum((centers + 2 * stretch + 0.5).astype(np.int64), full)
+    places = first[:, None] + np.arange((last - first).max())
+    distance = np.abs((places - centers[:, None] + 0.5) / stretch)
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = (((distance - 5) * distance + 8) * distance - 4) * -0.5
+    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
+    weights[places >= last[:, None]] = 0
+    weights /= weights.sum(1, keepdims=True)
+    # Rounded half away from zero.
+    numbers = np.trunc(weights * 2**PRECISION + np.copysign(0.5, weights)).astype(np.int32)
+    places = np.minimum(places, full - 1)
+    total = np.full((length, *image.shape[1:]), 1 << (PRECISION - 1), np.int32)
+    for tap in range(places.shape[1]):
+        total += image[places[:, tap]].astype(np.int32) * numbers[:, tap, None, None]
+    resized: NDArray[Any] = np.clip(total >> PRECISION, 0, 255).astype(np.uint8)
+    return resized
 
 
 def _round_up(side: int, divisor: int) -> int:

@@ -19,7 +19,14 @@ KEY = "mmeformer"
 """The entry of an ONNX file's ``metadata_props``, and of a CoreML model's user metadata."""
 
 
-_ADDED_LATER = {"patch_size", "training_sides", "bands", "stretch"}
+_ADDED_LATER = {
+    "patch_size",
+    "training_sides",
+    "bands",
+    "stretch",
+    "shorter_side",
+    "crop",
+}
 """Entries that files of earlier versions do not have; their defaults hold."""
 
 
@@ -42,6 +49,9 @@ class Metadata:
             ``keep_ratio``, to exactly (width, height). None leaves images at their size.
         keep_ratio: see ``scale``.
         multiple: after that, images are stretched until their sides are multiples of this.
+        shorter_side, crop: of classifiers, from the test pipeline, in pixels: images are resized,
+            with Pillow's bicubic filter, so that their shorter side is ``shorter_side``, then the
+            center (height, width) is cut out. None for other models.
         pad_divisor: after normalizing, images are padded with zeros at the right and at the bottom
             until their sides are multiples of this.
         classes: names, in the order of the labels.
@@ -84,11 +94,18 @@ class Metadata:
     training_sides: tuple[int, int] | None = None
     bands: Sequence[int] | None = None
     stretch: Sequence[float] | str | None = None
+    shorter_side: int | None = None
+    crop: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.task not in tasks.exports():
             raise ValueError(
                 f"task must be one of {', '.join(tasks.exports())}, but is {self.task!r}"
+            )
+        if self.crop and self.size and tuple(self.size) != tuple(self.crop):
+            raise ValueError(
+                f"the size {tuple(self.size)} must be that of the test pipeline's CenterCrop, "
+                f"{tuple(self.crop)}: change one of them"
             )
 
     @property

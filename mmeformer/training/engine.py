@@ -20,7 +20,7 @@ from mmeformer.training.pictures import PicturesHook
 from mmeformer.training.runner import Runner
 
 TRAINING_KEYS = ("model", "train_dataloader", "train_cfg", "optim_wrapper")
-VISUALIZATION_HOOKS = ("DetVisualizationHook", "SegVisualizationHook")
+VISUALIZATION_HOOKS = ("DetVisualizationHook", "SegVisualizationHook", "VisualizationHook")
 
 
 def build_train_runner(
@@ -160,7 +160,7 @@ def _drawing_options(config: Config) -> dict[str, Any]:
             "pictures of predictions need default_hooks.visualization in the config, one of "
             f"{' or '.join(VISUALIZATION_HOOKS)}"
         )
-    hook.draw = False
+    hook["enable" if hook.type.split(".")[-1] == "VisualizationHook" else "draw"] = False
     if hook.type.split(".")[-1] == "DetVisualizationHook":
         return dict(pred_score_thr=hook.get("score_thr", 0.3))
     return {}

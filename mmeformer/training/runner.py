@@ -16,6 +16,7 @@ from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
 from mmengine.runner import Runner as MMEngineRunner
 from torch.utils.data import DataLoader
 
+from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.errors import CheckpointError, TrainingError
 from mmeformer.files import replacing
@@ -249,6 +250,7 @@ class Runner(MMEngineRunner):
         """
         super().call_hook(fn_name, **kwargs)
         if fn_name == "after_load_checkpoint":
+            use_published(self.model, kwargs["checkpoint"], str(self._source))
             require_match(
                 self.model,
                 kwargs["checkpoint"],

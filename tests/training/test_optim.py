@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+import torch
 from helpers import build_backbone
 from mmengine.optim import build_optim_wrapper
+from mmengine.optim.optimizer import amp_optimizer_wrapper
 from torch import nn
 
 from mmeformer.training.optim import layer_index
@@ -86,3 +88,44 @@ def test_bad_rate(small_variant, rate):
 def test_foreign_backbone():
     with pytest.raises(ValueError, match="mmeformer backbone"):
         build(Model(nn.Conv2d(3, 3, 1)), layer_decay_rate=0.5)
+
+
+# --- adaptive gradient clipping ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["OptimWrapper", "AmpOptimWrapper"])
+def test_gradients_are_clipped_by_the_norm_of_their_weights(kind, monkeypatch):
+    monkeypatch.setattr(amp_optimizer_wrapper, "is_cuda_available", lambda: True)
+    model = nn.Linear(4, 3, bias=False)
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            type=kind,
+            optimizer=dict(type="SGD", lr=1.0),
+            constructor="mmeformer.AdaptiveClippingConstructor",
+            clip_grad=dict(type="agc", clip_factor=0.1),
+        ),
+    )
+    if kind == "AmpOptimWrapper":
+        wrapper.loss_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = model.weight.detach().clone()
+    gradient = torch.stack([torch.full((4,), value) for value in (100.0, -3.0, 1e-4)])
+    wrapper.update_params((model.weight * gradient).sum())
+    step = before - model.weight.detach()
+    limit = 0.1 * before.norm(dim=1)
+    for row in range(2):  # as long as allowed, in the direction of the gradient
+        assert step[row].norm() == pytest.approx(limit[row].item(), rel=1e-4)
+        assert torch.nn.functional.cosine_similarity(step[row], gradient[row], 0) > 0.9999
+    assert torch.allclose(step[2], gradient[2], rtol=1e-2), "a small gradient stays as it is"
+
+
+def test_other_clipping_stays_that_of_mmengine():
+    settings = dict(
+        optimizer=dict(type="SGD", lr=1.0), constructor="mmeformer.AdaptiveClippingConstructor"
+    )
+    model = nn.Linear(4, 3)
+    assert not build_optim_wrapper(model, dict(settings)).clip_grad_kwargs
+    wrapper = build_optim_wrapper(model, dict(**settings, clip_grad=dict(max_norm=2)))
+    assert wrapper.clip_func is nn.utils.clip_grad_norm_
+    with pytest.raises(ValueError, match="clip_factor must be positive"):
+        build_optim_wrapper(model, dict(**settings, clip_grad=dict(type="agc", clip_factor=0)))

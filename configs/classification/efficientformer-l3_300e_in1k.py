@@ -1,0 +1,7 @@
+_base_ = [
+    "../_base_/models/classifier_efficientformer.py",
+    "../_base_/datasets/imagenet.py",
+    "../_base_/schedules/adamw_300e.py",
+    "../_base_/classification_runtime.py",
+]
+model = dict(backbone=dict(arch="l3"), head=dict(in_channels=512))
