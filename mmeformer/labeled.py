@@ -155,6 +155,33 @@ def bounding_box(polygons: Sequence[Sequence[float]]) -> tuple[float, float, flo
     return float(left), float(top), float(right - left), float(bottom - top)
 
 
+def fill_polygons(
+    polygons: Sequence[Sequence[float]], height: int, width: int
+) -> NDArray[np.uint8]:
+    """Mask (H, W) of the pixels whose centers lie inside a polygon (by the even-odd rule).
+
+    OpenCV and Pillow fill the pixels on the outline too, which makes objects a pixel larger.
+
+    Args:
+        polygons: each ``[x1, y1, x2, y2, ...]`` in pixels.
+        height, width: of the mask.
+    """
+    mask = np.zeros((height, width), np.uint8)
+    centers = np.arange(height) + 0.5
+    for polygon in polygons:
+        x1, y1 = np.reshape(polygon, (-1, 2)).T
+        x2, y2 = np.roll(x1, -1), np.roll(y1, -1)
+        # (edges, rows): whether the edge crosses the row of centers, and where.
+        crosses = (y1[:, None] <= centers) != (y2[:, None] <= centers)
+        edge, row = np.nonzero(crosses)
+        share = (centers[row] - y1[edge]) / (y2 - y1)[edge]
+        x = x1[edge] + share * (x2 - x1)[edge]
+        turns = np.zeros((height, width + 1), np.int32)
+        np.add.at(turns, (row, np.clip(np.ceil(x - 0.5), 0, width).astype(int)), 1)
+        mask |= (turns[:, :-1].cumsum(1) % 2).astype(np.uint8)
+    return mask
+
+
 def decode_rle(rle: dict[str, Any]) -> NDArray[np.uint8]:
     """Mask (H, W) of a COCO run-length encoding, compressed or not."""
     from pycocotools import mask as coco_mask

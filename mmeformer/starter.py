@@ -178,7 +178,7 @@ def backbone(plan: Plan, keys: str, **settings: str) -> tuple[str, str]:
         parts["init_cfg"] = f'dict(type="Pretrained", checkpoint="{plan.checkpoint}")'
     elif variant.arch != "s0" or plan.checkpoint != default_checkpoint(variant):
         parts["init_cfg"] = f'dict(checkpoint="{plan.checkpoint}")'
-    neck = ['norm_cfg=dict(type="BN")'] if scratch else []
+    neck = ['norm_cfg=dict(_delete_=True, type="BN")'] if scratch else []
     return ", ".join(f"{key}={value}" for key, value in parts.items()), ", ".join(neck)
 
 

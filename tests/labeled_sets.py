@@ -42,6 +42,12 @@ def outline(name: str, index: int) -> np.ndarray:
     return np.concatenate([quad, (quad[3:] + quad[:1]) / 2])
 
 
+def filled(name: str, index: int) -> np.ndarray:
+    """Mask (H, W) uint8 of an object's outline."""
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    return cv2.fillPoly(mask, [np.rint(outline(name, index)).astype(np.int32)], 1)
+
+
 def upright(name: str) -> np.ndarray:
     """Upright boxes (N, 4) around the objects of an image: x, y, width, height."""
     quads = quadrilaterals(name)
@@ -86,9 +92,7 @@ def write_coco(
             if masks == "polygons":
                 entry["segmentation"] = [outline(name, index).ravel().tolist()]
             elif masks == "rle":
-                mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-                cv2.fillPoly(mask, [np.rint(outline(name, index)).astype(np.int32)], 1)
-                flat = mask.ravel(order="F")
+                flat = filled(name, index).ravel(order="F")
                 edges = np.flatnonzero(np.diff(flat)) + 1
                 runs = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
                 entry["segmentation"] = dict(size=[HEIGHT, WIDTH], counts=runs)

@@ -148,9 +148,8 @@ def test_other_tasks_on_request(tmp_path):
     image, mask = line.split("\t")
     found = cv2.imread(mask, cv2.IMREAD_UNCHANGED)
     expected = sets.mask_of(Path(image).stem)
-    same = found[2:] == expected[2:]
-    # The outlines are filled to half a pixel.
-    assert same.mean() > 0.95 and set(np.unique(found)) == {0, 1, 2}
+    # The outline itself, which the expected mask has, is a pixel wide.
+    assert (found[2:] == expected[2:]).mean() > 0.95 and set(np.unique(found)) == {0, 1, 2}
 
 
 class TestQuestions:
@@ -273,8 +272,15 @@ def test_gpu_changes_precision_batch_and_workers():
     assert "CompileHook" not in detection_starter.STARTER.hooks(many, PLAN)
 
 
-@pytest.mark.parametrize("arch", ["s2", "l1"])
-@pytest.mark.parametrize("weights", [None, own_data.SCRATCH])
+@pytest.mark.parametrize(
+    ("arch", "weights"),
+    [
+        ("l1", None),
+        pytest.param("s2", None, marks=pytest.mark.slow),
+        pytest.param("l1", own_data.SCRATCH, marks=pytest.mark.slow),
+        ("s2", own_data.SCRATCH),
+    ],
+)
 def test_other_variants(made, arch, weights, tmp_path):
     """The config builds the network of the variant, with the neck that fits."""
     from mmengine.registry import MODELS, init_default_scope
@@ -291,7 +297,7 @@ def test_other_variants(made, arch, weights, tmp_path):
             arch=dataclasses.asdict(own_data.find_arch(arch).architecture)
             | dict(depths=(1, 1, 1, 1), attention_blocks=(0, 0, 0, 1), mlp_ratios=4)
         )
-        model = MODELS.build(config.model)
+        model = MODELS.build(config.model).eval()
         with torch.no_grad():
             levels = model.extract_feat(torch.zeros(1, 3, 64, 64))
         assert len(levels) in (4, 5)

@@ -24,6 +24,7 @@ from mmeformer.labeled import (
     LabeledObject,
     decode_rle,
     encode_rle,
+    fill_polygons,
     mask_box,
 )
 from mmeformer.starter import (
@@ -287,9 +288,8 @@ def _cut_mask(item: LabeledObject, part: LabeledObject, window: Window) -> Label
     if item.rle is not None:
         mask = decode_rle(item.rle)[window[1] : window[3], window[0] : window[2]]
     else:
-        mask = np.zeros(shape, np.uint8)
-        shifted = [np.reshape(polygon, (-1, 2)) - window[:2] for polygon in item.polygons]
-        cv2.fillPoly(mask, [np.rint(polygon).astype(np.int32) for polygon in shifted], 1)
+        shifted = [(np.reshape(polygon, (-1, 2)) - window[:2]).ravel() for polygon in item.polygons]
+        mask = fill_polygons(shifted, *shape)
     if not mask.any():
         return None
     return replace(part, rle=encode_rle(mask), box=mask_box(mask))

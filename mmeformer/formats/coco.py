@@ -178,13 +178,41 @@ def _add(content, names, classes, split, images: dict[Path, LabeledImage]) -> No
             continue
         image = by_id.get(str(entry.get("image_id")))
         name = names.get(str(entry.get("category_id")))
-        x, y, width, height = entry["bbox"]
-        if image is None or name is None or width < 1 or height < 1:
+        if image is None or name is None or not _is_usable(entry, image):
             continue
+        x, y, width, height = entry["bbox"]
         item = LabeledObject(classes[name], (x, y, width, height), crowd=bool(entry.get("iscrowd")))
         mask: Any = entry.get("segmentation")
         if isinstance(mask, dict):
             item.rle = dict(size=mask.get("size"), counts=mask.get("counts"))
         elif mask:
-            item.polygons = [polygon for polygon in mask if len(polygon) >= 6]
+            item.polygons = [list(polygon) for polygon in mask]
         image.objects.append(item)
+
+
+def _is_usable(entry: Mapping[str, Any], image: LabeledImage) -> bool:
+    """Whether box and mask of an annotation are valid; of others, ``check_coco`` says why not."""
+    from mmeformer.detection.annotations import is_number
+    from mmeformer.detection.checks import run_lengths
+
+    x, y, width, height = entry["bbox"]
+    inside = not image.width or (
+        min(x + width, image.width) > max(x, 0) and min(y + height, image.height) > max(y, 0)
+    )
+    if width < 1 or height < 1 or not inside:
+        return False
+    mask: Any = entry.get("segmentation")
+    if isinstance(mask, Mapping):
+        size = mask.get("size")
+        runs = run_lengths(mask["counts"]) if isinstance(mask.get("counts"), (str, list)) else None
+        return runs is not None and runs.min() >= 0 and runs.sum() == size[0] * size[1]
+    return not mask or (
+        isinstance(mask, list)
+        and all(
+            isinstance(polygon, list)
+            and len(polygon) >= 6
+            and len(polygon) % 2 == 0
+            and all(map(is_number, polygon))
+            for polygon in mask
+        )
+    )

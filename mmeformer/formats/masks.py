@@ -304,8 +304,8 @@ def _of_numbers(options: Options, names, total: Counter, notes: tuple[str, ...])
         return _Labels(
             tuple(known), None, {value: value - 1 for value in values if value}, (*notes, note)
         )
-    if highest > 254 or (known is None and highest >= 4 * len(values) + 8):
-        # Sparse numbers, such as 50, 100, 150.
+    if highest > 254 or (known is None and len(values) <= highest):
+        # Numbers with gaps, such as 50, 100, 150: no class for what does not occur.
         named = class_names(len(values), options, [f"value_{value}" for value in values])
         note = f"masks have the values {first_of(values, 12)}, which become 0, 1, ..."
         return _Labels(tuple(named), None, {v: i for i, v in enumerate(values)}, (*notes, note))

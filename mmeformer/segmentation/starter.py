@@ -23,6 +23,7 @@ from mmeformer.labeled import (
     LabeledData,
     LabeledImage,
     decode_rle,
+    fill_polygons,
 )
 from mmeformer.starter import (
     Plan,
@@ -227,9 +228,8 @@ def drawn(image: LabeledImage) -> NDArray[np.uint8]:
         if item.rle is not None:
             labels[decode_rle(item.rle) > 0] = item.label + 1
         else:
-            outlines = [np.reshape(outline, (-1, 2)) for outline in item.outlines()]
-            points = [np.rint(outline - 0.5).astype(np.int32) for outline in outlines]
-            cv2.fillPoly(labels, points, item.label + 1)
+            inside = fill_polygons(item.outlines(), image.height, image.width)
+            labels[inside > 0] = item.label + 1
     return labels
 
 

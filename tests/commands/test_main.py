@@ -64,7 +64,7 @@ def test_every_command_has_help_with_an_example(command, capsys, monkeypatch):
         main([command, "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert text.startswith(f"usage: mmeformer {command} ") and f"    mmeformer {command} " in text
+    assert text.startswith(f"usage: mmeformer {command} ") and f"    mmeformer {command}" in text
 
 
 def test_completion_knows_options_and_choices():
