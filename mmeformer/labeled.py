@@ -7,6 +7,7 @@ The readers in :mod:`mmeformer.formats` return it, and the starter of a task
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -167,18 +168,21 @@ def fill_polygons(
         height, width: of the mask.
     """
     mask = np.zeros((height, width), np.uint8)
-    centers = np.arange(height) + 0.5
     for polygon in polygons:
         x1, y1 = np.reshape(polygon, (-1, 2)).T
         x2, y2 = np.roll(x1, -1), np.roll(y1, -1)
+        top, left = max(int(y1.min()), 0), max(int(x1.min()), 0)
+        rows = max(min(math.ceil(y1.max()), height) - top, 0)
+        columns = max(min(math.ceil(x1.max()), width) - left, 0)
+        centers = np.arange(top, top + rows) + 0.5
         # (edges, rows): whether the edge crosses the row of centers, and where.
-        crosses = (y1[:, None] <= centers) != (y2[:, None] <= centers)
-        edge, row = np.nonzero(crosses)
+        edge, row = np.nonzero((y1[:, None] <= centers) != (y2[:, None] <= centers))
         share = (centers[row] - y1[edge]) / (y2 - y1)[edge]
-        x = x1[edge] + share * (x2 - x1)[edge]
-        turns = np.zeros((height, width + 1), np.int32)
-        np.add.at(turns, (row, np.clip(np.ceil(x - 0.5), 0, width).astype(int)), 1)
-        mask |= (turns[:, :-1].cumsum(1) % 2).astype(np.uint8)
+        x = x1[edge] + share * (x2 - x1)[edge] - left
+        turns = np.zeros((rows, columns + 1), np.int32)
+        np.add.at(turns, (row, np.clip(np.ceil(x - 0.5), 0, columns).astype(int)), 1)
+        inside = (turns[:, :-1].cumsum(1) % 2).astype(np.uint8)
+        mask[top : top + rows, left : left + columns] |= inside
     return mask
 
 

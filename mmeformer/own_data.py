@@ -8,6 +8,7 @@ anything that exists.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 from mmeformer import configs, tasks
 from mmeformer.checks.dataset import check_evaluator, datasets_of
@@ -24,7 +26,7 @@ from mmeformer.errors import UserError
 from mmeformer.files import refuse_url, write_text
 from mmeformer.formats.find import read_folder, recognize
 from mmeformer.formats.tree import Options, Tree
-from mmeformer.labeled import CORNERS, MASKS, SPLITS, LabeledData
+from mmeformer.labeled import BOXES, CORNERS, FOLDERS, MASKS, POLYGONS, SPLITS, LabeledData
 from mmeformer.paths import config_dir
 from mmeformer.starter import (
     Plan,
@@ -40,6 +42,13 @@ from mmeformer.variants import VARIANTS, Variant
 
 SCRATCH = "none"
 """Value of ``weights`` that means to train from scratch."""
+_KINDS = {
+    BOXES: "boxes",
+    POLYGONS: "objects with outlines",
+    CORNERS: "rotated boxes",
+    MASKS: "a class for each pixel",
+    FOLDERS: "a class for each image",
+}
 _SHOWN = 20
 """Classes that the report lists."""
 
@@ -119,6 +128,8 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
         raise
     for note in data.notes:
         report(f"note: {note}")
+    if plan.checkpoint is not None and "://" in plan.checkpoint:
+        report(f"note: training downloads the weights {plan.checkpoint}, once")
     report(f"wrote {config} ({len(text.splitlines())} lines) and {labels}")
     findings = check(configs.load_config(config))
     if shown := format_findings([*data.findings, *findings], per_kind=3):
@@ -161,12 +172,12 @@ def choose_task(data: LabeledData, name: str | None) -> tuple[Task, Starter]:
         )
     if name is not None:
         raise UserError(
-            f"{name} cannot be trained on the {data.kind} of {data.root} ({data.format}); leave "
+            f"{name} cannot be trained on {data.root} ({data.format}: {_KINDS[data.kind]}); leave "
             "out --task, or give other labels"
         )
     raise UserError(
-        f"{data.root} has {data.kind} ({data.format}: {', '.join(data.classes[:5])}), and no task "
-        f"of this installation ({', '.join(task.name for task, _ in known)}) starts from them"
+        f"{data.root} has {_KINDS[data.kind]} ({data.format}: {', '.join(data.classes[:5])}), and "
+        f"no task of this installation starts from them: {', '.join(t.name for t, _ in known)}"
     )
 
 
@@ -181,15 +192,16 @@ def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -
         f"{data.classes[label]} {counts[label]:,}" for label, _ in counts.most_common(4)
     )
     more = ", ..." if len(data.classes) > 4 else ""
-    sizes = " + ".join(f"{len(data.of_split(split))} {split}" for split in SPLITS)
+    splits = [split for split in SPLITS if data.of_split(split)]
+    sizes = ", ".join(f"{len(data.of_split(split))} {split}" for split in splits)
     weights = "None" if plan.checkpoint is None else repr_text(plan.checkpoint)
     base = config_dir() / starter.template(data)
     lines = [
         f"# Made by `mmeformer init` from {data.root} ({data.format}): {sizes} images.",
         f"# Check it: mmeformer check {config.name}    Train it: mmeformer train {config.name}",
         f"_base_ = {repr_text(base.as_posix())}",
-        Setting("data_root", repr_text(f"{data.root.as_posix()}/"), "images; they stay there"),
-        Setting("labels", repr_text(f"{plan.labels.as_posix()}/"), "written from yours"),
+        Setting("data_root", repr_text(f"{data.root.as_posix()}/"), "your images, only read"),
+        Setting("labels", repr_text(f"{plan.labels.as_posix()}/"), "made from your labels"),
         Setting("classes", repr_names(data.classes), f"in training: {listed}{more}"),
         Setting("checkpoint", weights, "backbone weights; None: from scratch"),
         *starter.settings(data, plan),
@@ -201,9 +213,16 @@ def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -
 def check(config: Config) -> list[Finding]:
     """Problems that the task's own checks find in training and validation data."""
     found = []
-    for split in ("train", "val"):
-        for dataset in datasets_of(config, split):
-            found += [*dataset.findings(limit=500), *check_evaluator(config, split, dataset)]
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    # Keep mmengine's messages about building out of the output.
+    logger.setLevel(logging.ERROR)
+    try:
+        for split in ("train", "val"):
+            for dataset in datasets_of(config, split):
+                found += [*dataset.findings(limit=500), *check_evaluator(config, split, dataset)]
+    finally:
+        logger.setLevel(level)
     return found
 
 
@@ -228,7 +247,13 @@ def _target(out: Path | None, folder: Path) -> Path:
 def _options(request: Request, folder: Path) -> Options:
     """The user's options, and what the task tells about four points and masks."""
     if request.task is None:
-        return request.options
+        choices = [
+            f"--task {task.name} ({meaning})"
+            for kind, meaning in ((CORNERS, "corners"), (POLYGONS, "outlines"))
+            for task in TASKS.values()
+            if task.starter and _is_installed(task) and kind in tasks.load(task.starter).kinds
+        ]
+        return replace(request.options, answer=" or ".join(choices))
     starter = TASKS[request.task].starter
     kinds = () if starter is None else tasks.load(starter).kinds
     options = replace(request.options, corners=CORNERS in kinds)
@@ -267,7 +292,7 @@ def _report_data(data: LabeledData, task: Task, report: Callable[[str], object])
     images = {split: data.of_split(split) for split in SPLITS}
     long, short = sides_of(images["train"])
     shown = ", ".join(f"{len(found)} {split}" for split, found in images.items() if found)
-    report(f"{data.root}: {data.format} with {data.kind}, for {task.name}")
+    report(f"{data.root}: {data.format}, {_KINDS[data.kind]}, for {task.name}")
     report(f"images: {shown}; mostly {long} x {short} px")
     unit = "pixels" if data.kind == MASKS else "objects"
     counts = {split: data.counts(split) for split in SPLITS if images[split]}

@@ -91,15 +91,18 @@ class Starter:
 
     def steps(self, data: LabeledData, plan: Plan) -> int:
         """Iterations of the training."""
-        images = len(data.of_split("train"))
-        return epochs_for(images) * math.ceil(images / (plan.batch_size or self.base_batch))
+        samples = self.samples(data)
+        return epochs_for(samples) * math.ceil(samples / (plan.batch_size or self.base_batch))
+
+    def samples(self, data: LabeledData) -> int:
+        """Number of training samples."""
+        return len(data.of_split("train"))
 
     def common(self, data: LabeledData, plan: Plan) -> list[Setting]:
         """Batch, workers, learning rate, weights, precision and averaging."""
-        images = len(data.of_split("train"))
-        batch = min(plan.batch_size or self.base_batch, max(1, images))
+        batch = min(plan.batch_size or self.base_batch, self.samples(data))
         if plan.batch_size is not None:
-            why = f"per GPU; measured on {plan.gpu}: the largest whose step fits into its memory"
+            why = f"per GPU; measured on {plan.gpu}: the largest that fits, up to 32"
         else:
             why = "images per step; a default that suits a CPU"
         workers = min(8, plan.cores) if plan.gpu else min(2, max(1, plan.cores - 1))
@@ -112,7 +115,7 @@ class Starter:
             Setting(
                 "learning_rate",
                 f"{rate:g} * (batch_size / {self.base_batch}) ** 0.5",
-                f"{start}; AdamW: by the square root of the batch (arXiv 2205.10287)",
+                f"{start}; root of the batch (AdamW: arXiv 2205.10287)",
             ),
             Setting(
                 "warmup_iters",
@@ -129,7 +132,7 @@ class Starter:
             Setting(
                 "averaging",
                 f"{min(0.02, 10 / max(steps, 1)):.2g}",
-                "momentum of the averaged weights: about the last tenth of the training",
+                "momentum of the averaged weights (EMA): about the last tenth of the training",
             ),
         ]
         return found
@@ -226,6 +229,13 @@ def object_sizes(data: LabeledData, split: str = "train") -> np.ndarray:
                 area = item.box[2] * item.box[3]
             sizes.append(math.sqrt(max(area, 0.0)))
     return np.array(sizes or [32.0])
+
+
+def enlarged(factor: float) -> str:
+    """How images are resized, for people."""
+    if abs(factor - 1) < 0.05:
+        return "as they are"
+    return f"enlarged {factor:.2g} times" if factor > 1 else f"reduced to {factor:.0%}"
 
 
 def round_up(value: float, step: int = 32) -> int:

@@ -157,13 +157,17 @@ class TestQuestions:
         root = sets.write_folders(tmp_path / "data")
         rows = {k: v for k, v in tasks.TASKS.items() if k != "classification"}
         monkeypatch.setattr(own_data, "TASKS", rows)
-        with pytest.raises(UserError, match="has folders .class folders: boat, car.*no task"):
+        with pytest.raises(
+            UserError, match="a class for each image .class folders: boat, car.*no task"
+        ):
             make(root, tmp_path / "a.py")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
     def test_a_task_that_does_not_fit(self, tmp_path):
         root = sets.write_masks(tmp_path / "data")
-        with pytest.raises(UserError, match="detection cannot be trained on the masks"):
+        with pytest.raises(
+            UserError, match="detection cannot be trained on .*masks: a class for each pixel"
+        ):
             make(root, tmp_path / "a.py", task="detection")
 
     def test_unknown_arch_and_weights(self, tmp_path):

@@ -32,6 +32,7 @@ from mmeformer.starter import (
     Setting,
     Starter,
     backbone,
+    enlarged,
     epochs_for,
     nearest,
     object_sizes,
@@ -95,7 +96,6 @@ class DetectionStarter(Starter):
         small = float(np.percentile(sizes, 10))
         factor = min(max(1.0, min(2.0, SMALL / small)), LONG / long, SHORT / short)
         scale = (min(round_up(long * factor), LONG), min(round_up(short * factor), SHORT))
-        shown = f"{factor:.2g} times" if abs(factor - 1) > 0.05 else "as they are"
         anchor = nearest(small * factor / 4, (2, 4, 8))
         ratios = self._ratios(images)
         wide = "also long" if len(ratios) > 3 else "usual"
@@ -105,7 +105,7 @@ class DetectionStarter(Starter):
                 "scale",
                 str(scale),
                 f"images are {long} x {short} px, a tenth of the objects below {small:.0f} px: "
-                f"{shown}",
+                f"{enlarged(factor)}",
             ),
             Setting(
                 "anchor_scale",

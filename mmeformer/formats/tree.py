@@ -37,12 +37,14 @@ class Options:
         legend: file of class names and colors.
         corners: whether four points are the corners of a rotated box; None if the user does not
             say.
+        answer: the options that say so.
     """
 
     format: str | None = None
     classes: tuple[str, ...] | None = None
     legend: Path | None = None
     corners: bool | None = None
+    answer: str = "--task"
 
 
 @dataclass

@@ -41,6 +41,7 @@ _NAME_FILES = ("classes.txt", "obj.names", "labels.txt")
 _TRIED = 20
 _BEYOND = 1e-3
 """Share of the image by which a point may lie outside it, by rounding."""
+_MOST = 0.25
 _RIGHT = 0.03
 """Corners of a rotated box may miss the right angle by this (its cosine)."""
 
@@ -254,21 +255,23 @@ def _fault(fields: list[str], classes: int) -> str | None:
 
 
 def _kind(images, lines, options: Options) -> str:
-    """Kind of the labels. Four points in every line are corners if all make right angles."""
+    """Kind of the labels. Four points in every line are corners if most make right angles."""
     shapes = {len(values) for image in images for _, values in lines[id(image)]}
     if not shapes or 4 in shapes:
         return BOXES
     if shapes != {8} or options.corners is False:
         return POLYGONS
-    if options.corners or all(
+    right = [
         _is_rectangle(np.reshape(values, (4, 2)) * (image.width, image.height))
         for image in images
         for _, values in lines[id(image)]
-    ):
+    ]
+    # Of DOTA's own boxes, many are not quite rectangles.
+    if options.corners or np.mean(right) >= _MOST:
         return CORNERS
     raise UserError(
-        "every label has four points, which can be outlines or corners of rotated boxes; answer "
-        "with the option --task"
+        f"every label has four points, but only {sum(right)} of {len(right)} make rectangles: are "
+        f"they corners of rotated boxes or outlines? Answer with {options.answer}"
     )
 
 

@@ -21,6 +21,7 @@ from mmeformer.starter import (
     Setting,
     Starter,
     backbone,
+    enlarged,
     epochs_for,
     nearest,
     object_sizes,
@@ -28,6 +29,7 @@ from mmeformer.starter import (
     sides_of,
 )
 from mmeformer.variants import find_variant
+from mmeformer.windows import windows
 
 PATCH = 1024
 """Side of the patches of the published recipe, in pixels."""
@@ -58,8 +60,15 @@ class RotatedStarter(Starter):
         for split in SPLITS:
             if images := data.of_split(split):
                 _write(images, names, folder / split)
-        long, _ = sides_of(data.of_split("train"))
-        return self._patched(data, folder) if long > HUGE else data
+        return self._patched(data, folder) if is_cut(data) else data
+
+    def samples(self, data: LabeledData) -> int:
+        """See the base class; patches, if images are cut."""
+        images = data.of_split("train")
+        if not is_cut(data):
+            return len(images)
+        cut = CutSettings(size=PATCH)
+        return sum(len(windows(im.width, im.height, cut.size, cut.overlap)) for im in images)
 
     def _patched(self, data: LabeledData, folder: Path) -> LabeledData:
         total = 0
@@ -73,8 +82,8 @@ class RotatedStarter(Starter):
                     raise UserError(f"{outcome.job.image} cannot be cut: {outcome.error}")
                 total += len(outcome.patches)
         note = (
-            f"images are larger than {HUGE} px: cut into {total} patches of {PATCH} px (copies, in "
-            f"{folder}); prediction cuts images by itself"
+            f"images are too large for their objects: cut into {total} patches of {PATCH} px "
+            f"(copies, in {folder}); prediction cuts images by itself"
         )
         return replace(data, notes=[*data.notes, note])
 
@@ -83,25 +92,29 @@ class RotatedStarter(Starter):
         images = data.of_split("train")
         long, short = sides_of(images)
         small = float(np.percentile(object_sizes(data), 10))
-        patched = long > HUGE
+        patched = is_cut(data)
         factor = 1.0 if patched else min(max(1.0, min(2.0, SMALL / small)), PATCH / long)
         side = PATCH if patched else min(round_up(long * factor), PATCH)
-        shown = "as they are" if abs(factor - 1) < 0.05 else f"{factor:.2g} times"
         kind = f"patches of {PATCH} px of images of" if patched else "images are"
         anchor = nearest(small * factor / 8, (2, 3, 4))
-        epochs = epochs_for(len(images))
+        samples = self.samples(data)
         return [
             Setting(
                 "size",
                 str((side, side)),
-                f"{kind} {long} x {short} px, a tenth of the objects below {small:.0f} px: {shown}",
+                f"{kind} {long} x {short} px, a tenth of the objects below {small:.0f} px: "
+                f"{enlarged(factor)}",
             ),
             Setting(
                 "anchor_scale",
                 str(anchor),
                 f"smallest anchors {8 * anchor} px, small objects {small * factor:.0f} px",
             ),
-            Setting("epochs", str(epochs), f"for {len(images)} images; see docs/finetuning.md"),
+            Setting(
+                "epochs",
+                str(epochs_for(samples)),
+                f"for {samples} {'patches' if patched else 'images'}; see docs/finetuning.md",
+            ),
         ]
 
     def body(self, data: LabeledData, plan: Plan) -> str:
@@ -113,7 +126,7 @@ class RotatedStarter(Starter):
         network, neck = backbone(plan, "max(1, size[0] * size[1] // 1024)", **more)
         if plan.variant.name != "efficientformerv2_s0":
             neck = ", ".join(filter(None, [f"in_channels={widths[1:]}", neck]))
-        patched = sides_of(data.of_split("train"))[0] > HUGE
+        patched = is_cut(data)
         return BODY.format(
             backbone=network,
             neck=neck,
@@ -124,6 +137,7 @@ class RotatedStarter(Starter):
         )
 
 
+# The lists of images have whole paths, so that data_root is that of the labels.
 BODY = """\
 model = dict(
     backbone=dict({backbone}),
@@ -158,6 +172,13 @@ optim_wrapper = dict(type=optimizer_type, optimizer=dict(lr=learning_rate))
 auto_scale_lr = dict(base_batch_size=batch_size)
 {hooks}
 """
+
+
+def is_cut(data: LabeledData) -> bool:
+    """Whether images are cut: they are huge, or resized to a patch their objects are too small."""
+    long, _ = sides_of(data.of_split("train"))
+    small = float(np.percentile(object_sizes(data), 10))
+    return long > HUGE or (long > PATCH and small * PATCH / long < SMALL)
 
 
 def _write(images: Sequence[LabeledImage], names: Sequence[str], folder: Path) -> None:

@@ -179,9 +179,12 @@ class TestYolo:
     def test_four_points(self, tmp_path):
         """Corners without right angles: outlines or rotated boxes? The task answers."""
         sets.write_yolo(tmp_path, "obb")
-        path = tmp_path / "labels" / "train" / "apple.txt"
-        path.write_text("0 0.1 0.1 0.9 0.2 0.8 0.9 0.1 0.7\n")
-        with pytest.raises(UserError, match="four points.*--task"):
+        for path in (tmp_path / "labels" / "train").iterdir():
+            path.write_text("0 0.1 0.1 0.9 0.2 0.8 0.9 0.1 0.7\n")
+        assert read(tmp_path).kind == CORNERS  # a half of them
+        for path in (tmp_path / "labels" / "val").iterdir():
+            path.write_text("0 0.1 0.1 0.9 0.2 0.8 0.9 0.1 0.7\n")
+        with pytest.raises(UserError, match="four points, but only 0 of 6.*--task"):
             read(tmp_path)
         assert read(tmp_path, corners=True).kind == CORNERS
         assert read(tmp_path, corners=False).kind == POLYGONS
