@@ -46,6 +46,8 @@ class Task:
         export: its exported files.
         quickstart: an instance of :class:`mmeformer.quickstart.Quickstart`.
         datasets: data sets with the checks of ``tools/check_dataset.py``, as configs name them.
+        starter: an instance of :class:`mmeformer.starter.Starter`, for ``mmeformer init``; None if
+            the task has none.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Task:
     export: Export
     quickstart: str
     datasets: tuple[str, ...]
+    starter: str | None = None
 
 
 _ROWS = (
@@ -73,6 +76,7 @@ _ROWS = (
         ),
         quickstart="mmeformer.detection.quickstart:QUICKSTART",
         datasets=("mmeformer.CocoDataset",),
+        starter="mmeformer.detection.starter:STARTER",
     ),
     Task(
         name="segmentation",
@@ -89,6 +93,7 @@ _ROWS = (
         ),
         quickstart="mmeformer.segmentation.quickstart:QUICKSTART",
         datasets=("mmeformer.SegmentationDataset", "mmeformer.ADE20KDataset"),
+        starter="mmeformer.segmentation.starter:STARTER",
     ),
     Task(
         name="rotated",
@@ -104,6 +109,7 @@ _ROWS = (
         ),
         quickstart="mmeformer.rotated.quickstart:QUICKSTART",
         datasets=("mmeformer.DOTADataset",),
+        starter="mmeformer.rotated.starter:STARTER",
     ),
     Task(
         name="classification",

@@ -1,16 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the model of a config."""
+"""Train the model of a config, or on a folder of labeled images.
+
+For a folder, a config is made first, as ``mmeformer init`` does.
+
+Examples:
+    mmeformer train my_config.py
+    mmeformer train my_config.py --resume
+    mmeformer train datasets/nuclei
+"""
 
 import argparse
+from pathlib import Path
 
+from mmeformer import own_data
 from mmeformer.commands import cli
 from mmeformer.training import engine
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    cli.add_config(parser)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "config", help="config file, its path below mmeformer's configs/, or a folder of data"
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -28,8 +42,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     return cli.parse(parser, argv)
 
 
-def work(args: argparse.Namespace) -> None:
-    """Train."""
+def work(args: argparse.Namespace) -> int | None:
+    """Train; returns the exit status."""
+    if Path(args.config).is_dir():
+        made = own_data.make(own_data.Request(Path(args.config)), report=print)
+        if made.errors:
+            return 1
+        args.config = str(made.config)
     runner = engine.build_train_runner(
         cli.prepare_run(args),
         amp=args.amp,
@@ -38,6 +57,7 @@ def work(args: argparse.Namespace) -> None:
         launcher=args.launcher,
     )
     runner.train()
+    return None
 
 
 def main(argv=None) -> int:
