@@ -46,6 +46,8 @@ class Task:
         export: its exported files.
         quickstart: an instance of :class:`mmeformer.quickstart.Quickstart`.
         datasets: data sets with the checks of ``tools/check_dataset.py``, as configs name them.
+        review: subclass of :class:`mmeformer.report.review.Review`, which compares predictions with
+            labels for the report of a training; None leaves that out.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Task:
     export: Export
     quickstart: str
     datasets: tuple[str, ...]
+    review: str | None = None
 
 
 _ROWS = (
@@ -73,6 +76,7 @@ _ROWS = (
         ),
         quickstart="mmeformer.detection.quickstart:QUICKSTART",
         datasets=("mmeformer.CocoDataset",),
+        review="mmeformer.detection.review:DetectionReview",
     ),
     Task(
         name="segmentation",
@@ -89,6 +93,7 @@ _ROWS = (
         ),
         quickstart="mmeformer.segmentation.quickstart:QUICKSTART",
         datasets=("mmeformer.SegmentationDataset", "mmeformer.ADE20KDataset"),
+        review="mmeformer.segmentation.review:SegmentationReview",
     ),
     Task(
         name="rotated",
@@ -104,6 +109,7 @@ _ROWS = (
         ),
         quickstart="mmeformer.rotated.quickstart:QUICKSTART",
         datasets=("mmeformer.DOTADataset",),
+        review="mmeformer.rotated.review:RotatedReview",
     ),
 )
 

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the model of a config."""
+"""Train the model of a config.
+
+In a terminal a progress bar shows the time left, the loss and the best metric; elsewhere there are
+lines. At the end, or at Ctrl-C, report.html in the work directory has curves and results.
+"""
 
 import argparse
 
 from mmeformer.commands import cli
 from mmeformer.training import engine
+from mmeformer.training.trackers import DEFAULT, NONE, TRACKERS
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -24,20 +29,33 @@ def parse_args(argv=None) -> argparse.Namespace:
         action="store_true",
         help="scale the learning rate to the batch size",
     )
+    parser.add_argument(
+        "--log",
+        nargs="+",
+        choices=[*TRACKERS, NONE],
+        metavar="TRACKER",
+        help=f"also record the training with {', '.join(TRACKERS)} "
+        f"(default: {DEFAULT}, if it is installed), or {NONE}",
+    )
     cli.add_run_options(parser)
     return cli.parse(parser, argv)
 
 
 def work(args: argparse.Namespace) -> None:
     """Train."""
+    # Needs what prediction needs, which takes a moment to import.
+    from mmeformer.report.build import after_training
+
     runner = engine.build_train_runner(
         cli.prepare_run(args),
         amp=args.amp,
         auto_scale_lr=args.auto_scale_lr,
         resume=args.resume,
         launcher=args.launcher,
+        trackers=args.log,
     )
-    runner.train()
+    with after_training(runner):
+        runner.train()
 
 
 def main(argv=None) -> int:

@@ -291,7 +291,19 @@ class Predictor(ABC, Generic[Result]):
 
     def entries(self, result: Result) -> list[dict]:
         """A result as COCO annotations, without ``id`` and ``image_id``."""
-        raise NotImplementedError(f"{type(self).__name__} writes no JSON")
+        return self.annotations(result, self.classes, self.category_ids)
+
+    @classmethod
+    def annotations(
+        cls, result: Result, classes: Sequence[str], category_ids: Sequence[int]
+    ) -> list[dict]:
+        """See :meth:`entries`; without a model, for results of exported files.
+
+        Args:
+            result: of an image.
+            classes, category_ids: see the class.
+        """
+        raise NotImplementedError(f"{cls.__name__} writes no JSON")
 
     def write_files(self, out: Path, name: str, result: Result) -> None:
         """Write the files that the task has per image, if any.

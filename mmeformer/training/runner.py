@@ -27,6 +27,7 @@ from mmeformer.training.hooks import (
     last_checkpoint,
 )
 from mmeformer.training.loops import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmeformer.training.progress import ProgressHook
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
 from mmeformer.training.record import TrainingDataHook
 from mmeformer.training.saving import (
@@ -44,6 +45,9 @@ OUR_LOOPS = {
     MMEngineIterBasedTrainLoop: IterBasedTrainLoop,
 }
 """Our training loop for each of mmengine's, as configs name them."""
+
+OWN_HOOKS = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
+"""Hooks that mmengine registers if ``default_hooks`` does not name them."""
 
 
 class Runner(MMEngineRunner):
@@ -111,8 +115,14 @@ class Runner(MMEngineRunner):
         return super().build_test_loop(loop)
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """mmengine's hooks, with our ``CheckpointHook`` instead of its own."""
+        """mmengine's hooks, with our ``CheckpointHook`` instead of its own.
+
+        ``default_hooks`` may have others, such as ``ema=dict(type="EMAHook")``; None removes any.
+        """
         hooks = dict(hooks or {})
+        for name in [name for name in hooks if hooks[name] is None and name not in OWN_HOOKS]:
+            # mmengine expects None for its own hooks only.
+            del hooks[name]
         checkpoint = hooks.get("checkpoint", dict(type="CheckpointHook", interval=1))
         if isinstance(checkpoint, Mapping):
             if checkpoint["type"] in ("CheckpointHook", MMEngineCheckpointHook):
@@ -133,6 +143,8 @@ class Runner(MMEngineRunner):
         for guard in guards:
             if not any(isinstance(hook, guard) for hook in self.hooks):
                 self.register_hook(guard())
+        if ProgressHook.is_wanted():
+            self.register_hook(ProgressHook())
 
     def scale_lr(self, optim_wrapper, auto_scale_lr=None) -> None:
         """mmengine's scaling; also of the base learning rate, which the log shows."""
@@ -152,7 +164,12 @@ class Runner(MMEngineRunner):
         if self._resume:
             self._find_start()
         self._fine_tuning = not self._resume
-        return super().train()
+        try:
+            return super().train()
+        finally:
+            for hook in self.hooks:
+                if isinstance(hook, ProgressHook):
+                    hook.close()
 
     def _find_start(self) -> None:
         """Choose the file to resume from and use its seed, before any data is loaded."""
