@@ -92,7 +92,6 @@ def after_training(runner: Runner) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, UserError):
-        print_log(f"the training stopped: writing {REPORT} (Ctrl-C skips it)", "current")
         _try_to_write(runner)
         raise
     _try_to_write(runner)
@@ -102,12 +101,13 @@ def _try_to_write(runner: Runner) -> None:
     settings = runner.cfg.get("report", {})
     if settings is None or not is_main_process() or not history.read(runner.work_dir).training:
         return
+    print_log(f"writing {Path(runner.work_dir, REPORT)} (Ctrl-C skips it)", "current")
     try:
-        path = write(runner.work_dir, **settings)
+        write(runner.work_dir, **settings)
+    except KeyboardInterrupt:
+        print_log("no report: it was skipped", "current", logging.WARNING)
     except Exception as error:
         print_log(f"no report: {_reason(error)}", "current", logging.WARNING)
-    else:
-        print_log(f"report of the training: {path}", "current")
 
 
 def _reason(error: Exception) -> str:

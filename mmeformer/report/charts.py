@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from mmeformer.report.history import Series
 from mmeformer.report.review import RECALLS, Confusion, Curve, Statistics
@@ -37,13 +38,16 @@ STYLE = {
 }
 MAX_LINES = 10
 """Lines of a chart that get a color and an entry in the legend each; others are gray."""
+LEGEND_COLUMNS = 3
 MAX_NAMED = 30
 """Classes up to which a chart names every class."""
+WIDE = 10
+"""Ratio of the largest and the smallest object from which the axis of sizes is logarithmic."""
 MAX_WRITTEN = 15
 """Classes up to which a confusion matrix has its numbers written in."""
 
 
-def draw(paint: Callable[[Axes], None], width: float = 6.4, height: float = 3.2) -> bytes:
+def draw(paint: Callable[[Axes], None], width: float = 5.4, height: float = 3.2) -> bytes:
     """Draw one chart; returns an SVG file.
 
     Args:
@@ -98,9 +102,10 @@ def lines(
         axes.set_xlabel(unit)
         axes.set_ylabel(label)
         if len(series) > 1 or marks:
-            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+            _legend(axes)
 
-    return draw(paint, width=7.4 if len(series) > 1 else 6.4)
+    rows = -(-min(len(series), MAX_LINES) // LEGEND_COLUMNS)
+    return draw(paint, height=3.0 + 0.18 * rows)
 
 
 def precision_recall(curves: Sequence[Curve]) -> bytes:
@@ -121,9 +126,15 @@ def precision_recall(curves: Sequence[Curve]) -> bytes:
         if len(curves) > 1:
             axes.plot(RECALLS, mean, color="#0f172a", linewidth=2.4, label=f"mean  {ap:.3f}")
         axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="average precision")
+        _legend(axes, "average precision")
 
-    return draw(paint, width=6.8, height=4)
+    rows = -(-min(len(curves), MAX_LINES) // LEGEND_COLUMNS)
+    return draw(paint, height=3.8 + 0.18 * rows)
+
+
+def _legend(axes: Axes, title: str | None = None) -> None:
+    """Names of the lines, below the chart."""
+    axes.figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, title=title)
 
 
 def confusion(matrix: Confusion) -> bytes:
@@ -164,8 +175,8 @@ def confusion(matrix: Confusion) -> bytes:
         bar.outline.set_visible(False)
         bar.set_label("share of the row")
 
-    side = min(3.2 + 0.42 * min(len(rows), MAX_NAMED), 9.0)
-    return draw(paint, width=side + 1.4, height=side)
+    side = min(2.4 + 0.36 * min(len(rows), MAX_NAMED), 8.5)
+    return draw(paint, width=max(side + 1.2, 5.4), height=max(side, 3.6))
 
 
 def amounts(statistics: Statistics) -> bytes:
@@ -192,12 +203,17 @@ def amounts(statistics: Statistics) -> bytes:
 def sizes(statistics: Statistics) -> bytes:
     """Distribution of the sizes of objects."""
     values = np.maximum(statistics.sizes, 1.0)
-    bins = np.geomspace(values.min(), values.max() * 1.001, 31)
+    low, high = values.min(), values.max() * 1.001
+    is_wide = high > WIDE * low
+    bins = (np.geomspace if is_wide else np.linspace)(low, high, 25)
 
     def paint(axes: Axes) -> None:
         axes.hist(values, bins=bins, color=COLORS[2], rwidth=0.92)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        if is_wide:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="size of an object: square root of its area, pixels", ylabel="objects")
 
-    return draw(paint, height=2.4)
+    return draw(paint, height=2.6)

@@ -34,7 +34,7 @@ h3 { margin: 18px 0 6px; font-size: 14px; color: #334155; }
   flex: 1 1 150px; }
 .tile b { display: block; font-size: 22px; line-height: 1.3; overflow-wrap: anywhere; }
 .tile span { color: #64748b; font-size: 13px; }
-.charts { display: flex; flex-wrap: wrap; gap: 14px 24px; align-items: flex-start; }
+.charts { display: flex; flex-wrap: wrap; gap: 14px 18px; align-items: flex-start; }
 figure { margin: 0; max-width: 100%; }
 figure img { max-width: 100%; height: auto; display: block; }
 figcaption { color: #64748b; font-size: 13px; overflow-wrap: anywhere; }
@@ -50,7 +50,7 @@ td.number, th.number { text-align: right; padding-left: 14px; }
 td.number { background-repeat: no-repeat; background-position: right 0 bottom 2px;
   background-image: linear-gradient(#93c5fd, #93c5fd); background-size: var(--part, 0%) 3px; }
 pre { background: #0f172a; color: #e2e8f0; padding: 12px 14px; border-radius: 8px;
-  overflow-x: auto; margin: 6px 0 14px;
+  white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0 14px;
   font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
 details summary { cursor: pointer; color: #1e40af; }
 .note { color: #92400e; background: #fffbeb; border: 1px solid #fde68a; border-radius: 8px;

@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 class ProgressHook(Hook):
     """Shows a bar with the time left, the loss and the best metric while a training runs.
 
-    The lines of mmengine's ``LoggerHook`` about iterations then go to the log file alone; all other
-    output scrolls above the bar. :class:`mmeformer.training.runner.Runner` adds this hook in the
-    main process if the output is a terminal. Without it the lines of ``LoggerHook`` stay.
+    All other output scrolls above the bar, less what :func:`is_for_terminals` holds back.
+    :class:`mmeformer.training.runner.Runner` adds this hook in the main process if the output is a
+    terminal. Elsewhere there are the lines of mmengine's ``LoggerHook``.
 
     Args:
         console: of rich; None takes the standard output.
@@ -65,7 +65,6 @@ class ProgressHook(Hook):
             if is_stream and any(handler.stream is output for output in outputs):
                 self.streams.append((handler, handler.stream))
                 handler.setStream(sys.stdout)
-                handler.addFilter(_is_not_about_iterations)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
@@ -128,16 +127,26 @@ class ProgressHook(Hook):
             self.bar = None
         for handler, stream in self.streams:
             handler.setStream(stream)
-            handler.removeFilter(_is_not_about_iterations)
         self.streams = []
 
 
-def _is_not_about_iterations(record: logging.LogRecord) -> bool:
-    """Filter that holds back what ``LoggerHook`` says of single iterations."""
-    return (record.module, record.funcName) not in {
-        ("logger_hook", "after_train_iter"),
-        ("logger_hook", "after_val_iter"),
-    }
+def is_for_terminals(record: logging.LogRecord) -> bool:
+    """Filter for the handler of a terminal; what it holds back is in the log file.
+
+    That is what the bar shows, and hundreds of lines at the start: the environment, the config, the
+    hooks, and the options of every parameter.
+    """
+    place = record.module, record.funcName
+    return place not in HIDDEN_PLACES and not record.getMessage().startswith(HIDDEN_STARTS)
+
+
+HIDDEN_PLACES = {
+    ("logger_hook", "after_train_iter"),
+    ("logger_hook", "after_val_iter"),
+    ("runner", "_log_env"),
+}
+"""Modules and functions of mmengine."""
+HIDDEN_STARTS = ("paramwise_options -- ", "Hooks will be executed")
 
 
 def best_metric(runner: Runner) -> tuple[str, float] | None:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
@@ -27,7 +29,7 @@ from mmeformer.training.hooks import (
     last_checkpoint,
 )
 from mmeformer.training.loops import EpochBasedTrainLoop, IterBasedTrainLoop
-from mmeformer.training.progress import ProgressHook
+from mmeformer.training.progress import ProgressHook, is_for_terminals
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
 from mmeformer.training.record import TrainingDataHook
 from mmeformer.training.saving import (
@@ -74,6 +76,15 @@ class Runner(MMEngineRunner):
     _test_dataloader: Any
     optim_wrapper: Any
     param_schedulers: Any
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        """mmengine's logger; a terminal gets no lines by the hundred."""
+        logger = super().build_logger(*args, **kwargs)
+        if ProgressHook.is_wanted():
+            for handler in logger.handlers:
+                if getattr(handler, "stream", None) is sys.stdout:
+                    handler.addFilter(is_for_terminals)
+        return logger
 
     @staticmethod
     def build_dataloader(

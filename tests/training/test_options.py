@@ -2,7 +2,6 @@
 """What a training does beside the loop: EMA, early stopping, trackers, and where results are."""
 
 import importlib.util
-import json
 
 import pytest
 import tiny
@@ -180,11 +179,3 @@ def test_files_of_a_work_directory(tmp_path):
     (tmp_path / "best_mIoU_epoch_1.pth").write_text("")
     assert work_dirs.last_checkpoint(tmp_path) == tmp_path / "epoch_1.pth"
     assert work_dirs.choose_checkpoint(tmp_path) == tmp_path / "best_mIoU_epoch_1.pth"
-
-
-def test_every_number_is_logged_for_the_report(config, tmp_path):
-    tiny.train(config, tmp_path / "run")
-    (path,) = (tmp_path / "run").glob("*/vis_data/scalars.json")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["iter"] for row in rows] == [1, 2, 3, 4]
-    assert all({"loss", "lr", "time", "data_time"} <= row.keys() for row in rows)

@@ -63,7 +63,9 @@ def test_a_bar_in_a_terminal(config, tmp_path, monkeypatch):
     assert "Iter(val) [1/1]    aAcc" in log.read_text() and "aAcc" in text
     # Everything is as it was before.
     assert sys.stdout is terminal and terminal in streams(runner) and hook.bar is None
-    assert not any(handler.filters[1:] for handler in runner.logger.handlers)
+    # So are those that fill a screen at the start.
+    for start in ("System environment", "Config:", "Hooks will be", "paramwise_options"):
+        assert start in log.read_text() and start not in text
 
 
 def test_an_error_ends_the_bar(config, monkeypatch):
@@ -88,6 +90,7 @@ def test_lines_elsewhere(config, monkeypatch):
     assert not any(isinstance(hook, ProgressHook) for hook in runner.hooks)
     runner.train()
     assert "Iter(train) [4/4]" in output.getvalue() and "\x1b[?25" not in output.getvalue()
+    assert "System environment" in output.getvalue()
     assert best_metric(runner)[0] == "mIoU"
 
 
