@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the model of a config, or on a folder of labeled images.
 
-For a folder, a config is made first, as ``mmeformer init`` does.
+For a folder, a config is made first, as ``mmeformer init`` does. In a terminal a progress bar shows
+the time left, the loss and the best metric; elsewhere there are lines. At the end, or at Ctrl-C,
+report.html in the work directory has curves and results.
 
 Examples:
     mmeformer train my_config.py
@@ -15,6 +17,7 @@ from pathlib import Path
 from mmeformer import own_data
 from mmeformer.commands import cli
 from mmeformer.training import engine
+from mmeformer.training.trackers import DEFAULT, NONE, TRACKERS
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -38,12 +41,23 @@ def parse_args(argv=None) -> argparse.Namespace:
         action="store_true",
         help="scale the learning rate to the batch size",
     )
+    parser.add_argument(
+        "--log",
+        nargs="+",
+        choices=[*TRACKERS, NONE],
+        metavar="TRACKER",
+        help=f"also record the training with {', '.join(TRACKERS)} "
+        f"(default: {DEFAULT}, if it is installed), or {NONE}",
+    )
     cli.add_run_options(parser)
     return cli.parse(parser, argv)
 
 
 def work(args: argparse.Namespace) -> int | None:
     """Train; returns the exit status."""
+    # Needs what prediction needs, which takes a moment to import.
+    from mmeformer.report.build import after_training
+
     if Path(args.config).is_dir():
         made = own_data.make(own_data.Request(Path(args.config)), report=print)
         if made.errors:
@@ -55,8 +69,10 @@ def work(args: argparse.Namespace) -> int | None:
         auto_scale_lr=args.auto_scale_lr,
         resume=args.resume,
         launcher=args.launcher,
+        trackers=args.log,
     )
-    runner.train()
+    with after_training(runner):
+        runner.train()
     return None
 
 

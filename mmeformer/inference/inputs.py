@@ -14,10 +14,7 @@ import numpy as np
 
 from mmeformer.checks.images import quick_fault
 from mmeformer.files import refuse_url, relative_names
-from mmeformer.images import PLAIN, Reading, read_image
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+from mmeformer.images import IMAGE_SUFFIXES, PLAIN, VIDEO_SUFFIXES, Reading, read_image
 
 
 @dataclass(frozen=True)

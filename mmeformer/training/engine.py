@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mmeformer.configs import drop_pretrained, existing_checkpoint
 from mmeformer.training.device import prepare_device
 from mmeformer.training.pictures import PicturesHook
 from mmeformer.training.runner import Runner
+from mmeformer.training.trackers import add_trackers
 
 TRAINING_KEYS = ("model", "train_dataloader", "train_cfg", "optim_wrapper")
 VISUALIZATION_HOOKS = ("DetVisualizationHook", "SegVisualizationHook", "VisualizationHook")
@@ -30,6 +31,7 @@ def build_train_runner(
     auto_scale_lr: bool = False,
     resume: str | None = None,
     launcher: str = "none",
+    trackers: Sequence[str] | None = None,
 ) -> Runner:
     """Build a Runner that is ready for ``train()``.
 
@@ -39,6 +41,8 @@ def build_train_runner(
         auto_scale_lr: scale the learning rate to the actual batch size.
         resume: ``"auto"`` for the latest checkpoint of the work directory, or a file.
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
+        trackers: programs that record the training, see
+            :func:`mmeformer.training.trackers.add_trackers`.
 
     Raises:
         ValueError: the config is not a training config, or does not have the base batch size for
@@ -61,6 +65,7 @@ def build_train_runner(
         raise ValueError(
             f"{config.filename} is not a training config: missing {', '.join(missing)}"
         )
+    add_trackers(config, trackers)
     prepare_device(config, launcher)
     safe_load.install()
     return Runner.from_cfg(config)

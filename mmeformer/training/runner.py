@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
@@ -28,6 +30,7 @@ from mmeformer.training.hooks import (
     last_checkpoint,
 )
 from mmeformer.training.loops import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmeformer.training.progress import ProgressHook, is_for_terminals
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
 from mmeformer.training.record import TrainingDataHook
 from mmeformer.training.saving import (
@@ -45,6 +48,9 @@ OUR_LOOPS = {
     MMEngineIterBasedTrainLoop: IterBasedTrainLoop,
 }
 """Our training loop for each of mmengine's, as configs name them."""
+
+OWN_HOOKS = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
+"""Hooks that mmengine registers if ``default_hooks`` does not name them."""
 
 
 class Runner(MMEngineRunner):
@@ -71,6 +77,15 @@ class Runner(MMEngineRunner):
     _test_dataloader: Any
     optim_wrapper: Any
     param_schedulers: Any
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        """mmengine's logger; a terminal gets no lines by the hundred."""
+        logger = super().build_logger(*args, **kwargs)
+        if ProgressHook.is_wanted():
+            for handler in logger.handlers:
+                if getattr(handler, "stream", None) is sys.stdout:
+                    handler.addFilter(is_for_terminals)
+        return logger
 
     @staticmethod
     def build_dataloader(
@@ -112,8 +127,14 @@ class Runner(MMEngineRunner):
         return super().build_test_loop(loop)
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """mmengine's hooks, with our ``CheckpointHook`` instead of its own."""
+        """mmengine's hooks, with our ``CheckpointHook`` instead of its own.
+
+        ``default_hooks`` may have others, such as ``ema=dict(type="EMAHook")``; None removes any.
+        """
         hooks = dict(hooks or {})
+        for name in [name for name in hooks if hooks[name] is None and name not in OWN_HOOKS]:
+            # mmengine expects None for its own hooks only.
+            del hooks[name]
         checkpoint = hooks.get("checkpoint", dict(type="CheckpointHook", interval=1))
         if isinstance(checkpoint, Mapping):
             if checkpoint["type"] in ("CheckpointHook", MMEngineCheckpointHook):
@@ -134,6 +155,8 @@ class Runner(MMEngineRunner):
         for guard in guards:
             if not any(isinstance(hook, guard) for hook in self.hooks):
                 self.register_hook(guard())
+        if ProgressHook.is_wanted():
+            self.register_hook(ProgressHook())
 
     def scale_lr(self, optim_wrapper, auto_scale_lr=None) -> None:
         """mmengine's scaling; also of the base learning rate, which the log shows."""
@@ -153,7 +176,12 @@ class Runner(MMEngineRunner):
         if self._resume:
             self._find_start()
         self._fine_tuning = not self._resume
-        return super().train()
+        try:
+            return super().train()
+        finally:
+            for hook in self.hooks:
+                if isinstance(hook, ProgressHook):
+                    hook.close()
 
     def _find_start(self) -> None:
         """Choose the file to resume from and use its seed, before any data is loaded."""
