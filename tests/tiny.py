@@ -274,6 +274,8 @@ def fork(function, world_size: int = 1, timeout: float = 60) -> list[int]:
             )
             function(rank)
             code = 0
+        except SystemExit as leaving:
+            code = leaving.code
         except BaseException:
             traceback.print_exc()
         finally:
@@ -301,3 +303,29 @@ def equal(first: dict, second: dict) -> bool:
     """Whether two runs had the very same losses in the iterations of ``second``."""
     shared = [first[iteration] for iteration in second]
     return bool(second) and np.array_equal(shared, list(second.values()))
+
+
+def same(first, second) -> bool:
+    """Whether nested containers hold the same values, bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Two checkpoints hold the same, bit for bit, but for times, logs and paths."""
+    contents = []
+    for path in (first, second):
+        content = torch.load(path, map_location="cpu", weights_only=False)
+        for key in ("time", "cfg", "experiment_name"):
+            content["meta"].pop(key)
+        scores = content.pop("message_hub")["runtime_info"]
+        content["scores"] = {key: scores[key] for key in scores if "score" in key}
+        contents.append(content)
+    left, right = contents
+    assert left.keys() == right.keys()
+    assert [key for key in left if not same(left[key], right[key])] == []
