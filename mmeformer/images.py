@@ -40,6 +40,9 @@ _JPEG_STOP = 0xD9
 _JPEG_ALONE = (0x01, *range(0xD0, 0xD9))
 """Markers without a length."""
 
+DEFLATE = 1032
+"""Bytes that one byte of a PNG file can stand for (zlib, "Maximum Compression Factor")."""
+
 LOADER = "mmeformer.LoadImageFromFile"
 """The loading step of pipelines that has these settings."""
 
@@ -321,6 +324,15 @@ def _decode(data: bytes, name: str | Path, reading: Reading) -> NDArray[Any]:
         raise ValueError(f"{name} {fault}")
     if not data or not is_whole(data):
         raise damaged
+    if (
+        layout is not None
+        and data.startswith(PNG_START)
+        and layout.height * layout.width * layout.bands * layout.bits > 8 * DEFLATE * len(data)
+    ):
+        raise ValueError(
+            f"{name} claims to have {layout.width} x {layout.height} pixels, more than its "
+            f"{len(data)} bytes can hold: it is damaged"
+        )
     try:
         if layout is not None and not layout.plain and data.startswith(TIFF_STARTS):
             return _read_bands(Tiff(data), layout, reading)

@@ -161,6 +161,24 @@ def rotated(folder: Path, iterations: int = ITERATIONS) -> Config:
 TASKS = {"detection": detection, "segmentation": segmentation, "rotated": rotated}
 
 
+SCORES = {"detection": "coco/bbox_mAP", "segmentation": "mIoU", "rotated": "dota/AP50"}
+
+
+def everything(task, folder, iterations=4):
+    """Averaged weights, the best model, early stopping, and a schedule that follows the scores."""
+    config = TASKS[task](folder, iterations)
+    config.train_cfg.val_interval = 2
+    config.default_hooks.checkpoint.update(save_best=SCORES[task], rule="greater")
+    config.custom_hooks += [
+        dict(type="EMAHook", momentum=0.3, update_buffers=True),
+        dict(type="EarlyStoppingHook", monitor=SCORES[task], rule="greater", patience=9),
+    ]
+    config.param_scheduler.append(
+        dict(type="ReduceOnPlateauLR", monitor=SCORES[task], rule="greater", patience=0)
+    )
+    return config
+
+
 # --- trained models and their exports ------------------------------------------------------------
 
 

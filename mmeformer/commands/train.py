@@ -24,6 +24,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         action="store_true",
         help="scale the learning rate to the batch size",
     )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU, use only kernels that give the same result each time; slower",
+    )
     cli.add_run_options(parser)
     return cli.parse(parser, argv)
 
@@ -35,6 +40,7 @@ def work(args: argparse.Namespace) -> None:
         amp=args.amp,
         auto_scale_lr=args.auto_scale_lr,
         resume=args.resume,
+        deterministic=args.deterministic,
         launcher=args.launcher,
     )
     runner.train()

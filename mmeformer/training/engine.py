@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ def build_train_runner(
     auto_scale_lr: bool = False,
     resume: str | None = None,
     launcher: str = "none",
+    deterministic: bool = False,
 ) -> Runner:
     """Build a Runner that is ready for ``train()``.
 
@@ -39,6 +41,8 @@ def build_train_runner(
         auto_scale_lr: scale the learning rate to the actual batch size.
         resume: ``"auto"`` for the latest checkpoint of the work directory, or a file.
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
+        deterministic: use only kernels that give the same result each time
+            (``torch.use_deterministic_algorithms``); an operator without one raises an error.
 
     Raises:
         ValueError: the config is not a training config, or does not have the base batch size for
@@ -61,6 +65,10 @@ def build_train_runner(
         raise ValueError(
             f"{config.filename} is not a training config: missing {', '.join(missing)}"
         )
+    if deterministic:
+        config.setdefault("randomness", ConfigDict()).deterministic = True
+        # cuBLAS reads this at its start (CUDA's documentation, "Results reproducibility").
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     prepare_device(config, launcher)
     safe_load.install()
     return Runner.from_cfg(config)

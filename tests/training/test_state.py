@@ -13,23 +13,6 @@ from mmengine.hooks import EarlyStoppingHook, Hook
 
 from mmeformer.training.saving import hook_states, restore_hooks
 
-SCORES = {"detection": "coco/bbox_mAP", "segmentation": "mIoU", "rotated": "dota/AP50"}
-
-
-def everything(task, folder, iterations=4):
-    """Averaged weights, the best model, early stopping, and a schedule that follows the scores."""
-    config = tiny.TASKS[task](folder, iterations)
-    config.train_cfg.val_interval = 2
-    config.default_hooks.checkpoint.update(save_best=SCORES[task], rule="greater")
-    config.custom_hooks += [
-        dict(type="EMAHook", momentum=0.3, update_buffers=True),
-        dict(type="EarlyStoppingHook", monitor=SCORES[task], rule="greater", patience=9),
-    ]
-    config.param_scheduler.append(
-        dict(type="ReduceOnPlateauLR", monitor=SCORES[task], rule="greater", patience=0)
-    )
-    return config
-
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -46,14 +29,14 @@ def best(work_dir):
         ("segmentation", 1),
         *(
             pytest.param(task, world, marks=pytest.mark.slow)
-            for task in tiny.TASKS
+            for task in tiny.SCORES
             for world in (1, 2)
             if (task, world) != ("segmentation", 1)
         ),
     ],
 )
 def test_killed_run_becomes_what_it_would_have(tmp_path, task, world):
-    config = everything(task, tmp_path)
+    config = tiny.everything(task, tmp_path)
     launcher = "none" if world == 1 else "pytorch"
 
     def run(work_dir, **kwargs):
@@ -66,7 +49,7 @@ def test_killed_run_becomes_what_it_would_have(tmp_path, task, world):
     named = Path((tmp_path / "killed/last_checkpoint").read_text())
     content = torch.load(named, weights_only=False)
     assert named.name == "iter_2.pth" and content["meta"]["validated"]
-    assert content["hooks"]["EarlyStoppingHook"][0]["monitor"] == SCORES[task]
+    assert content["hooks"]["EarlyStoppingHook"][0]["monitor"] == tiny.SCORES[task]
     assert content["ema_state_dict"]["steps"] == 2
     assert run(tmp_path / "killed", resume="auto") == [0] * world
     tiny.assert_same_state(tmp_path / "unbroken/iter_4.pth", tmp_path / "killed/iter_4.pth")
@@ -76,7 +59,7 @@ def test_killed_run_becomes_what_it_would_have(tmp_path, task, world):
 @pytest.mark.forks
 @pytest.mark.slow
 def test_validation_that_a_kill_cut_off_is_made_up_for(tmp_path, monkeypatch):
-    config = everything("segmentation", tmp_path)
+    config = tiny.everything("segmentation", tmp_path)
     tiny.train(config, tmp_path / "unbroken")
 
     def run(rank):
@@ -93,7 +76,7 @@ def test_validation_that_a_kill_cut_off_is_made_up_for(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_early_stopped_run_stays_stopped(tmp_path, monkeypatch):
-    config = everything("segmentation", tmp_path, 8)
+    config = tiny.everything("segmentation", tmp_path, 8)
     config.custom_hooks[-1].patience = 2
     monkeypatch.setattr(
         "mmseg.evaluation.IoUMetric.compute_metrics", lambda self, results: dict(mIoU=10.0)
