@@ -44,6 +44,9 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 """Suffixes of the files that are looked for in folders."""
 
+DEFLATE = 1032
+"""Bytes that one byte of a PNG file can stand for (zlib, "Maximum Compression Factor")."""
+
 LOADER = "mmeformer.LoadImageFromFile"
 """The loading step of pipelines that has these settings."""
 
@@ -325,6 +328,15 @@ def _decode(data: bytes, name: str | Path, reading: Reading) -> NDArray[Any]:
         raise ValueError(f"{name} {fault}")
     if not data or not is_whole(data):
         raise damaged
+    if (
+        layout is not None
+        and data.startswith(PNG_START)
+        and layout.height * layout.width * layout.bands * layout.bits > 8 * DEFLATE * len(data)
+    ):
+        raise ValueError(
+            f"{name} claims to have {layout.width} x {layout.height} pixels, more than its "
+            f"{len(data)} bytes can hold: it is damaged"
+        )
     try:
         if layout is not None and not layout.plain and data.startswith(TIFF_STARTS):
             return _read_bands(Tiff(data), layout, reading)

@@ -49,6 +49,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         help=f"also record the training with {', '.join(TRACKERS)} "
         f"(default: {DEFAULT}, if it is installed), or {NONE}",
     )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU, use only kernels that give the same result each time; slower",
+    )
     cli.add_run_options(parser)
     return cli.parse(parser, argv)
 
@@ -68,6 +73,7 @@ def work(args: argparse.Namespace) -> int | None:
         amp=args.amp,
         auto_scale_lr=args.auto_scale_lr,
         resume=args.resume,
+        deterministic=args.deterministic,
         launcher=args.launcher,
         trackers=args.log,
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ def build_train_runner(
     resume: str | None = None,
     launcher: str = "none",
     trackers: Sequence[str] | None = None,
+    deterministic: bool = False,
 ) -> Runner:
     """Build a Runner that is ready for ``train()``.
 
@@ -43,6 +45,8 @@ def build_train_runner(
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
         trackers: programs that record the training, see
             :func:`mmeformer.training.trackers.add_trackers`.
+        deterministic: use only kernels that give the same result each time
+            (``torch.use_deterministic_algorithms``); an operator without one raises an error.
 
     Raises:
         ValueError: the config is not a training config, or does not have the base batch size for
@@ -66,6 +70,10 @@ def build_train_runner(
             f"{config.filename} is not a training config: missing {', '.join(missing)}"
         )
     add_trackers(config, trackers)
+    if deterministic:
+        config.setdefault("randomness", ConfigDict()).deterministic = True
+        # cuBLAS reads this at its start (CUDA's documentation, "Results reproducibility").
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     prepare_device(config, launcher)
     safe_load.install()
     return Runner.from_cfg(config)

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-import errno
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.logging import MMLogger
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
@@ -21,25 +22,31 @@ from torch.utils.data import DataLoader
 from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.errors import CheckpointError, TrainingError
-from mmeformer.files import replacing
 from mmeformer.training.data import GuardedDataset
 from mmeformer.training.hooks import (
     CheckMetricsHook,
     LossCheckHook,
     UnreadableFilesHook,
-    last_checkpoint,
 )
 from mmeformer.training.loops import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmeformer.training.preemption import StopRequest, deaf_worker
 from mmeformer.training.progress import ProgressHook, is_for_terminals
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
 from mmeformer.training.record import TrainingDataHook
 from mmeformer.training.saving import (
     CheckpointHook,
+    PreemptionHook,
+    checkpoint_hook,
     find_nonfinite,
+    named_checkpoint,
     newest_resumable,
     read_resumable,
+    restore_hooks,
+    training_state,
+    write_checkpoint,
 )
 from mmeformer.training.schedule import Schedule
+from mmeformer.training.writer import HostCopy, Writer
 
 OUR_LOOPS = {
     "EpochBasedTrainLoop": EpochBasedTrainLoop,
@@ -61,7 +68,9 @@ class Runner(MMEngineRunner):
       (:mod:`mmeformer.training.loops`), and follows the config where it has changed
       (:mod:`mmeformer.training.schedule`).
     - A checkpoint is complete or absent, and resuming takes the newest complete one
-      (:mod:`mmeformer.training.saving`).
+      (:mod:`mmeformer.training.saving`). It is written in the background
+      (:mod:`mmeformer.training.writer`).
+    - SIGTERM and SIGUSR1 stop the run with a checkpoint (:mod:`mmeformer.training.preemption`).
     - Weights that do not fit the model are an error (:mod:`mmeformer.checkpoints.matching`).
     - Unreadable files are left out, counted and logged; a loss that is not finite, or 0 for long,
       stops the run (:mod:`mmeformer.training.hooks`).
@@ -69,6 +78,12 @@ class Runner(MMEngineRunner):
     Arguments are those of mmengine.
     """
 
+    writer: Writer | None = None
+    """Writes checkpoints; None before and after a training."""
+    stop: StopRequest | None = None
+    """Notes signals; None before and after a training."""
+    config_text = ""
+    """The config as Python code, for checkpoints."""
     _fine_tuning = False
     # Attributes of mmengine's Runner.
     _load_from: str | None
@@ -104,7 +119,9 @@ class Runner(MMEngineRunner):
                 dataloader["dataset"] = {**dataset, "seed": seed}
             if isinstance(dataloader["sampler"], Mapping):
                 dataloader["sampler"] = dict(type=PositionSampler, sampler=dataloader["sampler"])
-        return MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)
+        loader = MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)
+        loader.worker_init_fn = deaf_worker(loader.worker_init_fn)
+        return loader
 
     def build_train_loop(self, loop):
         """mmengine's loops, which resume at the place of the checkpoint."""
@@ -147,6 +164,7 @@ class Runner(MMEngineRunner):
         super().register_hooks(default_hooks, custom_hooks)
         guards = (
             StepSeedHook,
+            PreemptionHook,
             LossCheckHook,
             UnreadableFilesHook,
             CheckMetricsHook,
@@ -172,13 +190,22 @@ class Runner(MMEngineRunner):
         Raises:
             CheckpointError: there are checkpoints, but none is complete.
             TrainingError: the run cannot go on; the message says why.
+            Preempted: a signal has stopped the run; there is a checkpoint.
         """
         if self._resume:
             self._find_start()
         self._fine_tuning = not self._resume
+        # Formatting takes a second; no checkpoint waits for it.
+        self.config_text = self.cfg.pretty_text
+        hook = checkpoint_hook(self)
         try:
-            return super().train()
+            if hook is None:
+                return super().train()
+            with Writer(self.logger, hook.stop_on_error) as self.writer:
+                with StopRequest() as self.stop:
+                    return super().train()
         finally:
+            self.writer = self.stop = None
             for hook in self.hooks:
                 if isinstance(hook, ProgressHook):
                     hook.close()
@@ -215,9 +242,12 @@ class Runner(MMEngineRunner):
         """
         self._source = filename
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+        meta = checkpoint.get("meta", {})
         self._resumed = dict(
-            place=checkpoint.get("meta", {}).get("place"),
+            place=meta.get("place"),
+            validated=meta.get("validated", True),
             param_schedulers=checkpoint.get("param_schedulers"),
+            hooks=checkpoint.get("hooks", {}),
         )
         return checkpoint
 
@@ -241,6 +271,8 @@ class Runner(MMEngineRunner):
                 "checkpoint, or start from its weights with --cfg-options load_from=..."
             ) from error
         loop = self.train_loop
+        loop.validated = self._resumed["validated"]
+        restore_hooks(self, self._resumed["hooks"])
         moved = hasattr(loop, "resume_at") and loop.resume_at(self._resumed["place"])
         changes = schedule.changes(self._resumed["param_schedulers"])
         if changes and schedule.follows_scores:
@@ -271,11 +303,7 @@ class Runner(MMEngineRunner):
             )
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
-        """mmengine's call; compares weights with the model before they are loaded.
-
-        Saved checkpoints get the place in the data (:mod:`mmeformer.training.loops`) and weights in
-        PyTorch's default memory format; on a GPU the backbones keep them in channels last.
-        """
+        """mmengine's call; compares weights with the model before they are loaded."""
         super().call_hook(fn_name, **kwargs)
         if fn_name == "after_load_checkpoint":
             use_published(self.model, kwargs["checkpoint"], str(self._source))
@@ -285,45 +313,72 @@ class Runner(MMEngineRunner):
                 str(self._source),
                 part="backbone." if self._fine_tuning else "",
             )
-        elif fn_name == "before_save_checkpoint":
-            checkpoint = kwargs["checkpoint"]
-            for state in (checkpoint["state_dict"], checkpoint.get("ema_state_dict", {})):
-                # Other programs, such as safetensors, take PyTorch's default format alone.
-                state.update({name: value.contiguous() for name, value in state.items()})
-            if hasattr(self.train_loop, "place"):
-                meta = checkpoint["meta"]
-                meta["place"] = self.train_loop.place(meta["epoch"], meta["iter"])
 
-    def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
-        """Save under a temporary name, then rename; in the main process only.
+    def save_checkpoint(
+        self,
+        out_dir: str,
+        filename: str,
+        file_client_args: dict | None = None,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        meta: dict | None = None,
+        by_epoch: bool = True,
+        backend_args: dict | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        """Save a checkpoint from a copy, during a training in the background.
+
+        In the main process only. Weights have PyTorch's default memory format, as other programs
+        expect it (safetensors, say); on a GPU the backbones keep theirs in channels last.
+
+        Args:
+            after: called when the checkpoint is on the disk.
+            out_dir, filename, file_client_args, save_optimizer, save_param_scheduler, meta,
+                by_epoch, backend_args: as in mmengine.
 
         Raises:
             TrainingError: the disk is full or not writable, or the weights are not finite. Older
-                checkpoints stay as they were.
+                checkpoints stay as they were. In the background the error is that of this
+                checkpoint's successor, or of the training.
         """
         if not is_main_process():
             return
-        if bad := find_nonfinite(dict(self.model.named_parameters())):
-            raise TrainingError(
-                f"{len(bad)} weights are NaN or infinite, the first {bad[0]}: nothing was saved. "
-                f"{last_checkpoint(self)} Lower the learning rate or clip gradients"
-            )
-        if "://" in str(out_dir):
-            super().save_checkpoint(out_dir, filename, *args, **kwargs)
-            return
-        target = Path(out_dir, filename)
-        try:
-            with replacing(target, sync=True) as draft:
-                super().save_checkpoint(str(draft.parent), draft.name, *args, **kwargs)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                reason = "the disk is full: make room"
-            else:
-                reason = f"{error.strerror}: make {out_dir} writable"
-            raise TrainingError(
-                f"checkpoint {target} could not be written, {reason}, then continue with --resume; "
-                "older checkpoints are unchanged"
-            ) from error
+        if self.writer is not None:
+            self.writer.wait()
+        done = dict(epoch=self.epoch + by_epoch, iter=self.iter + (not by_epoch))
+        state = training_state(self, {**done, **(meta or {})}, save_optimizer, save_param_scheduler)
+        host = HostCopy() if self.writer is None else self.writer.host
+        write = partial(
+            self._write,
+            host.copy(state),
+            out_dir=out_dir,
+            filename=filename,
+            file_client_args=file_client_args,
+            backend_args=backend_args,
+            after=after,
+        )
+        if self.writer is None:
+            write()
+        else:
+            self.writer.start(write)
+
+    def _write(self, state: dict, **target) -> None:
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        weights = {name for name, _ in model.named_parameters()}
+        # The weights that are trained lie beside their average, if there is one.
+        for part, prefix in (
+            (state["state_dict"], ""),
+            (state.get("ema_state_dict", {}), "module."),
+        ):
+            named = {name: part[prefix + name] for name in weights if prefix + name in part}
+            if bad := find_nonfinite(named):
+                last = named_checkpoint(self.work_dir)
+                raise TrainingError(
+                    f"{len(bad)} weights are NaN or infinite, the first {bad[0]}: nothing was "
+                    f"saved. The last good checkpoint is {last or 'none'}. Lower the learning "
+                    "rate or clip gradients"
+                )
+        write_checkpoint(state, **target)
 
 
 def _for_evaluation(loader):
