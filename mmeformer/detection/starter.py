@@ -204,7 +204,7 @@ def as_coco(
         root: file names are relative to it.
         masks: write polygons and run lengths too.
     """
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for number, image in enumerate(images, start=1):
         for item in image.objects:
             entry: dict[str, Any] = dict(
