@@ -134,7 +134,11 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
     findings = check(configs.load_config(config))
     if shown := format_findings([*data.findings, *findings], per_kind=3):
         report(shown)
-    return Made(config, sum(finding.severity == ERROR for finding in findings))
+    errors = sum(finding.severity == ERROR for finding in findings)
+    if not errors:
+        steps, seconds = starter.steps(data, plan), _seconds(config)
+        report(f"{steps} training steps of {seconds:.2g} s: {duration(steps * seconds)} here")
+    return Made(config, errors)
 
 
 def find_arch(arch: str) -> Variant:
@@ -286,6 +290,25 @@ def _trial(config: Path) -> int:
     from mmeformer.training.trial import measure_batch
 
     return measure_batch(configs.load_config(config))
+
+
+def _seconds(config: Path) -> float:
+    """Seconds of a training step here."""
+    from mmeformer.training.trial import measure_seconds
+
+    return measure_seconds(configs.load_config(config))
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``about 20 minutes``, ``about 3 hours``, ``about 2 days``."""
+    if seconds < 90 * 60:
+        count, unit = seconds / 60, "minute"
+    elif seconds < 36 * 3600:
+        count, unit = seconds / 3600, "hour"
+    else:
+        count, unit = seconds / 86400, "day"
+    whole = max(1, round(count))
+    return f"about {whole} {unit}{'s' if whole > 1 else ''}"
 
 
 def _report_data(data: LabeledData, task: Task, report: Callable[[str], object]) -> None:
