@@ -7,12 +7,13 @@ anything that exists.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -217,17 +218,23 @@ def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -
 def check(config: Config) -> list[Finding]:
     """Problems that the task's own checks find in training and validation data."""
     found = []
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    # Keep mmengine's messages about building out of the output.
-    logger.setLevel(logging.ERROR)
-    try:
+    with _quiet():
         for split in ("train", "val"):
             for dataset in datasets_of(config, split):
                 found += [*dataset.findings(limit=500), *check_evaluator(config, split, dataset)]
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep mmengine's messages about building out of the output."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         logger.setLevel(level)
-    return found
 
 
 def _target(out: Path | None, folder: Path) -> Path:
@@ -289,14 +296,16 @@ def _trial(config: Path) -> int:
     """The largest batch that trains on this GPU."""
     from mmeformer.training.trial import measure_batch
 
-    return measure_batch(configs.load_config(config))
+    with _quiet():
+        return measure_batch(configs.load_config(config))
 
 
 def _seconds(config: Path) -> float:
     """Seconds of a training step here."""
     from mmeformer.training.trial import measure_seconds
 
-    return measure_seconds(configs.load_config(config))
+    with _quiet():
+        return measure_seconds(configs.load_config(config))
 
 
 def duration(seconds: float) -> str:
