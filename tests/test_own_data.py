@@ -167,7 +167,7 @@ class TestQuestions:
         rows = {k: v for k, v in tasks.TASKS.items() if k != "classification"}
         monkeypatch.setattr(own_data, "TASKS", rows)
         with pytest.raises(
-            UserError, match="a class for each image .class folders: boat, car.*no task"
+            UserError, match="a class for each image .class folders: boat, car.*no task starts"
         ):
             make(root, tmp_path / "a.py")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]

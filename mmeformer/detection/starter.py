@@ -15,7 +15,6 @@ import numpy as np
 from mmeformer.files import write_text
 from mmeformer.images import read_image, write_image
 from mmeformer.labeled import (
-    BOXES,
     CORNERS,
     POLYGONS,
     SPLITS,
@@ -57,8 +56,7 @@ INSIDE = 0.4
 class DetectionStarter(Starter):
     """See the base class."""
 
-    kinds = (POLYGONS, BOXES)
-    other_kinds = (CORNERS,)
+    kinds = (CORNERS,)
 
     def template(self, data: LabeledData) -> str:
         """See the base class."""
