@@ -431,12 +431,15 @@ class _Exported(_Source):
         from mmeformer import tasks
 
         task = tasks.TASKS.get(self.predictor.metadata.task)
+        if task is None:
+            raise ValueError("a backbone finds no objects, so there are no COCO annotations")
         try:
-            predictor = task and tasks.load(task.predictor)
+            predictor = tasks.load(task.predictor)
         except ImportError as error:
-            needed = " and ".join(task.libraries) if task else ""
-            raise UserError(f"COCO annotations need {needed}: {error}") from error
-        if predictor is None or not predictor.writes_json:
+            raise UserError(
+                f"COCO annotations need {' and '.join(task.libraries)}: {error}"
+            ) from error
+        if not predictor.writes_json:
             raise ValueError(f"{type(result).__name__} has no objects, so no COCO annotations")
         entries: list[dict] = predictor.annotations(result, self.classes, self.category_ids)
         return entries

@@ -405,7 +405,7 @@ class _Report:
         )
         items = [page.chart(charts.amounts(found), f"{found.unit} per class")]
         if found.sizes is not None and len(found.sizes):
-            items.append(page.chart(charts.sizes(found), "sizes of the objects"))
+            items.append(page.chart(charts.sizes(found.sizes), "sizes of the objects"))
         text += page.charts(items)
         rows = tuple(
             zip(found.names, found.amounts.tolist(), found.in_images.tolist(), strict=True)

@@ -201,12 +201,12 @@ def amounts(statistics: Statistics) -> bytes:
     return draw(paint, height=max(1.6, 0.9 + 0.24 * min(len(order), MAX_NAMED)))
 
 
-def sizes(statistics: Statistics) -> bytes:
-    """Distribution of the sizes of objects."""
-    values = np.maximum(statistics.sizes, 1.0)
+def sizes(values: np.ndarray) -> bytes:
+    """Distribution of the sizes of objects, see :class:`Statistics`."""
+    values = np.maximum(values, 1.0)
     low, high = values.min(), values.max() * 1.001
     is_wide = high > WIDE * low
-    bins = (np.geomspace if is_wide else np.linspace)(low, high, 25)
+    bins = (np.geomspace if is_wide else np.linspace)(low, high, 25).tolist()
 
     def paint(axes: Axes) -> None:
         axes.hist(values, bins=bins, color=COLORS[2], rwidth=0.92)
