@@ -360,9 +360,9 @@ class _Report:
             page.heading(f"Confusion matrix ({summary.confusion.unit})")
             + page.chart(svg, "confusion matrix: rows are labels, columns predictions")
         )
+        items.append(page.heading("Classes") + page.table(summary.table))
         text += page.charts([f"<div>{item}</div>" for item in items])
-        text += page.paragraph(summary.confusion.remark)
-        return text + page.table(summary.table)
+        return text + page.paragraph(summary.confusion.remark)
 
     def _pictures(self) -> str:
         if self.reviewed is None:
