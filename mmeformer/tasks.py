@@ -131,6 +131,7 @@ _ROWS = (
         ),
         quickstart="mmeformer.classification.quickstart:QUICKSTART",
         datasets=("mmeformer.ImageFolderDataset", "mmeformer.ImageNetDataset"),
+        review="mmeformer.classification.review:ClassificationReview",
     ),
 )
 

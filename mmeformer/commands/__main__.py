@@ -18,6 +18,7 @@ from mmeformer.version import __version__
 COMMANDS = {
     "init": "init",
     "train": "train",
+    "report": "report",
     "test": "test",
     "predict": "predict",
     "export": "export",
