@@ -139,6 +139,7 @@ _ROWS = (
         datasets=("mmeformer.ImageFolderDataset", "mmeformer.ImageNetDataset"),
         starter="mmeformer.classification.starter:STARTER",
         labels=("folders",),
+        review="mmeformer.classification.review:ClassificationReview",
     ),
 )
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from mmeformer.inference.pictures import at_picture_size
 from mmeformer.inference.predictor import Predictor
-from mmeformer.results import Classification, category_id
+from mmeformer.results import Classification
 from mmeformer.windows import Window
 
 BEST = 5
@@ -95,10 +95,13 @@ class ClassificationPredictor(Predictor[Classification]):
             cv2.putText(picture, text, place, font, 0.65 * unit, (255,) * 3, thickness, cv2.LINE_AA)
         return picture
 
-    def entries(self, result: Classification) -> list[dict]:
+    @classmethod
+    def annotations(
+        cls, result: Classification, classes: Sequence[str], category_ids: Sequence[int]
+    ) -> list[dict]:
         """One annotation per reported class, the best first: ``category_id`` and ``score``."""
         return [
-            dict(category_id=category_id(label), score=float(result.scores[label]))
+            dict(category_id=category_ids[label], score=float(result.scores[label]))
             for label in result.best(BEST)
         ]
 

@@ -19,6 +19,7 @@ _FOLDER = Path(__file__).parent
 _ORDER = {
     "init": "init",
     "train": "train",
+    "report": "report",
     "test": "test",
     "predict": "predict",
     "export": "export",

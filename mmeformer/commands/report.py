@@ -3,6 +3,7 @@
 
 Examples:
     mmeformer report work_dirs/my_config
+    mmeformer report work_dirs/my_config --images 1000 --device cpu
 """
 
 import argparse
