@@ -112,7 +112,7 @@ def test_files_do_not_import_each_other(edges):
 
 def test_networks_know_nothing_of_checkpoints_and_tasks(imports, edges):
     assert crossings(edges, BELOW_CHECKPOINTS, NETWORK_FILES.__contains__) == []
-    libraries = {"mmdet", "mmseg", "mmrotate"}
+    libraries = {task.scope for task in TASKS.values()}
     assert not [
         f"{module} imports {name}"
         for module, names in imports.items()
@@ -120,6 +120,17 @@ def test_networks_know_nothing_of_checkpoints_and_tasks(imports, edges):
         for name in sorted(names)
         if name.split(".")[0] in libraries
     ]
+
+
+def test_libraries_of_tasks_are_imported_in_their_rooms(imports):
+    """So that a task works without the libraries of the others, and does not wait for them."""
+    for library in {name for task in TASKS.values() for name in task.libraries}:
+        users = {name for name, task in TASKS.items() if library in task.libraries}
+        assert not [
+            module
+            for module, names in imports.items()
+            if room_of(module) not in users and any(name.split(".")[0] == library for name in names)
+        ], library
 
 
 def test_shared_rooms_know_tasks_by_name_only(edges):
