@@ -19,7 +19,7 @@ metainfo = dict(
     )
 )
 num_classes = len(metainfo["classes"])
-max_epochs = 12
+max_epochs = 8
 
 # From scratch: start with large layer scales.
 model = dict(
