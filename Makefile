@@ -17,7 +17,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-compiled repair quickstart quickstart-seg quickstart-rotated \
-	quickstart-cls test test-all test-install smoke check format doctor lock clean
+	quickstart-cls test test-all test-install smoke soak check format doctor lock clean
 
 help: ## Show this list
 	@echo "mmeformer: the first of these commands to run also installs what is missing into .venv."
@@ -62,6 +62,9 @@ test-install: install ## Install the built wheel into fresh environments (Python
 
 smoke: install ## Import everything and run each task once, in a minute
 	@$(VENV) tests/smoke.py
+
+soak: install ## Kill trainings at 100 random moments and measure memory, in 20 minutes
+	@OMP_NUM_THREADS=1 $(VENV) tests/soak.py
 
 check: install ## Check code style and types (ruff, mypy)
 	@$(VENV) -m ruff check .

@@ -137,6 +137,7 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["mmeformer", "mmeformer.*"]),
     cmdclass={"build_py": build_py_with_configs},
+    entry_points={"console_scripts": ["mmeformer = mmeformer.commands.__main__:main"]},
     install_requires=BASE,
     extras_require=EXTRAS,
     zip_safe=False,

@@ -20,6 +20,7 @@ _LAZY = {
     "EfficientFormer": "mmeformer.backbones",
     "EfficientFormerV2": "mmeformer.backbones",
     "VARIANTS": "mmeformer.variants",
+    "load": "mmeformer.model",
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -84,7 +84,7 @@ def write_text(path: str | Path, text: str, sync: bool = False) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
-def write_bytes(path: str | Path, data: bytes, sync: bool = False) -> None:
+def write_bytes(path: str | Path, data: bytes | memoryview, sync: bool = False) -> None:
     """Write a file of bytes; see :func:`replacing`."""
     with replacing(path, sync) as draft:
         draft.write_bytes(data)

@@ -40,6 +40,13 @@ _JPEG_STOP = 0xD9
 _JPEG_ALONE = (0x01, *range(0xD0, 0xD9))
 """Markers without a length."""
 
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+"""Suffixes of the files that are looked for in folders."""
+
+DEFLATE = 1032
+"""Bytes that one byte of a PNG file can stand for (zlib, "Maximum Compression Factor")."""
+
 LOADER = "mmeformer.LoadImageFromFile"
 """The loading step of pipelines that has these settings."""
 
@@ -321,6 +328,15 @@ def _decode(data: bytes, name: str | Path, reading: Reading) -> NDArray[Any]:
         raise ValueError(f"{name} {fault}")
     if not data or not is_whole(data):
         raise damaged
+    if (
+        layout is not None
+        and data.startswith(PNG_START)
+        and layout.height * layout.width * layout.bands * layout.bits > 8 * DEFLATE * len(data)
+    ):
+        raise ValueError(
+            f"{name} claims to have {layout.width} x {layout.height} pixels, more than its "
+            f"{len(data)} bytes can hold: it is damaged"
+        )
     try:
         if layout is not None and not layout.plain and data.startswith(TIFF_STARTS):
             return _read_bands(Tiff(data), layout, reading)
@@ -390,6 +406,73 @@ def _warn_once(text: str) -> None:
     if not _warned:
         _warned = True
         warnings.warn(f"{text} (said once)", stacklevel=4)
+
+
+Image = Any
+"""A path, the content of a file (``bytes``), a binary file object, a Pillow image, or an array of
+``uint8``: (H, W) or (H, W, 1) gray, (H, W, 3) BGR or (H, W, 4) BGRA."""
+
+_ORIENTATION = 274
+"""Tag of EXIF: how a Pillow image has to be turned, which OpenCV does when it reads a file."""
+
+
+def as_image(image: Image, reading: Reading = PLAIN) -> NDArray[Any]:
+    """Make an array (H, W, 3) of ``uint8`` in BGR; opacity is left out.
+
+    Args:
+        image: file or array.
+        reading: of imagery in files.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an image.
+        TypeError: none of the kinds of :data:`Image`.
+    """
+    if isinstance(image, np.ndarray):
+        return _three_channels(image)
+    if isinstance(image, (str, Path)):
+        return read_image(image, reading)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return decode_image(bytes(image), "the image", reading)
+    if callable(getattr(image, "getbands", None)):
+        return _from_pillow(image)
+    if callable(getattr(image, "read", None)):
+        content = image.read()
+        if isinstance(content, bytes):
+            return decode_image(content, getattr(image, "name", "the file object"), reading)
+        raise TypeError("a file object must be opened in binary mode, as by open(path, 'rb')")
+    raise TypeError(
+        "an image is a path, bytes, a binary file object, a Pillow image or an array of uint8, not "
+        f"{type(image).__name__}"
+    )
+
+
+def _three_channels(image: NDArray[Any]) -> NDArray[Any]:
+    channels = 1 if image.ndim == 2 else image.shape[-1]
+    if (
+        image.ndim not in (2, 3)
+        or channels not in (1, 3, 4)
+        or image.dtype != np.uint8
+        or not image.size
+    ):
+        raise ValueError(
+            "an image array must be (H, W), (H, W, 1), (H, W, 3) in BGR or (H, W, 4) in BGRA, of "
+            f"uint8, but is {image.shape} of {image.dtype}"
+        )
+    if channels == 1:
+        return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    return image[..., :3]
+
+
+def _from_pillow(image: Any) -> NDArray[Any]:
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"the Pillow image has the mode {image.mode}, more than 8 bits per channel; convert it "
+            "to RGB yourself, scaled as in training"
+        )
+    pixels = np.asarray(image.convert("RGB"))[..., ::-1]
+    turned = upright(pixels, image.getexif().get(_ORIENTATION, 1))
+    return np.ascontiguousarray(turned)
 
 
 def write_image(path: str | Path, image: NDArray[np.uint8]) -> None:

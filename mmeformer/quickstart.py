@@ -12,6 +12,7 @@ from pathlib import Path
 from mmengine.logging import print_log
 
 from mmeformer import configs, tasks
+from mmeformer.report.build import after_training
 from mmeformer.training import engine
 
 
@@ -33,8 +34,8 @@ class Quickstart:
 def run(task: str, work_dir: str | None = None, options: dict | None = None) -> dict[str, float]:
     """Run a quickstart and return its metrics.
 
-    Writes logs, checkpoint and ``loss_curve.png`` to the work directory, and the validation images
-    with ground truth (left) and predictions (right) to ``pictures/`` in it.
+    Writes logs, checkpoint, ``report.html`` and ``loss_curve.png`` to the work directory, and the
+    validation images with ground truth (left) and predictions (right) to ``pictures/`` in it.
 
     Args:
         task: a key of :data:`mmeformer.tasks.TASKS`.
@@ -54,7 +55,8 @@ def run(task: str, work_dir: str | None = None, options: dict | None = None) -> 
 
     started = time.monotonic()
     runner = engine.build_train_runner(config.copy())
-    runner.train()
+    with after_training(runner):
+        runner.train()
     checkpoint = Path(config.work_dir, "last_checkpoint").read_text().strip()
     draw_loss_curve(
         Path(runner.log_dir, "vis_data", "scalars.json"), Path(config.work_dir, "loss_curve.png")

@@ -46,6 +46,10 @@ class Task:
         export: its exported files.
         quickstart: an instance of :class:`mmeformer.quickstart.Quickstart`.
         datasets: data sets with the checks of ``tools/check_dataset.py``, as configs name them.
+        starter: an instance of :class:`mmeformer.starter.Starter`, for ``mmeformer init``; None if
+            the task has none.
+        review: subclass of :class:`mmeformer.report.review.Review`, which compares predictions with
+            labels for the report of a training; None leaves that out.
     """
 
     name: str
@@ -56,6 +60,8 @@ class Task:
     export: Export
     quickstart: str
     datasets: tuple[str, ...]
+    starter: str | None = None
+    review: str | None = None
 
 
 _ROWS = (
@@ -73,6 +79,8 @@ _ROWS = (
         ),
         quickstart="mmeformer.detection.quickstart:QUICKSTART",
         datasets=("mmeformer.CocoDataset",),
+        starter="mmeformer.detection.starter:STARTER",
+        review="mmeformer.detection.review:DetectionReview",
     ),
     Task(
         name="segmentation",
@@ -89,6 +97,8 @@ _ROWS = (
         ),
         quickstart="mmeformer.segmentation.quickstart:QUICKSTART",
         datasets=("mmeformer.SegmentationDataset", "mmeformer.ADE20KDataset"),
+        starter="mmeformer.segmentation.starter:STARTER",
+        review="mmeformer.segmentation.review:SegmentationReview",
     ),
     Task(
         name="rotated",
@@ -104,6 +114,8 @@ _ROWS = (
         ),
         quickstart="mmeformer.rotated.quickstart:QUICKSTART",
         datasets=("mmeformer.DOTADataset",),
+        starter="mmeformer.rotated.starter:STARTER",
+        review="mmeformer.rotated.review:RotatedReview",
     ),
     Task(
         name="classification",

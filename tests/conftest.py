@@ -2,6 +2,7 @@
 """Fixtures that several test modules share."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,17 @@ def unformatted_configs():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **kwargs: (text, True))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def uncollected_data_sets():
+    """mmengine collects the garbage of the whole process for each data set that it builds.
+
+    That is a quarter of a training of a few steps, whose data sets have some ten images.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmengine.dataset.base_dataset.gc", SimpleNamespace(collect=lambda: 0))
         yield
 
 

@@ -142,19 +142,38 @@ def test_usable_environment_is_kept(folder):
     assert mine.exists()
 
 
-@pytest.mark.parametrize("answer", [None, "exit 1", "echo 3 14 0", "echo 3 9 1"])
-def test_environment_without_a_usable_python_is_made_again(folder, answer):
+@pytest.fixture
+def bare(monkeypatch):
+    """Environments are made without pip, whose unpacking takes seconds."""
+    run = subprocess.run
+
+    def without_pip(command, **options):
+        assert command[1:3] == ["-m", "venv"] or "-c" in command
+        more = ["--without-pip"] if "venv" in command else []
+        return run([*command[:3], *more, *command[3:]], **options)
+
+    monkeypatch.setattr(bootstrap.subprocess, "run", without_pip)
+
+
+@pytest.mark.parametrize("answer", ["exit 1", "echo 3 14 0", "echo 3 9 1"])
+def test_environment_without_a_usable_python_is_made_again(folder, answer, bare):
     python = Path(bootstrap.python_of(folder))
     python.unlink()
-    if answer:
-        program(python.parent, "python", answer + "\n")
+    program(python.parent, "python", answer + "\n")
+    bootstrap.make_environment(folder)
+    assert bootstrap.python_version(str(python)) == list(sys.version_info[:3])
+
+
+def test_environment_without_python_is_made_again_with_pip(folder):
+    python = Path(bootstrap.python_of(folder))
+    python.unlink()
     bootstrap.make_environment(folder)
     assert bootstrap.python_version(str(python)) == list(sys.version_info[:3])
     # pip was not there before.
     assert list(Path(folder).glob("lib/python3*/site-packages/pip/__init__.py"))
 
 
-def test_copied_environment_is_made_again(tmp_path, folder):
+def test_copied_environment_is_made_again(tmp_path, folder, bare):
     Path(folder, bootstrap.STAMP).write_text(json.dumps(bootstrap.state(folder)))
     copy = str(tmp_path / "copy")
     shutil.copytree(folder, copy, symlinks=True)
@@ -293,7 +312,9 @@ def test_known_failures_are_explained(folder, fake_pip, log, message):
     assert message in str(caught.value) and f"{folder}/install.log" in str(caught.value)
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "ending", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_interruption_is_said_in_one_line(tmp_path, ending):
     # A package index that takes connections and never answers.
     with socket.create_server(("127.0.0.1", 0)) as silent:

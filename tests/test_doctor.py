@@ -248,6 +248,8 @@ def run_doctor(**environment):
     )
 
 
+# Every installation ends with it.
+@pytest.mark.slow
 def test_command_on_this_environment():
     reply = run_doctor()
     assert reply.stderr == ""

@@ -15,7 +15,7 @@ PACKAGE = Path(mmeformer.__file__).parent
 ROOT = PACKAGE.parent
 
 TASK_ROOMS = set(TASKS)
-SHARED_ROOMS = {"checks", "training", "inference", "deploy", "runtime"}
+SHARED_ROOMS = {"checks", "training", "inference", "deploy", "runtime", "report"}
 BELOW_CHECKPOINTS = {"backbones", "layers", "ops"}
 """Know the network and nothing of where its weights come from or what it is used for."""
 NETWORK_FILES = BELOW_CHECKPOINTS | {"", "errors", "files", "registry", "variants", "version"}

@@ -265,7 +265,7 @@ def test_ci_stops_at_the_first_failure(tmp_path):
     targets = ("check", "test")
     for failing in (None, *targets):
         makefile = "".join(
-            f"{name}:\n\t@echo ran {name} $(TESTS)\n" + ("\t@false\n" if name == failing else "")
+            f"{name}:\n\t@echo {name}\n" + ("\t@false\n" if name == failing else "")
             for name in targets
         )
         (tmp_path / "Makefile").write_text(makefile)
@@ -278,9 +278,7 @@ def test_ci_stops_at_the_first_failure(tmp_path):
         )
         assert (done.returncode == 0) == (failing is None)
         ran = targets if failing is None else targets[: targets.index(failing) + 1]
-        # The tests of installation run with the others.
-        lines = {"check": "ran check", "test": "ran test not slow"}
-        assert done.stdout.split("\n")[:-1] == [lines[name] for name in ran]
+        assert done.stdout.split() == list(ran)
 
 
 # --- the wheel in use -----------------------------------------------------------------------------

@@ -65,7 +65,9 @@ def test_rows_name_what_exists(name):
     for library in task.libraries:
         pytest.importorskip(library)
     export = task.export
-    for reference in (task.predictor, export.graph, export.coreml_graph, export.decoder):
+    for reference in (
+        *(task.predictor, export.graph, export.coreml_graph, export.decoder, task.review),
+    ):
         assert reference is None or callable(tasks.load(reference))
     assert Path(tasks.load(task.quickstart).config).parts[0] == name
     assert tasks.of_config(dict(default_scope=task.scope)) is task
@@ -134,7 +136,7 @@ def test_coreml_where_it_lacks_operators(depth):
 def test_shared_files_name_no_task():
     """No ``if task == ...``, no table of tasks, beside the rows."""
     package = Path(mmeformer.__file__).parent
-    rooms = {"checks", "commands", "deploy", "inference", "runtime", "training"}
+    rooms = {"checks", "commands", "deploy", "inference", "report", "runtime", "training"}
     named = [
         f"{path.relative_to(package)}, line {node.lineno}: {node.value}"
         for path in package.rglob("*.py")

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 WITHOUT = """
     import sys
 
@@ -56,6 +58,7 @@ def test_mmdet_works_and_nobody_sees_an_imgaug():
     ]
 
 
+@pytest.mark.slow
 def test_an_installed_imgaug_is_used(tmp_path):
     (tmp_path / "imgaug" / "augmentables").mkdir(parents=True)
     files = {

@@ -199,6 +199,24 @@ def classifier(root: Path) -> Config:
     return config
 
 
+SCORES = {"detection": "coco/bbox_mAP", "segmentation": "mIoU", "rotated": "dota/AP50"}
+
+
+def everything(task, folder, iterations=4):
+    """Averaged weights, the best model, early stopping, and a schedule that follows the scores."""
+    config = TASKS[task](folder, iterations)
+    config.train_cfg.val_interval = 2
+    config.default_hooks.checkpoint.update(save_best=SCORES[task], rule="greater")
+    config.custom_hooks += [
+        dict(type="EMAHook", momentum=0.3, update_buffers=True),
+        dict(type="EarlyStoppingHook", monitor=SCORES[task], rule="greater", patience=9),
+    ]
+    config.param_scheduler.append(
+        dict(type="ReduceOnPlateauLR", monitor=SCORES[task], rule="greater", patience=0)
+    )
+    return config
+
+
 # --- trained models and their exports ------------------------------------------------------------
 
 
@@ -312,6 +330,8 @@ def fork(function, world_size: int = 1, timeout: float = 60) -> list[int]:
             )
             function(rank)
             code = 0
+        except SystemExit as leaving:
+            code = leaving.code
         except BaseException:
             traceback.print_exc()
         finally:
@@ -339,3 +359,29 @@ def equal(first: dict, second: dict) -> bool:
     """Whether two runs had the very same losses in the iterations of ``second``."""
     shared = [first[iteration] for iteration in second]
     return bool(second) and np.array_equal(shared, list(second.values()))
+
+
+def same(first, second) -> bool:
+    """Whether nested containers hold the same values, bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Two checkpoints hold the same, bit for bit, but for times, logs and paths."""
+    contents = []
+    for path in (first, second):
+        content = torch.load(path, map_location="cpu", weights_only=False)
+        for key in ("time", "cfg", "experiment_name"):
+            content["meta"].pop(key)
+        scores = content.pop("message_hub")["runtime_info"]
+        content["scores"] = {key: scores[key] for key in scores if "score" in key}
+        contents.append(content)
+    left, right = contents
+    assert left.keys() == right.keys()
+    assert [key for key in left if not same(left[key], right[key])] == []

@@ -180,7 +180,7 @@ def _read_safetensors(path: Path, map_location: MapLocation) -> dict[str, Any]:
     try:
         # Written by our conversion; the format has no other place for metadata.
         meta = json.loads(texts["meta"])
-    except (KeyError, ValueError):  # texts of other programs may be anything
+    except (KeyError, ValueError, RecursionError):  # texts of other programs may be anything
         return content
     return {"state_dict": content, "meta": meta} if isinstance(meta, dict) else content
 

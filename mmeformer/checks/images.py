@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,6 +69,9 @@ def quick_fault(path: str) -> str | None:
     end marker, so that truncation shows without decoding. Other formats pass.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            # Reading /dev/zero never ends, and opening a pipe waits for who writes to it.
+            return "is a folder, a device or a pipe, not a file"
         with open(path, "rb") as file:
             start = file.read(8)
             if not start:

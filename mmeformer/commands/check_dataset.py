@@ -5,8 +5,8 @@ Prints a table of problems with the first places of each kind, and draws samples
 The exit status is 1 if there are errors.
 
 Examples:
-    check_dataset.py my_config.py
-    check_dataset.py my_config.py --split test --full --out check/
+    mmeformer check my_config.py
+    mmeformer check my_config.py --split test --full --out check/
 """
 
 import argparse

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 
 from mmengine.config import Config, DictAction
 
@@ -19,10 +20,30 @@ WORK = ("run_iter", "_next_data", "results_of_batch")
 INTERRUPTED = 130
 
 
+PARSER_ONLY = ("",)
+"""A command line that only asks for the parser; see :class:`ParserReady`."""
+
+
+class ParserReady(Exception):  # noqa: N818 (no error)
+    """Raised by :func:`parse` for :data:`PARSER_ONLY`; ``parser`` is that of the command."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        super().__init__(parser.prog)
+        self.parser = parser
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Add ``--debug`` to a parser and parse the command line."""
+    """Add ``--debug`` to a parser and parse the command line; suggests the nearest option."""
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-    return parser.parse_args(argv)
+    if argv is PARSER_ONLY:
+        raise ParserReady(parser)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = list(parser._option_string_actions)
+        near = get_close_matches(unknown[0].partition("=")[0], options, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return args
 
 
 def run(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:

@@ -5,11 +5,11 @@ Reads files of the reference implementation (classifiers, detectors, segmentors)
 Hugging Face transformers and mmeformer, recognized by their content.
 
 Examples:
-    convert_checkpoint.py eformer_s0_450.pth efficientformerv2_s0.pth
-    convert_checkpoint.py timm://efficientformer_l1.snap_dist_in1k l1.safetensors
-    convert_checkpoint.py training.pth l1.pth --ema
-    convert_checkpoint.py distilled.pth l1.pth --key model_state_dict --prefix student.backbone
-    convert_checkpoint.py work_dirs/my_detector/epoch_12.pth backbone_for_timm.pth --to timm
+    mmeformer convert eformer_s0_450.pth efficientformerv2_s0.pth
+    mmeformer convert timm://efficientformer_l1.snap_dist_in1k l1.safetensors
+    mmeformer convert training.pth l1.pth --ema
+    mmeformer convert distilled.pth l1.pth --key model_state_dict --prefix student.backbone
+    mmeformer convert work_dirs/my_detector/epoch_12.pth backbone_for_timm.pth --to timm
 """
 
 import argparse

@@ -2,10 +2,10 @@
 """Export a trained model to ONNX or CoreML, checked against PyTorch before it is written.
 
 Examples:
-    export.py CONFIG CHECKPOINT --to onnx --size 512 512 --out model.onnx
-    export.py CONFIG CHECKPOINT --to onnx --dynamic --with-preprocessing --out model.onnx
-    export.py CONFIG CHECKPOINT --to onnx --part backbone --size 224 224 --batch 8 --out s0.onnx
-    export.py CONFIG CHECKPOINT --to coreml --size 512 512 --fp16 --out model.mlpackage
+    mmeformer export CONFIG CHECKPOINT --to onnx --size 512 512 --out model.onnx
+    mmeformer export CONFIG CHECKPOINT --to onnx --dynamic --with-preprocessing --out model.onnx
+    mmeformer export CONFIG CHECKPOINT --to onnx --part backbone --size 224 224 --out s0.onnx
+    mmeformer export CONFIG CHECKPOINT --to coreml --size 512 512 --fp16 --out model.mlpackage
 """
 
 import argparse

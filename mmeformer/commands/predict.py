@@ -7,9 +7,9 @@ The output folder gets pictures/ and videos/ with the results drawn in, and the 
 Images that cannot be read are named and skipped; the exit status is then 1.
 
 Examples:
-    predict.py CONFIG CHECKPOINT photo.jpg
-    predict.py CONFIG CHECKPOINT images/ "more/*/*.png" clip.mp4 --out results --batch-size 4
-    predict.py CONFIG CHECKPOINT scene.tif --window 1024 --overlap 200 --device cuda:0
+    mmeformer predict CONFIG CHECKPOINT photo.jpg
+    mmeformer predict CONFIG CHECKPOINT images/ "more/*/*.png" clip.mp4 --out results --batch-size 4
+    mmeformer predict CONFIG CHECKPOINT scene.tif --window 1024 --overlap 200 --device cuda:0
 """
 
 import argparse

@@ -2,9 +2,9 @@
 """Measure parameters, multiply-adds, memory and latency of a model, in one table.
 
 Examples:
-    profile.py efficientformerv2_s0
-    profile.py CONFIG --size 512 512 --modes eager folded onnxruntime
-    profile.py CONFIG --part backbone --size 800 1344 --rounds 5 --json profile.json
+    mmeformer profile efficientformerv2_s0
+    mmeformer profile CONFIG --size 512 512 --modes eager folded onnxruntime
+    mmeformer profile CONFIG --part backbone --size 800 1344 --rounds 5 --json profile.json
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from mmeformer.version import __version__
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="profile.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

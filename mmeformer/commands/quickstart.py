@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generate data, train from scratch, evaluate and draw predictions; minutes on two CPU cores."""
+"""Generate data, train from scratch, evaluate and draw predictions; minutes on two CPU cores.
+
+Examples:
+    mmeformer quickstart {first}
+"""
 
 import argparse
 
@@ -9,7 +13,10 @@ from mmeformer.commands import cli
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__.format(first=next(iter(tasks.TASKS))),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("task", choices=list(tasks.TASKS))
     parser.add_argument("--work-dir", help="default: work_dirs/quickstart-TASK")
     return cli.parse(parser, argv)

@@ -5,10 +5,10 @@ SRC is a folder of the unpacked DOTA data set: images/ and labelTxt/ (the origin
 Writes images/ and annfiles/ to DST.
 
 Examples:
-    split_dota.py data/DOTA/train data/split_ss_dota/train
-    split_dota.py data/DOTA/train data/DOTA/val data/split_ss_dota/trainval --workers 8
-    split_dota.py data/DOTA/test data/split_ss_dota/test --no-labels
-    split_dota.py data/DOTA/train data/split_ms_dota/train --rates 0.5 1 1.5
+    mmeformer split-dota data/DOTA/train data/split_ss_dota/train
+    mmeformer split-dota data/DOTA/train data/DOTA/val data/split_ss_dota/trainval --workers 8
+    mmeformer split-dota data/DOTA/test data/split_ss_dota/test --no-labels
+    mmeformer split-dota data/DOTA/train data/split_ms_dota/train --rates 0.5 1 1.5
 """
 
 import argparse

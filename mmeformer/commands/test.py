@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate a checkpoint, or an ONNX file exported from one, with its config."""
+"""Evaluate a checkpoint, or an ONNX file exported from one, with its config.
+
+Examples:
+    mmeformer test my_config.py work_dirs/my_config/epoch_24.pth
+    mmeformer test my_config.py model.onnx --show-dir pictures/
+"""
 
 import argparse
 
@@ -10,7 +15,9 @@ from mmeformer.training import engine
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     cli.add_config(parser)
     parser.add_argument("checkpoint", help="checkpoint, or exported .onnx file")
     parser.add_argument("--out", metavar="FILE.pkl", help="file for all predictions")

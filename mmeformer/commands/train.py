@@ -1,16 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the model of a config."""
+"""Train the model of a config, or on a folder of labeled images.
+
+For a folder, a config is made first, as ``mmeformer init`` does. In a terminal a progress bar shows
+the time left, the loss and the best metric; elsewhere there are lines. At the end, or at Ctrl-C,
+report.html in the work directory has curves and results.
+
+Examples:
+    mmeformer train my_config.py
+    mmeformer train my_config.py --resume
+    mmeformer train datasets/nuclei
+"""
 
 import argparse
+from pathlib import Path
 
+from mmeformer import own_data
 from mmeformer.commands import cli
 from mmeformer.training import engine
+from mmeformer.training.trackers import DEFAULT, NONE, TRACKERS
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    cli.add_config(parser)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "config", help="config file, its path below mmeformer's configs/, or a folder of data"
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -24,20 +41,45 @@ def parse_args(argv=None) -> argparse.Namespace:
         action="store_true",
         help="scale the learning rate to the batch size",
     )
+    parser.add_argument(
+        "--log",
+        nargs="+",
+        choices=[*TRACKERS, NONE],
+        metavar="TRACKER",
+        help=f"also record the training with {', '.join(TRACKERS)} "
+        f"(default: {DEFAULT}, if it is installed), or {NONE}",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU, use only kernels that give the same result each time; slower",
+    )
     cli.add_run_options(parser)
     return cli.parse(parser, argv)
 
 
-def work(args: argparse.Namespace) -> None:
-    """Train."""
+def work(args: argparse.Namespace) -> int | None:
+    """Train; returns the exit status."""
+    # Needs what prediction needs, which takes a moment to import.
+    from mmeformer.report.build import after_training
+
+    if Path(args.config).is_dir():
+        made = own_data.make(own_data.Request(Path(args.config)), report=print)
+        if made.errors:
+            return 1
+        args.config = str(made.config)
     runner = engine.build_train_runner(
         cli.prepare_run(args),
         amp=args.amp,
         auto_scale_lr=args.auto_scale_lr,
         resume=args.resume,
+        deterministic=args.deterministic,
         launcher=args.launcher,
+        trackers=args.log,
     )
-    runner.train()
+    with after_training(runner):
+        runner.train()
+    return None
 
 
 def main(argv=None) -> int:

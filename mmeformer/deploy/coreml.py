@@ -25,7 +25,8 @@ from mmeformer.deploy.check import (
     relative_difference,
 )
 from mmeformer.deploy.graphs import Graph, build_graph
-from mmeformer.runtime.images import Prepared, as_image, prepare
+from mmeformer.images import as_image
+from mmeformer.runtime.images import Prepared, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 
 TARGET = coremltools.target.iOS16

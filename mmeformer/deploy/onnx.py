@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mmeformer import runtime
 from mmeformer.deploy import check
 from mmeformer.deploy.graphs import Graph, build_graph
-from mmeformer.runtime.images import Prepared, as_image, normalize, prepare
+from mmeformer.images import as_image
+from mmeformer.runtime.images import Prepared, normalize, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 
 OPSET = 17

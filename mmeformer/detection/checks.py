@@ -181,14 +181,26 @@ def _check_images(
     decode: bool,
     reading: Reading | None,
 ) -> list[Finding]:
+    images = list(images)
     sizes = {
         os.path.join(image_dir, image["file_name"]): (image["height"], image["width"])
         for image in images
     }
+    outside = [
+        Finding(
+            WARNING,
+            "outside folder",
+            os.path.join(image_dir, image["file_name"]),
+            f"file_name {image['file_name']} leads out of the folder of the images; do not trust "
+            "a file from elsewhere that names such files",
+        )
+        for image in images
+        if os.path.isabs(image["file_name"]) or file_key(image["file_name"]).startswith("..")
+    ]
     missing = find_missing(list(sizes))
     absent = {finding.path for finding in missing}
     existing = [path for path in sizes if path not in absent][:limit]
-    return missing + check_images(existing, sizes, decode, reading)
+    return outside + missing + check_images(existing, sizes, decode, reading)
 
 
 def _by_id(entries: list, name: str, fault_of, wrong) -> dict:

@@ -47,9 +47,12 @@ class DetectionPredictor(Predictor[Detections]):
         """See the base class; drawn by the visualizer of the config."""
         return visualizer.draw_detections(self.inferencer.visualizer, image, result)
 
-    def entries(self, result: Detections) -> list[dict]:
+    @classmethod
+    def annotations(
+        cls, result: Detections, classes: Sequence[str], category_ids: Sequence[int]
+    ) -> list[dict]:
         """Annotations of :func:`mmeformer.detection.writers.to_json`."""
-        return to_json(result, self.category_ids)
+        return to_json(result, category_ids)
 
 
 def from_sample(sample: DetDataSample) -> Detections:

@@ -14,10 +14,7 @@ import numpy as np
 
 from mmeformer.checks.images import quick_fault
 from mmeformer.files import refuse_url, relative_names
-from mmeformer.images import PLAIN, Reading, read_image
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+from mmeformer.images import IMAGE_SUFFIXES, PLAIN, VIDEO_SUFFIXES, Reading, read_image
 
 
 @dataclass(frozen=True)
@@ -76,9 +73,16 @@ def find_sources(inputs: Sequence[str | Path], exclude: Iterable[Path] = ()) -> 
         else:
             raise FileNotFoundError(f"input {path} does not exist")
         for file, name in pairs:
+            name = _below(name)
             source = Source(file, name, str(Path(name).with_suffix("").as_posix()))
             found.setdefault(file.resolve(), source)
     return _with_unique_names(list(found.values()))
+
+
+def _below(name: str) -> str:
+    """A name that stays below the output folder: ``*/../../x/*.png`` leads out of it."""
+    parts = Path(os.path.normpath(name)).parts
+    return Path(*(part for part in parts if part not in ("..", os.sep))).as_posix()
 
 
 def _is_wanted(path: Path, exclude: list[Path]) -> bool:

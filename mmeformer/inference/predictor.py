@@ -296,7 +296,19 @@ class Predictor(ABC, Generic[Result]):
 
     def entries(self, result: Result) -> list[dict]:
         """A result as COCO annotations, without ``id`` and ``image_id``."""
-        raise NotImplementedError(f"{type(self).__name__} writes no JSON")
+        return self.annotations(result, self.classes, self.category_ids)
+
+    @classmethod
+    def annotations(
+        cls, result: Result, classes: Sequence[str], category_ids: Sequence[int]
+    ) -> list[dict]:
+        """See :meth:`entries`; without a model, for results of exported files.
+
+        Args:
+            result: of an image.
+            classes, category_ids: see the class.
+        """
+        raise NotImplementedError(f"{cls.__name__} writes no JSON")
 
     def cells(self, result: Result) -> list[str]:
         """A row of the table, one text for each of :attr:`columns`."""

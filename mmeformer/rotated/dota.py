@@ -184,7 +184,8 @@ def list_images(folder: str | Path, suffix: str | None = None) -> dict[str, Path
     """List the images of a folder by name without suffix, in alphabetical order.
 
     Args:
-        folder: folder; subfolders and hidden files are skipped.
+        folder: folder; subfolders and hidden files are skipped. Or a text file that lists images,
+            one path per line, relative to the file or absolute.
         suffix: suffix with or without dot, in any case; None means all of :data:`IMAGE_SUFFIXES`.
 
     Raises:
@@ -193,6 +194,8 @@ def list_images(folder: str | Path, suffix: str | None = None) -> dict[str, Path
     """
     refuse_url(folder, "image folder")
     folder = Path(folder)
+    if folder.is_file():
+        return _listed_images(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {folder} does not exist")
     wanted = IMAGE_SUFFIXES if suffix is None else ("." + suffix.lower().removeprefix("."),)
@@ -214,6 +217,25 @@ def list_images(folder: str | Path, suffix: str | None = None) -> dict[str, Path
         found = f"; the files there end in {sorted(others)}" if others else ", which is empty"
         raise FileNotFoundError(f"no image ({', '.join(wanted)}) in folder {folder}{found}")
     return images
+
+
+def _listed_images(file: Path) -> dict[str, Path]:
+    """The images that a text file lists, by name without suffix."""
+    images: dict[str, Path] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        path = file.parent / line.strip()
+        if not path.is_file():
+            raise FileNotFoundError(f"{file} line {number}: image {path} does not exist")
+        if path.stem in images:
+            raise ValueError(
+                f"{file} line {number}: {path} has the same name as {images[path.stem]}"
+            )
+        images[path.stem] = path
+    if not images:
+        raise FileNotFoundError(f"{file} lists no image")
+    return dict(sorted(images.items()))
 
 
 def list_labels(folder: str | Path) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmeformer.report.review import RECALLS
 from mmeformer.results import RotatedDetections
 from mmeformer.rotated_boxes import overlapping_pairs
 
@@ -46,12 +47,15 @@ class Evaluation:
         recall: ``(10, C)``, recall of all predictions of the class; NaN likewise.
         objects: ``(C,)``, number of objects that are not ignored.
         detections: ``(C,)``, number of predictions.
+        precision: ``(C, 101)`` at the first threshold: the best precision at each recall of
+            :data:`mmeformer.report.review.RECALLS` or a higher one; NaN likewise.
     """
 
     ap: np.ndarray
     recall: np.ndarray
     objects: np.ndarray
     detections: np.ndarray
+    precision: np.ndarray
 
 
 def match(detections: RotatedDetections, truth: GroundTruth) -> tuple[np.ndarray, np.ndarray]:
@@ -82,10 +86,25 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, mode: str) -> f
         mode: ``11points``, the mean at the recalls 0, 0.1, ..., 1 (VOC 2007; DOTA's server and
             mmrotate), or ``area`` (VOC 2010 and later).
     """
-    envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
     if mode == "11points":
-        return float(envelope[np.searchsorted(recall, np.arange(11) * 0.1)].mean())
-    return float(np.sum(np.diff(recall, prepend=0.0) * envelope[:-1]))
+        return float(best_precision(recall, precision, np.arange(11) * 0.1).mean())
+    return float(np.sum(np.diff(recall, prepend=0.0) * _envelope(precision)[:-1]))
+
+
+def best_precision(recall: np.ndarray, precision: np.ndarray, recalls: np.ndarray) -> np.ndarray:
+    """The best precision at each of ``recalls`` or a higher recall; 0 where none is reached.
+
+    Args:
+        recall, precision: ``(N,)``, by increasing recall.
+        recalls: ``(K,)``.
+    """
+    best: np.ndarray = _envelope(precision)[np.searchsorted(recall, recalls)]
+    return best
+
+
+def _envelope(precision: np.ndarray) -> np.ndarray:
+    """``(N + 1,)``: the largest precision from each place on, and a 0 for what is not reached."""
+    return np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
 
 
 def evaluate(
@@ -121,6 +140,7 @@ def evaluate(
     objects = np.bincount(target_labels[~ignored], minlength=num_classes)
 
     ap, recall = (np.full((len(IOU_THRS), num_classes), np.nan) for _ in range(2))
+    curves = np.full((num_classes, len(RECALLS)), np.nan)
     best_first = np.argsort(-scores, kind="stable")
     for label in np.flatnonzero(objects):
         own = best_first[labels[best_first] == label]
@@ -136,4 +156,7 @@ def evaluate(
             precision = found_so_far / np.arange(1, len(correct) + 1)
             ap[row, label] = average_precision(recalls, precision, mode)
             recall[row, label] = recalls[-1] if len(recalls) else 0
-    return Evaluation(ap, recall, objects, np.bincount(labels, minlength=num_classes))
+            if row == 0:
+                curves[label] = best_precision(recalls, precision, RECALLS)
+    detections = np.bincount(labels, minlength=num_classes)
+    return Evaluation(ap, recall, objects, detections, curves)

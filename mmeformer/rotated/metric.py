@@ -88,7 +88,7 @@ class DOTAMetric(BaseMetric):
         """Store the image's name, detections and ground truth (or None) of each sample."""
         for sample in data_samples:
             detections = from_instances(sample["pred_instances"])
-            self.results.append((str(sample["img_id"]), detections, _ground_truth(sample)))
+            self.results.append((str(sample["img_id"]), detections, ground_truth(sample)))
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Merge, write and evaluate, depending on the arguments of the class.
@@ -191,7 +191,7 @@ def enclosing_boxes(objects: Sequence[DotaObject]) -> np.ndarray:
     return boxes
 
 
-def _ground_truth(sample: dict) -> GroundTruth | None:
+def ground_truth(sample: dict) -> GroundTruth | None:
     """The objects that the pipeline loaded; None if it loads none."""
     instances = [sample.get("gt_instances", {}), sample.get("ignored_instances", {})]
     if "bboxes" not in instances[0]:

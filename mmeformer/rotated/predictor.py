@@ -83,12 +83,15 @@ class RotatedPredictor(Predictor[RotatedDetections]):
         visualizer.max_texts = picture[..., 0].size // NAME_PIXELS
         return draw_boxes(picture, result.scaled(scale), visualizer)
 
-    def entries(self, result: RotatedDetections) -> list[dict]:
+    @classmethod
+    def annotations(
+        cls, result: RotatedDetections, classes: Sequence[str], category_ids: Sequence[int]
+    ) -> list[dict]:
         """Annotations of :func:`mmeformer.rotated.writers.to_json`."""
-        entries = [dict(entry, iscrowd=0) for entry in to_json("", result, self.classes)]
+        entries = [dict(entry, iscrowd=0) for entry in to_json("", result, classes)]
         for entry, label in zip(entries, result.labels, strict=True):
             del entry["image_id"]
-            entry["category_id"] = self.category_ids[label]
+            entry["category_id"] = category_ids[label]
         return entries
 
     def write_files(self, out: Path, name: str, result: RotatedDetections) -> None:

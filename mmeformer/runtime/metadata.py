@@ -132,7 +132,7 @@ class Metadata:
         try:
             values = json.loads(text)
             version = values.pop("format")
-        except (ValueError, AttributeError, KeyError, TypeError):
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{source}: its metadata is damaged; export the model again") from None
         if version != FORMAT:
             raise ValueError(

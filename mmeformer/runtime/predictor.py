@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from mmeformer import tasks
 from mmeformer.files import refuse_url
+from mmeformer.images import Image, as_image
 from mmeformer.runtime.decoders import Result, merge_patches
-from mmeformer.runtime.images import Image, Prepared, as_image, prepare
+from mmeformer.runtime.images import Prepared, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 from mmeformer.training_images import TrainingImages
 from mmeformer.windows import as_patch, predict_windows, windows

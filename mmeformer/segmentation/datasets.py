@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 
+import mmengine
 from mmseg.datasets import ADE20KDataset as MMSegADE20KDataset
 from mmseg.datasets import BaseSegDataset
 
@@ -21,7 +22,8 @@ class CheckedSegDataset(CheckedDataset, BaseSegDataset):
     Checks that every image has a mask, and checks sizes and values of the first
     :attr:`CHECKED_FILES` pairs (:func:`mmeformer.segmentation.checks.check_pairs`); this takes
     about 3 s for 500 images of 683 x 512 px. Warnings are logged. Arguments are those of mmseg;
-    files must be local.
+    files must be local. ``ann_file`` may have an image and its mask in each line, with a tab
+    between them, instead of names without suffix: then names and suffixes need not be alike.
 
     Raises:
         FileNotFoundError: a folder is missing, or has no file with the suffix.
@@ -32,7 +34,7 @@ class CheckedSegDataset(CheckedDataset, BaseSegDataset):
     def load_data_list(self) -> list[dict]:
         """Check the files and list them as mmseg does."""
         self._check_folders()
-        data_list = super().load_data_list()
+        data_list = self._listed()
         if not data_list:
             raise FileNotFoundError(self._no_images())
         if self.checked:
@@ -47,7 +49,29 @@ class CheckedSegDataset(CheckedDataset, BaseSegDataset):
         Masks are always read in full.
         """
         self._check_folders()
-        return self._findings(super().load_data_list(), limit, decode)
+        return self._findings(self._listed(), limit, decode)
+
+    def _listed(self) -> list[dict]:
+        """Entries as mmseg makes them, or those of a list of pairs."""
+        if not os.path.isfile(self.ann_file):
+            return super().load_data_list()
+        lines = mmengine.list_from_file(self.ann_file)
+        if not lines or not all("\t" in line for line in lines):
+            return super().load_data_list()
+        folders = [self.data_prefix.get(key) or "" for key in ("img_path", "seg_map_path")]
+        entry = dict(
+            label_map=self.label_map, reduce_zero_label=self.reduce_zero_label, seg_fields=[]
+        )
+        pairs = (line.strip().split("\t") for line in lines)
+        return [
+            dict(
+                entry,
+                img_path=os.path.join(folders[0], image),
+                seg_map_path=os.path.join(folders[1], mask),
+                seg_fields=[],
+            )
+            for image, mask in pairs
+        ]
 
     def _findings(
         self, data_list: list[dict], limit: int | None, decode: bool = False

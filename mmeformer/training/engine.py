@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mmeformer.configs import drop_pretrained, existing_checkpoint
 from mmeformer.training.device import prepare_device
 from mmeformer.training.pictures import PicturesHook
 from mmeformer.training.runner import Runner
+from mmeformer.training.trackers import add_trackers
 
 TRAINING_KEYS = ("model", "train_dataloader", "train_cfg", "optim_wrapper")
 VISUALIZATION_HOOKS = ("DetVisualizationHook", "SegVisualizationHook", "VisualizationHook")
@@ -30,6 +32,8 @@ def build_train_runner(
     auto_scale_lr: bool = False,
     resume: str | None = None,
     launcher: str = "none",
+    trackers: Sequence[str] | None = None,
+    deterministic: bool = False,
 ) -> Runner:
     """Build a Runner that is ready for ``train()``.
 
@@ -39,6 +43,10 @@ def build_train_runner(
         auto_scale_lr: scale the learning rate to the actual batch size.
         resume: ``"auto"`` for the latest checkpoint of the work directory, or a file.
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
+        trackers: programs that record the training, see
+            :func:`mmeformer.training.trackers.add_trackers`.
+        deterministic: use only kernels that give the same result each time
+            (``torch.use_deterministic_algorithms``); an operator without one raises an error.
 
     Raises:
         ValueError: the config is not a training config, or does not have the base batch size for
@@ -61,6 +69,11 @@ def build_train_runner(
         raise ValueError(
             f"{config.filename} is not a training config: missing {', '.join(missing)}"
         )
+    add_trackers(config, trackers)
+    if deterministic:
+        config.setdefault("randomness", ConfigDict()).deterministic = True
+        # cuBLAS reads this at its start (CUDA's documentation, "Results reproducibility").
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     prepare_device(config, launcher)
     safe_load.install()
     return Runner.from_cfg(config)

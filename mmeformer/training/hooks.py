@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from mmengine.dist import all_gather_object, all_reduce, get_world_size
@@ -20,7 +19,7 @@ from mmeformer.checks.interface import CheckedDataset
 from mmeformer.errors import TrainingError
 from mmeformer.registry import HOOKS
 from mmeformer.training.data import UNREADABLE, GuardedFiles, leaves
-from mmeformer.training.saving import POINTER
+from mmeformer.training.saving import last_checkpoint
 
 
 @HOOKS.register_module()
@@ -113,6 +112,14 @@ class LossCheckHook(Hook):
         self.zeros: Counter[str] = Counter()
         """Iterations in a row in which a term of the loss was 0; ``""``: all, in all processes."""
 
+    def state_dict(self) -> dict:
+        """What a checkpoint keeps."""
+        return dict(zeros=dict(self.zeros))
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on as the hook whose state this is."""
+        self.zeros = Counter(state["zeros"])
+
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
     ) -> None:
@@ -200,14 +207,6 @@ def _file_count(runner: Runner) -> int:
     """Number of samples in the training files, each counted once."""
     dataset = runner.train_dataloader.dataset
     return getattr(dataset, "file_count", None) or len(dataset)
-
-
-def last_checkpoint(runner: Runner) -> str:
-    """A sentence that names the checkpoint to resume from."""
-    pointer = Path(runner.work_dir, POINTER)
-    if pointer.is_file():
-        return f"The last good checkpoint is {pointer.read_text().strip()}."
-    return "There is no checkpoint yet."
 
 
 def _samples(batch) -> Iterator:

@@ -9,11 +9,14 @@ augment the images of a batch as one process would.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.dist import get_dist_info
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS as MMENGINE_DATA_SAMPLERS
@@ -43,6 +46,10 @@ class Draw(int):
 class PositionSampler(Sampler):
     """Wrapper of a sampler that returns each index as a :class:`Draw`.
 
+    mmengine's samplers have one order for all processes, which take its samples in turn. With them
+    this sampler can start at any sample of the order, for any number of processes, and the draw of
+    a sample depends on its place in the order alone.
+
     Args:
         sampler: config of a sampler that distributes indices to the processes in turn, such as
             mmengine's ``DefaultSampler`` or ``InfiniteSampler``.
@@ -56,15 +63,27 @@ class PositionSampler(Sampler):
             sampler, default_args=dict(dataset=dataset, seed=seed)
         )
         self.rank, self.world_size = get_dist_info()
+        # Not for classes derived from them, whose order may be another.
+        self.has_epochs = type(self.sampler) is DefaultSampler
+        self.is_stream = type(self.sampler) is InfiniteSampler
         self.drawn = 0
+        self._first = 0
+        self._epoch = 0
+        self._slots: Sequence[int] | None = None
         if hasattr(self.sampler, "skip"):
             # mmengine tests for this method to resume an iteration-based run.
             self.skip = self._skip
 
     def __iter__(self) -> Iterator[Draw]:
         """Draws of this process; endless for an infinite sampler."""
+        if self.has_epochs:
+            slots, self._slots = self._slots, None
+            if slots is None:
+                slots = self.share(range(len(self.dataset)), self.rank, self.world_size)
+            yield from self.draws(slots)
+            return
         for index in self.sampler:
-            yield Draw(index, self.drawn * self.world_size + self.rank)
+            yield Draw(index, self._first + self.drawn * self.world_size + self.rank)
             self.drawn += 1
 
     def __len__(self) -> int:
@@ -75,7 +94,49 @@ class PositionSampler(Sampler):
         """Go to the start of an epoch."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
+        self._epoch = epoch
         self.drawn = epoch * len(self.sampler)
+
+    def share(self, slots: Sequence[int], rank: int, world_size: int) -> list[int]:
+        """The places in the epoch's order, out of ``slots``, that a process takes.
+
+        As in mmengine, every process takes as many: the first samples of the epoch come a second
+        time if the number does not divide.
+        """
+        slots = list(slots)
+        if self.sampler.round_up:
+            first = itertools.cycle(range(len(self.dataset)))
+            slots += itertools.islice(first, -len(slots) % world_size)
+        return slots[rank::world_size]
+
+    def draws(self, slots: Sequence[int]) -> Iterator[Draw]:
+        """The samples at these places in the order of the epoch."""
+        whole = copy.copy(self.sampler)
+        whole.rank, whole.world_size = 0, 1
+        whole.num_samples = whole.total_size = len(self.dataset)
+        order = list(whole)
+        for slot in slots:
+            yield Draw(order[slot], self._epoch * len(order) + slot)
+
+    def slot(self, draw: Draw) -> int:
+        """The place of a draw of :meth:`draws` in the order of the epoch."""
+        return draw.position - self._epoch * len(self.dataset)
+
+    def only(self, slots: Sequence[int]) -> PositionSampler:
+        """A copy of this sampler, which next draws only the samples at these places."""
+        sampler = copy.copy(self)
+        sampler.take(slots)
+        return sampler
+
+    def take(self, slots: Sequence[int]) -> None:
+        """Draw only the samples at these places of the epoch in the next iteration over it."""
+        self._slots = slots
+
+    def start_at(self, samples: int) -> None:
+        """Continue an infinite order after the first ``samples`` of all processes."""
+        stream = self.sampler._infinite_indices()
+        self.sampler.indices = itertools.islice(stream, samples + self.rank, None, self.world_size)
+        self._first, self.drawn = samples, 0
 
     def _skip(self, draws: int) -> None:
         """Continue after the first ``draws`` draws of this process."""

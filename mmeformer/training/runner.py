@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.logging import MMLogger
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
@@ -19,24 +22,31 @@ from torch.utils.data import DataLoader
 from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.errors import CheckpointError, TrainingError
-from mmeformer.files import replacing
 from mmeformer.training.data import GuardedDataset
 from mmeformer.training.hooks import (
     CheckMetricsHook,
     LossCheckHook,
     UnreadableFilesHook,
-    last_checkpoint,
 )
 from mmeformer.training.loops import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmeformer.training.preemption import StopRequest, deaf_worker
+from mmeformer.training.progress import ProgressHook, is_for_terminals
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
 from mmeformer.training.record import TrainingDataHook
 from mmeformer.training.saving import (
     CheckpointHook,
+    PreemptionHook,
+    checkpoint_hook,
     find_nonfinite,
+    named_checkpoint,
     newest_resumable,
     read_resumable,
+    restore_hooks,
+    training_state,
+    write_checkpoint,
 )
 from mmeformer.training.schedule import Schedule
+from mmeformer.training.writer import HostCopy, Writer
 
 OUR_LOOPS = {
     "EpochBasedTrainLoop": EpochBasedTrainLoop,
@@ -45,6 +55,9 @@ OUR_LOOPS = {
     MMEngineIterBasedTrainLoop: IterBasedTrainLoop,
 }
 """Our training loop for each of mmengine's, as configs name them."""
+
+OWN_HOOKS = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
+"""Hooks that mmengine registers if ``default_hooks`` does not name them."""
 
 
 class Runner(MMEngineRunner):
@@ -55,7 +68,9 @@ class Runner(MMEngineRunner):
       (:mod:`mmeformer.training.loops`), and follows the config where it has changed
       (:mod:`mmeformer.training.schedule`).
     - A checkpoint is complete or absent, and resuming takes the newest complete one
-      (:mod:`mmeformer.training.saving`).
+      (:mod:`mmeformer.training.saving`). It is written in the background
+      (:mod:`mmeformer.training.writer`).
+    - SIGTERM and SIGUSR1 stop the run with a checkpoint (:mod:`mmeformer.training.preemption`).
     - Weights that do not fit the model are an error (:mod:`mmeformer.checkpoints.matching`).
     - Unreadable files are left out, counted and logged; a loss that is not finite, or 0 for long,
       stops the run (:mod:`mmeformer.training.hooks`).
@@ -63,6 +78,12 @@ class Runner(MMEngineRunner):
     Arguments are those of mmengine.
     """
 
+    writer: Writer | None = None
+    """Writes checkpoints; None before and after a training."""
+    stop: StopRequest | None = None
+    """Notes signals; None before and after a training."""
+    config_text = ""
+    """The config as Python code, for checkpoints."""
     _fine_tuning = False
     # Attributes of mmengine's Runner.
     _load_from: str | None
@@ -71,6 +92,15 @@ class Runner(MMEngineRunner):
     _test_dataloader: Any
     optim_wrapper: Any
     param_schedulers: Any
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        """mmengine's logger; a terminal gets no lines by the hundred."""
+        logger = super().build_logger(*args, **kwargs)
+        if ProgressHook.is_wanted():
+            for handler in logger.handlers:
+                if getattr(handler, "stream", None) is sys.stdout:
+                    handler.addFilter(is_for_terminals)
+        return logger
 
     @staticmethod
     def build_dataloader(
@@ -89,7 +119,9 @@ class Runner(MMEngineRunner):
                 dataloader["dataset"] = {**dataset, "seed": seed}
             if isinstance(dataloader["sampler"], Mapping):
                 dataloader["sampler"] = dict(type=PositionSampler, sampler=dataloader["sampler"])
-        return MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)
+        loader = MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)
+        loader.worker_init_fn = deaf_worker(loader.worker_init_fn)
+        return loader
 
     def build_train_loop(self, loop):
         """mmengine's loops, which resume at the place of the checkpoint."""
@@ -112,8 +144,14 @@ class Runner(MMEngineRunner):
         return super().build_test_loop(loop)
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """mmengine's hooks, with our ``CheckpointHook`` instead of its own."""
+        """mmengine's hooks, with our ``CheckpointHook`` instead of its own.
+
+        ``default_hooks`` may have others, such as ``ema=dict(type="EMAHook")``; None removes any.
+        """
         hooks = dict(hooks or {})
+        for name in [name for name in hooks if hooks[name] is None and name not in OWN_HOOKS]:
+            # mmengine expects None for its own hooks only.
+            del hooks[name]
         checkpoint = hooks.get("checkpoint", dict(type="CheckpointHook", interval=1))
         if isinstance(checkpoint, Mapping):
             if checkpoint["type"] in ("CheckpointHook", MMEngineCheckpointHook):
@@ -126,6 +164,7 @@ class Runner(MMEngineRunner):
         super().register_hooks(default_hooks, custom_hooks)
         guards = (
             StepSeedHook,
+            PreemptionHook,
             LossCheckHook,
             UnreadableFilesHook,
             CheckMetricsHook,
@@ -134,6 +173,8 @@ class Runner(MMEngineRunner):
         for guard in guards:
             if not any(isinstance(hook, guard) for hook in self.hooks):
                 self.register_hook(guard())
+        if ProgressHook.is_wanted():
+            self.register_hook(ProgressHook())
 
     def scale_lr(self, optim_wrapper, auto_scale_lr=None) -> None:
         """mmengine's scaling; also of the base learning rate, which the log shows."""
@@ -149,11 +190,25 @@ class Runner(MMEngineRunner):
         Raises:
             CheckpointError: there are checkpoints, but none is complete.
             TrainingError: the run cannot go on; the message says why.
+            Preempted: a signal has stopped the run; there is a checkpoint.
         """
         if self._resume:
             self._find_start()
         self._fine_tuning = not self._resume
-        return super().train()
+        # Formatting takes a second; no checkpoint waits for it.
+        self.config_text = self.cfg.pretty_text
+        hook = checkpoint_hook(self)
+        try:
+            if hook is None:
+                return super().train()
+            with Writer(self.logger, hook.stop_on_error) as self.writer:
+                with StopRequest() as self.stop:
+                    return super().train()
+        finally:
+            self.writer = self.stop = None
+            for hook in self.hooks:
+                if isinstance(hook, ProgressHook):
+                    hook.close()
 
     def _find_start(self) -> None:
         """Choose the file to resume from and use its seed, before any data is loaded."""
@@ -187,9 +242,12 @@ class Runner(MMEngineRunner):
         """
         self._source = filename
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+        meta = checkpoint.get("meta", {})
         self._resumed = dict(
-            place=checkpoint.get("meta", {}).get("place"),
+            place=meta.get("place"),
+            validated=meta.get("validated", True),
             param_schedulers=checkpoint.get("param_schedulers"),
+            hooks=checkpoint.get("hooks", {}),
         )
         return checkpoint
 
@@ -213,6 +271,8 @@ class Runner(MMEngineRunner):
                 "checkpoint, or start from its weights with --cfg-options load_from=..."
             ) from error
         loop = self.train_loop
+        loop.validated = self._resumed["validated"]
+        restore_hooks(self, self._resumed["hooks"])
         moved = hasattr(loop, "resume_at") and loop.resume_at(self._resumed["place"])
         changes = schedule.changes(self._resumed["param_schedulers"])
         if changes and schedule.follows_scores:
@@ -243,11 +303,7 @@ class Runner(MMEngineRunner):
             )
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
-        """mmengine's call; compares weights with the model before they are loaded.
-
-        Saved checkpoints get the place in the data (:mod:`mmeformer.training.loops`) and weights in
-        PyTorch's default memory format; on a GPU the backbones keep them in channels last.
-        """
+        """mmengine's call; compares weights with the model before they are loaded."""
         super().call_hook(fn_name, **kwargs)
         if fn_name == "after_load_checkpoint":
             use_published(self.model, kwargs["checkpoint"], str(self._source))
@@ -257,45 +313,72 @@ class Runner(MMEngineRunner):
                 str(self._source),
                 part="backbone." if self._fine_tuning else "",
             )
-        elif fn_name == "before_save_checkpoint":
-            checkpoint = kwargs["checkpoint"]
-            for state in (checkpoint["state_dict"], checkpoint.get("ema_state_dict", {})):
-                # Other programs, such as safetensors, take PyTorch's default format alone.
-                state.update({name: value.contiguous() for name, value in state.items()})
-            if hasattr(self.train_loop, "place"):
-                meta = checkpoint["meta"]
-                meta["place"] = self.train_loop.place(meta["epoch"], meta["iter"])
 
-    def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
-        """Save under a temporary name, then rename; in the main process only.
+    def save_checkpoint(
+        self,
+        out_dir: str,
+        filename: str,
+        file_client_args: dict | None = None,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        meta: dict | None = None,
+        by_epoch: bool = True,
+        backend_args: dict | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        """Save a checkpoint from a copy, during a training in the background.
+
+        In the main process only. Weights have PyTorch's default memory format, as other programs
+        expect it (safetensors, say); on a GPU the backbones keep theirs in channels last.
+
+        Args:
+            after: called when the checkpoint is on the disk.
+            out_dir, filename, file_client_args, save_optimizer, save_param_scheduler, meta,
+                by_epoch, backend_args: as in mmengine.
 
         Raises:
             TrainingError: the disk is full or not writable, or the weights are not finite. Older
-                checkpoints stay as they were.
+                checkpoints stay as they were. In the background the error is that of this
+                checkpoint's successor, or of the training.
         """
         if not is_main_process():
             return
-        if bad := find_nonfinite(dict(self.model.named_parameters())):
-            raise TrainingError(
-                f"{len(bad)} weights are NaN or infinite, the first {bad[0]}: nothing was saved. "
-                f"{last_checkpoint(self)} Lower the learning rate or clip gradients"
-            )
-        if "://" in str(out_dir):
-            super().save_checkpoint(out_dir, filename, *args, **kwargs)
-            return
-        target = Path(out_dir, filename)
-        try:
-            with replacing(target, sync=True) as draft:
-                super().save_checkpoint(str(draft.parent), draft.name, *args, **kwargs)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                reason = "the disk is full: make room"
-            else:
-                reason = f"{error.strerror}: make {out_dir} writable"
-            raise TrainingError(
-                f"checkpoint {target} could not be written, {reason}, then continue with --resume; "
-                "older checkpoints are unchanged"
-            ) from error
+        if self.writer is not None:
+            self.writer.wait()
+        done = dict(epoch=self.epoch + by_epoch, iter=self.iter + (not by_epoch))
+        state = training_state(self, {**done, **(meta or {})}, save_optimizer, save_param_scheduler)
+        host = HostCopy() if self.writer is None else self.writer.host
+        write = partial(
+            self._write,
+            host.copy(state),
+            out_dir=out_dir,
+            filename=filename,
+            file_client_args=file_client_args,
+            backend_args=backend_args,
+            after=after,
+        )
+        if self.writer is None:
+            write()
+        else:
+            self.writer.start(write)
+
+    def _write(self, state: dict, **target) -> None:
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        weights = {name for name, _ in model.named_parameters()}
+        # The weights that are trained lie beside their average, if there is one.
+        for part, prefix in (
+            (state["state_dict"], ""),
+            (state.get("ema_state_dict", {}), "module."),
+        ):
+            named = {name: part[prefix + name] for name in weights if prefix + name in part}
+            if bad := find_nonfinite(named):
+                last = named_checkpoint(self.work_dir)
+                raise TrainingError(
+                    f"{len(bad)} weights are NaN or infinite, the first {bad[0]}: nothing was "
+                    f"saved. The last good checkpoint is {last or 'none'}. Lower the learning "
+                    "rate or clip gradients"
+                )
+        write_checkpoint(state, **target)
 
 
 def _for_evaluation(loader):

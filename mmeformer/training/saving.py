@@ -3,24 +3,49 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
+import mmengine
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, barrier, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.hooks import EarlyStoppingHook, EMAHook, Hook
 from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from mmengine.runner.checkpoint import save_checkpoint
 
 from mmeformer.checkpoints import safe_load
 from mmeformer.errors import CheckpointError
-from mmeformer.files import is_draft, write_text
+from mmeformer.files import is_draft, write_bytes, write_text
+from mmeformer.training.preemption import PREEMPTED, Preempted, anywhere
+from mmeformer.training.schedule import wrappers
+from mmeformer.training.writer import NotWritten
 
 POINTER = "last_checkpoint"
 """File of mmengine in the work directory that names the latest checkpoint."""
+INTERIM = "interim_iter_"
+"""Begin of the names of checkpoints that the next one replaces."""
+DISKS = {
+    errno.ENOSPC: "the disk is full: make room",
+    errno.EDQUOT: "the quota is used up: make room",
+    errno.EROFS: "the drive is read-only: make it writable",
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN),
+        "the drive does not answer: check its connection",
+    ),
+}
+"""What to say about errors of the system."""
 RESUMABLE = ("meta", "state_dict", "optimizer", "message_hub")
 """Entries that a checkpoint needs to resume from it."""
 
@@ -90,37 +115,151 @@ def _candidates(work_dir: Path) -> Iterator[Path]:
 
 
 class CheckpointHook(MMEngineCheckpointHook):
-    """mmengine's hook that removes an old checkpoint only after the new one is on the disk.
+    """mmengine's hook, with checkpoints by time, on signals and after validations.
 
-    If ``save_best`` names a metric that is not evaluated, the closest one takes its place.
+    - Every ``minutes`` a checkpoint ``interim_iter_N.pth`` takes the place of the one before.
+      So does one when a signal stops the run (:mod:`mmeformer.training.preemption`). They are
+      removed at the end of the training.
+    - After a validation, a checkpoint just saved is saved again, with the scores.
+    - An old checkpoint is removed only after the new one is on the disk. mmengine removes it first,
+      so a kill or a full disk at that moment leaves none.
+    - If ``save_best`` names a metric that is not evaluated, the closest one takes its place.
 
-    mmengine removes it first, so a kill or a full disk at that moment leaves no checkpoint.
-    Arguments are those of mmengine. :class:`mmeformer.training.runner.Runner` uses it in place of
-    mmengine's.
+    :class:`mmeformer.training.runner.Runner` uses it in place of mmengine's.
+
+    Args:
+        minutes: time between checkpoints, if no other comes earlier; None for none by time.
+        stop_on_error: whether a checkpoint that cannot be written (a full disk, say) stops the run.
+            By default it goes on to the next; only the last has to succeed.
+        **kwargs: as in mmengine.
+
+    Raises:
+        ValueError: ``minutes`` is not positive.
     """
 
     best_ckpt_path: str | None
 
+    def __init__(
+        self, *args, minutes: float | None = 10, stop_on_error: bool = False, **kwargs
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if minutes is not None and not minutes > 0:
+            raise ValueError(f"minutes of CheckpointHook must be positive or None, not {minutes}")
+        self.minutes = minutes
+        self.stop_on_error = stop_on_error
+        self._saved: tuple[str, int, int] | None = None
+        """Name, epoch and iteration of the newest checkpoint of this process."""
+        self._saved_at = 0.0
+        self._outdated: list[str] = []
+        """Files to remove when a newer checkpoint is on the disk."""
+        self._validating = False
+        self._better = False
+
     def before_train(self, runner: Runner) -> None:
         """Remove the files that a killed run left unfinished."""
         super().before_train(runner)
+        self._saved_at = time.monotonic()
         if is_main_process():
             for folder in {Path(self.out_dir), Path(runner.work_dir)}:
                 for path in folder.glob(".*"):
                     if is_draft(path) and path.is_file():
                         path.unlink()
 
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        """Save by iteration, by time, and if a signal has arrived."""
+        runner.writer.check()
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        if not all(item.should_update() for item in wrappers(runner.optim_wrapper)):
+            # Accumulated gradients that were not applied are not in the checkpoint.
+            return
+        late = self.minutes is not None and time.monotonic() - self._saved_at > 60 * self.minutes
+        stop, late = anywhere(runner.stop.signal is not None, late)
+        place = dict(epoch=runner.epoch, iter=runner.iter + 1)
+        if stop:
+            self.stop(runner, place)
+        elif late and not self._is_saved(place):
+            self._save_interim(runner, place)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        """Save the model if it is the best so far."""
+        self._validating, self._better = True, False
+        super().after_val_epoch(runner, metrics)
+        self._validating = False
+
+    def after_val(self, runner: Runner) -> None:
+        """Save the scores, and stop if a signal has arrived."""
+        if runner.stop is None:
+            return
+        place = dict(epoch=runner.epoch, iter=runner.iter, validated=True)
+        if self._better:
+            step = runner.epoch if self.by_epoch else runner.iter
+            self._save_checkpoint_with_step(runner, step, place)
+        elif self._saved is not None and self._is_saved(place):
+            self._save(runner, self._saved[0], place)
+        if anywhere(runner.stop.signal is not None)[0]:
+            self.stop(runner, place)
+
+    def after_train(self, runner: Runner) -> None:
+        """Remove interim checkpoints, once the last checkpoint is complete."""
+        runner.writer.wait()
+        super().after_train(runner)
+        if is_main_process() and self.last_ckpt is not None:
+            named = named_checkpoint(runner.work_dir)
+            self._remove_interims("" if named is None else named.name)
+
+    def stop(self, runner: Runner, place: dict) -> None:
+        """Stop the run with a checkpoint.
+
+        Args:
+            runner: of the training.
+            place: complete epochs (``epoch``) and iterations (``iter``).
+
+        Raises:
+            Preempted: the checkpoint is complete.
+            TrainingError: it could not be written.
+        """
+        if not self._is_saved(place):
+            self._save_interim(runner, place)
+        runner.writer.finish()
+        barrier()
+        runner.logger.warning(
+            f"stopped by {runner.stop.signal or 'a signal of another process'}. "
+            f"{last_checkpoint(runner)} Continue with --resume (exit status {PREEMPTED})"
+        )
+        raise Preempted
+
+    def _is_saved(self, place: dict) -> bool:
+        return self._saved is not None and self._saved[1:] == (place["epoch"], place["iter"])
+
+    def _save_interim(self, runner: Runner, place: dict) -> None:
+        self._save(runner, f"{INTERIM}{place['iter']}.pth", dict(place))
+
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
-        outdated = []
+        if self._validating:
+            # For a better model mmengine saves again before all hooks have seen the scores.
+            self._better = True
+            return
+        runner.writer.wait()
         if self.max_keep_ckpts > 0:
             kept = [known for known in self.keep_ckpt_ids if known != step] + [step]
             outdated, kept = kept[: -self.max_keep_ckpts], kept[-self.max_keep_ckpts :]
             self.keep_ckpt_ids.clear()
             self.keep_ckpt_ids.extend(kept)
             runner.message_hub.update_info("keep_ckpt_ids", kept)
+            self._outdated += [
+                self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(known))
+                for known in outdated
+            ]
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        self._save(runner, name, meta)
+
+    def _save(self, runner: Runner, name: str, meta: dict) -> None:
+        self._saved = name, meta["epoch"], meta["iter"]
+        self._saved_at = time.monotonic()
         runner.save_checkpoint(
             self.out_dir,
             name,
@@ -130,14 +269,22 @@ class CheckpointHook(MMEngineCheckpointHook):
             meta=meta,
             by_epoch=self.by_epoch,
             backend_args=self.backend_args,
+            after=partial(self._written, runner.work_dir, name),
             **self.args,
         )
-        if is_main_process():
-            write_text(Path(runner.work_dir, POINTER), self.last_ckpt, sync=True)
-            for known in outdated:
-                self._remove(
-                    self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(known))
-                )
+
+    def _written(self, work_dir: str, name: str) -> None:
+        """Name a checkpoint that is on the disk as the last, and remove what it replaces."""
+        path = self.file_backend.join_path(self.out_dir, name)
+        write_text(Path(work_dir, POINTER), path, sync=True)
+        self._remove_interims(name)
+        while self._outdated:
+            self._remove(self._outdated.pop())
+
+    def _remove_interims(self, kept: str) -> None:
+        for path in Path(self.out_dir).glob(f"{INTERIM}*.pth"):
+            if path.name != kept:
+                path.unlink(missing_ok=True)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if not self.save_best:
@@ -150,10 +297,9 @@ class CheckpointHook(MMEngineCheckpointHook):
         super()._save_best_checkpoint(runner, metrics)
         after = self._best()
         self._set_best({**before, **after})
-        if is_main_process():
-            for name, path in before.items():
-                if name in after and after[name] != path:
-                    self._remove(path)
+        for name, path in before.items():
+            if name in after and after[name] != path:
+                self._outdated.append(path)
 
     def _require_indicators(self, runner: Runner, metrics: Mapping) -> None:
         """Replace metrics that are not evaluated by the closest ones that are.
@@ -203,6 +349,191 @@ class CheckpointHook(MMEngineCheckpointHook):
     def _remove(self, path: str) -> None:
         if self.file_backend.isfile(path):
             self.file_backend.remove(path)
+
+
+class PreemptionHook(Hook):
+    """Ends a validation when a signal arrives; the resumed run repeats it."""
+
+    # Before a hook uses scores of an evaluation that was cut short.
+    priority = "VERY_HIGH"
+
+    def __init__(self) -> None:
+        self._shared = 0
+        """Iterations of the validation that all processes have."""
+
+    def before_train(self, runner: Runner) -> None:
+        """Let signals end the computation of scores too, which may take minutes."""
+        if runner.stop is not None and runner.val_loop is not None:
+            for metric in runner.val_loop.evaluator.metrics:
+                metric.compute_metrics = runner.stop.interruptible(metric.compute_metrics)
+
+    def before_val(self, runner: Runner) -> None:
+        """Find how often the processes can ask each other."""
+        if runner.stop is not None:
+            lengths = [len(runner.val_dataloader)]
+            if get_world_size() > 1:
+                lengths = all_gather_object(lengths[0])
+            self._shared = min(lengths)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Stop if a signal has arrived."""
+        if runner.stop is not None and batch_idx < self._shared:
+            if anywhere(runner.stop.signal is not None)[0]:
+                self._stop(runner)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        """Stop if a signal has cut the evaluation short."""
+        if runner.stop is not None and anywhere(runner.stop.interrupted)[0]:
+            self._stop(runner)
+
+    @staticmethod
+    def _stop(runner: Runner) -> None:
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):
+                # It validates the averaged weights in place of those that are trained.
+                hook._swap_ema_parameters()
+        checkpoint_hook(runner).stop(runner, dict(epoch=runner.epoch, iter=runner.iter))
+
+
+def checkpoint_hook(runner: Runner) -> CheckpointHook | None:
+    """The hook that saves checkpoints; None if the config has none, or mmengine's."""
+    return next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
+
+
+def named_checkpoint(work_dir: str | Path) -> Path | None:
+    """The file that ``last_checkpoint`` names."""
+    pointer = Path(work_dir, POINTER)
+    return Path(pointer.read_text().strip()) if pointer.is_file() else None
+
+
+def last_checkpoint(runner: Runner) -> str:
+    """A sentence that names the checkpoint to resume from; waits for one that is being written."""
+    if runner.writer is not None:
+        runner.writer.wait()
+    named = named_checkpoint(runner.work_dir)
+    return (
+        "There is no checkpoint yet." if named is None else f"The last good checkpoint is {named}."
+    )
+
+
+def training_state(runner: Runner, meta: dict, optimizer: bool, schedulers: bool) -> dict:
+    """The content of a checkpoint, as in mmengine, and the states of hooks.
+
+    Args:
+        runner: of a training.
+        meta: with ``epoch`` and ``iter``.
+        optimizer: include the optimizer, with the scaler of AMP.
+        schedulers: include the schedules.
+
+    Returns:
+        Tensors that the training changes, after the hooks' ``before_save_checkpoint``.
+    """
+    meta.update(
+        cfg=runner.config_text,
+        seed=runner.seed,
+        experiment_name=runner.experiment_name,
+        time=time.strftime("%Y%m%d_%H%M%S", time.localtime()),
+        mmengine_version=mmengine.__version__,
+    )
+    if hasattr(runner.train_dataloader.dataset, "metainfo"):
+        meta["dataset_meta"] = runner.train_dataloader.dataset.metainfo
+    if hasattr(runner.train_loop, "place"):
+        meta["place"] = runner.train_loop.place(meta["epoch"], meta["iter"])
+    meta.setdefault("validated", False)
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    state = dict(
+        meta=meta,
+        state_dict=model.state_dict(),
+        message_hub=runner.message_hub.state_dict(),
+    )
+    if optimizer:
+        state["optimizer"] = runner.optim_wrapper.state_dict()
+        state["hooks"] = hook_states(runner.hooks)
+    if schedulers and runner.param_schedulers is not None:
+        state["param_schedulers"] = _states(runner.param_schedulers)
+    runner.call_hook("before_save_checkpoint", checkpoint=state)
+    return state
+
+
+def _states(schedulers) -> Any:
+    if isinstance(schedulers, Mapping):
+        return {name: _states(items) for name, items in schedulers.items()}
+    return [scheduler.state_dict() for scheduler in schedulers]
+
+
+def hook_states(hooks: Iterable[Hook]) -> dict[str, list[dict]]:
+    """States of hooks by name of their class: of ``EarlyStoppingHook``, and what has state_dict."""
+    states = defaultdict(list)
+    for hook in hooks:
+        if isinstance(hook, EarlyStoppingHook):
+            state = dict(
+                monitor=hook.monitor,
+                wait_count=hook.wait_count,
+                best_score=float(hook.best_score),
+            )
+            states[type(hook).__name__].append(state)
+        elif hasattr(hook, "state_dict") and hasattr(hook, "load_state_dict"):
+            states[type(hook).__name__].append(hook.state_dict())
+    return dict(states)
+
+
+def restore_hooks(runner: Runner, states: Mapping[str, Sequence[dict]]) -> None:
+    """Give hooks their states of :func:`hook_states`; with early stopping, maybe end the run."""
+    left = {name: list(items) for name, items in states.items()}
+    for hook in runner.hooks:
+        if not (items := left.get(type(hook).__name__)):
+            continue
+        state = items.pop(0)
+        if not isinstance(hook, EarlyStoppingHook):
+            hook.load_state_dict(state)
+        elif state["monitor"] == hook.monitor:
+            hook.wait_count, hook.best_score = state["wait_count"], state["best_score"]
+            threshold = hook.stopping_threshold
+            reached = threshold is not None and hook.rule_map[hook.rule](hook.best_score, threshold)
+            if reached or hook.wait_count >= hook.patience:
+                runner.train_loop.stop_training = True
+                runner.logger.warning(
+                    f"nothing to train: the run had stopped early ({hook.monitor} "
+                    f"{hook.best_score:.4g}, {hook.wait_count} validations ago). To go on, raise "
+                    "patience or stopping_threshold of EarlyStoppingHook"
+                )
+
+
+def write_checkpoint(
+    content: Mapping,
+    out_dir: str,
+    filename: str,
+    file_client_args: dict | None = None,
+    backend_args: dict | None = None,
+    after: Callable[[], None] | None = None,
+) -> None:
+    """Write a checkpoint to a folder or a URL; files are complete or absent.
+
+    Args:
+        content: of :func:`training_state`.
+        out_dir, filename, file_client_args, backend_args: as in mmengine.
+        after: called when the checkpoint is on the disk.
+
+    Raises:
+        NotWritten: the disk is full or not writable. Older checkpoints stay as they were.
+    """
+    try:
+        if "://" in str(out_dir):
+            path = f"{str(out_dir).rstrip('/')}/{filename}"
+            save_checkpoint(content, path, file_client_args, backend_args)
+        else:
+            # In memory first: PyTorch's own writing to files hides the reasons of errors.
+            data = io.BytesIO()
+            torch.save(content, data)
+            write_bytes(Path(out_dir, filename), data.getbuffer(), sync=True)
+        if after is not None:
+            after()
+    except OSError as error:
+        reason = DISKS.get(error.errno or 0, f"{error.strerror}: make {out_dir} writable")
+        raise NotWritten(
+            f"checkpoint {out_dir}/{filename} could not be written, {reason}; older checkpoints "
+            "are unchanged"
+        ) from error
 
 
 def closest_metric(name: str, others: Sequence[str]) -> str:

@@ -53,7 +53,7 @@ class Schedule:
     def follow_machine(self) -> None:
         """Compute steps in the config's way (such as fused), in whatever way the checkpoint did."""
         settings = iter(self.groups)
-        for wrapper in _wrappers(self.runner.optim_wrapper):
+        for wrapper in wrappers(self.runner.optim_wrapper):
             optimizer = wrapper.optimizer
             changed = False
             # One more than the optimizer has: mmengine's base settings.
@@ -145,12 +145,13 @@ def _differ(before, now) -> bool:
     return before != now
 
 
-def _wrappers(wrapper) -> list[OptimWrapper]:
+def wrappers(wrapper) -> list[OptimWrapper]:
+    """The wrappers of all optimizers, of which there is usually one."""
     return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 
 
 def _param_groups(wrapper) -> list[dict]:
-    return [group for item in _wrappers(wrapper) for group in item.param_groups]
+    return [group for item in wrappers(wrapper) for group in item.param_groups]
 
 
 def _flat(schedulers: Mapping[str, Sequence] | Sequence | None) -> list:

@@ -22,9 +22,10 @@ from PIL import Image
 from mmeformer import configs, runtime, tasks
 from mmeformer.deploy import models
 from mmeformer.deploy.metadata import export_metadata
+from mmeformer.images import as_image
 from mmeformer.results import Mask
 from mmeformer.rotated_boxes import rotated_iou, rotated_nms
-from mmeformer.runtime.images import as_image, prepare
+from mmeformer.runtime.images import prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 from mmeformer.windows import crop, windows
 

@@ -138,6 +138,15 @@ def test_run_lengths_are_those_of_pycocotools(mask):
     assert np.array_equal(run_lengths(lengths.tolist()), lengths)
 
 
+@pytest.mark.parametrize("name", ["../../etc/passwd.jpg", "a/../../x.jpg", "/etc/x.jpg"])
+def test_file_names_that_lead_out_of_the_folder(content, tmp_path, name):
+    content["images"][0]["file_name"] = name
+    found = [item for item in check(content, tmp_path) if item.kind == "outside folder"]
+    assert only(found).severity == WARNING and name in found[0].message
+    content["images"][0]["file_name"] = "a/../0.jpg"
+    assert "outside folder" not in {item.kind for item in check(content, tmp_path)}
+
+
 def test_corners_instead_of_sizes(content, tmp_path):
     for annotation in content["annotations"]:
         annotation["bbox"] = [20, 10, 38, 28]

@@ -254,3 +254,40 @@ def test_outputs_of_an_earlier_run_are_replaced(tmp_path):
     save(tmp_path / "in" / "a.png", 30, 20, 2)
     predict(tmp_path / "in", tmp_path / "out")
     assert annotations(tmp_path / "out") == {("a.png", None): 2}
+
+
+def test_nothing_is_written_outside_the_output_folder(tmp_path, monkeypatch):
+    """Whatever inputs are named, and wherever links lead to."""
+    image = np.full((20, 20, 3), 90, np.uint8)
+    secret = tmp_path / "secret"
+    work = tmp_path / "work"
+    for folder in (secret, work / "in/deep", work / "in/.. odd"):
+        folder.mkdir(parents=True)
+    for path in (
+        secret / "s.png",
+        work / "in/..png",
+        work / "in/.. odd/..a.png",
+        work / "in/deep/d.png",
+    ):
+        cv2.imwrite(str(path), image)
+        path.touch()
+    (work / "in/link.png").symlink_to(secret / "s.png")
+    (work / "in/folder").symlink_to(secret, target_is_directory=True)
+    monkeypatch.chdir(work)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    inputs = [
+        "in",
+        "in/../../secret",
+        "*/../../secret/*.png",
+        str(secret / "s.png"),
+        "in/../in/deep",
+    ]
+    for number, text in enumerate(inputs):
+        out = work / "out" / str(number)
+        out.mkdir(parents=True)
+        statuses = list(run(Means(), find_sources([text]), out, Settings()))
+        assert statuses and all(status.error is None for status in statuses)
+        assert len(list((out / "labels").rglob("*.txt"))) == len(statuses)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    new = [path for path in after if after[path] != before.get(path)]
+    assert new and all(path.is_relative_to(work / "out") for path in new)

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same seed gives the same result, however the data are loaded."""
 
+import os
 import pickle
 
 import numpy as np
 import pytest
 import tiny
+import torch
 
+from mmeformer.commands import train
+from mmeformer.training import engine
 from mmeformer.training.randomness import Draw, PositionSampler, seed_all
 
 SLOW = pytest.mark.slow
@@ -23,6 +27,21 @@ def test_two_runs_are_equal(tmp_path, task):
     second = tiny.train(config, tmp_path / "second")
     assert len(first) == 20 and tiny.equal(first, second)
     assert len(set(first.values())) == 20
+
+
+def test_deterministic_kernels_are_the_users_choice(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    config = tiny.segmentation(tmp_path)
+    config.work_dir = str(tmp_path)
+    args = train.parse_args(["config.py", "--deterministic"])
+    try:
+        engine.build_train_runner(config, deterministic=args.deterministic)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
 
 
 def test_draws_keep_their_place_on_the_way_to_a_worker():

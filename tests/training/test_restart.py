@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from mmengine.fileio import LocalBackend
 
 from mmeformer import files
 from mmeformer.errors import CheckpointError, TrainingError
@@ -42,8 +41,13 @@ def at_call(number: int, action):
     return wrap
 
 
-def write_half_and_kill(self, content, path):
-    Path(path).write_bytes(content[: len(content) // 2])
+def write_half(self, content):
+    with self.open("wb") as file:
+        file.write(content[: len(content) // 2])
+
+
+def write_half_and_kill(self, content):
+    write_half(self, content)
     kill()
 
 
@@ -55,7 +59,7 @@ def rename_and_kill(draft, target):
 # The function replaced, at which of its calls, by what; the iterations that were then done for
 # good. Each save moves two files to their names: the checkpoint, then `last_checkpoint`.
 MOMENTS = {
-    "half of the second checkpoint written": (LocalBackend, "put", 2, write_half_and_kill, 2),
+    "half of the second checkpoint written": (Path, "write_bytes", 2, write_half_and_kill, 2),
     "written, but not yet renamed": (files, "_move", 3, lambda *_: kill(), 2),
     "renamed, but not yet named as the last": (files, "_move", 3, rename_and_kill, 2),
     "named as the last, old one still there": (
@@ -200,21 +204,52 @@ def test_random_seed_is_taken_over(folder, tmp_path):
 
 
 class TestDiskFull:
-    @staticmethod
-    def write_half(self, content, path):
-        Path(path).write_bytes(content[: len(content) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
+    """The disk is full at one checkpoint, in the middle of its file."""
 
-    def test_checkpoints_before_stay(self, folder, uninterrupted, tmp_path, monkeypatch):
+    @pytest.fixture
+    def fail(self, monkeypatch):
+        """A function that lets the checkpoint of a number (from 1) fail."""
+
+        def no_space(self, content):
+            write_half(self, content)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        return lambda number: monkeypatch.setattr(
+            Path, "write_bytes", at_call(number, no_space)(Path.write_bytes)
+        )
+
+    def test_the_next_one_counts(self, folder, uninterrupted, tmp_path, fail):
+        fail(2)
+        losses = tiny.train(tiny.segmentation(folder), tmp_path)
+        assert len(losses) == 8 and tiny.equal(uninterrupted("segmentation"), losses)
+        log = next(tmp_path.glob("*/*.log")).read_text()
+        (line,) = (line for line in log.splitlines() if "could not be written" in line)
+        assert line.endswith(
+            f"checkpoint {tmp_path}/iter_4.pth could not be written, the disk is full: make room; "
+            "older checkpoints are unchanged; the training goes on to the next one"
+        )
+        # What the failed one would have replaced is gone with the next.
+        assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_8.pth"]
+
+    @pytest.mark.slow
+    def test_checkpoints_before_stay(self, folder, uninterrupted, tmp_path, fail, monkeypatch):
         config = tiny.segmentation(folder)
-        with monkeypatch.context() as patch:
-            patch.setattr(LocalBackend, "put", at_call(2, self.write_half)(LocalBackend.put))
-            with pytest.raises(TrainingError, match="iter_4.pth could not be .*the disk is full"):
-                tiny.train(config, tmp_path)
+        config.default_hooks.checkpoint.stop_on_error = True
+        fail(2)
+        with pytest.raises(TrainingError, match="iter_4.pth could not be .*the disk is full"):
+            tiny.train(config, tmp_path)
         assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_2.pth"]
         assert Path((tmp_path / "last_checkpoint").read_text()).name == "iter_2.pth"
         losses = tiny.train(config, tmp_path, resume="auto")
         assert tiny.equal(uninterrupted("segmentation"), losses) and len(losses) == 6
+
+    def test_the_last_one_must_succeed(self, folder, tmp_path, fail):
+        config = tiny.segmentation(folder, iterations=2)
+        config.val_cfg = config.val_dataloader = config.val_evaluator = None
+        fail(1)
+        with pytest.raises(TrainingError, match="iter_2.pth could not be .*the disk is full"):
+            tiny.train(config, tmp_path)
+        assert not list(tmp_path.glob("*.pth"))
 
 
 class TestSearch:
@@ -306,6 +341,7 @@ def test_better_model_replaces_the_best_only_once_saved(folder, tmp_path, monkey
 
     def watch(self, out_dir, filename, *args, **kwargs):
         save(self, out_dir, filename, *args, **kwargs)
+        self.writer.wait()
         there.append(sorted(path.name for path in tmp_path.glob("best_*.pth")))
 
     monkeypatch.setattr(runner.Runner, "save_checkpoint", watch)

@@ -3,17 +3,28 @@
 
 import json
 import logging
+import os
+import signal
+from collections import Counter
+from contextlib import ExitStack
+from itertools import islice
+from unittest import mock
 
 import pytest
 import tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmdet.datasets.samplers import AspectRatioBatchSampler
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from mmeformer.errors import CheckpointError
-from mmeformer.training import engine
+from mmeformer.training import engine, loops
 from mmeformer.training.loops import total_batch_size
+from mmeformer.training.preemption import PREEMPTED
+from mmeformer.training.randomness import PositionSampler
 
 
 class Watch(Hook):
@@ -127,12 +138,150 @@ def test_middle_of_an_epoch_goes_by_samples(folder, tmp_path):
     config = by_epoch(folder, 2, batch=1)
     config.default_hooks.checkpoint.update(by_epoch=False, interval=11, max_keep_ckpts=-1)
     first, _ = run(config, tmp_path)
-    # 8 images of the first epoch and 3 of the second: one batch of two, and one image once more.
+    # 8 images of the first epoch and 3 of the second: the other 5 are three batches.
     config = by_epoch(folder, 2, batch=2)
     watch, lines = run(config, tmp_path, resume=str(tmp_path / "iter_11.pth"))
     assert "iteration 11 of the checkpoint becomes 5: " in lines
-    assert watch.of_epoch(1) == first.of_epoch(1)[2:] and watch.of_epoch(0) == []
+    assert watch.of_epoch(1) == first.of_epoch(1)[3:] and watch.of_epoch(0) == []
     assert sorted(watch.rates) == [5, 6, 7]
+
+
+@pytest.mark.forks
+@pytest.mark.slow
+def test_three_epochs_in_one_two_and_one_processes(folder, tmp_path):
+    """A signal stops the run in the first and in the second epoch."""
+
+    def part(world, batch, until=None, resume=None):
+        """[(iteration, epoch, images)] of each process."""
+
+        def one(rank):
+            config = by_epoch(folder, 3, batch)
+            config.default_hooks.checkpoint.update(max_keep_ckpts=1)
+            config.work_dir = str(tmp_path)
+            launcher = "none" if world == 1 else "pytorch"
+            runner = engine.build_train_runner(config, resume=resume, launcher=launcher)
+            watch = Watch()
+            runner.register_hook(watch)
+            send = {until: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+            runner.register_hook(tiny.Recorder(send if rank == 0 else None))
+            try:
+                runner.train()
+            finally:
+                (tmp_path / f"seen-{rank}.json").write_text(json.dumps(watch.images))
+
+        codes = tiny.fork(one, world_size=world)
+        assert codes == [0 if until is None else PREEMPTED] * world
+        return [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(world)]
+
+    # 2 iterations of 2 images; the other 4 of the epoch two at a time, and 2 of the next epoch.
+    parts = [part(1, 2, until=1), part(2, 1, until=4, resume="auto"), part(1, 3, resume="auto")]
+    order: dict[int, list[str]] = {0: [], 1: [], 2: []}
+    for seen in parts:
+        for batches in zip(*seen, strict=True):
+            for images in zip(*(images for _, images in batches), strict=True):
+                order[batches[0][0]] += images
+    for epoch in range(3):
+        assert sorted(order[epoch]) == [f"{index:06d}" for index in range(8)], epoch
+    expected, _ = run(by_epoch(folder, 3), tmp_path / "whole")
+    assert order == {epoch: expected.of_epoch(epoch) for epoch in range(3)}
+
+
+class Stop(Exception):
+    pass
+
+
+class Numbers(list):
+    """A data set of numbers, every third of them tall."""
+
+    def get_data_info(self, index):
+        return dict(width=3, height=4) if self[index] % 3 == 0 else dict(width=4, height=3)
+
+
+def part_of_epoch(size, grouped, world, batch, epoch, place, until):
+    """Train on a part of an epoch in imaginary processes: (batches of each, iteration, place)."""
+    seen: list[list[list[int]]] = []
+    for rank in range(world):
+        with ExitStack() as stack:
+            for name in ("mmengine.dataset.sampler", "mmeformer.training.randomness"):
+                stack.enter_context(
+                    mock.patch(f"{name}.get_dist_info", lambda rank=rank: (rank, world))
+                )
+            stack.enter_context(mock.patch.object(loops, "get_rank", lambda rank=rank: rank))
+            stack.enter_context(mock.patch.object(loops, "get_world_size", lambda: world))
+            data = Numbers(range(size))
+            sampler = PositionSampler(dict(type="DefaultSampler"), data, seed=5)
+            if grouped:
+                kwargs = dict(batch_sampler=AspectRatioBatchSampler(sampler, batch))
+            else:
+                kwargs = dict(sampler=sampler, batch_size=batch)
+            loader = DataLoader(data, collate_fn=list, **kwargs)
+            runner = mock.Mock()
+            runner.call_hook = lambda name, sampler=sampler: sampler.set_epoch(epoch)
+            loop = loops.EpochBasedTrainLoop(runner, loader, max_epochs=9)
+            loop._epoch = epoch
+            loop._iter = place[0] if place else epoch * len(loader)
+            loop.resume_at(place[1] if place else None)
+            seen.append([])
+
+            def run_iter(index, numbers, loop=loop, mine=seen[-1]):
+                if len(mine) == until:
+                    raise Stop
+                mine.append(numbers)
+                loop._iter += 1
+
+            loop.run_iter = run_iter
+            try:
+                loop.run_epoch()
+                assert loop._iter == (epoch + 1) * len(loader)
+            except Stop:
+                pass
+            place_after = loop._iter, loop.place(epoch, loop._iter)
+    return seen, place_after
+
+
+@settings(max_examples=60)
+@given(
+    size=st.integers(1, 40),
+    grouped=st.booleans(),
+    epoch=st.integers(0, 2),
+    parts=st.lists(
+        st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 5)), min_size=1, max_size=4
+    ),
+)
+def test_each_sample_once_however_an_epoch_is_divided(size, grouped, epoch, parts):
+    place, seen = None, Counter()
+    for world, batch, until in [*parts, (*parts[-1][:2], None)]:
+        ranks, place = part_of_epoch(size, grouped, world, batch, epoch, place, until)
+        assert len({len(batches) for batches in ranks}) == 1
+        seen.update(number for batches in ranks for numbers in batches for number in numbers)
+    assert set(seen) == set(range(size))
+    # At its end, processes without a sample take one of the first of the epoch.
+    most = [world - 1 for world, _, _ in parts]
+    assert sum(seen.values()) - size <= (sum(most) if grouped else max(most))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_same_processes_go_on_with_the_same_batches(grouped):
+    whole, _ = part_of_epoch(37, grouped, 3, 2, 1, None, None)
+    first, place = part_of_epoch(37, grouped, 3, 2, 1, None, 3)
+    rest, place = part_of_epoch(37, grouped, 3, 2, 1, place, 1)
+    end, _ = part_of_epoch(37, grouped, 3, 2, 1, place, None)
+    assert [a + b + c for a, b, c in zip(first, rest, end, strict=True)] == whole
+
+
+def test_an_infinite_order_goes_on_at_any_sample():
+    def draws(rank, world, start):
+        with mock.patch("mmengine.dataset.sampler.get_dist_info", lambda: (rank, world)):
+            with mock.patch("mmeformer.training.randomness.get_dist_info", lambda: (rank, world)):
+                sampler = PositionSampler(dict(type="InfiniteSampler"), range(7), seed=5)
+        sampler.start_at(start)
+        return [(int(draw), draw.position) for draw in islice(iter(sampler), 10)]
+
+    whole = draws(0, 1, 0)
+    assert [position for _, position in whole] == list(range(10))
+    assert draws(0, 1, 3)[:7] == whole[3:]
+    assert [draws(rank, 2, 3)[0] for rank in (0, 1)] == whole[3:5]
+    assert [draws(rank, 2, 3)[1] for rank in (0, 1)] == whole[5:7]
 
 
 @pytest.mark.slow

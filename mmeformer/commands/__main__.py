@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EfficientFormer V1 and V2 for OpenMMLab: train, test, predict and export.
+
+The command ``mmeformer``: one sub-command per module of this folder. This file imports only the
+standard library, so that help and mistyped words are answered at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+from mmeformer.version import __version__
+
+COMMANDS = {
+    "init": "init",
+    "train": "train",
+    "test": "test",
+    "predict": "predict",
+    "export": "export",
+    "check": "check_dataset",
+    "convert": "convert_checkpoint",
+    "profile": "profile",
+    "doctor": "doctor",
+    "quickstart": "quickstart",
+    "split-dota": "split_dota",
+    "completion": "completion",
+}
+"""Module of each sub-command."""
+
+
+def overview() -> str:
+    """Help of ``mmeformer`` itself: every sub-command with the first line of its module."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{summary(name)}" for name in COMMANDS]
+    return "\n".join(
+        [
+            "usage: mmeformer COMMAND ...",
+            "",
+            "EfficientFormer V1 and V2 for OpenMMLab: train, test, predict and export.",
+            "",
+            *lines,
+            "",
+            "Example, on your own images and labels:",
+            "  mmeformer init datasets/nuclei && mmeformer train nuclei.py",
+            "",
+            "mmeformer COMMAND --help explains a command; mmeformer --version prints the version.",
+            "Completion of words in the shell (bash; also zsh and fish):",
+            '  eval "$(mmeformer completion bash)"',
+        ]
+    )
+
+
+def summary(command: str) -> str:
+    """First line of what a sub-command says of itself, read without importing it."""
+    path = Path(__file__).with_name(f"{COMMANDS[command]}.py")
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.splitlines()[0].rstrip(".")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a sub-command; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"mmeformer {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"error: mmeformer has no command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    # Help and errors of argparse begin with this.
+    sys.argv[0] = f"mmeformer {name}"
+    return import_module(f"mmeformer.commands.{COMMANDS[name]}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

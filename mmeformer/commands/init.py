@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make a config from a folder of labeled images.
+
+Reads COCO JSON, YOLO (boxes, outlines, rotated boxes), Pascal VOC XML, LabelMe, DOTA, and masks;
+chooses the settings from the data and this machine, each with its reason in the config; and checks
+the data. The folder is only read. Written are the config and, beside it, a folder of labels;
+nothing is written over.
+
+Examples:
+    mmeformer init datasets/nuclei
+    mmeformer init datasets/street --task segmentation --legend colors.csv --out street.py
+    mmeformer init datasets/ships --arch s1 --weights none
+"""
+
+import argparse
+from pathlib import Path
+
+from mmeformer.commands import cli
+from mmeformer.formats.find import FORMATS
+from mmeformer.formats.tree import Options
+from mmeformer.tasks import TASKS
+from mmeformer.variants import VARIANTS
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", metavar="DATA", type=Path, help="folder of images and labels")
+    parser.add_argument("--task", choices=list(TASKS), help="default: the one the labels are for")
+    parser.add_argument(
+        "--arch", default="s0", help=f"{', '.join(v.arch for v in VARIANTS.values())} (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.py", help="default: DATA's name, here")
+    parser.add_argument(
+        "--weights", help="of the backbone: file, URL, or none (default: ImageNet's, downloaded)"
+    )
+    parser.add_argument("--format", choices=list(FORMATS), help="if the folder has several")
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="names of classes that are only numbers"
+    )
+    parser.add_argument(
+        "--legend", type=Path, metavar="FILE", help="of color masks: lines name,red,green,blue"
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out files and objects with errors"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the split, if the data have none (%(default)s)"
+    )
+    return cli.parse(parser, argv)
+
+
+def work(args: argparse.Namespace) -> int:
+    """Make the config; returns the exit status."""
+    # Imported here so that --help and errors in arguments do not wait for it.
+    from mmeformer import own_data
+
+    options = Options(
+        format=args.format,
+        classes=None if args.classes is None else tuple(args.classes),
+        legend=args.legend,
+    )
+    request = own_data.Request(
+        folder=args.data,
+        out=args.out,
+        task=args.task,
+        arch=args.arch,
+        weights=args.weights,
+        options=options,
+        skip_bad=args.skip_bad,
+        seed=args.seed,
+    )
+    made = own_data.make(request, report=print)
+    if made.errors:
+        return 1
+    print(f"next: look at {made.config}, then: mmeformer train {made.config}")
+    return 0
+
+
+def main(argv=None) -> int:
+    """Run the command; returns the exit status."""
+    return cli.run(work, parse_args(argv))

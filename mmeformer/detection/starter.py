@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starter of detection: COCO JSON, and settings of Mask R-CNN or Faster R-CNN."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from mmeformer.files import write_text
+from mmeformer.images import read_image, write_image
+from mmeformer.labeled import (
+    BOXES,
+    CORNERS,
+    POLYGONS,
+    SPLITS,
+    LabeledData,
+    LabeledImage,
+    LabeledObject,
+    decode_rle,
+    encode_rle,
+    fill_polygons,
+    mask_box,
+)
+from mmeformer.starter import (
+    Plan,
+    Setting,
+    Starter,
+    backbone,
+    enlarged,
+    epochs_for,
+    nearest,
+    object_sizes,
+    relative_to,
+    round_up,
+    sides_of,
+)
+from mmeformer.variants import find_variant
+from mmeformer.windows import Window, crop, windows
+
+LONG, SHORT = 1333, 800
+"""Largest size of images in the published recipe, in pixels."""
+SMALL = 16
+"""Side in pixels of objects that are still found well: four cells at stride 4."""
+TINY = 8
+"""Images are cut into tiles if small objects would be smaller than this."""
+TILE, OVERLAP = 800, 200
+INSIDE = 0.4
+"""An object belongs to a tile if at least this share of its box is inside."""
+
+
+class DetectionStarter(Starter):
+    """See the base class."""
+
+    kinds = (POLYGONS, BOXES)
+    other_kinds = (CORNERS,)
+
+    def template(self, data: LabeledData) -> str:
+        """See the base class."""
+        kind = "mask-rcnn" if data.kind == POLYGONS else "faster-rcnn"
+        return f"detection/{kind}_efficientformerv2-s0_fpn_custom.py"
+
+    def prepare(self, data: LabeledData, folder: Path) -> LabeledData:
+        """Write one COCO file per split; huge images with small objects are cut into tiles."""
+        data = self._tiled(data, folder)
+        for split in SPLITS:
+            if images := data.of_split(split):
+                content = as_coco(images, data.classes, data.root, data.kind == POLYGONS)
+                write_text(folder / f"{split}.json", json.dumps(content))
+        return data
+
+    def _tiled(self, data: LabeledData, folder: Path) -> LabeledData:
+        long, short = sides_of(data.of_split("train"))
+        small = float(np.percentile(object_sizes(data), 10))
+        fit = min(LONG / long, SHORT / short)
+        if fit >= 1 or fit * small >= TINY:
+            return data
+        images = [tile for image in data.images for tile in cut(image, folder / "tiles")]
+        note = (
+            f"images of {long} x {short} px with objects of {small:.0f} px: cut into "
+            f"{len(images)} tiles of {TILE} px (copies, in {folder / 'tiles'}); predict with "
+            f"--window {TILE}"
+        )
+        return replace(data, images=images, notes=[*data.notes, note])
+
+    def settings(self, data: LabeledData, plan: Plan) -> list[Setting]:
+        """See the base class."""
+        images = data.of_split("train")
+        long, short = sides_of(images)
+        sizes = object_sizes(data)
+        small = float(np.percentile(sizes, 10))
+        factor = min(max(1.0, min(2.0, SMALL / small)), LONG / long, SHORT / short)
+        scale = (min(round_up(long * factor), LONG), min(round_up(short * factor), SHORT))
+        anchor = nearest(small * factor / 4, (2, 4, 8))
+        ratios = self._ratios(images)
+        wide = "also long" if len(ratios) > 3 else "usual"
+        epochs = epochs_for(len(images))
+        return [
+            Setting(
+                "scale",
+                str(scale),
+                f"images are {long} x {short} px, a tenth of the objects below {small:.0f} px: "
+                f"{enlarged(factor)}",
+            ),
+            Setting(
+                "anchor_scale",
+                str(anchor),
+                f"smallest anchors {4 * anchor} px, small objects {small * factor:.0f} px",
+            ),
+            Setting("anchor_ratios", str(ratios), f"height by width; boxes have {wide} shapes"),
+            Setting(
+                "rois_per_image",
+                "512" if plan.gpu else "128",
+                "boxes to train the heads on" + ("" if plan.gpu else "; few, for a CPU"),
+            ),
+            Setting("epochs", str(epochs), f"for {len(images)} images; see docs/finetuning.md"),
+        ]
+
+    def _ratios(self, images: Sequence[LabeledImage]) -> list[float]:
+        """Height by width of the anchors: more if a tenth of the boxes is longer than 3 to 1."""
+        ratios = [
+            max(item.box[2:]) / max(min(item.box[2:]), 1e-6)
+            for image in images
+            for item in image.objects
+        ]
+        if np.mean(np.array(ratios or [1.0]) > 3) > 0.1:
+            return [0.25, 0.5, 1.0, 2.0, 4.0]
+        return [0.5, 1.0, 2.0]
+
+    def body(self, data: LabeledData, plan: Plan) -> str:
+        """See the base class."""
+        masks = data.kind == POLYGONS
+        widths = list(find_variant(plan.variant.family, plan.variant.arch).architecture.widths)
+        network, neck = backbone(plan, "(scale[0] // 32) * (scale[1] // 32)")
+        if plan.variant.name != "efficientformerv2_s0":
+            neck = ", ".join(filter(None, [f"in_channels={widths}", neck]))
+        heads = "bbox_head=dict(num_classes=len(classes))"
+        if masks:
+            heads += ", mask_head=dict(num_classes=len(classes))"
+        test = "test" if data.of_split("test") else "val"
+        return BODY.format(
+            backbone=network,
+            neck=neck,
+            heads=heads,
+            load="with_bbox=True, with_mask=True" if masks else "with_bbox=True",
+            test=test,
+            hooks=self.hooks(data, plan),
+        )
+
+
+BODY = """\
+model = dict(
+    backbone=dict({backbone}),
+    neck=dict({neck}),
+    rpn_head=dict(anchor_generator=dict(scales=[anchor_scale], ratios=anchor_ratios)),
+    roi_head=dict({heads}),
+    train_cfg=dict(rcnn=dict(sampler=dict(num=rois_per_image))),
+)
+train_pipeline = [
+    _base_.load_image,
+    dict(type="LoadAnnotations", {load}),
+    dict(type="RandomResize", scale=scale, ratio_range=(0.75, 1.25), keep_ratio=True),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="PackDetInputs"),
+]
+test_pipeline = _base_.test_pipeline
+test_pipeline[1].scale = scale
+tta_pipeline = _base_.tta_pipeline
+tta_pipeline[1].transforms[0] = [dict(type="Resize", scale=scale, keep_ratio=True)]
+data = dict(data_root=data_root, data_prefix=dict(img=""), metainfo=dict(classes=classes))
+loader = dict(num_workers=num_workers, persistent_workers=num_workers > 0)
+train_data = dict(ann_file=labels + "train.json", pipeline=train_pipeline, **data)
+val_data = dict(ann_file=labels + "val.json", pipeline=test_pipeline, **data)
+test_data = dict(ann_file=labels + "{test}.json", pipeline=test_pipeline, **data)
+train_dataloader = dict(batch_size=batch_size, dataset=train_data, **loader)
+val_dataloader = dict(dataset=val_data, **loader)
+test_dataloader = dict(dataset=test_data, **loader)
+val_evaluator = dict(ann_file=labels + "val.json")
+test_evaluator = dict(ann_file=labels + "{test}.json")
+train_cfg = dict(max_epochs=epochs, val_interval=max(1, epochs // 12))
+param_scheduler = _base_.param_scheduler
+param_scheduler[0].end = warmup_iters
+param_scheduler[1].end = epochs
+optim_wrapper = dict(type=optimizer_type, optimizer=dict(lr=learning_rate))
+auto_scale_lr = dict(base_batch_size=batch_size)
+{hooks}
+"""
+
+
+def as_coco(
+    images: Sequence[LabeledImage], classes: Sequence[str], root: Path, masks: bool
+) -> dict[str, Any]:
+    """Labeled images as the content of a COCO file.
+
+    Args:
+        images: of one split.
+        classes: names; category ids are 1, 2, ...
+        root: file names are relative to it.
+        masks: write polygons and run lengths too.
+    """
+    annotations = []
+    for number, image in enumerate(images, start=1):
+        for item in image.objects:
+            entry: dict[str, Any] = dict(
+                id=len(annotations) + 1,
+                image_id=number,
+                category_id=item.label + 1,
+                bbox=[round(value, 3) for value in item.box],
+                area=round(_area(item), 3),
+                iscrowd=int(item.crowd or item.difficult > 0),
+            )
+            if masks:
+                entry["segmentation"] = item.rle or [
+                    [round(value, 3) for value in polygon] for polygon in item.outlines()
+                ]
+            annotations.append(entry)
+    return dict(
+        images=[
+            dict(
+                id=number,
+                file_name=relative_to(image.path, root),
+                width=image.width,
+                height=image.height,
+            )
+            for number, image in enumerate(images, start=1)
+        ],
+        annotations=annotations,
+        categories=[dict(id=index + 1, name=name) for index, name in enumerate(classes)],
+    )
+
+
+def _area(item: LabeledObject) -> float:
+    """Area of an object in pixels: of its polygons, its mask, or its box."""
+    if item.rle is not None:
+        return float(decode_rle(item.rle).sum())
+    if item.polygons:
+        points = (np.reshape(polygon, (-1, 1, 2)).astype(np.float32) for polygon in item.polygons)
+        return float(sum(cv2.contourArea(polygon) for polygon in points))
+    return item.box[2] * item.box[3]
+
+
+def cut(image: LabeledImage, folder: Path) -> list[LabeledImage]:
+    """Write the tiles of an image; their labels are those whose box is enough inside."""
+    pixels = read_image(image.path)
+    suffix = ".jpg" if image.path.suffix.lower() in (".jpg", ".jpeg") else ".png"
+    tiles = []
+    for window in windows(image.width, image.height, TILE, OVERLAP):
+        name = f"{image.path.stem}__{TILE}__{window[0]}___{window[1]}{suffix}"
+        path = folder / str(image.split) / name
+        write_image(path, crop(pixels, window))
+        objects = [part for item in image.objects if (part := inside(item, window)) is not None]
+        width, height = window[2] - window[0], window[3] - window[1]
+        tiles.append(LabeledImage(path, width, height, objects, split=image.split))
+    return tiles
+
+
+def inside(item: LabeledObject, window: Window) -> LabeledObject | None:
+    """The part of an object in a window, with its pixels; None if that is too little of it."""
+    x, y, width, height = item.box
+    left, top = max(x, window[0]), max(y, window[1])
+    right, bottom = min(x + width, window[2]), min(y + height, window[3])
+    if right - left < 1 or bottom - top < 1:
+        return None
+    if (right - left) * (bottom - top) < INSIDE * width * height:
+        return None
+    box = (left - window[0], top - window[1], right - left, bottom - top)
+    part = replace(item, box=box, polygons=[], rle=None, corners=None)
+    whole = (left, top, right, bottom) == (x, y, x + width, y + height)
+    if item.polygons and whole:
+        part.polygons = [
+            (np.reshape(polygon, (-1, 2)) - window[:2]).ravel().tolist()
+            for polygon in item.polygons
+        ]
+    elif item.polygons or item.rle is not None:
+        return _cut_mask(item, part, window)
+    return part
+
+
+def _cut_mask(item: LabeledObject, part: LabeledObject, window: Window) -> LabeledObject | None:
+    """The object's mask in the window, as run lengths."""
+    shape = (window[3] - window[1], window[2] - window[0])
+    if item.rle is not None:
+        mask = decode_rle(item.rle)[window[1] : window[3], window[0] : window[2]]
+    else:
+        shifted = [(np.reshape(polygon, (-1, 2)) - window[:2]).ravel() for polygon in item.polygons]
+        mask = fill_polygons(shifted, *shape)
+    if not mask.any():
+        return None
+    return replace(part, rle=encode_rle(mask), box=mask_box(mask))
+
+
+STARTER = DetectionStarter()

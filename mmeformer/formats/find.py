@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recognize the format of a folder of labeled images, and read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first, format_findings
+from mmeformer.errors import UserError
+from mmeformer.formats import splits
+from mmeformer.formats.tree import Options, Tree
+from mmeformer.labeled import LabeledData
+
+FORMATS = {
+    name: f"mmeformer.formats.{name}"
+    for name in ("coco", "yolo", "voc", "labelme", "dota", "masks", "folders")
+}
+"""Readers by the name that ``--format`` takes. Label files of others count more than ``masks``, and
+``folders`` count only if there is nothing else."""
+_LABEL_FILES = tuple(name for name in FORMATS if name not in ("masks", "folders"))
+
+
+def read_folder(
+    folder: Path, options: Options, *, skip_bad: bool = False, seed: int = 0
+) -> LabeledData:
+    """Read a folder of labeled images in any of :data:`FORMATS`, with a split.
+
+    Args:
+        folder: is only read.
+        options: what the user says about it.
+        skip_bad: leave out files and objects with errors, which are in the findings.
+        seed: of the split, if the data set has none.
+
+    Raises:
+        UserError: no or several formats fit, there are errors, or nothing is labeled. The message
+            names the files and the option that answers.
+    """
+    tree = Tree.of(Path(folder))
+    name = options.format or recognize(tree)
+    try:
+        data = import_module(FORMATS[name]).read(tree, options)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    data.findings = errors_first(data.findings)
+    errors = [finding for finding in data.findings if finding.severity == ERROR]
+    if errors and not skip_bad:
+        raise UserError(
+            f"{len(errors)} errors in the labels of {tree.root} (read as {data.format}); correct "
+            f"them, or leave these files and objects out with --skip-bad:\n"
+            f"{format_findings(errors)}"
+        )
+    if not any(data.counts().values()):
+        raise UserError(
+            f"{tree.root} was read as {data.format}, but no image there is labeled; choose another "
+            f"--format ({', '.join(FORMATS)}), or give the folder that has images and labels"
+        )
+    splits.complete(data, seed)
+    _drop_unused(data)
+    return data
+
+
+def recognize(tree: Tree, masks: bool = False) -> str:
+    """Name of the one format of a folder.
+
+    Args:
+        tree: of the folder.
+        masks: ask only for masks, which may lie beside other labels: ``masks`` or nothing.
+
+    Raises:
+        UserError: no format fits, or several do.
+    """
+    if masks:
+        return "masks" if import_module(FORMATS["masks"]).find(tree) else ""
+    found: dict[str, Sequence[Path]] = {}
+    for name in _LABEL_FILES:
+        if evidence := import_module(FORMATS[name]).find(tree):
+            found[name] = evidence
+    if len(found) > 1:
+        listed = " and ".join(
+            f"{name} ({files[0].relative_to(tree.root)})" for name, files in found.items()
+        )
+        choices = " or ".join(f"--format {name}" for name in found)
+        raise UserError(f"{tree.root} has labels in several formats: {listed}; choose {choices}")
+    for name in (*found, "masks", "folders"):
+        if name in found or import_module(FORMATS[name]).find(tree):
+            return name
+    raise UserError(
+        f"{tree.root} has {len(tree.images)} images, but no labels that are known: "
+        "COCO JSON, YOLO, Pascal VOC XML, LabelMe, DOTA text, masks, or a folder for each class"
+    )
+
+
+def _drop_unused(data: LabeledData) -> None:
+    """Leave out classes of objects that occur nowhere, with a finding."""
+    if not any(image.objects for image in data.images):
+        return
+    counts = data.counts()
+    kept = [label for label in range(len(data.classes)) if counts[label]]
+    unused = [name for label, name in enumerate(data.classes) if not counts[label]]
+    if unused:
+        text = f"{', '.join(unused)}: no object, so left out of the classes"
+        data.findings.append(Finding(WARNING, "unused class", str(data.root), text))
+    new = {label: place for place, label in enumerate(kept)}
+    data.classes = tuple(data.classes[label] for label in kept)
+    for image in data.images:
+        for item in image.objects:
+            item.label = new[item.label]

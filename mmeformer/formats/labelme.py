@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LabelMe: one JSON file of shapes for each image; also AnyLabeling and X-AnyLabeling.
+
+Format: https://github.com/wkentaro/labelme, ``labelme/label_file.py`` and ``labelme/shape.py``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from mmeformer.checks.findings import ERROR, WARNING, Finding
+from mmeformer.formats.tree import Options, Tree, read_sizes
+from mmeformer.labeled import (
+    BOXES,
+    CORNERS,
+    POLYGONS,
+    LabeledData,
+    LabeledImage,
+    LabeledObject,
+    encode_rle,
+    mask_box,
+)
+
+NAME = "LabelMe"
+_TRIED = 20
+_CIRCLE = 32
+"""Corners of the polygon that stands for a circle."""
+_NOT_AREAS = ("point", "points", "line", "linestrip")
+
+
+def find(tree: Tree) -> list[Path]:
+    """Label files."""
+    images = {path.stem for path in tree.images}
+    paths = [path for path in tree.with_suffix(".json") if path.stem in images]
+    found = []
+    for path in paths[:: max(1, len(paths) // _TRIED)]:
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError:
+            continue
+        if isinstance(content, dict) and "shapes" in content:
+            found.append(path)
+    return found
+
+
+def read(tree: Tree, options: Options) -> LabeledData:
+    """Read all label files; folders tell the splits."""
+    findings: list[Finding] = []
+    images: dict[Path, LabeledImage] = {}
+    labels: dict[str, int] = {}
+    kinds: set[str] = set()
+    for path in tree.with_suffix(".json"):
+        try:
+            content = json.loads(path.read_bytes())
+            if not isinstance(content, dict) or "shapes" not in content:
+                continue
+            image = _read(content, path, tree, labels, kinds, findings)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            text = f"cannot be used: {error}"
+            findings.append(Finding(ERROR, "bad label file", str(path), text))
+            continue
+        image.split = tree.split_of(path)
+        images[image.path] = image
+    sizes = read_sizes(images, findings)
+    kept = []
+    for path, image in images.items():
+        if path not in sizes:
+            continue
+        if (image.width, image.height) not in (sizes[path], (0, 0)):
+            text = (
+                f"is {sizes[path][0]} x {sizes[path][1]} px, but its labels are for {image.width} "
+                f"x {image.height} px; use the image that was labeled"
+            )
+            findings.append(Finding(ERROR, "wrong size", str(path), text))
+            continue
+        image.width, image.height = sizes[path]
+        kept.append(image)
+    classes = sorted(labels)
+    place = {labels[name]: index for index, name in enumerate(classes)}
+    for image in kept:
+        for item in image.objects:
+            item.label = place[item.label]
+    kind = BOXES if kinds == {"rectangle"} else CORNERS if kinds == {"rotation"} else POLYGONS
+    if kind == POLYGONS:
+        for image in kept:
+            for item in image.objects:
+                if item.rle is None:
+                    item.polygons = item.outlines()
+    notes = []
+    if unlabeled := len(tree.images) - len(images):
+        notes.append(f"{unlabeled} images have no label file and are left out")
+    return LabeledData(NAME, tree.root, kind, tuple(classes), kept, findings, notes)
+
+
+def _read(
+    content: dict[str, Any],
+    path: Path,
+    tree: Tree,
+    labels: dict[str, int],
+    kinds: set[str],
+    findings: list[Finding],
+) -> LabeledImage:
+    name = content.get("imagePath") or path.stem
+    image = tree.find_image(str(name), path) or tree.find_image(path.stem, path)
+    if image is None:
+        raise ValueError(f"image {name} is not below {tree.root}")
+    size = [int(content.get(key) or 0) for key in ("imageWidth", "imageHeight")]
+    found = LabeledImage(image, *size)
+    groups: dict[tuple[int, Any], LabeledObject] = {}
+    for number, shape in enumerate(content["shapes"], start=1):
+        kind = shape.get("shape_type") or "polygon"
+        name = str(shape.get("label") or "").strip()
+        if not name:
+            raise ValueError(f"shape {number} has no label")
+        if kind in _NOT_AREAS:
+            text = f"shape {number} ({name}) is a {kind}, which encloses nothing: left out"
+            findings.append(Finding(WARNING, "no area", str(path), text))
+            continue
+        label = labels.setdefault(name, len(labels))
+        try:
+            item = _object(shape, kind, label, found)
+        except (ValueError, TypeError, KeyError, binascii.Error) as error:
+            raise ValueError(f"shape {number} ({name}): {error}") from error
+        kinds.add(kind)
+        # Parts of one object have the same group.
+        group = (label, shape.get("group_id"))
+        if group[1] is not None and group in groups and item.polygons and groups[group].polygons:
+            groups[group].polygons += item.polygons
+            merged = LabeledObject.outlined(label, groups[group].polygons)
+            groups[group].box = merged.box
+            continue
+        groups[group] = item
+        found.objects.append(item)
+    return found
+
+
+def _object(shape: dict, kind: str, label: int, image: LabeledImage) -> LabeledObject:
+    points = np.array(shape.get("points"), np.float64)
+    if points.ndim != 2 or points.shape[1:] != (2,) or not np.isfinite(points).all():
+        raise ValueError("points must be pairs of numbers")
+    if kind == "rectangle" and len(points) >= 2:
+        (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
+        if right <= left or bottom <= top:
+            raise ValueError("the rectangle has no width or height")
+        return LabeledObject(label, (left, top, right - left, bottom - top))
+    if kind == "circle" and len(points) == 2:
+        radius = float(np.hypot(*(points[1] - points[0])))
+        angles = np.arange(_CIRCLE) * 2 * math.pi / _CIRCLE
+        ring = points[0] + radius * np.stack([np.cos(angles), np.sin(angles)], -1)
+        return LabeledObject.outlined(label, [ring.ravel()])
+    if kind == "rotation" and len(points) == 4:
+        return LabeledObject.cornered(label, points.ravel())
+    if kind == "polygon" and len(points) >= 3:
+        return LabeledObject.outlined(label, [points.ravel()])
+    if kind == "mask" and len(points) == 2:
+        return _mask(shape, points, label, image)
+    raise ValueError(f"a {kind} with {len(points)} points is not known")
+
+
+def _mask(shape: dict, points: np.ndarray, label: int, image: LabeledImage) -> LabeledObject:
+    data = np.frombuffer(base64.b64decode(shape["mask"]), np.uint8)
+    part = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
+    if part is None or not part.any():
+        raise ValueError("the mask is empty or no image")
+    left, top = (int(round(value)) for value in points[0])
+    whole = np.zeros((image.height, image.width), np.uint8)
+    target = whole[top : top + part.shape[0], left : left + part.shape[1]]
+    target[:] = part[: target.shape[0], : target.shape[1]] > 0
+    return LabeledObject(label, mask_box(whole), rle=encode_rle(whole))

@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks: one file for each image, whose pixels are numbers, palette entries or colors of classes.
+
+Recognized names are those of ADE20K (``annotations``), Cityscapes (``_gtFine_labelIds``), Pascal
+VOC (``SegmentationClass``), CamVid (``_L``), and folders or endings such as ``masks`` and
+``_mask``. A legend names the colors or numbers: ``class_dict.csv``, CVAT's ``labelmap.txt``,
+``label_colors.txt``, or JSON.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmeformer.checks.findings import ERROR, Finding, first_of
+from mmeformer.checks.images import UNREADABLE, in_threads
+from mmeformer.errors import UserError
+from mmeformer.formats.tree import SPLIT_KEYS, Options, Tree, class_names, read_names, read_sizes
+from mmeformer.labeled import MASKS, UNLABELED, LabeledData, LabeledImage
+
+NAME = "masks"
+_MASK_FOLDER = re.compile(
+    r"^(masks?|labels?|annotations?|annots?|gt|ground_?truth|segmentationclass(aug)?|gtfine|"
+    r"label_?ids?|seg(mentation)?s?|(train|val|valid|test)_?(masks?|labels?|annot))$"
+)
+_MASK_ENDING = re.compile(
+    r"(_gt(Fine|Coarse)_label(Train)?Ids|[_-](masks?|labels?|seg|segmentation|gt|L|labelIds))$"
+)
+_NO_MASK = re.compile(r"_(gt(Fine|Coarse)_)?(color|instanceIds)$")
+_IMAGE_ENDING = re.compile(r"(_leftImg8bit|_image|_img|[_-]sat)$")
+_LEGENDS = ("labelmap.txt", "label_colors.txt", "label_colours.txt", "class_dict.csv")
+_MANY = 64
+"""A mask of more colors than these is a photo, or was saved as JPEG."""
+_IGNORED_NAMES = ("void", "ignore", "unlabeled", "unlabelled", "unknown")
+
+# The 19 classes that count, of cityscapesScripts' helpers/labels.py, by their numbers in labelIds.
+CITYSCAPES = {
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole",
+    19: "traffic light", 20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky",
+    24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle",
+    33: "bicycle",
+}  # fmt: skip
+# http://host.robots.ox.ac.uk/pascal/VOC/voc2012, in the order of the numbers.
+VOC = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
+)  # fmt: skip
+
+Color = tuple[int, int, int]
+
+
+class Legend(NamedTuple):
+    """Names of classes, with the color of each, and the file that says so.
+
+    Args:
+        names: of the classes.
+        colors: one for each, or None if the file has only names.
+    """
+
+    names: tuple[str, ...]
+    colors: tuple[Color, ...] | None
+
+
+def find(tree: Tree) -> list[Path]:
+    """Masks that belong to an image."""
+    return [mask for _, mask in _pairs(tree)]
+
+
+def _is_mask(path: Path, tree: Tree) -> bool:
+    if path.suffix.lower() not in (".png", ".bmp", ".tif", ".tiff") or _NO_MASK.search(path.stem):
+        return False
+    folders = path.relative_to(tree.root).parts[:-1]
+    named = any(_MASK_FOLDER.match(part.lower()) for part in folders)
+    return named or _MASK_ENDING.search(path.stem) is not None
+
+
+def _pairs(tree: Tree) -> list[tuple[Path, Path]]:
+    """Images with their masks: those of one stem, in the folders that are most alike."""
+    images: dict[str, list[Path]] = defaultdict(list)
+    masks = []
+    for path in tree.images:
+        if _is_mask(path, tree):
+            masks.append(path)
+        elif not _NO_MASK.search(path.stem):
+            images[_IMAGE_ENDING.sub("", path.stem)].append(path)
+    if any(mask.stem.endswith("labelTrainIds") for mask in masks):
+        masks = [mask for mask in masks if not mask.stem.endswith("labelIds")]
+    found = {}
+    for mask in masks:
+        same = images.get(mask.stem) or images.get(_MASK_ENDING.sub("", mask.stem)) or []
+        if same:
+            split = tree.split_of(mask)
+
+            def likeness(image: Path, mask: Path = mask, split: str | None = split):
+                shared = set(image.parts) & set(mask.parts)
+                return tree.split_of(image) == split, len(shared), -len(image.parts)
+
+            found.setdefault(max(same, key=likeness), mask)
+    return sorted(found.items())
+
+
+def read(tree: Tree, options: Options) -> LabeledData:
+    """Read all masks once, for their values; folders or ``ImageSets`` tell the splits."""
+    pairs = _pairs(tree)
+    if not pairs:
+        raise UserError(
+            f"{tree.root} has no mask with the name of an image; put them into folders such as "
+            "images/ and masks/"
+        )
+    findings: list[Finding] = []
+    sizes = read_sizes([image for image, _ in pairs], findings)
+    read = in_threads(_values, [mask for _, mask in pairs])
+    good: list[tuple[LabeledImage, _Values]] = []
+    listed = _splits(tree)
+    for (image, mask), values in zip(pairs, read, strict=True):
+        if isinstance(values, Finding):
+            findings.append(values)
+        elif image in sizes and values.size != sizes[image]:
+            text = (
+                f"is {values.size[0]} x {values.size[1]} px, but its image {image} is "
+                f"{sizes[image][0]} x {sizes[image][1]} px; make them the same size"
+            )
+            findings.append(Finding(ERROR, "size mismatch", str(mask), text))
+        elif image in sizes:
+            split = listed.get(image.stem) if listed else tree.split_of(mask)
+            good.append((LabeledImage(image, *sizes[image], mask=mask, split=split), values))
+    if not good:
+        return LabeledData(NAME, tree.root, MASKS, (), [], findings)
+    labels = _labels(tree, options, good, findings)
+    for image, values in good:
+        for value, count in values.counts.items():
+            label = labels.table.get(value, UNLABELED)
+            if label != UNLABELED:
+                image.pixels[label] = image.pixels.get(label, 0) + count
+    notes = [*labels.notes]
+    paths = {path for pair in pairs for path in pair}
+    if others := [path for path in tree.images if path not in paths and not _known(path)]:
+        notes.append(f"{len(others)} images have no mask and are left out, such as {others[0]}")
+    return LabeledData(
+        NAME,
+        tree.root,
+        MASKS,
+        labels.names,
+        [image for image, _ in good],
+        findings,
+        notes,
+        palette=None if labels.colors is None else list(labels.colors),
+        read_mask=functools.partial(_read_mask, table=labels.table),
+        plain_masks=all(values.kind == "ids" for _, values in good)
+        and all(key == value for key, value in labels.table.items()),
+    )
+
+
+def _known(path: Path) -> bool:
+    """Whether an image without a pair is one of Cityscapes' other files."""
+    return _NO_MASK.search(path.stem) is not None or _MASK_ENDING.search(path.stem) is not None
+
+
+def _splits(tree: Tree) -> dict[str, str]:
+    """Split by name of the image, from VOC's ``ImageSets/Segmentation/train.txt``."""
+    found: dict[str, str] = {}
+    for path in tree.with_suffix(".txt"):
+        if path.stem in SPLIT_KEYS and path.parent.name == "Segmentation":
+            for line in read_names(path):
+                found.setdefault(line.split()[0], SPLIT_KEYS[path.stem])
+    return found
+
+
+# --- values of mask files -------------------------------------------------------------------------
+
+
+class _Values(NamedTuple):
+    """Values of one mask: numbers, or colors as ``red << 16 | green << 8 | blue``."""
+
+    path: Path
+    size: tuple[int, int]
+    kind: str
+    counts: dict[int, int]
+    palette: dict[int, Color]
+
+
+def _open(path: Path) -> tuple[NDArray, str, dict[int, Color]]:
+    """Values (H, W), their kind (``ids`` or ``colors``), and the palette by number."""
+    with Image.open(path) as opened:
+        raw = opened.getpalette("RGB") if opened.mode == "P" else None
+        palette = {}
+        if raw is not None:
+            palette = {i: tuple(color) for i, color in enumerate(np.reshape(raw, (-1, 3)).tolist())}
+        array = np.asarray(opened)
+    if array.ndim == 3:
+        array = array[..., :3].astype(np.int64) if array.shape[2] > 2 else array[..., :1]
+        if array.shape[2] == 3 and (array == array[..., :1]).all():
+            array = array[..., :1]
+        if array.shape[2] == 3:
+            return array[..., 0] << 16 | array[..., 1] << 8 | array[..., 2], "colors", palette
+        array = array[..., 0]
+    if array.ndim != 2 or not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
+        raise ValueError(f"has {array.dtype} numbers of shape {array.shape}, which are no labels")
+    return array, "ids", palette
+
+
+def _values(path: Path) -> _Values | Finding:
+    try:
+        array, kind, palette = _open(path)
+    except UNREADABLE as error:
+        return Finding(ERROR, "unreadable mask", str(path), f"cannot be read: {error}")
+    values, counts = np.unique(array, return_counts=True)
+    if len(values) > (256 if kind == "ids" else _MANY):
+        text = (
+            f"has {len(values)} {'numbers' if kind == 'ids' else 'colors'}: it is no mask, or was "
+            "saved with loss; export it again as PNG"
+        )
+        return Finding(ERROR, "no mask", str(path), text)
+    size = (array.shape[1], array.shape[0])
+    return _Values(
+        path, size, kind, dict(zip(values.tolist(), counts.tolist(), strict=True)), palette
+    )
+
+
+def _read_mask(path: Path, table: dict[int, int]) -> NDArray[np.uint8]:
+    """Labels (H, W) of a mask; values that the table lacks become :data:`UNLABELED`."""
+    array, _, _ = _open(path)
+    values, places = np.unique(array, return_inverse=True)
+    labels = np.array([table.get(value, UNLABELED) for value in values.tolist()], np.uint8)
+    return labels[places.reshape(array.shape)]
+
+
+# --- names of values ------------------------------------------------------------------------------
+
+
+class _Labels(NamedTuple):
+    """Names and colors of the classes, and the label of each value of the masks."""
+
+    names: tuple[str, ...]
+    colors: tuple[Color, ...] | None
+    table: dict[int, int]
+    notes: tuple[str, ...] = ()
+
+
+def _labels(tree: Tree, options: Options, read, findings: list[Finding]) -> _Labels:
+    legend = _legend(tree, options)
+    kinds = {values.kind for _, values in read}
+    total: Counter[int] = Counter()
+    for _, values in read:
+        total.update(values.counts)
+    if len(kinds) > 1:
+        grays = next(values.path for _, values in read if values.kind == "ids")
+        # A mask of one gray color among colored ones.
+        for index, (image, values) in enumerate(read):
+            if values.kind == "ids":
+                counts = {value * 0x010101: count for value, count in values.counts.items()}
+                read[index] = image, values._replace(kind="colors", counts=counts)
+                total = Counter()
+        for _, values in read:
+            total.update(values.counts)
+        if legend is None:
+            raise UserError(
+                f"{tree.root}: some masks are colors and some are numbers ({grays}); name the "
+                "colors in a file of lines name,red,green,blue and give it with --legend"
+            )
+        kinds = {"colors"}
+    if kinds == {"colors"}:
+        return _of_colors(tree, legend, total, read, findings)
+    palettes = [values.palette for _, values in read]
+    if legend is not None and legend.colors is not None and any(palettes):
+        return _of_palette(legend, palettes[0], total)
+    if read[0][1].path.stem.endswith("labelIds"):
+        table = {number: label for label, number in enumerate(CITYSCAPES)}
+        return _Labels(tuple(CITYSCAPES.values()), None, table, ("Cityscapes' 19 classes",))
+    names: tuple[str, ...] | None = None if legend is None else legend.names
+    notes: tuple[str, ...] = ()
+    if names is None and "labelTrainIds" in read[0][1].path.stem:
+        names, notes = tuple(CITYSCAPES.values()), ("Cityscapes' 19 classes",)
+    elif names is None and read[0][1].path.parent.name.startswith("SegmentationClass"):
+        if max(set(total) - {UNLABELED}, default=0) < len(VOC):
+            names, notes = VOC, ("Pascal VOC's 21 classes",)
+    return _of_numbers(options, names, total, notes)
+
+
+def _of_numbers(options: Options, names, total: Counter, notes: tuple[str, ...]) -> _Labels:
+    """Numbers 0, 1, ... with 255 for unlabeled; two values that are no labels become 0 and 1."""
+    values = sorted(set(total) - {UNLABELED})
+    known = options.classes or names
+    few = known is None or len(known) <= 2
+    if len(total) == 2 and min(total) == 0 and max(total) > 1 and few:
+        # 0 and 255 of binary masks, or 0 and any other number.
+        named = class_names(2, options, known or ("background", "object"))
+        note = f"masks have 0 and {max(total)}, taken as {named[0]} and {named[1]}"
+        return _Labels(tuple(named[:2]), None, {0: 0, max(total): 1}, (*notes, note))
+    highest = max(values, default=0)
+    if known is not None and len(known) == highest:
+        # One name less than numbers: 0 is what has no name.
+        note = f"{len(known)} names for the numbers 0 to {highest}: 0 is not learned"
+        return _Labels(
+            tuple(known), None, {value: value - 1 for value in values if value}, (*notes, note)
+        )
+    if highest > 254 or (known is None and len(values) <= highest):
+        # Numbers with gaps, such as 50, 100, 150: no class for what does not occur.
+        named = class_names(len(values), options, [f"value_{value}" for value in values])
+        note = f"masks have the values {first_of(values, 12)}, which become 0, 1, ..."
+        return _Labels(tuple(named), None, {v: i for i, v in enumerate(values)}, (*notes, note))
+    default = ["background"] if known is None else known
+    named = class_names(highest + 1, options, default)
+    if known is None:
+        note = f"masks have the numbers 0 to {highest} without names; name them with --classes"
+        notes = (*notes, note)
+    return _Labels(tuple(named), None, {value: value for value in range(len(named))}, notes)
+
+
+def _of_palette(legend: Legend, palette: dict[int, Color], total: Counter) -> _Labels:
+    """Numbers whose colors in the palette the legend names."""
+    names, colors, _ = _learned(legend)
+    label = {color: index for index, color in enumerate(colors)}
+    table = {number: label[palette[number]] for number in total if palette.get(number) in label}
+    return _Labels(names, colors, table)
+
+
+def _of_colors(tree: Tree, legend: Legend | None, total, read, findings) -> _Labels:
+    if legend is None or legend.colors is None:
+        shown = [(c >> 16, c >> 8 & 255, c & 255) for c, _ in total.most_common(6)]
+        raise UserError(
+            f"the masks of {tree.root} are {len(total)} colors without names, most of all "
+            f"{', '.join(map(str, shown))} (red, green, blue); write a file with a line "
+            "name,red,green,blue for each class and give it with --legend"
+        )
+    names, colors, ignored = _learned(legend)
+    table = {
+        red << 16 | green << 8 | blue: index for index, (red, green, blue) in enumerate(colors)
+    }
+    known = {*table, *(r << 16 | g << 8 | b for r, g, b in ignored)}
+    for _, values in read:
+        if strange := sorted(set(values.counts) - known):
+            shown = [(c >> 16, c >> 8 & 255, c & 255) for c in strange]
+            text = f"has colors that the legend lacks: {first_of(shown, 4)}"
+            findings.append(Finding(ERROR, "unknown color", str(values.path), text))
+    return _Labels(names, colors, table)
+
+
+def _learned(legend: Legend) -> tuple[tuple[str, ...], tuple[Color, ...], list[Color]]:
+    """Names and colors of a legend without those that mean "no label", and the colors of these."""
+    rows = list(zip(legend.names, legend.colors or (), strict=True))
+    kept = [row for row in rows if row[0].lower() not in _IGNORED_NAMES]
+    ignored = [color for name, color in rows if name.lower() in _IGNORED_NAMES]
+    return tuple(name for name, _ in kept), tuple(color for _, color in kept), ignored
+
+
+def _legend(tree: Tree, options: Options) -> Legend | None:
+    """The legend that the user gives, else that of the folder."""
+    if options.legend is not None:
+        if not options.legend.is_file():
+            raise UserError(f"--legend {options.legend} does not exist")
+        return read_legend(options.legend)
+    found = [path for path in tree.files if path.name.lower() in _LEGENDS]
+    if found:
+        return read_legend(found[0])
+    named = [path for path in tree.files if path.name in ("classes.txt", "labels.txt")]
+    return Legend(tuple(read_names(named[0])), None) if named else None
+
+
+def read_legend(path: Path) -> Legend:
+    """Read names and colors of classes.
+
+    Understands ``name,red,green,blue`` (also with a header line), CVAT's
+    ``name:red,green,blue::``, CamVid's ``red green blue name``, and JSON: a mapping from name to
+    color, or a list of mappings with ``name`` and ``color``.
+
+    Raises:
+        UserError: a line is none of these; the message names it.
+    """
+    if path.suffix.lower() == ".json":
+        try:
+            content = json.loads(path.read_bytes())
+            items = (
+                content.items()
+                if isinstance(content, dict)
+                else [(entry["name"], entry["color"]) for entry in content]
+            )
+            rows = [(str(name), _color(color)) for name, color in items]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"legend {path} is not JSON of names and colors ({error})") from error
+        return Legend(tuple(name for name, _ in rows), tuple(color for _, color in rows))
+    rows = []
+    for number, line in enumerate(read_names(path), start=1):
+        if line.startswith("#"):
+            continue
+        try:
+            rows.append(_row(line))
+        except ValueError as error:
+            if number == 1 and "," in line:
+                continue  # a header
+            raise UserError(
+                f"legend {path} line {number}: {line!r} is not name,red,green,blue ({error})"
+            ) from error
+    return Legend(tuple(name for name, _ in rows), tuple(color for _, color in rows))
+
+
+def _row(line: str) -> tuple[str, Color]:
+    if ":" in line:
+        name, color = line.split(":")[:2]
+        return name.strip(), _color(color.split(","))
+    if "," in line:
+        fields = next(csv.reader([line]))
+        return fields[0].strip(), _color(fields[1:4])
+    fields = line.split(maxsplit=3)
+    return fields[3].strip() if len(fields) == 4 else "", _color(fields[:3])
+
+
+def _color(values) -> Color:
+    red, green, blue = (int(value) for value in values)
+    if not all(0 <= value <= 255 for value in (red, green, blue)):
+        raise ValueError("colors go from 0 to 255")
+    return red, green, blue

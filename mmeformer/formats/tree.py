@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a data set's folder, and what their names say: splits and labels of images."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from mmeformer.checks.findings import ERROR, Finding
+from mmeformer.checks.images import UNREADABLE, in_threads, read_header
+from mmeformer.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+_SPLIT_NAMES = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+_SPLIT_OF = {name: split for split, names in _SPLIT_NAMES.items() for name in names}
+SPLIT_KEYS = {name: _SPLIT_OF[name] for name in ("train", "val", "valid", "validation", "test")}
+"""Split by the keys and file names by which formats list its images."""
+# As a word of its own: train2017, instances_val, but not "strain" or "value".
+_SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLIT_OF)})(?:\d{{4}})?(?![a-z])")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user says about the data.
+
+    Args:
+        format: name of the format, if the folder has several.
+        classes: names of classes, where the data have only numbers.
+        legend: file of class names and colors.
+        corners: whether four points are the corners of a rotated box; None if the user does not
+            say.
+        answer: the options that say so.
+    """
+
+    format: str | None = None
+    classes: tuple[str, ...] | None = None
+    legend: Path | None = None
+    corners: bool | None = None
+    answer: str = "--task"
+
+
+@dataclass
+class Tree:
+    """Files of a folder and the folders below it.
+
+    Args:
+        root: the folder.
+        files: all files, sorted; hidden ones and those of macOS archives are left out.
+    """
+
+    root: Path
+    files: list[Path]
+    _names: dict[str, list[Path]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, root: Path) -> Tree:
+        """List a folder.
+
+        Raises:
+            UserError: it is no folder, or has no image.
+        """
+        root = Path(os.path.abspath(root.expanduser()))
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder; give the folder of images and labels")
+        files: list[Path] = []
+        seen: set[str] = set()
+        for folder, folders, names in os.walk(root, followlinks=True):
+            # Links can lead in a circle.
+            if (real := os.path.realpath(folder)) in seen:
+                folders[:] = []
+                continue
+            seen.add(real)
+            folders[:] = sorted(n for n in folders if not n.startswith((".", "__MACOSX")))
+            files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        tree = cls(root, files)
+        if not tree.images:
+            raise UserError(f"{root} has no image ({', '.join(IMAGE_SUFFIXES)})")
+        return tree
+
+    def with_suffix(self, *suffixes: str) -> list[Path]:
+        """Files with one of these suffixes, in any case."""
+        return [path for path in self.files if path.suffix.lower() in suffixes]
+
+    @property
+    def images(self) -> list[Path]:
+        """Image files, masks included."""
+        return self.with_suffix(*IMAGE_SUFFIXES)
+
+    def find_image(self, name: str, near: Path, split: str | None = None) -> Path | None:
+        """The image that a label file means by a name.
+
+        Exports have paths of other machines. So this takes the path relative to the label file or
+        the root, else the image whose path ends like the name; of several, the one of the split,
+        then the one that shares most of the path with the label file.
+
+        Args:
+            name: path or file name, with or without suffix.
+            near: the label file.
+            split: of the label file.
+        """
+        plain = name.replace("\\", "/")
+        for base in (near.parent, near.parent.parent, self.root):
+            if (path := base / plain).is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+                return path
+        if not self._names:
+            names = defaultdict(list)
+            for path in self.images:
+                names[path.name].append(path)
+                names[path.stem].append(path)
+            self._names.update(names)
+        wanted = PurePosixPath(plain)
+        found = self._names.get(wanted.name) or []
+        parts = wanted.parts[-2::-1]
+
+        def likeness(path: Path) -> tuple[int, bool, int]:
+            same = 0
+            for own, other in zip(path.parts[-2::-1], parts, strict=False):
+                if own != other:
+                    break
+                same += 1
+            shared = len(os.path.commonpath([path, near]))
+            return same, split is not None and self.split_of(path) == split, shared
+
+        return max(found, key=likeness, default=None)
+
+    def split_of(self, path: Path) -> str | None:
+        """Split that the folders or the name of a file tell; the innermost folder counts."""
+        relative = path.relative_to(self.root) if path.is_relative_to(self.root) else path
+        for part in (*relative.parts[-2::-1],):
+            if found := split_word(part):
+                return found
+        return None
+
+    def split_of_labels(self, path: Path) -> str | None:
+        """Split that the name of a label file, else its folders tell."""
+        return split_word(path.stem) or self.split_of(path)
+
+
+def split_word(name: str) -> str | None:
+    """The split that a name like ``instances_val2017`` tells; None if it tells none or several."""
+    found = {_SPLIT_OF[word] for word in _SPLIT_WORD.findall(name.lower())}
+    return found.pop() if len(found) == 1 else None
+
+
+def read_sizes(paths: Iterable[Path], findings: list[Finding]) -> dict[Path, tuple[int, int]]:
+    """Width and height of images, from their headers; adds a finding for each unreadable one."""
+    paths = list(dict.fromkeys(paths))
+
+    def size(path: Path):
+        try:
+            header = read_header(str(path))
+        except UNREADABLE as error:
+            return Finding(ERROR, "unreadable image", str(path), f"cannot be read ({error})")
+        return header.width, header.height
+
+    sizes = {}
+    for path, found in zip(paths, in_threads(size, paths), strict=True):
+        if isinstance(found, Finding):
+            findings.append(found)
+        else:
+            sizes[path] = found
+    return sizes
+
+
+def read_names(path: Path) -> list[str]:
+    """Non-empty lines of a text file."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def read_text(path: Path) -> str:
+    """Text of a file in UTF-8, with or without byte order mark.
+
+    Raises:
+        ValueError: it is no such text; the message names the file.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8 ({error})") from error
+
+
+def class_names(count: int, options: Options, names: Sequence[str] | None = None) -> list[str]:
+    """Names of ``count`` classes: those of the user, of the data, else ``class_0``, ``class_1``...
+
+    Raises:
+        UserError: the user's names are fewer.
+    """
+    if options.classes is None:
+        names = list(names or ())
+        return names + [f"class_{index}" for index in range(len(names), count)]
+    if len(options.classes) < count:
+        raise UserError(
+            f"--classes has {len(options.classes)} names, but the labels have {count} classes"
+        )
+    return list(options.classes)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pascal VOC XML: upright boxes, outlines, and the rotated boxes of roLabelImg.
+
+Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/devkit_doc.html.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from mmeformer.checks.findings import ERROR, Finding
+from mmeformer.formats.tree import SPLIT_KEYS, Options, Tree, read_names, read_sizes
+from mmeformer.labeled import BOXES, CORNERS, POLYGONS, LabeledData, LabeledImage, LabeledObject
+from mmeformer.rotated_boxes import corners as corners_of
+
+NAME = "Pascal VOC"
+_TRIED = 20
+
+
+def find(tree: Tree) -> list[Path]:
+    """Annotation files."""
+    paths = tree.with_suffix(".xml")
+    return [path for path in paths[:: max(1, len(paths) // _TRIED)] if _begins(path)]
+
+
+def _begins(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"<annotation" in file.read(400)
+
+
+def read(tree: Tree, options: Options) -> LabeledData:
+    """Read all annotation files; ``ImageSets/Main`` or folders tell the splits."""
+    listed = _splits(tree)
+    findings: list[Finding] = []
+    images: dict[Path, LabeledImage] = {}
+    labels: dict[str, int] = {}
+    for path in tree.with_suffix(".xml"):
+        try:
+            image = _read(path, tree, labels)
+        except (ElementTree.ParseError, ValueError) as error:
+            text = f"cannot be used: {error}"
+            findings.append(Finding(ERROR, "bad label file", str(path), text))
+            continue
+        if image is not None:
+            image.split = listed.get(path.stem) if listed else tree.split_of(path)
+            images[image.path] = image
+    sizes = read_sizes(images, findings)
+    kept = []
+    for path, image in images.items():
+        if path not in sizes:
+            continue
+        if (image.width, image.height) not in (sizes[path], (0, 0)):
+            text = (
+                f"is {sizes[path][0]} x {sizes[path][1]} px, but its labels are for {image.width} "
+                f"x {image.height} px; use the image that was labeled"
+            )
+            findings.append(Finding(ERROR, "wrong size", str(path), text))
+            continue
+        image.width, image.height = sizes[path]
+        kept.append(image)
+    classes = sorted(labels)
+    place = {labels[name]: index for index, name in enumerate(classes)}
+    items = [item for image in kept for item in image.objects]
+    for item in items:
+        item.label = place[item.label]
+    kind = BOXES
+    if items and all(item.corners for item in items):
+        kind = CORNERS
+    elif items and all(item.polygons for item in items):
+        kind = POLYGONS
+    notes = []
+    if unlabeled := len(tree.images) - len(images) - len(_masks(tree)):
+        notes.append(f"{unlabeled} images have no annotation file and are left out")
+    return LabeledData(NAME, tree.root, kind, tuple(classes), kept, findings, notes)
+
+
+def _masks(tree: Tree) -> list[Path]:
+    return [path for path in tree.images if path.parent.name.startswith("Segmentation")]
+
+
+def _splits(tree: Tree) -> dict[str, str]:
+    """Split by name of the image, from ``ImageSets/Main/train.txt`` and the like."""
+    found: dict[str, str] = {}
+    for path in tree.with_suffix(".txt"):
+        if path.stem in SPLIT_KEYS and "ImageSets" in path.parts:
+            for line in read_names(path):
+                found.setdefault(Path(line.split()[0]).stem, SPLIT_KEYS[path.stem])
+    return found
+
+
+def _read(path: Path, tree: Tree, labels: dict[str, int]) -> LabeledImage | None:
+    root = ElementTree.fromstring(path.read_bytes())
+    if root.tag != "annotation":
+        return None
+    image = tree.find_image(path.stem, path)
+    named = root.findtext("filename") or ""
+    if image is None or (named and Path(named).stem == path.stem):
+        image = tree.find_image(named or path.stem, path) or image
+    if image is None:
+        raise ValueError(f"image {named or path.stem} is not below {tree.root}")
+    width, height = (int(float(root.findtext(f"size/{key}") or 0)) for key in ("width", "height"))
+    # The files of VOC itself count pixels from 1; labeling tools have corners from 0.
+    first = 1 if "VOC" in (root.findtext("source/database") or "") else 0
+    found = LabeledImage(image, width, height)
+    for number, entry in enumerate(root.iter("object"), start=1):
+        name = (entry.findtext("name") or "").strip()
+        if not name:
+            raise ValueError(f"object {number} has no name")
+        try:
+            item = _object(entry, labels.setdefault(name, len(labels)), first)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"object {number} ({name}): {error}") from error
+        item.difficult = int(entry.findtext("difficult") or 0)
+        found.objects.append(item)
+    return found
+
+
+def _object(entry: ElementTree.Element, label: int, first: int) -> LabeledObject:
+    if (rotated := entry.find("robndbox")) is not None:
+        box = [_number(rotated, key) for key in ("cx", "cy", "w", "h", "angle")]
+        return LabeledObject.cornered(label, corners_of(np.array([box]))[0].ravel())
+    if (polygon := entry.find("polygon")) is not None and len(polygon):
+        points = [float(child.text or "nan") for child in polygon]
+        if len(points) < 6 or len(points) % 2 or not all(map(math.isfinite, points)):
+            raise ValueError(f"its polygon has {len(points)} numbers; it needs x1, y1, x2, y2, ...")
+        return LabeledObject.outlined(label, [points])
+    box = entry.find("bndbox")
+    if box is None:
+        raise ValueError("has no bndbox")
+    left, top, right, bottom = (_number(box, key) for key in ("xmin", "ymin", "xmax", "ymax"))
+    left, top = left - first, top - first
+    if right <= left or bottom <= top:
+        raise ValueError(
+            f"bndbox goes from {left:g}, {top:g} to {right:g}, {bottom:g}: no width or height"
+        )
+    return LabeledObject(label, (left, top, right - left, bottom - top))
+
+
+def _number(element: ElementTree.Element, key: str) -> float:
+    text = element.findtext(key)
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{element.tag} has {key} {text!r} instead of a number")
+    return value

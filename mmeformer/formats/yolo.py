@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""YOLO text labels: boxes, outlines and rotated boxes, with or without ``data.yaml``.
+
+A line is ``class x y width height`` (center and size), ``class x1 y1 x2 y2 ...`` (an outline) or
+``class x1 y1 ... x4 y4`` (corners of a rotated box), all as shares of the image's width and height.
+Format: https://docs.ultralytics.com/datasets/detect, ``/segment`` and ``/obb``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from mmeformer.checks.findings import ERROR, WARNING, Finding
+from mmeformer.errors import UserError
+from mmeformer.formats.tree import (
+    SPLIT_KEYS,
+    Options,
+    Tree,
+    class_names,
+    read_names,
+    read_sizes,
+    read_text,
+)
+from mmeformer.labeled import (
+    BOXES,
+    CORNERS,
+    POLYGONS,
+    LabeledData,
+    LabeledImage,
+    LabeledObject,
+)
+
+NAME = "YOLO"
+_NAME_FILES = ("classes.txt", "obj.names", "labels.txt")
+_TRIED = 20
+_BEYOND = 1e-3
+"""Share of the image by which a point may lie outside it, by rounding."""
+_MOST = 0.25
+_RIGHT = 0.03
+"""Corners of a rotated box may miss the right angle by this (its cosine)."""
+
+
+def find(tree: Tree) -> list[Path]:
+    """``data.yaml``, or label files."""
+    return _settings_files(tree) or _label_files(tree)
+
+
+def _settings_files(tree: Tree) -> list[Path]:
+    found = []
+    for path in tree.with_suffix(".yaml", ".yml"):
+        try:
+            content = yaml.safe_load(read_text(path))
+        except (yaml.YAMLError, ValueError):
+            if path.stem in ("data", "dataset"):
+                found.append(path)
+            continue
+        if isinstance(content, dict) and "names" in content and {"train", "val"} & content.keys():
+            found.append(path)
+    return found
+
+
+def _label_files(tree: Tree) -> list[Path]:
+    """Text files that begin like labels, of those that have the name of an image."""
+    stems = {path.stem for path in tree.images}
+    texts = [path for path in tree.with_suffix(".txt") if path.stem in stems]
+    step = max(1, len(texts) // _TRIED)
+    return [path for path in texts[::step] if _looks_like_labels(path)]
+
+
+def _looks_like_labels(path: Path) -> bool:
+    try:
+        lines = read_names(path)
+        fields = lines[0].split() if lines else []
+        numbers = [float(field) for field in fields[1:]]
+    except ValueError:
+        return False
+    return len(numbers) >= 4 and fields[0].isdigit() and all(0 <= x <= 1 for x in numbers)
+
+
+def read(tree: Tree, options: Options) -> LabeledData:
+    """Read the images that ``data.yaml`` names, else all, with their labels."""
+    settings = _settings_files(tree)
+    if len(settings) > 1:
+        listed = ", ".join(str(path.relative_to(tree.root)) for path in settings)
+        raise UserError(f"{tree.root} has several sets: {listed}; give the folder of one of them")
+    names: list[str] = []
+    notes: list[str] = []
+    if settings:
+        content = _read_settings(settings[0])
+        names = _names(content["names"], settings[0])
+        images = _images_of(content, settings[0], tree)
+    else:
+        named = [path for path in tree.files if path.name in _NAME_FILES]
+        names = read_names(named[0]) if named else []
+        images = {path: tree.split_of(path) for path in tree.images}
+        if not named and not options.classes:
+            notes.append("no data.yaml or classes.txt names the classes; name them with --classes")
+    findings: list[Finding] = []
+    labels = {path: _label_of(path, tree) for path in images}
+    if not settings:
+        # Without a list of images, one without a label file was rather not labeled.
+        bare = [path for path, label in labels.items() if label is None]
+        if bare:
+            notes.append(f"{len(bare)} images have no label file and are left out: {bare[0]}...")
+        images = {path: split for path, split in images.items() if labels[path] is not None}
+    sizes = read_sizes(images, findings)
+    found = [
+        LabeledImage(path, *sizes[path], split=split)
+        for path, split in images.items()
+        if path in sizes
+    ]
+    lines: dict[int, list[tuple[int, np.ndarray]]] = {}
+    highest = -1
+    for image in found:
+        label = labels[image.path]
+        parsed = [] if label is None else _read_labels(label, len(names), findings)
+        lines[id(image)] = parsed
+        highest = max([highest, *(number for number, _ in parsed)])
+    kind = _kind(found, lines, options)
+    for image in found:
+        image.objects = [
+            _object(number, values, image, kind) for number, values in lines[id(image)]
+        ]
+    classes = class_names(max(highest + 1, len(names)), options, names)
+    return LabeledData(NAME, tree.root, kind, tuple(classes), found, findings, notes)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f" line {mark.line + 1}"
+        raise UserError(
+            f"{path}{place} is not YAML ({getattr(error, 'problem', error)})"
+        ) from error
+    if not isinstance(content, dict) or "names" not in content:
+        raise UserError(f"{path} has no entry names; add the names of the classes")
+    return content
+
+
+def _names(value: Any, path: Path) -> list[str]:
+    """Names by number, from a list or a mapping."""
+    if isinstance(value, dict):
+        try:
+            numbered = {int(number): str(name) for number, name in value.items()}
+        except (TypeError, ValueError):
+            numbered = {}
+        if sorted(numbered) == [*range(len(numbered))] and numbered:
+            return [numbered[number] for number in range(len(numbered))]
+    elif isinstance(value, list) and value:
+        return [str(name) for name in value]
+    raise UserError(f"{path}: names must be a list, or a mapping from 0, 1, ... to names")
+
+
+def _images_of(content: dict, path: Path, tree: Tree) -> dict[Path, str | None]:
+    """The images of each split: of folders, of text files with a path a line, or of lists."""
+    base = Path(str(content.get("path") or "."))
+    bases = [base, path.parent / base, path.parent, tree.root]
+    images: dict[Path, str | None] = {}
+    for key, split in SPLIT_KEYS.items():
+        places = content.get(key)
+        for place in [places] if isinstance(places, str) else places or []:
+            # Roboflow writes ../train/images for what lies beside data.yaml.
+            plain = str(place).replace("\\", "/")
+            tries = [Path(b, p) for p in (plain, plain.removeprefix("../")) for b in bases]
+            found = next((t.resolve() for t in tries if t.exists() and _is_inside(t, tree)), None)
+            if found is None:
+                raise UserError(
+                    f"{path}: {key}: {place} does not exist below {tree.root}; correct it"
+                )
+            for image in _listed(found, tree):
+                images.setdefault(image, split)
+    return images
+
+
+def _is_inside(path: Path, tree: Tree) -> bool:
+    return path.resolve().is_relative_to(tree.root.resolve())
+
+
+def _listed(place: Path, tree: Tree) -> Iterable[Path]:
+    """Images below a folder, or those that a text file lists."""
+    if place.is_dir():
+        return [path for path in tree.images if path.resolve().is_relative_to(place)]
+    missing, found = [], []
+    for name in read_names(place):
+        image = tree.find_image(name, place)
+        (missing if image is None else found).append(image or name)
+    if missing:
+        raise UserError(f"{place} lists {len(missing)} images that do not exist: {missing[0]}, ...")
+    return found
+
+
+def _label_of(image: Path, tree: Tree) -> Path | None:
+    """The label file: in the folder ``labels`` instead of ``images``, or beside the image."""
+    name = f"{image.stem}.txt"
+    parts = list(image.parent.relative_to(tree.root).parts)
+    places = [image.parent]
+    for index in reversed(range(len(parts))):
+        if parts[index].lower() in ("images", "jpegimages"):
+            places.insert(0, tree.root.joinpath(*parts[:index], "labels", *parts[index + 1 :]))
+            break
+    places.append(image.parent.parent / "labels")
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+def _read_labels(path: Path, classes: int, findings: list[Finding]) -> list[tuple[int, np.ndarray]]:
+    """Class and numbers of each valid line."""
+    found: list[tuple[int, np.ndarray]] = []
+    seen: set[str] = set()
+    try:
+        lines = read_text(path).splitlines()
+    except ValueError as error:
+        findings.append(Finding(ERROR, "bad label file", str(path), str(error)))
+        return []
+    for number, line in enumerate(lines, start=1):
+        fields = line.split()
+        if not fields:
+            continue
+        if fault := _fault(fields, classes):
+            text = f"line {number}: {fault}: {line.strip()[:80]!r}"
+            findings.append(Finding(ERROR, "bad label line", str(path), text))
+        elif line in seen:
+            text = f"line {number} repeats an earlier one, which counts once"
+            findings.append(Finding(WARNING, "repeated line", str(path), text))
+        else:
+            found.append((int(float(fields[0])), np.array(fields[1:], np.float64)))
+        seen.add(line)
+    return found
+
+
+def _fault(fields: list[str], classes: int) -> str | None:
+    try:
+        number, *values = map(float, fields)
+    except ValueError:
+        return "must be numbers only"
+    if not all(map(math.isfinite, [number, *values])):
+        return "must be finite numbers"
+    if number < 0 or number % 1 or (classes and number >= classes):
+        known = f", but the names go from 0 to {classes - 1}" if classes else ""
+        return f"the class is {fields[0]}{known}"
+    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        return f"has {len(values)} numbers after the class; 4 make a box, 6, 8, ... an outline"
+    if max(values) > 1 + _BEYOND or min(values) < -_BEYOND:
+        return "numbers must be shares of the image's width and height, from 0 to 1"
+    if len(values) == 4 and min(values[2:]) <= 0:
+        return "the box has no width or height"
+    return None
+
+
+def _kind(images, lines, options: Options) -> str:
+    """Kind of the labels. Four points in every line are corners if most make right angles."""
+    shapes = {len(values) for image in images for _, values in lines[id(image)]}
+    if not shapes or 4 in shapes:
+        return BOXES
+    if shapes != {8} or options.corners is False:
+        return POLYGONS
+    right = [
+        _is_rectangle(np.reshape(values, (4, 2)) * (image.width, image.height))
+        for image in images
+        for _, values in lines[id(image)]
+    ]
+    # Of DOTA's own boxes, many are not quite rectangles.
+    if options.corners or np.mean(right) >= _MOST:
+        return CORNERS
+    raise UserError(
+        f"every label has four points, but only {sum(right)} of {len(right)} make rectangles: are "
+        f"they corners of rotated boxes or outlines? Answer with {options.answer}"
+    )
+
+
+def _is_rectangle(corners: np.ndarray) -> bool:
+    """Whether four points (4, 2) make right angles, up to a pixel of rounding."""
+    sides = np.roll(corners, -1, 0) - corners
+    lengths = np.maximum(np.hypot(*sides.T), 1e-9)
+    cosines = np.abs((sides * np.roll(sides, -1, 0)).sum(1)) / (lengths * np.roll(lengths, -1))
+    return bool((cosines <= _RIGHT + 1 / np.minimum(lengths, np.roll(lengths, -1))).all())
+
+
+def _object(number: int, values: np.ndarray, image: LabeledImage, kind: str) -> LabeledObject:
+    if len(values) == 4:
+        x, y, width, height = values * ((image.width, image.height) * 2)
+        return LabeledObject(number, (x - width / 2, y - height / 2, width, height))
+    points = (values.reshape(-1, 2) * (image.width, image.height)).ravel().tolist()
+    if kind == CORNERS:
+        return LabeledObject.cornered(number, points)
+    return LabeledObject.outlined(number, [points])

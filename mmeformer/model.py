@@ -1,0 +1,442 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a trained model or an exported file in one line, and predict.
+
+.. code-block:: python
+
+    from mmeformer import load
+
+    model = load("runs/nuclei")  # a work directory, a checkpoint or an exported .onnx file
+    found = model("image.jpg")
+    print(found.boxes, [model.classes[label] for label in found.labels])
+    found.save("out.png")
+
+An exported file needs only numpy, OpenCV and onnxruntime.
+"""
+
+from __future__ import annotations
+
+import glob
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import singledispatch
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmeformer.errors import UserError
+from mmeformer.files import refuse_url
+from mmeformer.images import PLAIN, VIDEO_SUFFIXES, Reading, as_image, write_image
+from mmeformer.results import Detections, RotatedDetections, Segmentation
+from mmeformer.work_dirs import choose_checkpoint, find_config
+
+SCORE_THR = 0.3
+"""Default score threshold."""
+
+
+def load(
+    path: str | Path,
+    *,
+    config: str | Path | None = None,
+    device: str | None = None,
+    score_thr: float | None = None,
+    classes: Sequence[str] | None = None,
+) -> Model:
+    """Load a model of any task.
+
+    Args:
+        path: the work directory of a training, of which the best checkpoint is taken, else the last
+            (``Model.path`` says which); a checkpoint; or an exported ``.onnx`` file.
+        config: of a checkpoint; None takes the one beside it.
+        device: such as ``cpu`` or ``cuda:1``; None takes the first GPU, if there is one. An
+            exported file runs on the CPU; for other providers see :func:`mmeformer.runtime.load`.
+        score_thr: detections with this score or a lower one are left out (default 0.3).
+        classes: names of the classes to report; None reports all.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        UserError: the folder has no config or no checkpoint.
+        CheckpointError: the checkpoint is damaged, refused, or not of this config's model.
+        ValueError: an argument does not fit the model.
+    """
+    refuse_url(path, "model")
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; give a work directory, a checkpoint or an exported .onnx file"
+        )
+    if path.suffix == ".onnx":
+        if config is not None or device not in (None, "cpu"):
+            raise ValueError(
+                f"{path} is an exported file, which needs no config and runs on the CPU here; for "
+                "other devices use mmeformer.runtime.load"
+            )
+        return Model(path, _Exported(path, score_thr, classes))
+    folder = path if path.is_dir() else path.parent
+    checkpoint = choose_checkpoint(path) if path.is_dir() else path
+    config = find_config(folder) if config is None else config
+    return Model(checkpoint, _Trained(checkpoint, config, device, score_thr, classes))
+
+
+class Model:
+    """A loaded model; call it with images. Made by :func:`load`.
+
+    Attributes:
+        path: the checkpoint or exported file.
+        classes: names, by label.
+    """
+
+    def __init__(self, path: Path, source: _Source) -> None:
+        self.path = path
+        self.source = source
+        self.classes = source.classes
+
+    def __repr__(self) -> str:
+        return f"<Model of {self.path}: {', '.join(self.classes[:10])}>"
+
+    def __call__(self, images: Any, batch_size: int = 1) -> Any:
+        """Predict.
+
+        Args:
+            images: one image (a path, the content of a file, a file object, a Pillow image, or an
+                array of ``uint8`` in BGR); a list of them; or the path of a video, of a folder or a
+                pattern such as ``images/*.jpg``.
+            batch_size: images, frames or windows of a large image per call of the model.
+
+        Returns:
+            A :class:`Prediction` for one image, a list of them for a list. For a video, a folder or
+            a pattern an iterator, which predicts as it is read; its items know their ``path`` and
+            ``frame``.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: not an image or a video, or a URL.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be at least 1")
+        if isinstance(images, (list, tuple)):
+            named = [(image, _path_of(image), None) for image in images]
+            return list(self._predict(iter(named), batch_size))
+        if isinstance(images, (str, Path)):
+            refuse_url(images, "image")
+            if (many := _many(images)) is not None:
+                return self._predict(many, batch_size)
+        return next(self._predict(iter([(images, _path_of(images), None)]), batch_size))
+
+    def _predict(self, images: Iterator[tuple], batch_size: int) -> Iterator[Prediction]:
+        while chunk := list(islice(images, batch_size)):
+            arrays = [as_image(image, self.source.reading) for image, _, _ in chunk]
+            results = self.source.predict(arrays)
+            for array, (_, path, frame), result in zip(arrays, chunk, results, strict=True):
+                yield Prediction(result, array, self.classes, self.source, path, frame)
+
+
+def _path_of(image: Any) -> Path | None:
+    return Path(image) if isinstance(image, (str, Path)) else None
+
+
+def _many(path: str | Path) -> Iterator[tuple] | None:
+    """Images of a video, folder or pattern, each with its path and frame; None for one image."""
+    one = Path(path)
+    if not one.is_dir() and one.suffix.lower() not in VIDEO_SUFFIXES:
+        if one.exists() or not glob.has_magic(str(path)):
+            return None
+    # Needs PyTorch, which single images do not.
+    from mmeformer.inference.inputs import find_sources
+
+    # Raises before the first image is asked for.
+    return _each(find_sources([path]))
+
+
+def _each(sources: Sequence[Any]) -> Iterator[tuple]:
+    from mmeformer.inference.videos import Video
+
+    for source in sources:
+        if source.is_video:
+            for index, frame in enumerate(Video(source.path)):
+                yield frame, source.path, index
+        else:
+            yield source.path, source.path, None
+
+
+class Prediction:
+    """The result of one image. Its numbers, such as ``boxes`` and ``labels``, are attributes.
+
+    Attributes:
+        result: one of :mod:`mmeformer.results`; all its attributes are attributes of this too.
+        image: (H, W, 3) uint8, blue, green, red.
+        classes: names, by label.
+        path: of the image or video; None if it was given as an array.
+        frame: number of a video's frame, from 0; else None.
+    """
+
+    def __init__(
+        self,
+        result: Any,
+        image: np.ndarray,
+        classes: Sequence[str],
+        source: _Source,
+        path: Path | None = None,
+        frame: int | None = None,
+    ) -> None:
+        self.result = result
+        self.image = image
+        self.classes = tuple(classes)
+        self.path = path
+        self.frame = frame
+        self._source = source
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "result":
+            raise AttributeError(name)
+        return getattr(self.result, name)
+
+    def __len__(self) -> int:
+        """Number of objects."""
+        return len(self.result)
+
+    def __repr__(self) -> str:
+        where = "" if self.path is None else f" of {self.path}"
+        return f"<Prediction{where}: {type(self.result).__name__}>"
+
+    @property
+    def names(self) -> list[str]:
+        """Name of every object's class."""
+        return [self.classes[label] for label in self.result.labels]
+
+    def plot(self) -> np.ndarray:
+        """The image with the result drawn in: (H', W', 3) uint8, blue, green, red.
+
+        Its size may differ: small images are enlarged, so that names fit, very large ones shrunk.
+        """
+        return self._source.draw(self.image, self.result)
+
+    def save(self, path: str | Path) -> Path:
+        """Write :meth:`plot` to a file (``.png``, ``.jpg``, ...); returns its path.
+
+        Raises:
+            ValueError: OpenCV does not write files of this kind.
+            OSError: it cannot be written.
+        """
+        write_image(path, self.plot())
+        return Path(path)
+
+    def to_coco(self) -> dict:
+        """A COCO data set of this image: ``images``, ``annotations`` with scores, ``categories``.
+
+        Raises:
+            ValueError: the result has no objects, as a label map.
+            UserError: the library that the task needs for it is not installed.
+        """
+        height, width = self.image.shape[:2]
+        name = "" if self.path is None else self.path.name
+        image = dict(id=1, file_name=name, height=height, width=width)
+        if self.frame is not None:
+            image["frame"] = self.frame
+        entries = self._source.entries(self.result)
+        return dict(
+            images=[image],
+            annotations=[dict(id=n, image_id=1, **entry) for n, entry in enumerate(entries, 1)],
+            categories=[
+                dict(id=number, name=name)
+                for number, name in zip(self._source.category_ids, self.classes, strict=True)
+            ],
+        )
+
+    def to_supervision(self) -> Any:
+        """A ``supervision.Detections`` with the same objects.
+
+        Rotated boxes have their corners in ``data["xyxyxyxy"]``; of a label map every class is one
+        object with a mask.
+
+        Raises:
+            UserError: supervision is not installed.
+            TypeError: supervision has nothing like this result.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise UserError("supervision is not installed: pip install supervision") from error
+        fields = supervision_fields(self.result)
+        names = np.array([self.classes[label] for label in fields["class_id"]], dtype=str)
+        fields["data"] = {**fields.get("data", {}), "class_name": names}
+        return supervision.Detections(**fields)
+
+
+@singledispatch
+def supervision_fields(result: Any) -> dict[str, Any]:
+    """Arguments of ``supervision.Detections`` for a result; without names of classes.
+
+    Raises:
+        TypeError: there are none for this kind.
+    """
+    raise TypeError(f"supervision has no objects for {type(result).__name__}")
+
+
+@supervision_fields.register
+def _(result: Detections) -> dict[str, Any]:
+    masks = None if result.instance_masks is None else result.masks()
+    return dict(
+        xyxy=result.boxes, mask=masks, confidence=result.scores, class_id=result.labels.astype(int)
+    )
+
+
+@supervision_fields.register
+def _(result: RotatedDetections) -> dict[str, Any]:
+    corners = result.corners().astype(np.float32)
+    return dict(
+        xyxy=np.concatenate([corners.min(1), corners.max(1)], axis=1),
+        confidence=result.scores,
+        class_id=result.labels.astype(int),
+        data={"xyxyxyxy": corners},
+    )
+
+
+@supervision_fields.register
+def _(result: Segmentation) -> dict[str, Any]:
+    labels = np.unique(result.labels)
+    masks = result.labels[None] == labels[:, None, None]
+    boxes = []
+    for mask in masks:
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+    return dict(xyxy=np.array(boxes, np.float32), mask=masks, class_id=labels.astype(int))
+
+
+class _Source(ABC):
+    """What a :class:`Model` predicts with.
+
+    Attributes:
+        classes: names, by label.
+        category_ids: of COCO, by label.
+        reading: how files are read.
+    """
+
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    reading: Reading = PLAIN
+
+    @abstractmethod
+    def predict(self, images: list[np.ndarray]) -> list[Any]:
+        """Results of images (H, W, 3) in BGR."""
+
+    @abstractmethod
+    def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
+        """See :meth:`Prediction.plot`."""
+
+    @abstractmethod
+    def entries(self, result: Any) -> list[dict]:
+        """A result as COCO annotations, without ``id`` and ``image_id``."""
+
+
+class _Trained(_Source):
+    """A checkpoint, run by PyTorch with its config."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        config: str | Path,
+        device: str | None,
+        score_thr: float | None,
+        classes: Sequence[str] | None,
+    ) -> None:
+        import warnings
+
+        from mmeformer.configs import load_config
+        from mmeformer.inference.predictor import load_predictor
+
+        with warnings.catch_warnings():
+            # The visualizers warn that they have no folder, but this class draws into arrays.
+            warnings.filterwarnings("ignore", module="mmengine.visualization")
+            self.predictor = load_predictor(
+                load_config(config),
+                str(checkpoint),
+                device=device,
+                score_thr=score_thr,
+                classes=classes,
+            )
+        self.classes = self.predictor.classes
+        self.category_ids = tuple(self.predictor.category_ids)
+        self.reading = self.predictor.reading
+
+    def predict(self, images: list[np.ndarray]) -> list[Any]:
+        """See the base class."""
+        return self.predictor.predict_images(images)
+
+    def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
+        """See the base class; by the visualizer of the config."""
+        return np.ascontiguousarray(self.predictor.draw(image, result))
+
+    def entries(self, result: Any) -> list[dict]:
+        """See the base class."""
+        if not self.predictor.writes_json:
+            raise ValueError(f"{type(result).__name__} has no objects, so no COCO annotations")
+        return self.predictor.entries(result)
+
+
+class _Exported(_Source):
+    """An exported file, run by onnxruntime."""
+
+    def __init__(self, path: Path, score_thr: float | None, classes: Sequence[str] | None) -> None:
+        try:
+            from mmeformer import runtime
+        except ImportError as error:
+            raise UserError(f"{path} needs onnxruntime: pip install onnxruntime") from error
+
+        self.predictor = runtime.load(path)
+        metadata = self.predictor.metadata
+        self.classes = tuple(metadata.classes)
+        self.category_ids = tuple(range(1, len(self.classes) + 1))
+        self.reading = metadata.reading
+        lowest = metadata.score_threshold
+        if lowest is None:
+            if score_thr is not None or classes is not None:
+                raise ValueError(
+                    "a score threshold and a choice of classes are for detection; these results "
+                    "have no boxes"
+                )
+        elif score_thr is None:
+            score_thr = max(SCORE_THR, lowest)
+        elif score_thr < lowest:
+            raise ValueError(
+                f"score_thr {score_thr} is below the threshold {lowest} that {path} was exported "
+                "with; export it with a lower one"
+            )
+        self.score_thr = score_thr
+        self.labels = None
+        if classes is not None:
+            if unknown := [name for name in classes if name not in self.classes]:
+                raise ValueError(f"the model has no class {unknown}, only {list(self.classes)}")
+            self.labels = [self.classes.index(name) for name in classes]
+
+    def predict(self, images: list[np.ndarray]) -> list[Any]:
+        """See the base class."""
+        results: list[Any] = list(self.predictor.predict_batch(images))
+        if self.score_thr is not None:
+            results = [result.take(result.scores > self.score_thr) for result in results]
+        if self.labels is not None:
+            results = [result.take(np.isin(result.labels, self.labels)) for result in results]
+        return results
+
+    def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
+        """See the base class."""
+        from mmeformer.runtime.drawing import draw
+
+        metadata = self.predictor.metadata
+        return draw(image, result, self.classes, metadata.palette)
+
+    def entries(self, result: Any) -> list[dict]:
+        """See the base class; by the predictor of the file's task."""
+        from mmeformer import tasks
+
+        task = tasks.TASKS.get(self.predictor.metadata.task)
+        try:
+            predictor = task and tasks.load(task.predictor)
+        except ImportError as error:
+            needed = " and ".join(task.libraries) if task else ""
+            raise UserError(f"COCO annotations need {needed}: {error}") from error
+        if predictor is None or not predictor.writes_json:
+            raise ValueError(f"{type(result).__name__} has no objects, so no COCO annotations")
+        entries: list[dict] = predictor.annotations(result, self.classes, self.category_ids)
+        return entries

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a folder of labeled images to a config that trains on them.
+
+The folder is only read. The config and a folder of labels beside it are written, neither over
+anything that exists.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+
+from mmeformer import configs, tasks
+from mmeformer.checks.dataset import check_evaluator, datasets_of
+from mmeformer.checks.findings import ERROR, Finding, format_findings
+from mmeformer.errors import UserError
+from mmeformer.files import refuse_url, write_text
+from mmeformer.formats.find import read_folder, recognize
+from mmeformer.formats.tree import Options, Tree
+from mmeformer.labeled import BOXES, CORNERS, FOLDERS, MASKS, POLYGONS, SPLITS, LabeledData
+from mmeformer.paths import config_dir
+from mmeformer.starter import (
+    Plan,
+    Setting,
+    Starter,
+    default_checkpoint,
+    repr_names,
+    repr_text,
+    sides_of,
+)
+from mmeformer.tasks import TASKS, Task
+from mmeformer.variants import VARIANTS, Variant
+
+SCRATCH = "none"
+"""Value of ``weights`` that means to train from scratch."""
+_KINDS = {
+    BOXES: "boxes",
+    POLYGONS: "objects with outlines",
+    CORNERS: "rotated boxes",
+    MASKS: "a class for each pixel",
+    FOLDERS: "a class for each image",
+}
+_SHOWN = 20
+"""Classes that the report lists."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make, and what the user says about the data.
+
+    Args:
+        folder: of images and labels.
+        out: the config to write; None means the folder's name in the current folder.
+        task: name of a task; None takes the one that the labels are for.
+        arch: short name of a variant, such as ``s0`` or ``l1``.
+        weights: file, URL or ``timm://`` name of backbone weights, :data:`SCRATCH`, or None for
+            ImageNet's.
+        options: see :class:`mmeformer.formats.tree.Options`.
+        skip_bad: leave out files and objects with errors.
+        seed: of the split, if the data set has none.
+    """
+
+    folder: Path
+    out: Path | None = None
+    task: str | None = None
+    arch: str = "s0"
+    weights: str | None = None
+    options: Options = Options()
+    skip_bad: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was made.
+
+    Args:
+        config: the file.
+        errors: number of errors that the check of the task found.
+    """
+
+    config: Path
+    errors: int
+
+
+def make(request: Request, report: Callable[[str], object]) -> Made:
+    """Read a data set, write its labels and a config, and check both.
+
+    Args:
+        request: what to make.
+        report: gets lines for people.
+
+    Raises:
+        UserError: the folder or a choice is unclear or wrong, or a file exists already.
+    """
+    refuse_url(request.folder, "data")
+    folder = Path(os.path.abspath(request.folder.expanduser()))
+    variant = find_arch(request.arch)
+    config = _target(request.out, folder)
+    labels = config.with_name(f"{config.stem}_data")
+    if labels.exists():
+        raise UserError(f"{labels} exists; remove it, or choose another name with --out")
+    data = read_folder(
+        folder, _options(request, folder), skip_bad=request.skip_bad, seed=request.seed
+    )
+    task, starter = choose_task(data, request.task)
+    _report_data(data, task, report)
+    try:
+        data = starter.prepare(data, labels)
+        plan = Plan(variant, _checkpoint(request.weights, variant), labels, *_machine())
+        write_text(config, text := config_text(data, starter, plan, config))
+        if plan.gpu is not None:
+            plan = replace(plan, batch_size=_trial(config))
+            write_text(config, text := config_text(data, starter, plan, config))
+    except BaseException:
+        # Both were made here; a half-written set would stop the next try.
+        shutil.rmtree(labels, ignore_errors=True)
+        config.unlink(missing_ok=True)
+        raise
+    for note in data.notes:
+        report(f"note: {note}")
+    if plan.checkpoint is not None and "://" in plan.checkpoint:
+        report(f"note: training downloads the weights {plan.checkpoint}, once")
+    report(f"wrote {config} ({len(text.splitlines())} lines) and {labels}")
+    findings = check(configs.load_config(config))
+    if shown := format_findings([*data.findings, *findings], per_kind=3):
+        report(shown)
+    return Made(config, sum(finding.severity == ERROR for finding in findings))
+
+
+def find_arch(arch: str) -> Variant:
+    """The variant of a short or full name.
+
+    Raises:
+        UserError: there is none; the message names all.
+    """
+    for variant in VARIANTS.values():
+        if arch.lower() in (variant.arch, variant.name):
+            return variant
+    known = ", ".join(variant.arch for variant in VARIANTS.values())
+    raise UserError(f"--arch {arch} is unknown; choose one of {known}")
+
+
+def choose_task(data: LabeledData, name: str | None) -> tuple[Task, Starter]:
+    """The task for the labels of a data set, and its starter.
+
+    Raises:
+        UserError: no task takes such labels, or not the one that the user wants.
+    """
+    wanted = [TASKS[name]] if name is not None else list(TASKS.values())
+    known = [
+        (task, tasks.load(task.starter))
+        for task in wanted
+        # Of a task that the user names, the import says what to install.
+        if task.starter is not None and (name is not None or _is_installed(task))
+    ]
+    for task, starter in known:
+        if data.kind in starter.kinds or (name and data.kind in starter.other_kinds):
+            return task, starter
+    if name is not None and not known:
+        raise UserError(
+            f"there is no starter for {name} yet; copy a template of {config_dir() / name}"
+        )
+    if name is not None:
+        raise UserError(
+            f"{name} cannot be trained on {data.root} ({data.format}: {_KINDS[data.kind]}); leave "
+            "out --task, or give other labels"
+        )
+    raise UserError(
+        f"{data.root} has {_KINDS[data.kind]} ({data.format}: {', '.join(data.classes[:5])}), and "
+        f"no task of this installation starts from them: {', '.join(t.name for t, _ in known)}"
+    )
+
+
+def _is_installed(task: Task) -> bool:
+    return all(importlib.util.find_spec(library) for library in task.libraries)
+
+
+def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -> str:
+    """The config: where it comes from, one line for each setting, and what follows from them."""
+    counts = data.counts("train")
+    listed = ", ".join(
+        f"{data.classes[label]} {counts[label]:,}" for label, _ in counts.most_common(4)
+    )
+    more = ", ..." if len(data.classes) > 4 else ""
+    splits = [split for split in SPLITS if data.of_split(split)]
+    sizes = ", ".join(f"{len(data.of_split(split))} {split}" for split in splits)
+    weights = "None" if plan.checkpoint is None else repr_text(plan.checkpoint)
+    base = config_dir() / starter.template(data)
+    lines = [
+        f"# Made by `mmeformer init` from {data.root} ({data.format}): {sizes} images.",
+        f"# Check it: mmeformer check {config.name}    Train it: mmeformer train {config.name}",
+        f"_base_ = {repr_text(base.as_posix())}",
+        Setting("data_root", repr_text(f"{data.root.as_posix()}/"), "your images, only read"),
+        Setting("labels", repr_text(f"{plan.labels.as_posix()}/"), "made from your labels"),
+        Setting("classes", repr_names(data.classes), f"in training: {listed}{more}"),
+        Setting("checkpoint", weights, "backbone weights; None: from scratch"),
+        *starter.settings(data, plan),
+        *starter.common(data, plan),
+    ]
+    return "\n".join(map(str, lines)) + "\n\n" + starter.body(data, plan)
+
+
+def check(config: Config) -> list[Finding]:
+    """Problems that the task's own checks find in training and validation data."""
+    found = []
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    # Keep mmengine's messages about building out of the output.
+    logger.setLevel(logging.ERROR)
+    try:
+        for split in ("train", "val"):
+            for dataset in datasets_of(config, split):
+                found += [*dataset.findings(limit=500), *check_evaluator(config, split, dataset)]
+    finally:
+        logger.setLevel(level)
+    return found
+
+
+def _target(out: Path | None, folder: Path) -> Path:
+    """Path of the config, which does not exist and is not in the data."""
+    name = re.sub(r"\W+", "_", folder.name).strip("_") or "my_config"
+    target = Path(os.path.abspath((out or Path(f"{name}.py")).expanduser()))
+    if target.suffix != ".py":
+        raise UserError(f"--out {out} must end in .py")
+    if target.is_relative_to(folder):
+        raise UserError(
+            f"{target} would be written into your data; choose another place with --out"
+        )
+    if target.exists():
+        raise UserError(
+            f"{target} exists; train it (mmeformer train {target.name}), or choose another name "
+            "with --out"
+        )
+    return target
+
+
+def _options(request: Request, folder: Path) -> Options:
+    """The user's options, and what the task tells about four points and masks."""
+    if request.task is None:
+        choices = [
+            f"--task {task.name} ({meaning})"
+            for kind, meaning in ((CORNERS, "corners"), (POLYGONS, "outlines"))
+            for task in TASKS.values()
+            if task.starter and _is_installed(task) and kind in tasks.load(task.starter).kinds
+        ]
+        return replace(request.options, answer=" or ".join(choices))
+    starter = TASKS[request.task].starter
+    kinds = () if starter is None else tasks.load(starter).kinds
+    options = replace(request.options, corners=CORNERS in kinds)
+    if options.format is None and MASKS in kinds and recognize(Tree.of(folder), masks=True):
+        options = replace(options, format=MASKS)
+    return options
+
+
+def _checkpoint(weights: str | None, variant: Variant) -> str | None:
+    if weights == SCRATCH:
+        return None
+    if weights is None or "://" in weights:
+        return weights or default_checkpoint(variant)
+    if not Path(weights).is_file():
+        raise UserError(f"--weights {weights} does not exist; give a file, a URL or {SCRATCH!r}")
+    return Path(weights).absolute().as_posix()
+
+
+def _machine() -> tuple[str | None, int]:
+    """Name of the GPU, if there is one, and the number of cores that this process may use."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    allowed = getattr(os, "sched_getaffinity", None)
+    return gpu, len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def _trial(config: Path) -> int:
+    """The largest batch that trains on this GPU."""
+    from mmeformer.training.trial import measure_batch
+
+    return measure_batch(configs.load_config(config))
+
+
+def _report_data(data: LabeledData, task: Task, report: Callable[[str], object]) -> None:
+    images = {split: data.of_split(split) for split in SPLITS}
+    long, short = sides_of(images["train"])
+    shown = ", ".join(f"{len(found)} {split}" for split, found in images.items() if found)
+    report(f"{data.root}: {data.format}, {_KINDS[data.kind]}, for {task.name}")
+    report(f"images: {shown}; mostly {long} x {short} px")
+    unit = "pixels" if data.kind == MASKS else "objects"
+    counts = {split: data.counts(split) for split in SPLITS if images[split]}
+    for label, name in enumerate(data.classes[:_SHOWN]):
+        numbers = ", ".join(f"{count[label]:,} {split}" for split, count in counts.items())
+        report(f"  {name}: {numbers} {unit}")
+    if len(data.classes) > _SHOWN:
+        report(f"  and {len(data.classes) - _SHOWN} more classes")

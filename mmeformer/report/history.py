@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the numbers that the runs of a training logged."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mmengine.config import Config
+
+SCALARS = "*/vis_data/scalars.json"
+"""Files of mmengine's ``LocalVisBackend`` in a work directory, one per run, named by its start."""
+NOT_METRICS = ("step", "time", "data_time")
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values of one number over the training.
+
+    Args:
+        name: as in the log.
+        steps: iterations, or epochs for metrics that are logged by epoch.
+        values: of the same length.
+    """
+
+    name: str
+    steps: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class History:
+    """What a training logged.
+
+    Args:
+        training: rows of training iterations, in their order, with ``iter``.
+        validation: rows of validations, with the metrics and ``step``.
+    """
+
+    training: Sequence[Row] = field(default_factory=list)
+    validation: Sequence[Row] = field(default_factory=list)
+
+    @property
+    def iterations(self) -> int:
+        """The last iteration in the log."""
+        return max((int(row["iter"]) for row in self.training), default=0)
+
+    def losses(self) -> list[Series]:
+        """The loss and its terms."""
+        found = _series(self.training, lambda name: "loss" in name)
+        return sorted(found, key=lambda series: (series.name != "loss", series.name))
+
+    def learning_rates(self) -> list[Series]:
+        """Learning rates; those that are equal all the time are one."""
+        found = _series(self.training, lambda name: name.rpartition("/")[2].endswith("lr"))
+        return list({series.values: series for series in reversed(found)}.values())[::-1]
+
+    def metrics(self) -> list[Series]:
+        """Metrics of the validations. What a metric does not know (-1, NaN) is left out."""
+        found = _series(self.validation, lambda name: name.rpartition("/")[2] not in NOT_METRICS)
+        return [series for series in found if series.values]
+
+    def seconds(self) -> tuple[float, float] | None:
+        """Typical seconds of an iteration, in all and to wait for data; None if not logged."""
+        rows = [row for row in self.training if "time" in row and "data_time" in row]
+        if not rows:
+            return None
+        # The first iterations compile kernels and start workers.
+        rows = rows[1:] or rows
+        return median(row["time"] for row in rows), median(row["data_time"] for row in rows)
+
+    def memory(self) -> float | None:
+        """Largest memory of the GPU in MiB; None on a CPU."""
+        return max((row["memory"] for row in self.training if "memory" in row), default=None)
+
+
+def read(work_dir: str | Path) -> History:
+    """Read the logs of all runs in a work directory.
+
+    A run that resumed continues those before it; a run from the beginning replaces them.
+    """
+    training: list[Row] = []
+    validation: list[Row] = []
+    for path in sorted(Path(work_dir).glob(SCALARS)):
+        rows = list(_rows(path))
+        steps = [row for row in rows if "iter" in row]
+        results = [row for row in rows if "iter" not in row]
+        if not rows:
+            continue
+        resumed = _is_resumed(path.with_name("config.py"))
+        training = _before(training, steps, "iter") if resumed else []
+        validation = _before(validation, results, "step") if resumed else []
+        training += steps
+        validation += results
+    return History(training, validation)
+
+
+def _rows(path: Path) -> Iterable[Row]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            # The last line of a run that was killed.
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def _is_resumed(path: Path) -> bool:
+    return path.is_file() and bool(Config.fromfile(str(path)).get("resume"))
+
+
+def _before(rows: Sequence[Row], others: Sequence[Row], key: str) -> list[Row]:
+    """The rows before the first of ``others``."""
+    first = min((row[key] for row in others), default=math.inf)
+    return [row for row in rows if row[key] < first]
+
+
+def _series(rows: Sequence[Row], wanted) -> list[Series]:
+    names = dict.fromkeys(
+        name
+        for row in rows
+        for name, value in row.items()
+        if isinstance(value, (int, float)) and wanted(name)
+    )
+    found = []
+    for name in names:
+        pairs = [
+            (float(row.get("iter", row.get("step", 0))), float(row[name]))
+            for row in rows
+            if isinstance(row.get(name), (int, float)) and row[name] != -1
+        ]
+        pairs = [pair for pair in pairs if math.isfinite(pair[1])]
+        steps, values = zip(*pairs, strict=True) if pairs else ((), ())
+        found.append(Series(name, steps, values))
+    return found

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starter of rotated detection: DOTA's label files, lists of images, settings of rotated GFL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from mmeformer.checks.findings import WARNING, Finding
+from mmeformer.errors import UserError
+from mmeformer.files import write_text
+from mmeformer.labeled import BOXES, CORNERS, POLYGONS, SPLITS, LabeledData, LabeledImage
+from mmeformer.rotated.dota import format_label
+from mmeformer.rotated.patches import CutSettings, Split
+from mmeformer.starter import (
+    Plan,
+    Setting,
+    Starter,
+    backbone,
+    enlarged,
+    epochs_for,
+    nearest,
+    object_sizes,
+    round_up,
+    sides_of,
+)
+from mmeformer.variants import find_variant
+from mmeformer.windows import windows
+
+PATCH = 1024
+"""Side of the patches of the published recipe, in pixels."""
+HUGE = 1536
+"""Longer images are cut into patches."""
+SMALL = 16
+"""Objects are enlarged to this side in pixels, up to twice: two cells at stride 8."""
+
+
+class RotatedStarter(Starter):
+    """See the base class."""
+
+    kinds = (CORNERS,)
+    other_kinds = (POLYGONS, BOXES)
+    rates = (1e-4, 1e-3)
+
+    def template(self, data: LabeledData) -> str:
+        """See the base class."""
+        return "rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_custom.py"
+
+    def prepare(self, data: LabeledData, folder: Path) -> LabeledData:
+        """Write a list of images and label files per split; huge images are cut into patches."""
+        names = ["-".join(name.split()) for name in data.classes]
+        if changed := [name for name in data.classes if len(name.split()) > 1]:
+            text = f"{', '.join(changed)}: spaces become -, as label files separate by spaces"
+            data.findings.append(Finding(WARNING, "class name", str(data.root), text))
+        data = replace(data, kind=CORNERS, classes=tuple(names))
+        for split in SPLITS:
+            if images := data.of_split(split):
+                _write(images, names, folder / split)
+        return self._patched(data, folder) if is_cut(data) else data
+
+    def samples(self, data: LabeledData) -> int:
+        """See the base class; patches, if images are cut."""
+        images = data.of_split("train")
+        if not is_cut(data):
+            return len(images)
+        cut = CutSettings(size=PATCH)
+        return sum(len(windows(im.width, im.height, cut.size, cut.overlap)) for im in images)
+
+    def _patched(self, data: LabeledData, folder: Path) -> LabeledData:
+        total = 0
+        for split in SPLITS:
+            if not data.of_split(split):
+                continue
+            source = (folder / split / "images.txt", folder / split / "labels")
+            cut = Split([source], folder / split / "patches", CutSettings(size=PATCH))
+            for outcome in cut.run(min(8, os.cpu_count() or 1)):
+                if outcome.error is not None:
+                    raise UserError(f"{outcome.job.image} cannot be cut: {outcome.error}")
+                total += len(outcome.patches)
+        note = (
+            f"images are too large for their objects: cut into {total} patches of {PATCH} px "
+            f"(copies, in {folder}); prediction cuts images by itself"
+        )
+        return replace(data, notes=[*data.notes, note])
+
+    def settings(self, data: LabeledData, plan: Plan) -> list[Setting]:
+        """See the base class."""
+        images = data.of_split("train")
+        long, short = sides_of(images)
+        small = float(np.percentile(object_sizes(data), 10))
+        patched = is_cut(data)
+        factor = 1.0 if patched else min(max(1.0, min(2.0, SMALL / small)), PATCH / long)
+        side = PATCH if patched else min(round_up(long * factor), PATCH)
+        kind = f"patches of {PATCH} px of images of" if patched else "images are"
+        anchor = nearest(small * factor / 8, (2, 3, 4))
+        samples = self.samples(data)
+        return [
+            Setting(
+                "size",
+                str((side, side)),
+                f"{kind} {long} x {short} px, a tenth of the objects below {small:.0f} px: "
+                f"{enlarged(factor)}",
+            ),
+            Setting(
+                "anchor_scale",
+                str(anchor),
+                f"smallest anchors {8 * anchor} px, small objects {small * factor:.0f} px",
+            ),
+            Setting(
+                "epochs",
+                str(epochs_for(samples)),
+                f"for {samples} {'patches' if patched else 'images'}; see docs/finetuning.md",
+            ),
+        ]
+
+    def body(self, data: LabeledData, plan: Plan) -> str:
+        """See the base class."""
+        widths = list(find_variant(plan.variant.family, plan.variant.arch).architecture.widths)
+        more = dict(bias_grid="[max(1, side // 32) for side in size]")
+        if plan.variant.family == "v1":
+            more["out_indices"] = "(1, 2, 3)"
+        network, neck = backbone(plan, "max(1, size[0] * size[1] // 1024)", **more)
+        if plan.variant.name != "efficientformerv2_s0":
+            neck = ", ".join(filter(None, [f"in_channels={widths[1:]}", neck]))
+        patched = is_cut(data)
+        return BODY.format(
+            backbone=network,
+            neck=neck,
+            images="/patches/images/" if patched else "/images.txt",
+            labels="/patches/annfiles/" if patched else "/labels/",
+            test="test" if data.of_split("test") else "val",
+            hooks=self.hooks(data, plan),
+        )
+
+
+# The lists of images have whole paths, so that data_root is that of the labels.
+BODY = """\
+model = dict(
+    backbone=dict({backbone}),
+    neck=dict({neck}),
+    bbox_head=dict(num_classes=len(classes), anchor_generator=dict(scales=[anchor_scale])),
+)
+train_pipeline = _base_.train_pipeline
+train_pipeline[3].scale = size
+val_pipeline = _base_.val_pipeline
+val_pipeline[1].scale = size
+
+
+def split(name, pipeline):
+    return dict(
+        data_root=labels,
+        ann_file=name + "{labels}",
+        data_prefix=dict(img_path=name + "{images}"),
+        metainfo=dict(classes=classes),
+        pipeline=pipeline,
+    )
+
+
+loader = dict(num_workers=num_workers, persistent_workers=num_workers > 0)
+train_dataloader = dict(batch_size=batch_size, dataset=split("train", train_pipeline), **loader)
+val_dataloader = dict(dataset=split("val", val_pipeline), **loader)
+test_dataloader = dict(dataset=split("{test}", val_pipeline), **loader)
+train_cfg = dict(max_epochs=epochs, val_interval=max(1, epochs // 12))
+param_scheduler = _base_.param_scheduler
+param_scheduler[0].end = warmup_iters
+param_scheduler[1].end = epochs
+optim_wrapper = dict(type=optimizer_type, optimizer=dict(lr=learning_rate))
+auto_scale_lr = dict(base_batch_size=batch_size)
+{hooks}
+"""
+
+
+def is_cut(data: LabeledData) -> bool:
+    """Whether images are cut: they are huge, or resized to a patch their objects are too small."""
+    long, _ = sides_of(data.of_split("train"))
+    small = float(np.percentile(object_sizes(data), 10))
+    return long > HUGE or (long > PATCH and small * PATCH / long < SMALL)
+
+
+def _write(images: Sequence[LabeledImage], names: Sequence[str], folder: Path) -> None:
+    """Write ``images.txt`` and ``labels/NAME.txt`` for the images of one split."""
+    first: dict[str, Path] = {}
+    for image in images:
+        other = first.setdefault(image.path.stem, image.path)
+        if other != image.path:
+            raise UserError(
+                f"{other} and {image.path} have the same name, by which label files are found; "
+                "rename one"
+            )
+        lines = [
+            format_label(item.quadrilateral(), names[item.label], item.difficult) + "\n"
+            for item in image.objects
+            if not item.crowd
+        ]
+        write_text(folder / "labels" / f"{image.path.stem}.txt", "".join(lines))
+    write_text(folder / "images.txt", "".join(f"{image.path.as_posix()}\n" for image in images))
+
+
+STARTER = RotatedStarter()

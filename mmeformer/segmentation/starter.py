@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starter of segmentation: masks of labels, lists of files, and settings of Semantic FPN."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from mmeformer.checks.images import in_threads
+from mmeformer.files import write_bytes, write_text
+from mmeformer.labeled import (
+    BOXES,
+    CORNERS,
+    MASKS,
+    POLYGONS,
+    SPLITS,
+    LabeledData,
+    LabeledImage,
+    decode_rle,
+    fill_polygons,
+)
+from mmeformer.starter import (
+    Plan,
+    Setting,
+    Starter,
+    backbone,
+    epochs_for,
+    relative_to,
+    sides_of,
+)
+from mmeformer.variants import find_variant
+
+BACKGROUND = "background"
+CROP = 512
+"""Side of the crops of the published recipe, in pixels."""
+LARGEST = 4096
+"""Longer images are resized to this many pixels."""
+RARE = 0.02
+"""Class weights are set if a class has less than this share of the labeled pixels."""
+WEIGHTS = (0.5, 5.0)
+"""Limits of the class weights."""
+FEWEST = 1000
+"""Iterations at least."""
+
+
+class SegmentationStarter(Starter):
+    """See the base class."""
+
+    kinds = (MASKS,)
+    other_kinds = (POLYGONS, BOXES, CORNERS)
+    base_batch = 4
+    rates = (2e-4, 5e-4)
+
+    def template(self, data: LabeledData) -> str:
+        """See the base class."""
+        return "segmentation/semantic-fpn_efficientformerv2-s0_custom.py"
+
+    def prepare(self, data: LabeledData, folder: Path) -> LabeledData:
+        """Write a list of images and masks per split, and the masks if theirs are no labels."""
+        if data.kind != MASKS:
+            data = replace(
+                data,
+                kind=MASKS,
+                classes=(BACKGROUND, *data.classes),
+                notes=[*data.notes, f"masks are drawn from the objects; the rest is {BACKGROUND}"],
+                palette=None,
+            )
+            data.images = [self._written(image, folder, drawn(image)) for image in data.images]
+        elif not data.plain_masks:
+            assert data.read_mask is not None
+            read = data.read_mask
+
+            def convert(image: LabeledImage) -> LabeledImage:
+                assert image.mask is not None
+                return self._written(image, folder, read(image.mask), image.pixels)
+
+            data = replace(data, images=in_threads(convert, data.images))
+        for split in SPLITS:
+            if images := data.of_split(split):
+                rows = [
+                    f"{relative_to(image.path, data.root)}\t"
+                    f"{relative_to(image.mask or image.path, data.root)}\n"
+                    for image in images
+                ]
+                write_text(folder / f"{split}.txt", "".join(rows))
+        return data
+
+    def _written(
+        self,
+        image: LabeledImage,
+        folder: Path,
+        labels: NDArray[np.uint8],
+        pixels: dict[int, int] | None = None,
+    ) -> LabeledImage:
+        """The image with its labels as a new mask file."""
+        name = "_".join(image.path.with_suffix("").parts[-3:])
+        path = folder / "masks" / str(image.split) / f"{name}.png"
+        write_bytes(path, cv2.imencode(".png", labels)[1].tobytes())
+        if pixels is None:
+            values, counts = np.unique(labels, return_counts=True)
+            pixels = dict(zip(values.tolist(), counts.tolist(), strict=True))
+        return replace(image, mask=path, pixels=pixels, objects=[])
+
+    def steps(self, data: LabeledData, plan: Plan) -> int:
+        """See the base class."""
+        return max(FEWEST, super().steps(data, plan))
+
+    def settings(self, data: LabeledData, plan: Plan) -> list[Setting]:
+        """See the base class."""
+        images = data.of_split("train")
+        long, short = sides_of(images)
+        factor = min(1.0, LARGEST / long)
+        scale = (int(long * factor), int(short * factor))
+        side = min(CROP, max(32, scale[1] // 32 * 32))
+        steps = self.steps(data, plan)
+        epochs = epochs_for(len(images))
+        shown = "as they are" if factor == 1 else f"resized to {scale[0]} px"
+        return [
+            Setting("scale", str(scale), f"images are {long} x {short} px: {shown}"),
+            Setting(
+                "crop_size",
+                str((side, side)),
+                "height, width; " + ("as published" if side == CROP else "fits into most images"),
+            ),
+            self._class_weight(data),
+            Setting(
+                "max_iters",
+                str(steps),
+                f"{epochs} epochs for {len(images)} images, at least {FEWEST} iterations",
+            ),
+        ]
+
+    def _class_weight(self, data: LabeledData) -> Setting:
+        """Weights of rare classes: the root of median frequency balancing.
+
+        Weights of median / frequency are from Eigen and Fergus (arXiv 1411.4734, section 6.3.2);
+        their root, within limits, leaves frequent classes in their place.
+        """
+        counts = data.counts("train")
+        total = max(sum(counts.values()), 1)
+        shares = np.array([counts[label] / total for label in range(len(data.classes))])
+        present = shares[shares > 0]
+        rarest = present.min() if len(present) else 1.0
+        if rarest >= RARE:
+            return Setting("class_weight", "None", f"every class has {rarest:.0%} of the pixels")
+        ratio = np.median(present) / np.where(shares > 0, shares, np.median(present))
+        weights = np.clip(np.sqrt(ratio), *WEIGHTS)
+        name = data.classes[int(np.argmin(np.where(shares > 0, shares, 2)))]
+        return Setting(
+            "class_weight",
+            str([round(float(weight), 2) for weight in weights]),
+            f"{name} has {rarest:.2%} of the pixels; root of median / share (arXiv 1411.4734)",
+        )
+
+    def body(self, data: LabeledData, plan: Plan) -> str:
+        """See the base class."""
+        widths = list(find_variant(plan.variant.family, plan.variant.arch).architecture.widths)
+        grid = "[max(1, -(-side // 32)) for side in crop_size]"
+        network, neck = backbone(
+            plan, "(crop_size[0] // 32) * (crop_size[1] // 32)", bias_grid=grid
+        )
+        if plan.variant.name != "efficientformerv2_s0":
+            neck = ", ".join(filter(None, [f"in_channels={widths}", neck]))
+        palette = data.palette or distinct_colors(len(data.classes))
+        return BODY.format(
+            backbone=network,
+            neck=neck,
+            palette=json.dumps(palette),
+            test="test" if data.of_split("test") else "val",
+            hooks=self.hooks(data, plan),
+        )
+
+
+BODY = """\
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    backbone=dict({backbone}),
+    neck=dict({neck}),
+    decode_head=dict(
+        num_classes=len(classes),
+        loss_decode=dict(avg_non_ignore=class_weight is None, class_weight=class_weight),
+    ),
+    test_cfg=dict(crop_size=crop_size, stride=tuple(side * 2 // 3 for side in crop_size)),
+)
+train_pipeline = _base_.train_pipeline
+train_pipeline[2].scale = scale
+train_pipeline[3].crop_size = crop_size
+test_pipeline = _base_.test_pipeline
+test_pipeline[1].scale = scale
+tta_pipeline = _base_.tta_pipeline
+tta_pipeline[1].transforms[0] = [dict(type="Resize", scale=scale, keep_ratio=True)]
+metainfo = dict(classes=classes, palette={palette})
+data = dict(
+    data_root=data_root,
+    data_prefix=dict(img_path="", seg_map_path=""),
+    reduce_zero_label=False,
+    metainfo=metainfo,
+)
+loader = dict(num_workers=num_workers, persistent_workers=num_workers > 0)
+train_data = dict(ann_file=labels + "train.txt", pipeline=train_pipeline, **data)
+val_data = dict(ann_file=labels + "val.txt", pipeline=test_pipeline, **data)
+test_data = dict(ann_file=labels + "{test}.txt", pipeline=test_pipeline, **data)
+train_dataloader = dict(batch_size=batch_size, dataset=train_data, **loader)
+val_dataloader = dict(dataset=val_data, **loader)
+test_dataloader = dict(dataset=test_data, **loader)
+train_cfg = dict(max_iters=max_iters, val_interval=max(1, max_iters // 10))
+param_scheduler = _base_.param_scheduler
+param_scheduler[0].end = warmup_iters
+param_scheduler[1].update(begin=warmup_iters, end=max_iters)
+optim_wrapper = dict(type=optimizer_type, optimizer=dict(lr=learning_rate))
+auto_scale_lr = dict(base_batch_size=batch_size)
+default_hooks = dict(checkpoint=dict(interval=max(1, max_iters // 10)))
+{hooks}
+"""
+
+
+def drawn(image: LabeledImage) -> NDArray[np.uint8]:
+    """Labels (H, W) of an image's objects, 0 where there is none; small ones over large ones."""
+    labels = np.zeros((image.height, image.width), np.uint8)
+    order: Sequence = sorted(image.objects, key=lambda item: -item.box[2] * item.box[3])
+    for item in order:
+        if item.rle is not None:
+            labels[decode_rle(item.rle) > 0] = item.label + 1
+        else:
+            inside = fill_polygons(item.outlines(), image.height, image.width)
+            labels[inside > 0] = item.label + 1
+    return labels
+
+
+def distinct_colors(count: int) -> list[tuple[int, int, int]]:
+    """Colors (red, green, blue) of different hues."""
+    hues = [(index * 180 // max(count, 1), 200 - 60 * (index % 2), 230) for index in range(count)]
+    colors = cv2.cvtColor(np.array([hues], np.uint8), cv2.COLOR_HSV2RGB)[0]
+    return [(int(red), int(green), int(blue)) for red, green, blue in colors]
+
+
+STARTER = SegmentationStarter()

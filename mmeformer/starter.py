@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starter of a task: writes labeled data for it, and a config with settings that fit.
+
+Each task has one (``starter`` in :mod:`mmeformer.tasks`); :mod:`mmeformer.own_data` calls it. A
+setting is one line of the config with its reason. Rules are common practice with their source, not
+measurements of this project.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmeformer.labeled import LabeledData, LabeledImage
+from mmeformer.variants import Variant
+
+COMPILE_FROM = 20_000
+"""Iterations from which compiling the backbone, which takes minutes, pays on a GPU."""
+WIDE_LINE = 100
+
+
+class Setting(NamedTuple):
+    """One line of a config: name, value as Python writes it, and why."""
+
+    name: str
+    value: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} = {self.value}  # {self.reason}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the settings depend on beside the data.
+
+    Args:
+        variant: of the backbone.
+        checkpoint: its weights; None trains from scratch.
+        labels: folder for the labels that are written.
+        gpu: name of the GPU; None trains on a CPU.
+        cores: of the machine.
+        batch_size: measured on the GPU; None takes the default of the task.
+    """
+
+    variant: Variant
+    checkpoint: str | None
+    labels: Path
+    gpu: str | None
+    cores: int
+    batch_size: int | None = None
+
+
+class Starter:
+    """Base class of the starters.
+
+    Attributes:
+        kinds: kinds of labels that are for this task, if the user does not say.
+        other_kinds: kinds that it can be trained on too.
+        base_batch: batch size of the published or default learning rate on a CPU.
+        rates: learning rates for that batch, from pretrained weights and from scratch.
+    """
+
+    kinds: tuple[str, ...] = ()
+    other_kinds: tuple[str, ...] = ()
+    base_batch: int = 2
+    rates: tuple[float, float] = (1e-4, 5e-4)
+
+    def template(self, data: LabeledData) -> str:
+        """The shipped config to inherit, below ``configs/``."""
+        raise NotImplementedError
+
+    def prepare(self, data: LabeledData, folder: Path) -> LabeledData:
+        """Write labels below ``folder``; returns the data that are trained on, maybe tiles."""
+        raise NotImplementedError
+
+    def settings(self, data: LabeledData, plan: Plan) -> list[Setting]:
+        """The settings of this task alone."""
+        raise NotImplementedError
+
+    def body(self, data: LabeledData, plan: Plan) -> str:
+        """The rest of the config, which follows from the settings."""
+        raise NotImplementedError
+
+    # --- what the tasks share ---------------------------------------------------------------------
+
+    def steps(self, data: LabeledData, plan: Plan) -> int:
+        """Iterations of the training."""
+        samples = self.samples(data)
+        return epochs_for(samples) * math.ceil(samples / (plan.batch_size or self.base_batch))
+
+    def samples(self, data: LabeledData) -> int:
+        """Number of training samples."""
+        return len(data.of_split("train"))
+
+    def common(self, data: LabeledData, plan: Plan) -> list[Setting]:
+        """Batch, workers, learning rate, weights, precision and averaging."""
+        batch = min(plan.batch_size or self.base_batch, self.samples(data))
+        if plan.batch_size is not None:
+            why = f"per GPU; measured on {plan.gpu}: the largest that fits, up to 32"
+        else:
+            why = "images per step; a default that suits a CPU"
+        workers = min(8, plan.cores) if plan.gpu else min(2, max(1, plan.cores - 1))
+        rate = self.rates[plan.checkpoint is None]
+        start = "from scratch" if plan.checkpoint is None else "from pretrained weights"
+        steps = self.steps(data, plan)
+        found = [
+            Setting("batch_size", str(batch), why),
+            Setting("num_workers", str(workers), f"processes that load images; {plan.cores} cores"),
+            Setting(
+                "learning_rate",
+                f"{rate:g} * (batch_size / {self.base_batch}) ** 0.5",
+                f"{start}; root of the batch (AdamW: arXiv 2205.10287)",
+            ),
+            Setting(
+                "warmup_iters",
+                str(max(10, min(500, steps // 20))),
+                f"a twentieth of the {steps} iterations, 10 to 500",
+            ),
+            Setting(
+                "optimizer_type",
+                '"AmpOptimWrapper"' if plan.gpu else '"OptimWrapper"',
+                "AMP, which is faster on a GPU"
+                if plan.gpu
+                else "AMP (AmpOptimWrapper) needs a GPU",
+            ),
+            Setting(
+                "averaging",
+                f"{min(0.02, 10 / max(steps, 1)):.2g}",
+                "momentum of the averaged weights (EMA): about the last tenth of the training",
+            ),
+        ]
+        return found
+
+    def hooks(self, data: LabeledData, plan: Plan) -> str:
+        """Config of the hooks: averaged weights, and compilation where it pays."""
+        lines = [
+            "custom_hooks = [",
+            "    *_base_.custom_hooks,",
+            '    dict(type="EMAHook", ema_type="MomentumAnnealingEMA", momentum=averaging),',
+        ]
+        if plan.gpu and (steps := self.steps(data, plan)) >= COMPILE_FROM:
+            lines.append(f'    dict(type="mmeformer.CompileHook"),  # pays: {steps} iterations')
+        return "\n".join([*lines, "]"])
+
+
+def backbone(plan: Plan, keys: str, **settings: str) -> tuple[str, str]:
+    """Config of the backbone and the neck's ``in_channels``, where they differ from the template.
+
+    Args:
+        plan: with variant and weights; the templates have V2-S0 with pretrained weights.
+        keys: cells at stride 32 of an input, as an expression of the config.
+        **settings: further settings of the backbone, as expressions.
+
+    Returns:
+        Both as text inside ``dict(...)``; empty if nothing differs.
+    """
+    variant, scratch = plan.variant, plan.checkpoint is None
+    parts: dict[str, str] = dict(settings)
+    if variant.family == "v1":
+        parts = {
+            "_delete_": "True",
+            "type": '"mmeformer.EfficientFormer"',
+            "arch": repr_text(variant.arch),
+            **parts,
+        }
+    elif variant.arch != "s0":
+        parts["arch"] = repr_text(variant.arch)
+    if scratch:
+        parts["norm_eval"] = "False"
+        parts["layer_scale_init_value"] = "0.5"
+        parts["init_cfg"] = "None"
+        if variant.family == "v2":
+            parts["head_bias_keys"] = keys
+    elif variant.family == "v1":
+        parts["init_cfg"] = f'dict(type="Pretrained", checkpoint="{plan.checkpoint}")'
+    elif variant.arch != "s0" or plan.checkpoint != default_checkpoint(variant):
+        parts["init_cfg"] = f'dict(checkpoint="{plan.checkpoint}")'
+    neck = ['norm_cfg=dict(_delete_=True, type="BN")'] if scratch else []
+    return ", ".join(f"{key}={value}" for key, value in parts.items()), ", ".join(neck)
+
+
+def default_checkpoint(variant: Variant) -> str:
+    """ImageNet weights of a variant."""
+    return f"timm://{variant.name}.snap_dist_in1k"
+
+
+def repr_text(text: str) -> str:
+    """A text as the configs write it: in double quotes, if that needs no escape."""
+    plain = repr(text)
+    return f'"{plain[1:-1]}"' if '"' not in text and plain.startswith("'") else plain
+
+
+def repr_names(names: Iterable[str]) -> str:
+    """A tuple of texts."""
+    texts = [repr_text(name) for name in names]
+    return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
+
+
+def epochs_for(images: int) -> int:
+    """Epochs for a number of training images: 100 for 100, 32 for 1,000, 12 from 7,000 on.
+
+    Between the ranges of docs/finetuning.md, by the square root; at most 200.
+    """
+    return max(12, min(200, round(1000 / math.sqrt(max(images, 1)))))
+
+
+def sides_of(images: Sequence[LabeledImage]) -> tuple[int, int]:
+    """Median of the longer and of the shorter sides of images, in pixels."""
+    long = np.median([max(image.width, image.height) for image in images])
+    short = np.median([min(image.width, image.height) for image in images])
+    return int(long), int(short)
+
+
+def object_sizes(data: LabeledData, split: str = "train") -> np.ndarray:
+    """Square root of the area of every object's box or rotated box, in pixels; at least one."""
+    sizes = []
+    for image in data.of_split(split):
+        for item in image.objects:
+            if item.corners is not None:
+                a, b, c, _ = np.reshape(item.corners, (4, 2))
+                area = float(np.hypot(*(b - a)) * np.hypot(*(c - b)))
+            else:
+                area = item.box[2] * item.box[3]
+            sizes.append(math.sqrt(max(area, 0.0)))
+    return np.array(sizes or [32.0])
+
+
+def enlarged(factor: float) -> str:
+    """How images are resized, for people."""
+    if abs(factor - 1) < 0.05:
+        return "as they are"
+    return f"enlarged {factor:.2g} times" if factor > 1 else f"reduced to {factor:.0%}"
+
+
+def round_up(value: float, step: int = 32) -> int:
+    """The next multiple, up to rounding errors."""
+    return max(step, math.ceil(value / step - 1e-6) * step)
+
+
+def nearest(value: float, choices: Sequence[Any]) -> Any:
+    """The choice with the nearest ratio."""
+    return min(choices, key=lambda choice: abs(math.log(max(value, 1e-6) / choice)))
+
+
+def relative_to(path: Path, root: Path) -> str:
+    """A path with ``/``, relative to the root if it is below it."""
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()

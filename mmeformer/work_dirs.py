@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training leaves in its work directory: the config, the checkpoints, the logged numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmeformer.errors import UserError
+from mmeformer.files import is_draft
+
+POINTER = "last_checkpoint"
+"""File of mmengine that names the latest checkpoint."""
+BEST = "best_*.pth"
+"""Name of the best checkpoint, with its metric and its epoch or iteration."""
+REPORT = "report.html"
+
+
+def find_config(work_dir: str | Path) -> Path:
+    """The config that the newest run in a work directory was started with, complete.
+
+    Raises:
+        UserError: there is none.
+    """
+    work_dir = Path(work_dir)
+    found = [path for path in work_dir.glob("*.py") if not is_draft(path)]
+    # A copy of the local visualizer.
+    found = found or list(work_dir.glob("*/vis_data/config.py"))
+    if not found:
+        raise UserError(
+            f"{work_dir} has no config (*.py), so it is not the work directory of a training; give "
+            "the folder that training wrote (--work-dir), or the config too"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def best_checkpoint(work_dir: str | Path) -> Path | None:
+    """The best checkpoint by validation; of several metrics, the newest. None if there is none."""
+    found = [path for path in Path(work_dir).glob(BEST) if not is_draft(path)]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def last_checkpoint(work_dir: str | Path) -> Path | None:
+    """The latest checkpoint, also in a folder that was moved; None if there is none."""
+    work_dir = Path(work_dir)
+    pointer = work_dir / POINTER
+    if pointer.is_file() and (text := pointer.read_text().strip()):
+        for path in (work_dir / Path(text).name, Path(text)):
+            if path.is_file():
+                return path
+    best = set(work_dir.glob(BEST))
+    found = [path for path in work_dir.glob("*.pth") if path not in best and not is_draft(path)]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def choose_checkpoint(work_dir: str | Path) -> Path:
+    """The best checkpoint of a work directory, else the last.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = best_checkpoint(work_dir) or last_checkpoint(work_dir)
+    if found is None:
+        raise UserError(f"{work_dir} has no checkpoint (*.pth) yet; train longer, or give its file")
+    return found

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``from mmeformer import load``: work directories, checkpoints and exported files."""
+
+import shutil
+import sys
+import types
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+import mmeformer
+from mmeformer.errors import UserError
+from mmeformer.inference import load_predictor
+from mmeformer.model import supervision_fields
+from mmeformer.results import Detections, Mask, Pyramid, RotatedDetections, Segmentation
+from mmeformer.runtime import drawing
+
+pytestmark = pytest.mark.usefixtures("quiet_logging")
+
+NUMBERS = {
+    "detection": ("boxes", "scores", "labels"),
+    "segmentation": ("labels",),
+    "rotated": ("boxes", "scores", "labels"),
+}
+
+
+@pytest.fixture(scope="module")
+def work_dir(trained, tmp_path_factory):
+    """``work_dir(task)``: of a training with a best and a last checkpoint."""
+
+    def make(task):
+        model = trained(task)
+        folder = tmp_path_factory.mktemp("run")
+        model.config.dump(folder / "config.py")
+        shutil.copy(model.checkpoint, folder / "best_score_iter_2.pth")
+        (folder / "iter_4.pth").write_text("the last one, which is not read")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def models(work_dir):
+    """``models(task)``: a loaded work directory; made once."""
+    made = {}
+
+    def make(task):
+        if task not in made:
+            made[task] = mmeformer.load(work_dir(task), device="cpu", **options(task))
+        return made[task]
+
+    return make
+
+
+def equal(one, other, task):
+    assert type(one.result) is type(other)
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in NUMBERS[task])
+
+
+@pytest.mark.parametrize("task", NUMBERS)
+def test_every_kind_of_input(task, models, trained, picture, tmp_path):
+    model = models(task)
+    assert model.path.name == "best_score_iter_2.pth" and model.path.name in repr(model)
+    known = trained(task)
+    predictor = load_predictor(known.config, known.checkpoint, device="cpu", **options(task))
+    image = cv2.imread(str(picture))
+    (expected,) = predictor.predict_images([image])
+    assert expected.labels.size and model.classes == predictor.classes
+    inputs = [str(picture), picture, image, picture.read_bytes(), Image.open(picture)]
+    for one in inputs:
+        assert equal(model(one), expected, task)
+    many = model(inputs, batch_size=2)
+    assert isinstance(many, list) and len(many) == 5
+    # The values of a batch differ by rounding.
+    assert [found.path for found in many] == [picture, picture, None, None, None]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shutil.copy(picture, folder / "a.png")
+    writer = cv2.VideoWriter(
+        str(folder / "b.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, image.shape[1::-1]
+    )
+    for _ in range(2):
+        writer.write(image)
+    writer.release()
+    found = model(folder)
+    assert not isinstance(found, list)
+    assert [(one.path.name, one.frame) for one in found] == [
+        ("a.png", None),
+        ("b.avi", 0),
+        ("b.avi", 1),
+    ]
+    assert [one.frame for one in model(folder / "b.avi", batch_size=4)] == [0, 1]
+    assert [equal(one, expected, task) for one in model(str(folder / "*.png"))] == [True]
+
+
+def options(task):
+    return {} if task == "segmentation" else dict(score_thr=0.05)
+
+
+@pytest.mark.parametrize("task", NUMBERS)
+def test_a_prediction(task, models, picture, tmp_path):
+    found = models(task)(picture)
+    drawn = found.plot()
+    assert drawn.dtype == np.uint8 and drawn.shape[2] == 3 and drawn.shape[0] >= 50
+    assert found.save(tmp_path / "out.png") == tmp_path / "out.png"
+    written = cv2.imread(str(tmp_path / "out.png"))
+    # Masks have another shade each time.
+    assert written.shape == drawn.shape and (written == drawn).mean() > 0.5
+    assert not np.array_equal(drawn, cv2.resize(found.image, drawn.shape[1::-1]))
+    with pytest.raises(AttributeError, match="nonsense"):
+        found.nonsense  # noqa: B018
+    if task == "segmentation":
+        with pytest.raises(ValueError, match="has no objects"):
+            found.to_coco()
+        return
+    coco = found.to_coco()
+    assert coco["images"] == [dict(id=1, file_name="shapes.png", height=50, width=90)]
+    assert len(coco["annotations"]) == len(found) == len(found.names) > 0
+    names = {entry["id"]: entry["name"] for entry in coco["categories"]}
+    assert [names[entry["category_id"]] for entry in coco["annotations"]] == found.names
+    assert all(entry["image_id"] == 1 and entry["score"] > 0.05 for entry in coco["annotations"])
+
+
+@pytest.mark.parametrize(
+    "task",
+    ["detection", *(pytest.param(name, marks=pytest.mark.slow) for name in list(NUMBERS)[1:])],
+)
+def test_an_exported_file(task, onnx_file, picture, tmp_path):
+    path = onnx_file(task, size=None, preprocessing=task == "detection")
+    model = mmeformer.load(path)
+    expected = mmeformer.runtime.load(path).predict(picture)
+    if task != "segmentation":
+        expected = expected.take(expected.scores > 0.3)
+    found = model(picture)
+    assert equal(found, expected, task) and model.classes and model.path == path
+    assert found.plot().shape == (50, 90, 3)
+    assert not np.array_equal(found.plot(), found.image) or not expected.labels.any()
+    found.save(tmp_path / "out.jpg")
+    assert (tmp_path / "out.jpg").stat().st_size
+    if task != "segmentation":
+        assert len(found.to_coco()["annotations"]) == len(expected)
+        name = model.classes[0]
+        assert set(mmeformer.load(path, classes=[name])(picture).names) <= {name}
+        with pytest.raises(ValueError, match="below the threshold"):
+            mmeformer.load(path, score_thr=0.0)
+    with pytest.raises(ValueError, match="needs no config"):
+        mmeformer.load(path, config="config.py")
+
+
+def test_what_cannot_be_loaded(work_dir, tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        mmeformer.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is a URL"):
+        mmeformer.load("https://example.org/model.pth")
+    with pytest.raises(UserError, match="no checkpoint"):
+        mmeformer.load(tmp_path)
+    shutil.copy(next(work_dir("segmentation").glob("best*")), tmp_path / "mine.pth")
+    with pytest.raises(UserError, match="has no config"):
+        mmeformer.load(tmp_path / "mine.pth")
+
+
+def test_what_cannot_be_predicted(models, tmp_path):
+    model = models("segmentation")
+    with pytest.raises(ValueError, match="is a URL"):
+        model("https://example.org/image.jpg")
+    with pytest.raises(FileNotFoundError):
+        model(tmp_path / "nothing.jpg")
+    with pytest.raises(FileNotFoundError):
+        model(tmp_path / "nothing.mp4")
+    with pytest.raises(ValueError, match="batch_size 0"):
+        model([], batch_size=0)
+    assert model([]) == []
+
+
+# --- supervision ---------------------------------------------------------------------------------
+
+SQUARE = Mask.from_array(np.ones((2, 3), bool), 4, 1)
+RESULTS = [
+    Detections(
+        np.array([[4, 1, 7, 3]], np.float32),
+        np.array([0.5], np.float32),
+        np.array([1]),
+        (10, 12),
+        (SQUARE,),
+    ),
+    RotatedDetections(
+        np.array([[6, 5, 4, 2, np.pi / 2]], np.float32), np.array([0.5], np.float32), np.array([1])
+    ),
+    Segmentation(np.array([[0, 0], [1, 1]], np.uint8)),
+]
+
+
+def test_fields_for_supervision():
+    boxes, turned, pixels = map(supervision_fields, RESULTS)
+    assert boxes["xyxy"].tolist() == [[4, 1, 7, 3]] and boxes["mask"].shape == (1, 10, 12)
+    assert boxes["mask"][0, 1:3, 4:7].all() and boxes["mask"].sum() == 6
+    # A box of 4 x 2 that stands on its short side.
+    assert turned["xyxy"] == pytest.approx(np.array([[5, 3, 7, 7]]), abs=1e-4)
+    assert turned["data"]["xyxyxyxy"].shape == (1, 4, 2)
+    assert pixels["xyxy"].tolist() == [[0, 0, 2, 1], [0, 1, 2, 2]]
+    assert pixels["mask"].sum() == 4 and pixels["class_id"].tolist() == [0, 1]
+    with pytest.raises(TypeError, match="Pyramid"):
+        supervision_fields(Pyramid(()))
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda result: type(result).__name__)
+def test_to_supervision(result):
+    supervision = pytest.importorskip("supervision")
+    image = np.zeros((10, 12, 3), np.uint8)
+    found = mmeformer.model.Prediction(result, image, ("cat", "dog"), None).to_supervision()
+    assert isinstance(found, supervision.Detections)
+    assert list(found.data["class_name"])[-1] == "dog" and len(found) == len(found.class_id)
+
+
+def test_supervision_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    image = np.zeros((10, 12, 3), np.uint8)
+    with pytest.raises(UserError, match="pip install supervision"):
+        mmeformer.model.Prediction(RESULTS[0], image, ("cat", "dog"), None).to_supervision()
+
+
+def test_supervision_gets_names(monkeypatch):
+    seen = types.SimpleNamespace(Detections=lambda **fields: fields)
+    monkeypatch.setitem(sys.modules, "supervision", seen)
+    image = np.zeros((10, 12, 3), np.uint8)
+    found = mmeformer.model.Prediction(RESULTS[1], image, ("cat", "dog"), None).to_supervision()
+    assert found["data"]["class_name"].tolist() == ["dog"] and "xyxyxyxy" in found["data"]
+
+
+# --- drawing without PyTorch ---------------------------------------------------------------------
+
+
+def test_drawing_with_opencv():
+    image = np.full((200, 200, 3), 128, np.uint8)
+    palette = ((255, 0, 0), (0, 0, 255))
+    red, blue = np.array([0, 0, 255]), np.array([255, 0, 0])
+    box = np.array([[20, 40, 120, 160]], np.float32)
+    mask = Mask.from_array(np.ones((120, 100), bool), 20, 40)
+    one = np.ones(1, np.float32)
+    found = Detections(box, one, np.array([1]), (200, 200), (mask,))
+    drawn = drawing.draw(image, found, ("cat", "dog"), palette)
+    # Lines are smoothed.
+    assert abs(drawn[40, 110] - blue).max() < 20 and (image == 128).all()
+    # The mask is half transparent.
+    assert drawn[100, 70].tolist() == [192, 64, 64] and drawn[180, 150].tolist() == [128] * 3
+    turned = RotatedDetections(np.array([[100, 100, 80, 40, 0]], np.float32), one, np.array([0]))
+    drawn = drawing.draw(image, turned, ("cat", "dog"), palette)
+    assert abs(drawn[110, 60] - red).max() < 20 and drawn[110, 100].tolist() == [128] * 3
+    labels = np.zeros((200, 200), np.uint8)
+    labels[:, 100:] = 1
+    drawn = drawing.draw(image, Segmentation(labels), ("cat", "dog"), palette)
+    assert drawn[0, 0].tolist() == [64, 64, 192] and drawn[0, 199].tolist() == [192, 64, 64]
+    # Without a palette classes have different colors.
+    drawn = drawing.draw(image, Segmentation(labels), ("cat", "dog"))
+    assert drawn[0, 0].tolist() != drawn[0, 199].tolist()
+    with pytest.raises(TypeError, match="Pyramid"):
+        drawing.draw(image, Pyramid(()), ())

@@ -1,0 +1,509 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every format: known labels are read back exactly, and bad files are named with their place."""
+
+import json
+from pathlib import Path
+
+import labeled_sets as sets
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from mmeformer.errors import UserError
+from mmeformer.formats.find import read_folder, recognize
+from mmeformer.formats.tree import Options, Tree, split_word
+from mmeformer.labeled import BOXES, CORNERS, FOLDERS, MASKS, POLYGONS, decode_rle
+
+SPLIT = dict.fromkeys(sets.NAMES[:4], "train") | dict.fromkeys(sets.NAMES[4:], "val")
+
+
+def read(root, **options):
+    return read_folder(root, Options(**options))
+
+
+def by_name(data):
+    return {image.path.stem: image for image in data.images}
+
+
+def assert_as_written(data, kind, *, tolerance=1e-4, splits=None):
+    """All images, classes and boxes are those of :mod:`labeled_sets`."""
+    assert data.kind == kind and not data.findings
+    found = by_name(data)
+    assert sorted(found) == list(sets.NAMES)
+    for name, image in found.items():
+        assert (image.width, image.height) == (sets.WIDTH, sets.HEIGHT)
+        assert [data.classes[item.label] for item in image.objects] == [
+            sets.CLASSES[label] for label in sets.labels(name)
+        ]
+        boxes = [item.box for item in image.objects]
+        np.testing.assert_allclose(boxes, sets.upright(name), atol=tolerance)
+        if splits is not None:
+            assert image.split == splits[name]
+
+
+class TestCoco:
+    def test_polygons(self, tmp_path):
+        sets.write_coco(tmp_path)
+        data = read(tmp_path)
+        assert_as_written(data, POLYGONS)
+        for name, image in by_name(data).items():
+            for index, item in enumerate(image.objects):
+                np.testing.assert_allclose(
+                    item.polygons, [sets.outline(name, index).ravel()], atol=1e-9
+                )
+
+    def test_run_lengths(self, tmp_path):
+        sets.write_coco(tmp_path, masks="rle")
+        data = read(tmp_path)
+        assert_as_written(data, POLYGONS)
+        for name, image in by_name(data).items():
+            for index, item in enumerate(image.objects):
+                np.testing.assert_array_equal(decode_rle(item.rle), sets.filled(name, index))
+
+    def test_boxes_only(self, tmp_path):
+        sets.write_coco(tmp_path, masks="none")
+        assert_as_written(read(tmp_path), BOXES)
+
+    def test_roboflow(self, tmp_path):
+        """Images beside the JSON of each split, and a root category without objects."""
+        root = dict(id=0, name="things", supercategory="none")
+        for split, names in (("train", sets.NAMES[:4]), ("valid", sets.NAMES[4:])):
+            file = sets.write_coco(
+                tmp_path / split,
+                names=names,
+                images=".",
+                file="_annotations.coco.json",
+                more_categories=[root],
+            )
+            content = json.loads(file.read_text())
+            for category in content["categories"][1:]:
+                category["supercategory"] = "things"
+            file.write_text(json.dumps(content))
+        data = read(tmp_path)
+        assert data.classes == sets.CLASSES
+        assert_as_written(data, POLYGONS, splits=SPLIT)
+
+    def test_cvat(self, tmp_path):
+        sets.write_coco(tmp_path, file="annotations/instances_default.json")
+        assert_as_written(read(tmp_path), POLYGONS)
+
+    def test_label_studio(self, tmp_path):
+        """Ids from 0, paths of another machine, sizes left out, boxes without masks."""
+        file = sets.write_coco(
+            tmp_path, file="result.json", prefix="..\\..\\upload\\1\\", masks="", first_category=0
+        )
+        content = json.loads(file.read_text())
+        for image in content["images"]:
+            del image["width"], image["height"]
+        file.write_text(json.dumps(content))
+        assert_as_written(read(tmp_path), BOXES)
+
+    def test_equal_names_in_two_splits(self, tmp_path):
+        """COCO's own layout: the file of each split means the image of that split."""
+        for split in ("train2017", "val2017"):
+            sets.write_coco(
+                tmp_path,
+                names=sets.NAMES[:2],
+                images=split,
+                file=f"annotations/instances_{split}.json",
+            )
+        data = read(tmp_path)
+        assert [image.path.parent.name for image in data.of_split("train")] == ["train2017"] * 2
+        assert [image.path.parent.name for image in data.of_split("val")] == ["val2017"] * 2
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda c: c["annotations"][3].update(bbox=[1, 2, "x", 4]), r"annotations\[3\].*bbox"),
+            (lambda c: c["annotations"][2].update(category_id=9), "category_id 9"),
+            (lambda c: c["annotations"][2].update(bbox=[900, 9, 5, 5]), "lies outside its image"),
+            (lambda c: c["images"][1].update(file_name="gone.png"), "gone.png is not below"),
+            (lambda c: c["images"][0].update(width=50), "is 64 x 48 px, but its labels are for 50"),
+        ],
+    )
+    def test_bad_entries(self, tmp_path, change, message):
+        file = sets.write_coco(tmp_path)
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message) as error:
+            read(tmp_path)
+        assert str(file) in str(error.value) or "apple.png" in str(error.value)
+        left = read_folder(tmp_path, Options(), skip_bad=True)
+        assert 0 < sum(len(image.objects) for image in left.images) < 12
+        assert left.findings
+
+    def test_damaged_file(self, tmp_path):
+        file = sets.write_coco(tmp_path, file="instances_train.json")
+        file.write_text(file.read_text()[:-30])
+        with pytest.raises(UserError, match="instances_train.json is not COCO JSON"):
+            read(tmp_path)
+
+
+class TestYolo:
+    @pytest.mark.parametrize("kind", ["detect", "segment", "obb"])
+    def test_read_back(self, tmp_path, kind):
+        data = read(sets.write_yolo(tmp_path, kind))
+        expected = dict(detect=BOXES, segment=POLYGONS, obb=CORNERS)[kind]
+        assert_as_written(data, expected, splits=SPLIT)
+        for name, image in by_name(data).items():
+            if kind == "obb":
+                found = [item.quadrilateral() for item in image.objects]
+                np.testing.assert_allclose(found, sets.quadrilaterals(name), atol=1e-4)
+
+    def test_without_settings(self, tmp_path):
+        sets.write_yolo(tmp_path, yaml_file=False)
+        assert read(tmp_path).classes == ("class_0", "class_1")
+        assert read(tmp_path, classes=sets.CLASSES).classes == sets.CLASSES
+        (tmp_path / "classes.txt").write_text("boat\ncar\n")
+        assert_as_written(read(tmp_path), BOXES, splits=SPLIT)
+
+    def test_lists_of_images(self, tmp_path):
+        """``train: train.txt`` with one path per line, as Darknet and Ultralytics write."""
+        sets.write_yolo(tmp_path)
+        content = yaml.safe_load((tmp_path / "data.yaml").read_text())
+        for split in ("train", "val"):
+            paths = sorted((tmp_path / "images" / split).iterdir())
+            lines = [f"./images/{split}/{path.name}\n" for path in paths]
+            (tmp_path / f"{split}.txt").write_text("".join(lines))
+            content[split] = f"{split}.txt"
+        (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+        assert_as_written(read(tmp_path), BOXES, splits=SPLIT)
+
+    def test_images_without_labels_have_no_objects(self, tmp_path):
+        sets.write_yolo(tmp_path)
+        (tmp_path / "labels" / "train" / "apple.txt").unlink()
+        assert by_name(read(tmp_path))["apple"].objects == []
+
+    def test_four_points(self, tmp_path):
+        """Corners without right angles: outlines or rotated boxes? The task answers."""
+        sets.write_yolo(tmp_path, "obb")
+        for path in (tmp_path / "labels" / "train").iterdir():
+            path.write_text("0 0.1 0.1 0.9 0.2 0.8 0.9 0.1 0.7\n")
+        assert read(tmp_path).kind == CORNERS  # a half of them
+        for path in (tmp_path / "labels" / "val").iterdir():
+            path.write_text("0 0.1 0.1 0.9 0.2 0.8 0.9 0.1 0.7\n")
+        with pytest.raises(UserError, match="four points, but only 0 of 6.*--task"):
+            read(tmp_path)
+        assert read(tmp_path, corners=True).kind == CORNERS
+        assert read(tmp_path, corners=False).kind == POLYGONS
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("2 0.5 0.5 0.1 0.1", "line 1: the class is 2, but the names go from 0 to 1"),
+            ("0 0.5 0.5 0.1", "line 1: has 3 numbers"),
+            ("0 32 24 10 10", "line 1: numbers must be shares"),
+            ("0 0.5 0.5 0 0.1", "line 1: the box has no width"),
+            ("boat 0.5 0.5 0.1 0.1", "line 1: must be numbers"),
+        ],
+    )
+    def test_bad_lines(self, tmp_path, line, message):
+        sets.write_yolo(tmp_path)
+        path = tmp_path / "labels" / "train" / "apple.txt"
+        path.write_text(line + "\n")
+        with pytest.raises(UserError, match=f"{path}: {message}"):
+            read(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("train: images/train\nnames: [boat\n", r"data.yaml line \d+ is not YAML"),
+            ("train: gone\nnames: [boat, car]\n", "data.yaml: train: gone does not exist"),
+            ("train: images/train\nnames: {1: boat, 2: car}\n", "data.yaml: names must be a list"),
+        ],
+    )
+    def test_bad_settings(self, tmp_path, text, message):
+        sets.write_yolo(tmp_path)
+        (tmp_path / "data.yaml").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read(tmp_path)
+
+
+class TestVoc:
+    def test_boxes(self, tmp_path):
+        assert_as_written(read(sets.write_voc(tmp_path)), BOXES, splits=SPLIT)
+
+    def test_pixels_of_voc_itself_count_from_1(self, tmp_path):
+        data = read(sets.write_voc(tmp_path, database="The VOC2007 Database"))
+        assert_as_written(data, BOXES, splits=SPLIT)
+
+    def test_rotated(self, tmp_path):
+        data = read(sets.write_voc(tmp_path, "rotated"))
+        assert_as_written(data, CORNERS, splits=SPLIT)
+        for name, image in by_name(data).items():
+            found = [item.quadrilateral() for item in image.objects]
+            np.testing.assert_allclose(found, sets.quadrilaterals(name), atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("<bndbox>", "<box>", "cannot be used: mismatched tag: line 1"),
+            ("<name>boat</name>", "<name />", "object 1 has no name"),
+            ("<ymax>", "<ymax>x", r"object 1 \(boat\): bndbox has ymax 'x"),
+            ("<width>64</width>", "<width>99</width>", "is 64 x 48 px, but its labels are for 99"),
+            ("apple.jpg", "gone.jpg", "image gone.jpg is not below"),
+        ],
+    )
+    def test_bad_files(self, tmp_path, old, new, message):
+        sets.write_voc(tmp_path)
+        path = tmp_path / "Annotations" / "apple.xml"
+        if "gone" in new:
+            (tmp_path / "JPEGImages" / "apple.jpg").unlink()
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(UserError, match=message) as error:
+            read(tmp_path)
+        assert "apple.xml" in str(error.value) or "apple.jpg" in str(error.value)
+
+
+class TestLabelMe:
+    @pytest.mark.parametrize(
+        ("shape", "kind"), [("polygon", POLYGONS), ("rectangle", BOXES), ("rotation", CORNERS)]
+    )
+    def test_read_back(self, tmp_path, shape, kind):
+        data = read(sets.write_labelme(tmp_path, shape))
+        assert_as_written(data, kind)
+
+    def test_circles_groups_and_lines(self, tmp_path):
+        sets.write_labelme(tmp_path)
+        path = tmp_path / "apple.json"
+        content = json.loads(path.read_text())
+        square = [[2, 2], [6, 2], [6, 6], [2, 6]]
+        content["shapes"] = [
+            dict(label="car", points=[[30, 20], [33, 24]], shape_type="circle"),
+            dict(label="boat", points=square, shape_type="polygon", group_id=7),
+            dict(label="boat", points=[[9, 9], [12, 9], [12, 14]], shape_type=None, group_id=7),
+            dict(label="car", points=[[1, 1], [5, 5]], shape_type="line"),
+        ]
+        path.write_text(json.dumps(content))
+        data = read(tmp_path)
+        circle, group = by_name(data)["apple"].objects
+        np.testing.assert_allclose(circle.box, (25, 15, 10, 10), atol=0.05)
+        assert group.box == (2, 2, 10, 12) and len(group.polygons) == 2
+        (finding,) = data.findings
+        assert finding.path == str(path) and "shape 4 (car) is a line" in finding.message
+
+    @pytest.mark.parametrize(
+        ("shape", "message"),
+        [
+            (dict(label="", points=[[1, 1]] * 3), "shape 1 has no label"),
+            (dict(label="car", points=[[1, 1], [2, 2]]), r"shape 1 \(car\): a polygon with 2"),
+            (dict(label="car", points=[[1, None]] * 3), r"shape 1 \(car\): points must be pairs"),
+        ],
+    )
+    def test_bad_shapes(self, tmp_path, shape, message):
+        sets.write_labelme(tmp_path)
+        path = tmp_path / "apple.json"
+        path.write_text(json.dumps(dict(imagePath="apple.jpg", shapes=[shape])))
+        with pytest.raises(UserError, match=f"{path}: cannot be used: {message}"):
+            read(tmp_path)
+
+
+class TestDota:
+    @pytest.mark.parametrize("splits", [True, False])
+    def test_read_back(self, tmp_path, splits):
+        data = read(sets.write_dota(tmp_path, splits=splits))
+        # Label files have hundredths.
+        assert_as_written(data, CORNERS, tolerance=0.011, splits=SPLIT if splits else None)
+        assert [item.difficult for item in by_name(data)["fig"].objects] == [0, 1]
+
+    def test_bad_line(self, tmp_path):
+        sets.write_dota(tmp_path)
+        path = tmp_path / "train" / "labelTxt" / "apple.txt"
+        path.write_text(path.read_text() + "1 2 3 4 5 6 7 x boat 0\n")
+        with pytest.raises(UserError, match=f"{path}: .*line 5: .*must be numbers"):
+            read(tmp_path)
+
+
+class TestMasks:
+    def assert_masks(self, data, classes, shift=0):
+        assert data.kind == MASKS and data.classes == classes and not data.findings
+        for name, image in by_name(data).items():
+            expected = sets.mask_of(name).astype(int) - shift
+            expected[(expected < 0) | (expected > 200)] = 255
+            np.testing.assert_array_equal(data.read_mask(image.mask), expected)
+            values, counts = np.unique(expected, return_counts=True)
+            pixels = dict(zip(values.tolist(), counts.tolist(), strict=True))
+            pixels.pop(255, None)
+            assert image.pixels == pixels
+            assert image.split == SPLIT[name]
+
+    def test_numbers(self, tmp_path):
+        data = read(sets.write_masks(tmp_path))
+        self.assert_masks(data, ("background", "class_1", "class_2"))
+        assert data.plain_masks and "--classes" in data.notes[0]
+        data = read(tmp_path, classes=("sea", *sets.CLASSES))
+        self.assert_masks(data, ("sea", *sets.CLASSES))
+
+    def test_zero_has_no_name(self, tmp_path):
+        """As in ADE20K: names for 1 and 2 only."""
+        data = read(sets.write_masks(tmp_path), classes=sets.CLASSES)
+        self.assert_masks(data, sets.CLASSES, shift=1)
+        assert not data.plain_masks and "0 is not learned" in data.notes[0]
+
+    @pytest.mark.parametrize("kind", ["palette", "colors"])
+    def test_colors_with_a_legend(self, tmp_path, kind):
+        sets.write_masks(tmp_path, kind)
+        names = dict(zip(("sea", *sets.CLASSES, "void"), sets.COLORS.values(), strict=True))
+        lines = [f"{name}:{','.join(map(str, color))}::" for name, color in names.items()]
+        (tmp_path / "labelmap.txt").write_text("# label:color_rgb\n" + "\n".join(lines) + "\n")
+        data = read(tmp_path)
+        self.assert_masks(data, ("sea", *sets.CLASSES))
+        assert data.palette == [sets.COLORS[label] for label in range(3)]
+
+    @pytest.mark.parametrize(
+        ("name", "form"),
+        [
+            ("class_dict.csv", "name,r,g,b\n{rows}"),
+            ("colors.csv", "{rows}"),
+            ("legend.json", "{json}"),
+            ("label_colors.txt", "{camvid}"),
+        ],
+    )
+    def test_legends(self, tmp_path, name, form):
+        sets.write_masks(tmp_path / "data", "colors")
+        named = dict(zip(("sea", *sets.CLASSES, "void"), sets.COLORS.values(), strict=True))
+        rows = "".join(f"{key},{','.join(map(str, color))}\n" for key, color in named.items())
+        camvid = "".join(f"{' '.join(map(str, color))}\t{key}\n" for key, color in named.items())
+        text = form.format(rows=rows, camvid=camvid, json=json.dumps(named))
+        (tmp_path / name).write_text(text)
+        data = read(tmp_path / "data", legend=tmp_path / name)
+        self.assert_masks(data, ("sea", *sets.CLASSES))
+
+    def test_colors_without_a_legend(self, tmp_path):
+        sets.write_masks(tmp_path, "colors")
+        with pytest.raises(UserError, match=r"4 colors without names.*\(0, 0, 0\).*--legend"):
+            read(tmp_path)
+        legend = tmp_path / "legend.csv"
+        legend.write_text("sea,0,0,0\nboat,200,30,40\n")
+        with pytest.raises(UserError, match=r"apple.png: has colors that the legend lacks: \[\(20"):
+            read(tmp_path, legend=legend)
+        legend.write_text("sea,0,0,0\nboat,200,300,40\n")
+        with pytest.raises(UserError, match=r"legend.csv line 2: .*from 0 to 255"):
+            read(tmp_path, legend=legend)
+
+    def test_black_and_white(self, tmp_path):
+        sets.write_masks(tmp_path, values={1: 255, 2: 255})
+        data = read(tmp_path)
+        assert data.classes == ("background", "object") and not data.plain_masks
+        mask = data.read_mask(by_name(data)["apple"].mask)
+        expected = sets.mask_of("apple")
+        np.testing.assert_array_equal(mask, expected > 0)
+
+    def test_cityscapes(self, tmp_path):
+        """26 is car and 23 sky; what does not count becomes unlabeled."""
+        sets.write_masks(tmp_path / "old", values={0: 23, 1: 26, 2: 9})
+        for split, names in (("train", sets.NAMES[:4]), ("val", sets.NAMES[4:])):
+            for name in names:
+                for kind, folder, ending in (
+                    ("images", "leftImg8bit", "_leftImg8bit.jpg"),
+                    ("masks", "gtFine", "_gtFine_labelIds.png"),
+                ):
+                    suffix = Path(ending).suffix
+                    target = tmp_path / "new" / folder / split / "city" / f"{name}{ending}"
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    (tmp_path / "old" / kind / split / f"{name}{suffix}").rename(target)
+                color = target.with_name(f"{name}_gtFine_color.png")
+                Image.new("RGB", (sets.WIDTH, sets.HEIGHT)).save(color)
+        data = read(tmp_path / "new")
+        assert data.classes[10] == "sky" and data.classes[13] == "car" and len(data.classes) == 19
+        labels = {label for image in data.images for label in image.pixels}
+        assert labels == {10, 13} and len(data.images) == 6
+
+    def test_pascal_voc(self, tmp_path):
+        """Names by the folder SegmentationClass, splits by ImageSets."""
+        sets.write_masks(tmp_path / "old", "palette")
+        for kind, folder in (("images", "JPEGImages"), ("masks", "SegmentationClass")):
+            (tmp_path / "new" / folder).mkdir(parents=True)
+            for path in sorted((tmp_path / "old" / kind).rglob("*.*")):
+                path.rename(tmp_path / "new" / folder / path.name)
+        lists = tmp_path / "new" / "ImageSets" / "Segmentation"
+        lists.mkdir(parents=True)
+        (lists / "train.txt").write_text("\n".join(sets.NAMES[:4]))
+        (lists / "val.txt").write_text("\n".join(sets.NAMES[4:]))
+        data = read(tmp_path / "new")
+        assert data.classes[:3] == ("background", "aeroplane", "bicycle")
+        assert {image.path.stem: image.split for image in data.images} == SPLIT
+
+    def test_bad_masks(self, tmp_path):
+        sets.write_masks(tmp_path)
+        Image.new("L", (30, 48)).save(tmp_path / "masks" / "train" / "apple.png")
+        (tmp_path / "masks" / "val" / "fig.png").write_bytes(b"nonsense")
+        noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "masks" / "train" / "date.png")
+        with pytest.raises(UserError) as error:
+            read(tmp_path)
+        text = str(error.value)
+        assert "train/apple.png: is 30 x 48 px, but its image" in text
+        assert "val/fig.png: cannot be read" in text
+        assert "train/date.png: has 30" in text and "it is no mask" in text
+        left = read_folder(tmp_path, Options(), skip_bad=True)
+        assert sorted(by_name(left)) == ["bread", "cheese", "egg"]
+
+
+def test_class_folders(tmp_path):
+    data = read(sets.write_folders(tmp_path))
+    assert data.kind == FOLDERS and data.classes == sets.CLASSES
+    assert [by_name(data)[name].label for name in sets.NAMES] == [0, 1, 0, 1, 0, 1]
+    assert {name: image.split for name, image in by_name(data).items()} == SPLIT
+
+
+class TestRecognition:
+    def test_two_formats_are_a_question(self, tmp_path):
+        sets.write_coco(tmp_path / "a")
+        sets.write_labelme(tmp_path / "b")
+        message = r"coco \(a/labels.json\) and labelme \(b/apple.json\); choose --format coco or"
+        with pytest.raises(UserError, match=message):
+            recognize(Tree.of(tmp_path))
+        assert read(tmp_path, format="coco").format == "COCO"
+
+    def test_nothing_known(self, tmp_path):
+        sets.write_images(tmp_path)
+        with pytest.raises(UserError, match="6 images, but no labels that are known"):
+            read(tmp_path)
+
+    def test_no_images_and_no_folder(self, tmp_path):
+        with pytest.raises(UserError, match="has no image"):
+            read(tmp_path)
+        with pytest.raises(UserError, match="is not a folder"):
+            read(tmp_path / "gone")
+
+    def test_hidden_files_do_not_count(self, tmp_path):
+        sets.write_coco(tmp_path)
+        sets.write_labelme(tmp_path / ".cache")
+        (tmp_path / "images" / "._apple.png").write_bytes(b"x")
+        assert_as_written(read(tmp_path), POLYGONS)
+
+    def test_reading_changes_nothing(self, tmp_path):
+        sets.write_yolo(tmp_path)
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        read(tmp_path)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+    def test_unused_classes_are_left_out(self, tmp_path):
+        sets.write_yolo(tmp_path)
+        content = yaml.safe_load((tmp_path / "data.yaml").read_text())
+        content["names"] = ["boat", "car", "plane"]
+        (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+        data = read(tmp_path)
+        assert data.classes == sets.CLASSES and "plane: no object" in data.findings[0].message
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train2017", "train"),
+        ("instances_val2017", "val"),
+        ("validation", "val"),
+        ("my-test", "test"),
+        ("strain", None),
+        ("value", None),
+        ("trainval", None),
+        ("train_val", None),
+    ],
+)
+def test_words_of_splits(name, split):
+    assert split_word(name) == split

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Splits: near copies of one image never train and validate, and a seed decides the rest."""
+
+from pathlib import Path
+
+import pytest
+
+from mmeformer.formats import splits
+from mmeformer.labeled import BOXES, FOLDERS, LabeledData, LabeledImage
+
+
+def data_of(names, split=None, labels=None):
+    images = [
+        LabeledImage(
+            Path("data", f"{name}.png"), 8, 8, split=split, label=labels[i] if labels else None
+        )
+        for i, name in enumerate(names)
+    ]
+    kind = FOLDERS if labels else BOXES
+    return LabeledData("format", Path("data"), kind, ("a", "b"), images)
+
+
+def parts(data):
+    return {
+        split: [image.path.stem for image in data.of_split(split)] for split in ("train", "val")
+    }
+
+
+FRAMES = [f"clip{video}_{frame:04d}" for video in "abcdefghij" for frame in range(9)]
+TILES = [f"scene{i}__1024__{x}___{y}" for i in range(8) for x in (0, 512) for y in (0, 512)]
+GRID = [f"field{i}_{x}_{y}" for i in "pqrstu" for x in (0, 512) for y in (0, 512)]
+COPIES = [f"pic{i}_jpg.rf.{n:032x}" for i in "abcdefgh" for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("names", "group"),
+    [
+        (FRAMES, lambda name: name[:5]),
+        (TILES, lambda name: name.split("__")[0]),
+        (GRID, lambda name: name[:6]),
+        (COPIES, lambda name: name.split("_")[0]),
+    ],
+    ids=["frames", "tiles", "grid", "copies"],
+)
+def test_near_copies_stay_together(names, group):
+    data = data_of(names)
+    splits.complete(data, seed=0)
+    found = parts(data)
+    assert not {group(n) for n in found["train"]} & {group(n) for n in found["val"]}
+    assert sorted(found["train"] + found["val"]) == sorted(names)
+    assert 0.1 <= len(found["val"]) / len(names) <= 0.3
+    assert "seed 0" in data.notes[0]
+
+
+def test_numbers_alone_tell_no_scenes():
+    data = data_of([f"IMG_{number}" for number in range(50)])
+    splits.complete(data, seed=0)
+    assert len(parts(data)["val"]) == 10 and "one by one" in data.notes[0]
+
+
+def test_the_seed_decides():
+    chosen = []
+    for seed in (0, 0, 1):
+        data = data_of([f"IMG_{number}" for number in range(50)])
+        splits.complete(data, seed)
+        chosen.append(parts(data)["val"])
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_classes_of_images_are_split_alike():
+    labels = [0] * 40 + [1] * 10
+    data = data_of([f"x{'abcdefghij'[i % 10]}{i}" for i in range(50)], labels=labels)
+    splits.complete(data, seed=0)
+    counts = data.counts("val")
+    assert counts[0] == 8 and counts[1] == 2
+
+
+def test_a_split_of_the_user_stays():
+    data = data_of(FRAMES, "train")
+    for image in data.images[::2]:
+        image.split = "val"
+    before = parts(data)
+    splits.complete(data, seed=0)
+    assert parts(data) == before and not data.notes
+
+
+def test_validation_is_taken_from_training_only():
+    data = data_of(FRAMES, "train")
+    for image in data.images[-9:]:
+        image.split = "test"
+    splits.complete(data, seed=0)
+    assert len(data.of_split("test")) == 9 and 9 <= len(data.of_split("val")) <= 18
+
+
+def test_images_outside_of_the_split_are_left_out():
+    data = data_of(FRAMES, "train")
+    data.images[0].split = "val"
+    data.images[1].split = None
+    splits.complete(data, seed=0)
+    assert len(data.images) == len(FRAMES) - 1 and "1 images belong to no split" in data.notes[0]
+
+
+def test_one_image():
+    data = data_of(["only"])
+    splits.complete(data, seed=0)
+    assert parts(data) == dict(train=["only"], val=["only"]) and "one image" in data.notes[0]

@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a folder to a config that trains: all tasks, settings with reasons, nothing written over."""
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import cv2
+import labeled_sets as sets
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from mmeformer import configs, own_data, starter, tasks
+from mmeformer.detection import starter as detection_starter
+from mmeformer.errors import UserError
+from mmeformer.formats.tree import Options
+from mmeformer.labeled import MASKS, LabeledData, LabeledImage, LabeledObject
+from mmeformer.segmentation import starter as segmentation_starter
+from mmeformer.training import trial
+
+WRITERS = {
+    "detection": lambda root: sets.write_coco(root).parent,
+    "segmentation": lambda root: sets.write_masks(root, values={1: 7, 2: 3}),
+    "rotated": lambda root: sets.write_dota(root),
+}
+
+
+def make(root, out, **request):
+    lines: list[str] = []
+    request.setdefault("weights", own_data.SCRATCH)
+    made = own_data.make(own_data.Request(root, out, **request), lines.append)
+    return made, "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A config made for every task, and what was reported."""
+    folder = tmp_path_factory.mktemp("own")
+    return {
+        name: (*make(write(folder / name), folder / f"my_{name}.py"), folder / name)
+        for name, write in WRITERS.items()
+    }
+
+
+def settings_of(path):
+    """Lines of the config that are settings, by name."""
+    head = Path(path).read_text().split("\n\n")[0].splitlines()
+    return {line.split(" = ")[0]: line for line in head if " = " in line}
+
+
+@pytest.mark.parametrize("task", WRITERS)
+def test_config_is_short_and_says_why(made, task):
+    result, report, root = made[task]
+    text = result.config.read_text()
+    assert result.errors == 0 and len(text.splitlines()) <= 60
+    reasons = settings_of(result.config)
+    for name in ("classes", "checkpoint", "batch_size", "num_workers", "learning_rate"):
+        assert "  # " in reasons[name], name
+    assert all("  # " in line for name, line in reasons.items() if name != "_base_")
+    assert str(root) in report and str(result.config) in report
+
+
+@pytest.mark.parametrize("task", WRITERS)
+def test_config_trains(made, task, tmp_path):
+    """Two iterations of a tiny network on the data of the config, and its validation."""
+    result, _, _ = made[task]
+    config = tiny.network(task, str(result.config))
+    config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=2, val_interval=2)
+    config.param_scheduler = []
+    config.log_processor.by_epoch = False
+    config.default_hooks.checkpoint.update(by_epoch=False, interval=2)
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.update(num_workers=0, persistent_workers=False)
+    losses = tiny.train(config, tmp_path)
+    assert len(losses) == 2 and all(map(math.isfinite, losses.values()))
+    saved = torch.load(tmp_path / "iter_2.pth", weights_only=False)
+    assert "ema_state_dict" in saved
+    found = {name: len(saved["meta"]["dataset_meta"][name]) for name in ("classes",)}
+    assert found["classes"] == len(configs.read_test_metainfo(config)["classes"])
+
+
+def test_coco_file_is_that_of_the_folder(made):
+    result, _, _ = made["detection"]
+    labels = result.config.with_name("my_detection_data")
+    entries = {
+        split: json.loads((labels / f"{split}.json").read_text()) for split in ("train", "val")
+    }
+    names = [image["file_name"] for entry in entries.values() for image in entry["images"]]
+    assert sorted(names) == sorted(f"images/{name}.png" for name in sets.NAMES)
+    for entry in entries.values():
+        for image in entry["images"]:
+            name = Path(image["file_name"]).stem
+            found = [a for a in entry["annotations"] if a["image_id"] == image["id"]]
+            np.testing.assert_allclose(
+                [a["bbox"] for a in found], sets.upright(name), atol=0.5, rtol=0
+            )
+            outlines = [sets.outline(name, index).ravel() for index in range(len(found))]
+            np.testing.assert_allclose(
+                [a["segmentation"][0] for a in found], outlines, atol=0.5, rtol=0
+            )
+
+
+def test_masks_become_labels(made):
+    """The numbers 0, 3 and 7 become 0, 1 and 2."""
+    result, report, _ = made["segmentation"]
+    labels = result.config.with_name("my_segmentation_data")
+    for split, names in (("train", sets.NAMES[:4]), ("val", sets.NAMES[4:])):
+        for line, name in zip(
+            (labels / f"{split}.txt").read_text().splitlines(), sorted(names), strict=True
+        ):
+            image, mask = line.split("\t")
+            assert image == f"images/{split}/{name}.jpg"
+            expected = sets.mask_of(name)
+            found = cv2.imread(mask, cv2.IMREAD_UNCHANGED)
+            table = np.arange(256)
+            table[[1, 2]] = [2, 1]
+            np.testing.assert_array_equal(found, table[expected])
+
+
+def test_plain_masks_are_referenced(tmp_path):
+    result, _ = make(sets.write_masks(tmp_path / "data"), tmp_path / "a.py")
+    line = (tmp_path / "a_data" / "train.txt").read_text().splitlines()[0]
+    assert line == "images/train/apple.jpg\tmasks/train/apple.png"
+    assert not (tmp_path / "a_data" / "masks").exists() and result.errors == 0
+
+
+def test_rotated_boxes_are_those_of_the_folder(made):
+    from mmeformer.rotated.dota import list_images, read_labels
+
+    result, _, root = made["rotated"]
+    labels = result.config.with_name("my_rotated_data")
+    assert set(list_images(labels / "train" / "images.txt")) == set(sets.NAMES[:4])
+    for path in labels.rglob("labels/*.txt"):
+        found = np.stack([item.polygon for item in read_labels(path)])
+        np.testing.assert_allclose(found, sets.quadrilaterals(path.stem), atol=0.02)
+
+
+def test_other_tasks_on_request(tmp_path):
+    root = sets.write_coco(tmp_path / "data").parent
+    _, report = make(root, tmp_path / "a.py", task="segmentation")
+    config = configs.load_config(tmp_path / "a.py")
+    assert config.classes == ("background", *sets.CLASSES) and "masks are drawn" in report
+    line = (tmp_path / "a_data" / "train.txt").read_text().splitlines()[0]
+    image, mask = line.split("\t")
+    found = cv2.imread(mask, cv2.IMREAD_UNCHANGED)
+    expected = sets.mask_of(Path(image).stem)
+    # The outline itself, which the expected mask has, is a pixel wide.
+    assert (found[2:] == expected[2:]).mean() > 0.95 and set(np.unique(found)) == {0, 1, 2}
+
+
+class TestQuestions:
+    def test_class_folders_without_a_task(self, tmp_path, monkeypatch):
+        root = sets.write_folders(tmp_path / "data")
+        rows = {k: v for k, v in tasks.TASKS.items() if k != "classification"}
+        monkeypatch.setattr(own_data, "TASKS", rows)
+        with pytest.raises(
+            UserError, match="a class for each image .class folders: boat, car.*no task"
+        ):
+            make(root, tmp_path / "a.py")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+    def test_a_task_that_does_not_fit(self, tmp_path):
+        root = sets.write_masks(tmp_path / "data")
+        with pytest.raises(
+            UserError, match="detection cannot be trained on .*masks: a class for each pixel"
+        ):
+            make(root, tmp_path / "a.py", task="detection")
+
+    def test_unknown_arch_and_weights(self, tmp_path):
+        root = sets.write_dota(tmp_path / "data")
+        with pytest.raises(UserError, match="--arch s9 is unknown; choose one of l1, l3, l7, s0"):
+            make(root, tmp_path / "a.py", arch="s9")
+        with pytest.raises(UserError, match="--weights gone.pth does not exist"):
+            make(root, tmp_path / "a.py", weights="gone.pth")
+
+
+class TestNothingIsWrittenOver:
+    @pytest.mark.parametrize("existing", ["a.py", "a_data/x.txt"])
+    def test_existing_files(self, tmp_path, existing):
+        root = sets.write_dota(tmp_path / "data")
+        (tmp_path / existing).parent.mkdir(exist_ok=True)
+        (tmp_path / existing).write_text("precious")
+        with pytest.raises(UserError, match=f"{existing.split('/')[0]} exists"):
+            make(root, tmp_path / "a.py")
+        assert (tmp_path / existing).read_text() == "precious"
+
+    def test_never_in_the_data(self, tmp_path, monkeypatch):
+        root = sets.write_dota(tmp_path / "data")
+        monkeypatch.chdir(root)
+        with pytest.raises(UserError, match="would be written into your data.*--out"):
+            make(Path("."), None)
+
+    def test_a_failure_leaves_nothing(self, tmp_path, monkeypatch):
+        root = sets.write_dota(tmp_path / "data")
+        monkeypatch.setattr(own_data, "_machine", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(root, tmp_path / "a.py")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def data_of(width, height, box, count=100, kind="boxes", classes=("a",)):
+    images = [
+        LabeledImage(
+            Path(f"{i}.png"),
+            width,
+            height,
+            [LabeledObject(0, (5.0, 5.0, *box))],
+            split="train" if i < count else "val",
+        )
+        for i in range(count + 2)
+    ]
+    return LabeledData("format", Path("/data"), kind, classes, images)
+
+
+PLAN = starter.Plan(own_data.find_arch("s0"), "timm://x", Path("/labels"), None, 2)
+
+
+def values(found):
+    return {item.name: item.value for item in found}
+
+
+@pytest.mark.parametrize(
+    ("size", "box", "scale", "anchor"),
+    [
+        ((256, 256), (40, 40), "(256, 256)", "8"),
+        ((256, 256), (10, 10), "(416, 416)", "4"),
+        ((256, 256), (4, 4), "(512, 512)", "2"),
+        ((1920, 1080), (60, 60), "(1333, 768)", "8"),
+    ],
+)
+def test_size_and_anchors_of_detection(size, box, scale, anchor):
+    found = values(detection_starter.STARTER.settings(data_of(*size, box), PLAN))
+    assert found["scale"] == scale and found["anchor_scale"] == anchor
+    assert found["anchor_ratios"] == "[0.5, 1.0, 2.0]"
+
+
+def test_long_boxes_get_long_anchors():
+    found = values(detection_starter.STARTER.settings(data_of(256, 256, (80, 10)), PLAN))
+    assert found["anchor_ratios"] == "[0.25, 0.5, 1.0, 2.0, 4.0]"
+
+
+def test_epochs():
+    assert [starter.epochs_for(n) for n in (10, 100, 1000, 100_000)] == [200, 100, 32, 12]
+
+
+def test_rare_classes_get_weights():
+    data = data_of(64, 64, (9, 9), kind=MASKS, classes=("sky", "pole"))
+    for image in data.images:
+        image.objects, image.pixels = [], {0: 9900, 1: 100}
+    line = segmentation_starter.STARTER._class_weight(data)
+    # Median share 0.5: roots of 0.5 / 0.99 and 0.5 / 0.01, the latter cut to 5.
+    assert line.value == "[0.71, 5.0]" and "pole has 1.00%" in line.reason
+    for image in data.images:
+        image.pixels = {0: 5000, 1: 5000}
+    assert segmentation_starter.STARTER._class_weight(data).value == "None"
+
+
+def test_gpu_changes_precision_batch_and_workers():
+    data = data_of(256, 256, (40, 40))
+    plan = dataclasses.replace(PLAN, gpu="H100", cores=64, batch_size=16)
+    found = values(detection_starter.STARTER.common(data, plan))
+    assert found["optimizer_type"] == '"AmpOptimWrapper"' and found["batch_size"] == "16"
+    assert found["num_workers"] == "8" and found["learning_rate"].endswith(
+        "(batch_size / 2) ** 0.5"
+    )
+    assert "CompileHook" not in detection_starter.STARTER.hooks(data, plan)
+    many = data_of(256, 256, (40, 40), count=30_000)
+    assert "CompileHook" in detection_starter.STARTER.hooks(many, plan)
+    assert "CompileHook" not in detection_starter.STARTER.hooks(many, PLAN)
+
+
+@pytest.mark.parametrize(
+    ("arch", "weights"),
+    [
+        ("l1", None),
+        pytest.param("s2", None, marks=pytest.mark.slow),
+        pytest.param("l1", own_data.SCRATCH, marks=pytest.mark.slow),
+        ("s2", own_data.SCRATCH),
+    ],
+)
+def test_other_variants(made, arch, weights, tmp_path):
+    """The config builds the network of the variant, with the neck that fits."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    for task, (_, _, root) in made.items():
+        out = tmp_path / f"{task}.py"
+        make(root, out, arch=arch, weights=weights)
+        config = configs.load_config(out)
+        if weights is None:
+            assert config.model.backbone.init_cfg.checkpoint.endswith(f"_{arch}.snap_dist_in1k")
+        configs.drop_pretrained(config.model)
+        init_default_scope(config.default_scope)
+        config.model.backbone.update(
+            arch=dataclasses.asdict(own_data.find_arch(arch).architecture)
+            | dict(depths=(1, 1, 1, 1), attention_blocks=(0, 0, 0, 1), mlp_ratios=4)
+        )
+        model = MODELS.build(config.model).eval()
+        with torch.no_grad():
+            levels = model.extract_feat(torch.zeros(1, 3, 64, 64))
+        assert len(levels) in (4, 5)
+
+
+# --- tiles ---------------------------------------------------------------------------------------
+
+
+def test_huge_images_of_small_objects_are_cut(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    image = np.zeros((2400, 3200, 3), np.uint8)
+    content = dict(categories=[dict(id=1, name="ant")], images=[], annotations=[])
+    for number in range(5):
+        cv2.imwrite(str(root / f"{'abcde'[number]}.jpg"), image)
+        content["images"].append(
+            dict(id=number, file_name=f"{'abcde'[number]}.jpg", width=3200, height=2400)
+        )
+        for x, y in ((100, 100), (790, 300), (3170, 2380)):
+            outline = [x, y, x + 12, y, x + 12, y + 12, x, y + 12]
+            content["annotations"].append(
+                dict(
+                    id=len(content["annotations"]) + 1,
+                    image_id=number,
+                    category_id=1,
+                    bbox=[x, y, 12, 12],
+                    segmentation=[outline],
+                )
+            )
+    (root / "labels.json").write_text(json.dumps(content))
+    result, report = make(root, tmp_path / "a.py")
+    assert result.errors == 0 and "tiles of 800 px" in report and "--window 800" in report
+    entries = json.loads((tmp_path / "a_data" / "train.json").read_text())
+    by_id = {entry["id"]: entry["file_name"] for entry in entries["images"]}
+    found = set()
+    for entry in entries["annotations"]:
+        name = Path(by_id[entry["image_id"]])
+        x, y = (int(part) for part in name.stem.split("__800__")[1].split("___"))
+        box = entry["bbox"]
+        assert 0 <= box[0] and box[0] + box[2] <= 800
+        found.add((x + box[0], y + box[1], box[2], box[3]))
+        tile = cv2.imread(str(root / name))
+        assert tile.shape == (800, 800, 3)
+    # 790 is cut by the border of a tile, and whole in the next one.
+    assert found >= {(100, 100, 12, 12), (790, 300, 12, 12), (3170, 2380, 12, 12)}
+    assert found - {(100, 100, 12, 12), (790, 300, 12, 12), (3170, 2380, 12, 12)} <= {
+        (790, 300, 10, 12)
+    }
+
+
+def test_huge_scenes_of_rotated_boxes_are_cut(tmp_path):
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        (root / split / "images").mkdir(parents=True)
+        (root / split / "labelTxt").mkdir()
+        cv2.imwrite(str(root / split / f"images/{split}1.png"), np.zeros((1100, 2000, 3), np.uint8))
+        line = "1500 900 1520 900 1520 910 1500 910 boat 0\n"
+        (root / split / f"labelTxt/{split}1.txt").write_text(line)
+    result, report = make(root, tmp_path / "a.py")
+    config = configs.load_config(result.config)
+    assert result.errors == 0 and "patches of 1024 px" in report and config.size == (1024, 1024)
+    assert len(list((tmp_path / "a_data/train/patches/images").iterdir())) == 6
+
+
+# --- batch by trial ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("each", "free", "limit", "batch"),
+    [(10, 1000, 32, 32), (10, 110, 32, 8), (10, 1000, 5, 4), (200, 110, 32, 1), (60, 130, 32, 1)],
+)
+def test_largest_batch(each, free, limit, batch):
+    tried = []
+
+    def peak(size):
+        tried.append(size)
+        if size * each > 1.5 * free:
+            raise torch.OutOfMemoryError("full")
+        return 20 + size * each
+
+    assert trial.largest_batch(peak, free, limit) == batch
+    assert max(tried, default=1) <= limit and len(tried) <= 4
+
+
+def test_growth_that_the_first_steps_do_not_tell():
+    """A step that needs more than two small ones promised is halved."""
+    assert trial.largest_batch(lambda size: size**2, free=100, limit=32) == 8
+
+
+def test_trial_steps(made, tmp_path):
+    """The real step of a trial, on the CPU."""
+    config = tiny.network("detection", str(made["detection"][0].config))
+    config.optim_wrapper.type = "AmpOptimWrapper"
+    found = trial.Trial(config, torch.device("cpu"))
+    before = [parameter.clone() for parameter in found.model.parameters()]
+    assert math.isfinite(found.step(3)) and found.images == len(
+        json.loads(
+            (made["detection"][0].config.with_name("my_detection_data") / "train.json").read_text()
+        )["images"]
+    )
+    changed = [
+        not torch.equal(old, new)
+        for old, new in zip(before, found.model.parameters(), strict=True)
+        if new.requires_grad
+    ]
+    assert sum(changed) > len(changed) / 2
+    assert config.optim_wrapper.type == "AmpOptimWrapper"
+
+
+def test_options_answer_questions(tmp_path):
+    """Masks beside XML files of boxes: the task chooses the masks."""
+    root = sets.write_voc(tmp_path / "data")
+    masks = sets.write_masks(tmp_path / "masks") / "masks"
+    (root / "SegmentationClass").mkdir()
+    for path in masks.rglob("*.png"):
+        shutil.copy(path, root / "SegmentationClass" / path.name)
+    request = own_data.Request(root, options=Options(), task="segmentation")
+    assert own_data._options(request, root).format == MASKS
+    assert own_data._options(dataclasses.replace(request, task=None), root).format is None

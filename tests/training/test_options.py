@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training does beside the loop: EMA, early stopping, trackers, and where results are."""
+
+import importlib.util
+
+import pytest
+import tiny
+import torch
+from mmengine.config import Config
+
+from mmeformer import work_dirs
+from mmeformer.commands import train
+from mmeformer.errors import UserError
+from mmeformer.training import engine, trackers
+
+pytestmark = pytest.mark.usefixtures("quiet_logging")
+
+EMA = dict(type="EMAHook", momentum=0.3)
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = tiny.segmentation(tmp_path, iterations=4)
+    config.default_hooks.ema = EMA
+    return config
+
+
+def weights(path, key="state_dict"):
+    return torch.load(path, weights_only=False)[key]
+
+
+def test_ema_is_resumed_exactly(config, tmp_path):
+    tiny.train(config, tmp_path / "whole")
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(config, tmp_path / "parts", at={3: interrupt})
+    tiny.train(config, tmp_path / "parts", resume="auto")
+    for key in ("state_dict", "ema_state_dict"):
+        whole, parts = (weights(tmp_path / run / "iter_4.pth", key) for run in ("whole", "parts"))
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    # A checkpoint has the averages as its weights, and the trained ones beside.
+    content = torch.load(tmp_path / "whole" / "iter_4.pth", weights_only=False)
+    name = "decode_head.conv_seg.weight"
+    assert not torch.equal(content["state_dict"][name], content["ema_state_dict"]["module." + name])
+    assert content["ema_state_dict"]["steps"] == 4
+
+
+def test_the_averages_are_validated(config, tmp_path):
+    config.train_cfg.val_interval = 4
+    config.default_hooks.checkpoint.update(save_best="mIoU")
+    config.work_dir = str(tmp_path / "run")
+    runner = engine.build_train_runner(Config(config.to_dict()))
+    seen = {}
+
+    class Probe(tiny.Hook):
+        def before_val_iter(self, runner, batch_idx, data_batch=None):
+            seen.update({k: v.clone() for k, v in runner.model.state_dict().items()})
+
+    runner.register_hook(Probe())
+    runner.train()
+    saved = weights(work_dirs.best_checkpoint(tmp_path / "run"))
+    assert seen and all(torch.equal(seen[name], saved[name]) for name in saved)
+    # After the validation the training goes on with its own weights.
+    after = runner.model.state_dict()
+    assert not all(torch.equal(after[name], saved[name]) for name in saved)
+
+
+def test_none_removes_a_hook(config, tmp_path):
+    config.work_dir = str(tmp_path / "run")
+    config.default_hooks.update(ema=None, visualization=None, timer=None)
+    names = {type(hook).__name__ for hook in engine.build_train_runner(config).hooks}
+    assert not names & {"EMAHook", "SegVisualizationHook", "IterTimerHook"}
+    assert "CheckpointHook" in names
+
+
+def test_early_stopping(config, tmp_path):
+    config.train_cfg.update(max_iters=40, val_interval=1)
+    config.default_hooks.early_stopping = dict(
+        type="EarlyStoppingHook", monitor="mIoU", rule="greater", patience=2, min_delta=200
+    )
+    assert len(tiny.train(config, tmp_path / "run")) == 3
+
+
+# --- trackers ------------------------------------------------------------------------------------
+
+
+def backends(config):
+    return [backend["type"] for backend in config.visualizer.vis_backends]
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that these packages are installed, and no others."""
+    names = set()
+    monkeypatch.setattr(trackers, "find_spec", lambda name: name if name in names else None)
+    return names
+
+
+def settings(*types):
+    listed = [dict(type=name) for name in types]
+    return Config(dict(visualizer=dict(type="Visualizer", vis_backends=listed)))
+
+
+def test_tensorboard_if_it_is_installed(installed):
+    config = settings("LocalVisBackend")
+    trackers.add_trackers(config)
+    assert backends(config) == ["LocalVisBackend"]
+    installed.add("tensorboard")
+    trackers.add_trackers(config)
+    trackers.add_trackers(config)
+    assert backends(config) == ["LocalVisBackend", "TensorboardVisBackend"]
+    config = settings("LocalVisBackend")
+    trackers.add_trackers(config, ["none"])
+    assert backends(config) == ["LocalVisBackend"]
+
+
+def test_named_trackers(installed):
+    installed |= {"wandb", "mlflow", "clearml"}
+    config = settings("LocalVisBackend", "mmengine.WandbVisBackend")
+    trackers.add_trackers(config, ["wandb", "mlflow", "clearml"])
+    assert backends(config)[1:] == [
+        "mmengine.WandbVisBackend",
+        "MLflowVisBackend",
+        "ClearMLVisBackend",
+    ]
+    config = Config(dict())
+    trackers.add_trackers(config, ["mlflow"])
+    assert backends(config) == ["LocalVisBackend", "MLflowVisBackend"]
+
+
+def test_missing_packages_are_one_line(installed, config, tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match="stands alone"):
+        trackers.add_trackers(config, ["none", "wandb"])
+    path = tmp_path / "config.py"
+    config.dump(path)
+    options = ["--work-dir", str(tmp_path / "run"), "--log", "wandb", "mlflow"]
+    assert train.main([str(path), *options]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install wandb mlflow" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_trackers_are_mmengines():
+    from mmengine.registry import VISBACKENDS
+
+    assert all(VISBACKENDS.get(name) is not None for name in trackers.TRACKERS.values())
+
+
+def test_curves_in_tensorboard(config, tmp_path):
+    if importlib.util.find_spec("tensorboard") is None:
+        pytest.skip("tensorboard is not installed")
+    tiny.train(config, tmp_path / "run")
+    assert list((tmp_path / "run").glob("*/vis_data/events.out.tfevents.*"))
+
+
+# --- where things are ----------------------------------------------------------------------------
+
+
+def test_files_of_a_work_directory(tmp_path):
+    with pytest.raises(UserError, match="no config"):
+        work_dirs.find_config(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint"):
+        work_dirs.choose_checkpoint(tmp_path)
+    vis_data = tmp_path / "20260101_100000" / "vis_data"
+    vis_data.mkdir(parents=True)
+    (vis_data / "config.py").write_text("")
+    assert work_dirs.find_config(tmp_path) == vis_data / "config.py"
+    (tmp_path / "mine.py").write_text("")
+    assert work_dirs.find_config(tmp_path) == tmp_path / "mine.py"
+    for name in ("epoch_1.pth", ".epoch_3.draft-01234567.pth", "epoch_2.pth"):
+        (tmp_path / name).write_text("")
+    # The folder was moved since.
+    (tmp_path / "last_checkpoint").write_text("/elsewhere/run/epoch_1.pth")
+    assert work_dirs.choose_checkpoint(tmp_path) == tmp_path / "epoch_1.pth"
+    (tmp_path / "best_mIoU_epoch_1.pth").write_text("")
+    assert work_dirs.last_checkpoint(tmp_path) == tmp_path / "epoch_1.pth"
+    assert work_dirs.choose_checkpoint(tmp_path) == tmp_path / "best_mIoU_epoch_1.pth"

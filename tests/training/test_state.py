@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint holds all that a run has become: resumed equals unbroken, bit for bit."""
+
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from mmengine.hooks import EarlyStoppingHook, Hook
+
+from mmeformer.training.saving import hook_states, restore_hooks
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def best(work_dir):
+    return sorted(path.name for path in work_dir.glob("best_*"))
+
+
+@pytest.mark.forks
+@pytest.mark.parametrize(
+    ("task", "world"),
+    [
+        ("segmentation", 1),
+        *(
+            pytest.param(task, world, marks=pytest.mark.slow)
+            for task in tiny.SCORES
+            for world in (1, 2)
+            if (task, world) != ("segmentation", 1)
+        ),
+    ],
+)
+def test_killed_run_becomes_what_it_would_have(tmp_path, task, world):
+    config = tiny.everything(task, tmp_path)
+    launcher = "none" if world == 1 else "pytorch"
+
+    def run(work_dir, **kwargs):
+        return tiny.fork(
+            lambda rank: tiny.train(config, work_dir, launcher=launcher, **kwargs), world, 120
+        )
+
+    assert run(tmp_path / "unbroken") == [0] * world
+    assert run(tmp_path / "killed", at={3: kill}) == [-signal.SIGKILL] * world
+    named = Path((tmp_path / "killed/last_checkpoint").read_text())
+    content = torch.load(named, weights_only=False)
+    assert named.name == "iter_2.pth" and content["meta"]["validated"]
+    assert content["hooks"]["EarlyStoppingHook"][0]["monitor"] == tiny.SCORES[task]
+    assert content["ema_state_dict"]["steps"] == 2
+    assert run(tmp_path / "killed", resume="auto") == [0] * world
+    tiny.assert_same_state(tmp_path / "unbroken/iter_4.pth", tmp_path / "killed/iter_4.pth")
+    assert best(tmp_path / "unbroken") == best(tmp_path / "killed") != []
+
+
+@pytest.mark.forks
+@pytest.mark.slow
+def test_validation_that_a_kill_cut_off_is_made_up_for(tmp_path, monkeypatch):
+    config = tiny.everything("segmentation", tmp_path)
+    tiny.train(config, tmp_path / "unbroken")
+
+    def run(rank):
+        monkeypatch.setattr(
+            "mmseg.evaluation.IoUMetric.compute_metrics", lambda self, results: kill()
+        )
+        tiny.train(config, tmp_path / "killed")
+
+    assert tiny.fork(run) == [-signal.SIGKILL]
+    tiny.train(config, tmp_path / "killed", resume="auto")
+    tiny.assert_same_state(tmp_path / "unbroken/iter_4.pth", tmp_path / "killed/iter_4.pth")
+    assert best(tmp_path / "unbroken") == best(tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_early_stopped_run_stays_stopped(tmp_path, monkeypatch):
+    config = tiny.everything("segmentation", tmp_path, 8)
+    config.custom_hooks[-1].patience = 2
+    monkeypatch.setattr(
+        "mmseg.evaluation.IoUMetric.compute_metrics", lambda self, results: dict(mIoU=10.0)
+    )
+    config.custom_hooks[-1].min_delta = 1.0
+    assert len(tiny.train(config, tmp_path / "run")) == 6
+    assert tiny.train(config, tmp_path / "run", resume="auto") == {}
+    config.custom_hooks[-1].patience = 9
+    assert sorted(tiny.train(config, tmp_path / "run", resume="auto")) == [6, 7]
+
+
+class Counting(Hook):
+    """A hook of a user's own."""
+
+    def __init__(self):
+        self.count = 0
+
+    def state_dict(self):
+        return dict(count=self.count)
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_hooks_get_their_own_states_back():
+    def stopping(monitor):
+        return EarlyStoppingHook(monitor, rule="greater", patience=3)
+
+    hooks = [Counting(), stopping("a"), Hook(), stopping("b")]
+    hooks[0].count = 7
+    hooks[1].wait_count, hooks[1].best_score = 1, 0.5
+    hooks[3].wait_count, hooks[3].best_score = 3, 0.25
+    states = hook_states(hooks)
+    # The second now follows another score.
+    new = [Counting(), stopping("a"), stopping("other")]
+    warnings = []
+    runner = SimpleNamespace(
+        hooks=new,
+        train_loop=SimpleNamespace(stop_training=False),
+        logger=SimpleNamespace(warning=warnings.append),
+    )
+    restore_hooks(runner, states)
+    assert new[0].count == 7 and (new[1].wait_count, new[1].best_score) == (1, 0.5)
+    assert new[2].wait_count == 0 and not runner.train_loop.stop_training and not warnings
+    runner.hooks = [stopping("a"), stopping("b")]
+    restore_hooks(runner, states)
+    assert (
+        runner.train_loop.stop_training
+        and "stopped early (b 0.25, 3 validations ago)" in warnings[0]
+    )
