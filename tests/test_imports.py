@@ -114,7 +114,7 @@ def test_files_do_not_import_each_other(edges):
 
 def test_networks_know_nothing_of_checkpoints_and_tasks(imports, edges):
     assert crossings(edges, BELOW_CHECKPOINTS, NETWORK_FILES.__contains__) == []
-    libraries = {"mmdet", "mmseg", "mmrotate"}
+    libraries = {task.scope for task in TASKS.values()}
     assert not [
         f"{module} imports {name}"
         for module, names in imports.items()
@@ -122,6 +122,16 @@ def test_networks_know_nothing_of_checkpoints_and_tasks(imports, edges):
         for name in sorted(names)
         if name.split(".")[0] in libraries
     ]
+
+
+def test_one_room_imports_mmpretrain(imports):
+    """Its import takes seconds, for which nothing else should wait."""
+    importers = {
+        room_of(module)
+        for module, names in imports.items()
+        if any(name.split(".")[0] == "mmpretrain" for name in names)
+    }
+    assert importers == {"classification"}
 
 
 def test_shared_rooms_know_tasks_by_name_only(edges):
