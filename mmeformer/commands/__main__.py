@@ -28,7 +28,6 @@ _ORDER = {
     "profile": "profile",
     "doctor": "doctor",
     "quickstart": "quickstart",
-    "report": "report",
 }
 _NOT_COMMANDS = ("__init__", "__main__", "cli")
 COMMANDS = _ORDER | {
