@@ -32,7 +32,8 @@ class Setting(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name} = {self.value}  # {self.reason}"
+        # Names of classes may have line breaks.
+        return f"{self.name} = {self.value}  # {' '.join(self.reason.split())}"
 
 
 @dataclass(frozen=True)
