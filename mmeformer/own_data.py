@@ -211,7 +211,7 @@ def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -
         ),
         Setting("labels", repr_text(f"{plan.labels.as_posix()}/"), "made from your labels"),
         Setting("classes", repr_names(data.classes), f"in training: {listed}{more}"),
-        Setting("checkpoint", weights, "backbone weights; None: from scratch"),
+        Setting("checkpoint", weights, "backbone weights; from scratch: init --weights none"),
         *starter.settings(data, plan),
         *starter.common(data, plan),
     ]
