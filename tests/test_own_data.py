@@ -359,7 +359,7 @@ def test_gpu_changes_precision_batch_and_workers():
         ("l1", None),
         pytest.param("s2", None, marks=pytest.mark.slow),
         pytest.param("l1", own_data.SCRATCH, marks=pytest.mark.slow),
-        ("s2", own_data.SCRATCH),
+        pytest.param("s2", own_data.SCRATCH, marks=pytest.mark.slow),
     ],
 )
 def test_other_variants(made, arch, weights, tmp_path):
