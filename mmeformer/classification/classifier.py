@@ -27,8 +27,8 @@ class Classifier(ImageClassifier):
 
     Args:
         teacher: arguments of :class:`mmeformer.classification.distillation.Teacher`, such as
-            ``dict(timm="regnety_160.deit_in1k")``; None or an empty dict trains without. In a config
-            that others inherit from, only the empty dict can be overridden.
+            ``dict(timm="regnety_160.deit_in1k")``; None or an empty dict trains without. Only the
+            latter can be overridden in a config that inherits from another.
         args, kwargs: of mmpretrain's ``ImageClassifier``.
 
     Raises:

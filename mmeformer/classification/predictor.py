@@ -11,9 +11,10 @@ import numpy as np
 from mmengine.dataset import Compose
 from mmengine.infer import BaseInferencer
 from mmengine.registry import TRANSFORMS
+
 from mmeformer.inference.pictures import at_picture_size
 from mmeformer.inference.predictor import Predictor
-from mmeformer.results import Classification, category_id
+from mmeformer.results import Classification
 from mmeformer.windows import Window
 
 BEST = 5
@@ -96,7 +97,7 @@ class ClassificationPredictor(Predictor[Classification]):
     def entries(self, result: Classification) -> list[dict]:
         """One annotation per reported class, the best first: ``category_id`` and ``score``."""
         return [
-            dict(category_id=category_id(label), score=float(result.scores[label]))
+            dict(category_id=self.category_ids[label], score=float(result.scores[label]))
             for label in result.best(BEST)
         ]
 
