@@ -28,7 +28,7 @@ import numpy as np
 from mmeformer.errors import UserError
 from mmeformer.files import refuse_url
 from mmeformer.images import PLAIN, VIDEO_SUFFIXES, Reading, as_image, write_image
-from mmeformer.results import Detections, RotatedDetections, Segmentation
+from mmeformer.results import Classification, Detections, RotatedDetections, Segmentation
 from mmeformer.work_dirs import choose_checkpoint, find_config
 
 SCORE_THR = 0.3
@@ -202,7 +202,9 @@ class Prediction:
 
     @property
     def names(self) -> list[str]:
-        """Name of every object's class."""
+        """Name of every object's class; of a classified image that of its most likely class."""
+        if isinstance(self.result, Classification):
+            return [self.classes[self.result.label]]
         return [self.classes[label] for label in self.result.labels]
 
     def plot(self) -> np.ndarray:
@@ -245,7 +247,7 @@ class Prediction:
         )
 
     def to_supervision(self) -> Any:
-        """A ``supervision.Detections`` with the same objects.
+        """A ``supervision.Detections`` with the same objects, or ``supervision.Classifications``.
 
         Rotated boxes have their corners in ``data["xyxyxyxy"]``; of a label map every class is one
         object with a mask.
@@ -258,6 +260,9 @@ class Prediction:
             import supervision
         except ImportError as error:
             raise UserError("supervision is not installed: pip install supervision") from error
+        if isinstance(self.result, Classification):
+            scores = self.result.scores
+            return supervision.Classifications(np.arange(len(scores)), confidence=scores)
         fields = supervision_fields(self.result)
         names = np.array([self.classes[label] for label in fields["class_id"]], dtype=str)
         fields["data"] = {**fields.get("data", {}), "class_name": names}
@@ -431,12 +436,15 @@ class _Exported(_Source):
         from mmeformer import tasks
 
         task = tasks.TASKS.get(self.predictor.metadata.task)
+        if task is None:
+            raise ValueError("a backbone finds no objects, so there are no COCO annotations")
         try:
-            predictor = task and tasks.load(task.predictor)
+            predictor = tasks.load(task.predictor)
         except ImportError as error:
-            needed = " and ".join(task.libraries) if task else ""
-            raise UserError(f"COCO annotations need {needed}: {error}") from error
-        if predictor is None or not predictor.writes_json:
+            raise UserError(
+                f"COCO annotations need {' and '.join(task.libraries)}: {error}"
+            ) from error
+        if not predictor.writes_json:
             raise ValueError(f"{type(result).__name__} has no objects, so no COCO annotations")
         entries: list[dict] = predictor.annotations(result, self.classes, self.category_ids)
         return entries

@@ -7,12 +7,13 @@ anything that exists.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -134,7 +135,11 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
     findings = check(configs.load_config(config))
     if shown := format_findings([*data.findings, *findings], per_kind=3):
         report(shown)
-    return Made(config, sum(finding.severity == ERROR for finding in findings))
+    errors = sum(finding.severity == ERROR for finding in findings)
+    if not errors:
+        steps, seconds = starter.steps(data, plan), _seconds(config)
+        report(f"{steps} training steps of {seconds:.2g} s: {duration(steps * seconds)} here")
+    return Made(config, errors)
 
 
 def find_arch(arch: str) -> Variant:
@@ -156,33 +161,32 @@ def choose_task(data: LabeledData, name: str | None) -> tuple[Task, Starter]:
     Raises:
         UserError: no task takes such labels, or not the one that the user wants.
     """
-    wanted = [TASKS[name]] if name is not None else list(TASKS.values())
-    known = [
-        (task, tasks.load(task.starter))
-        for task in wanted
-        # Of a task that the user names, the import says what to install.
-        if task.starter is not None and (name is not None or _is_installed(task))
-    ]
-    for task, starter in known:
-        if data.kind in starter.kinds or (name and data.kind in starter.other_kinds):
-            return task, starter
-    if name is not None and not known:
+    if name is None:
+        fitting = [task for task in TASKS.values() if data.kind in task.labels]
+        if not fitting:
+            raise UserError(
+                f"{data.root} has {_KINDS[data.kind]} ({data.format}: "
+                f"{', '.join(data.classes[:5])}), and no task starts from them: {', '.join(TASKS)}"
+            )
+        task = fitting[0]
+    else:
+        task = TASKS[name]
+    if missing := [lib for lib in task.libraries if importlib.util.find_spec(lib) is None]:
         raise UserError(
-            f"there is no starter for {name} yet; copy a template of {config_dir() / name}"
+            f"{data.root} is for {task.name}, which needs {', '.join(missing)}: pip install "
+            f"'mmeformer[{task.name}]'"
         )
-    if name is not None:
+    if task.starter is None:
+        raise UserError(
+            f"there is no starter for {task.name}; copy a template of {config_dir() / task.name}"
+        )
+    starter = tasks.load(task.starter)
+    if data.kind not in (*task.labels, *starter.kinds):
         raise UserError(
             f"{name} cannot be trained on {data.root} ({data.format}: {_KINDS[data.kind]}); leave "
             "out --task, or give other labels"
         )
-    raise UserError(
-        f"{data.root} has {_KINDS[data.kind]} ({data.format}: {', '.join(data.classes[:5])}), and "
-        f"no task of this installation starts from them: {', '.join(t.name for t, _ in known)}"
-    )
-
-
-def _is_installed(task: Task) -> bool:
-    return all(importlib.util.find_spec(library) for library in task.libraries)
+    return task, starter
 
 
 def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -> str:
@@ -213,17 +217,23 @@ def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -
 def check(config: Config) -> list[Finding]:
     """Problems that the task's own checks find in training and validation data."""
     found = []
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    # Keep mmengine's messages about building out of the output.
-    logger.setLevel(logging.ERROR)
-    try:
+    with _quiet():
         for split in ("train", "val"):
             for dataset in datasets_of(config, split):
                 found += [*dataset.findings(limit=500), *check_evaluator(config, split, dataset)]
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep mmengine's messages about building out of the output."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         logger.setLevel(level)
-    return found
 
 
 def _target(out: Path | None, folder: Path) -> Path:
@@ -251,13 +261,12 @@ def _options(request: Request, folder: Path) -> Options:
             f"--task {task.name} ({meaning})"
             for kind, meaning in ((CORNERS, "corners"), (POLYGONS, "outlines"))
             for task in TASKS.values()
-            if task.starter and _is_installed(task) and kind in tasks.load(task.starter).kinds
+            if kind in task.labels
         ]
         return replace(request.options, answer=" or ".join(choices))
-    starter = TASKS[request.task].starter
-    kinds = () if starter is None else tasks.load(starter).kinds
-    options = replace(request.options, corners=CORNERS in kinds)
-    if options.format is None and MASKS in kinds and recognize(Tree.of(folder), masks=True):
+    labels = TASKS[request.task].labels
+    options = replace(request.options, corners=CORNERS in labels)
+    if options.format is None and MASKS in labels and recognize(Tree.of(folder), masks=True):
         options = replace(options, format=MASKS)
     return options
 
@@ -285,7 +294,28 @@ def _trial(config: Path) -> int:
     """The largest batch that trains on this GPU."""
     from mmeformer.training.trial import measure_batch
 
-    return measure_batch(configs.load_config(config))
+    with _quiet():
+        return measure_batch(configs.load_config(config))
+
+
+def _seconds(config: Path) -> float:
+    """Seconds of a training step here."""
+    from mmeformer.training.trial import measure_seconds
+
+    with _quiet():
+        return measure_seconds(configs.load_config(config))
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``about 20 minutes``, ``about 3 hours``, ``about 2 days``."""
+    if seconds < 90 * 60:
+        count, unit = seconds / 60, "minute"
+    elif seconds < 36 * 3600:
+        count, unit = seconds / 3600, "hour"
+    else:
+        count, unit = seconds / 86400, "day"
+    whole = max(1, round(count))
+    return f"about {whole} {unit}{'s' if whole > 1 else ''}"
 
 
 def _report_data(data: LabeledData, task: Task, report: Callable[[str], object]) -> None:
@@ -294,7 +324,7 @@ def _report_data(data: LabeledData, task: Task, report: Callable[[str], object])
     shown = ", ".join(f"{len(found)} {split}" for split, found in images.items() if found)
     report(f"{data.root}: {data.format}, {_KINDS[data.kind]}, for {task.name}")
     report(f"images: {shown}; mostly {long} x {short} px")
-    unit = "pixels" if data.kind == MASKS else "objects"
+    unit = {MASKS: "pixels", FOLDERS: "images"}.get(data.kind, "objects")
     counts = {split: data.counts(split) for split in SPLITS if images[split]}
     for label, name in enumerate(data.classes[:_SHOWN]):
         numbers = ", ".join(f"{count[label]:,} {split}" for split, count in counts.items())

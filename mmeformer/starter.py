@@ -60,14 +60,13 @@ class Starter:
     """Base class of the starters.
 
     Attributes:
-        kinds: kinds of labels that are for this task, if the user does not say.
-        other_kinds: kinds that it can be trained on too.
+        kinds: kinds of labels on which the task can be trained beside its own (``labels`` of its
+            row), if the user asks for it.
         base_batch: batch size of the published or default learning rate on a CPU.
         rates: learning rates for that batch, from pretrained weights and from scratch.
     """
 
     kinds: tuple[str, ...] = ()
-    other_kinds: tuple[str, ...] = ()
     base_batch: int = 2
     rates: tuple[float, float] = (1e-4, 5e-4)
 
@@ -142,7 +141,8 @@ class Starter:
         lines = [
             "custom_hooks = [",
             "    *_base_.custom_hooks,",
-            '    dict(type="EMAHook", ema_type="MomentumAnnealingEMA", momentum=averaging),',
+            '    dict(type="EMAHook", ema_type="MomentumAnnealingEMA", momentum=averaging, '
+            "update_buffers=True),",
         ]
         if plan.gpu and (steps := self.steps(data, plan)) >= COMPILE_FROM:
             lines.append(f'    dict(type="mmeformer.CompileHook"),  # pays: {steps} iterations')

@@ -16,6 +16,8 @@ ROOT = PACKAGE.parent
 
 TASK_ROOMS = set(TASKS)
 SHARED_ROOMS = {"checks", "training", "inference", "deploy", "runtime", "report"}
+ABOVE_TASKS = {"commands", "quickstart", "own_data", "formats"}
+"""Import the rooms of tasks, and are imported by none of them."""
 BELOW_CHECKPOINTS = {"backbones", "layers", "ops"}
 """Know the network and nothing of where its weights come from or what it is used for."""
 NETWORK_FILES = BELOW_CHECKPOINTS | {"", "errors", "files", "registry", "variants", "version"}
@@ -133,8 +135,15 @@ def test_one_room_imports_mmpretrain(imports):
 
 
 def test_shared_rooms_know_tasks_by_name_only(edges):
-    above = TASK_ROOMS | {"commands", "quickstart"}
+    above = TASK_ROOMS | ABOVE_TASKS
     assert crossings(edges, SHARED_ROOMS, lambda room: room not in above) == []
+
+
+def test_tasks_do_not_know_what_uses_them(edges):
+    # Their quickstarts are rows of it.
+    above = ABOVE_TASKS - {"quickstart"}
+    assert crossings(edges, TASK_ROOMS, lambda room: room not in above) == []
+    assert crossings(edges, {"formats"}, lambda room: room not in above - {"formats"}) == []
 
 
 def test_shared_rooms_do_not_import_each_other(edges):

@@ -29,6 +29,14 @@ WRITERS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_trial_steps():
+    """A step of a whole network takes seconds; :func:`test_trial_steps` takes one of a tiny one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_data, "_seconds", lambda config: 0.5)
+        yield
+
+
 def make(root, out, **request):
     lines: list[str] = []
     request.setdefault("weights", own_data.SCRATCH)
@@ -61,6 +69,7 @@ def test_config_is_short_and_says_why(made, task):
     for name in ("classes", "checkpoint", "batch_size", "num_workers", "learning_rate"):
         assert "  # " in reasons[name], name
     assert all("  # " in line for name, line in reasons.items() if name != "_base_")
+    assert "training steps of 0.5 s: about" in report
     assert str(root) in report and str(result.config) in report
 
 
@@ -158,7 +167,7 @@ class TestQuestions:
         rows = {k: v for k, v in tasks.TASKS.items() if k != "classification"}
         monkeypatch.setattr(own_data, "TASKS", rows)
         with pytest.raises(
-            UserError, match="a class for each image .class folders: boat, car.*no task"
+            UserError, match="a class for each image .class folders: boat, car.*no task starts"
         ):
             make(root, tmp_path / "a.py")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
@@ -409,6 +418,42 @@ def test_trial_steps(made, tmp_path):
     ]
     assert sum(changed) > len(changed) / 2
     assert config.optim_wrapper.type == "AmpOptimWrapper"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (3, "about 1 minute"),
+        (1200, "about 20 minutes"),
+        (3 * 3600, "about 3 hours"),
+        (200_000, "about 2 days"),
+    ],
+)
+def test_durations(seconds, text):
+    assert own_data.duration(seconds) == text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", WRITERS)
+def test_train_on_a_folder(task, tmp_path, monkeypatch):
+    """``mmeformer train DATA`` with the whole network, from scratch, for two iterations."""
+    from mmeformer.commands.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(own_data, "default_checkpoint", lambda variant: None)
+    root = WRITERS[task](tmp_path / "data")
+    options = ["train_cfg.max_epochs=1", "train_cfg.val_interval=1"]
+    if task == "segmentation":
+        options = ["train_cfg.max_iters=2", "train_cfg.val_interval=2"]
+    assert main(["train", str(root), "--cfg-options", *options]) == 0
+    assert list((tmp_path / "work_dirs" / "data").glob("*_*.pth"))
+    # The second time, the config is there.
+    assert main(["train", str(root)]) == 1
+
+
+def test_seconds_of_a_step(made):
+    config = tiny.network("rotated", str(made["rotated"][0].config))
+    assert 0 < trial.measure_seconds(config) < 60
 
 
 def test_options_answer_questions(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 from mmengine.dataset import Compose
 from mmengine.infer import BaseInferencer
 from mmengine.registry import TRANSFORMS
+from torch import nn
 
 from mmeformer.inference.pictures import at_picture_size
 from mmeformer.inference.predictor import Predictor
@@ -27,7 +28,7 @@ class ArrayInferencer(BaseInferencer):
     mmpretrain's own has another base class.
     """
 
-    def _load_weights_to_model(self, model: Any, checkpoint: dict, cfg: Any) -> None:
+    def _load_weights_to_model(self, model: nn.Module, checkpoint: dict, cfg: Any) -> None:
         super()._load_weights_to_model(model, checkpoint, cfg)
         meta = checkpoint["meta"]
         model.dataset_meta = meta.get("dataset_meta") or dict(classes=meta["CLASSES"])
@@ -94,10 +95,13 @@ class ClassificationPredictor(Predictor[Classification]):
             cv2.putText(picture, text, place, font, 0.65 * unit, (255,) * 3, thickness, cv2.LINE_AA)
         return picture
 
-    def entries(self, result: Classification) -> list[dict]:
+    @classmethod
+    def annotations(
+        cls, result: Classification, classes: Sequence[str], category_ids: Sequence[int]
+    ) -> list[dict]:
         """One annotation per reported class, the best first: ``category_id`` and ``score``."""
         return [
-            dict(category_id=self.category_ids[label], score=float(result.scores[label]))
+            dict(category_id=category_ids[label], score=float(result.scores[label]))
             for label in result.best(BEST)
         ]
 

@@ -15,7 +15,6 @@ import numpy as np
 from mmeformer.files import write_text
 from mmeformer.images import read_image, write_image
 from mmeformer.labeled import (
-    BOXES,
     CORNERS,
     POLYGONS,
     SPLITS,
@@ -57,8 +56,7 @@ INSIDE = 0.4
 class DetectionStarter(Starter):
     """See the base class."""
 
-    kinds = (POLYGONS, BOXES)
-    other_kinds = (CORNERS,)
+    kinds = (CORNERS,)
 
     def template(self, data: LabeledData) -> str:
         """See the base class."""
@@ -204,7 +202,7 @@ def as_coco(
         root: file names are relative to it.
         masks: write polygons and run lengths too.
     """
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for number, image in enumerate(images, start=1):
         for item in image.objects:
             entry: dict[str, Any] = dict(

@@ -95,7 +95,7 @@ def _pairs(tree: Tree) -> list[tuple[Path, Path]]:
             images[_IMAGE_ENDING.sub("", path.stem)].append(path)
     if any(mask.stem.endswith("labelTrainIds") for mask in masks):
         masks = [mask for mask in masks if not mask.stem.endswith("labelIds")]
-    found = {}
+    found: dict[Path, Path] = {}
     for mask in masks:
         same = images.get(mask.stem) or images.get(_MASK_ENDING.sub("", mask.stem)) or []
         if same:
@@ -137,11 +137,11 @@ def read(tree: Tree, options: Options) -> LabeledData:
     if not good:
         return LabeledData(NAME, tree.root, MASKS, (), [], findings)
     labels = _labels(tree, options, good, findings)
-    for image, values in good:
+    for labeled, values in good:
         for value, count in values.counts.items():
             label = labels.table.get(value, UNLABELED)
             if label != UNLABELED:
-                image.pixels[label] = image.pixels.get(label, 0) + count
+                labeled.pixels[label] = labeled.pixels.get(label, 0) + count
     notes = [*labels.notes]
     paths = {path for pair in pairs for path in pair}
     if others := [path for path in tree.images if path not in paths and not _known(path)]:

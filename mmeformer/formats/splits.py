@@ -110,6 +110,6 @@ def choose(groups: Sequence[list[LabeledImage]], seed: int) -> list[LabeledImage
             if len(found) >= wanted:
                 break
         if not found and wanted:
-            found += min(same, key=len)
+            found += sorted(same, key=len)[0]
         chosen += found
     return chosen

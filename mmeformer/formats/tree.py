@@ -54,10 +54,12 @@ class Tree:
     Args:
         root: the folder.
         files: all files, sorted; hidden ones and those of macOS archives are left out.
+        found: files by which a format was recognized, by its name, where that takes long.
     """
 
     root: Path
     files: list[Path]
+    found: dict[str, list[Path]] = field(default_factory=dict)
     _names: dict[str, list[Path]] = field(default_factory=dict)
 
     @classmethod

@@ -188,10 +188,13 @@ def _listed(place: Path, tree: Tree) -> Iterable[Path]:
     """Images below a folder, or those that a text file lists."""
     if place.is_dir():
         return [path for path in tree.images if path.resolve().is_relative_to(place)]
-    missing, found = [], []
+    found: list[Path] = []
+    missing: list[str] = []
     for name in read_names(place):
-        image = tree.find_image(name, place)
-        (missing if image is None else found).append(image or name)
+        if (image := tree.find_image(name, place)) is None:
+            missing.append(name)
+        else:
+            found.append(image)
     if missing:
         raise UserError(f"{place} lists {len(missing)} images that do not exist: {missing[0]}, ...")
     return found

@@ -88,15 +88,18 @@ class StopRequest:
 
         def replacement(results: Any) -> dict:
             try:
-                self._evaluating = True
-                if self.signal is not None:
-                    raise _Interrupted
-                return evaluate(results)
+                try:
+                    self._evaluating = True
+                    if self.signal is not None:
+                        raise _Interrupted
+                    scores = evaluate(results)
+                finally:
+                    # A signal may arrive up to here.
+                    self._evaluating = False
             except _Interrupted:
                 self.interrupted = True
                 return {}
-            finally:
-                self._evaluating = False
+            return scores
 
         return replacement
 

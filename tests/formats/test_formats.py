@@ -221,6 +221,21 @@ class TestYolo:
             read(tmp_path)
 
 
+def test_photos_that_are_shown_turned(tmp_path):
+    """EXIF 6: stored lying, shown upright. Shares are of the image as it is shown."""
+    (tmp_path / "labels").mkdir()
+    exif = Image.Exif()
+    exif[274] = 6
+    (tmp_path / "images").mkdir()
+    for name in ("one", "two"):
+        photo = Image.new("RGB", (80, 40))
+        photo.save(tmp_path / "images" / f"{name}.jpg", exif=exif)
+        (tmp_path / "labels" / f"{name}.txt").write_text("0 0.5 0.25 0.5 0.25\n")
+    for image in read(tmp_path).images:
+        assert (image.width, image.height) == (40, 80)
+        assert image.objects[0].box == (10, 10, 20, 20)
+
+
 class TestVoc:
     def test_boxes(self, tmp_path):
         assert_as_written(read(sets.write_voc(tmp_path)), BOXES, splits=SPLIT)
