@@ -35,6 +35,8 @@ class Classifier(ImageClassifier):
         ValueError: there is a teacher, but the head has no second classifier.
     """
 
+    init_cfg: Any
+
     def __init__(self, *args: Any, teacher: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if teacher and self.head.fc_dist is None:

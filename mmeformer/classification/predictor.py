@@ -11,7 +11,6 @@ import numpy as np
 from mmengine.dataset import Compose
 from mmengine.infer import BaseInferencer
 from mmengine.registry import TRANSFORMS
-from torch import nn
 
 from mmeformer.inference.pictures import at_picture_size
 from mmeformer.inference.predictor import Predictor
@@ -28,7 +27,7 @@ class ArrayInferencer(BaseInferencer):
     mmpretrain's own has another base class.
     """
 
-    def _load_weights_to_model(self, model: nn.Module, checkpoint: dict, cfg: Any) -> None:
+    def _load_weights_to_model(self, model: Any, checkpoint: dict, cfg: Any) -> None:
         super()._load_weights_to_model(model, checkpoint, cfg)
         meta = checkpoint["meta"]
         model.dataset_meta = meta.get("dataset_meta") or dict(classes=meta["CLASSES"])
