@@ -146,7 +146,12 @@ class Metadata:
                 f"{source}: its metadata has missing entries {sorted(required - set(values))} and "
                 f"unknown entries {sorted(set(values) - known)}; export the model again"
             )
-        return cls(**{name: _as_tuple(value) for name, value in values.items()})
+        try:
+            return cls(**{name: _as_tuple(value) for name, value in values.items()})
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{source}: its metadata is damaged ({error}); export the model again"
+            ) from None
 
 
 def _as_tuple(value: Any) -> Any:
