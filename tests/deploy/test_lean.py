@@ -33,14 +33,15 @@ ANY_SIZE = [
 READ_BY_ALL = set(
     """
     Abs Add And ArgMax ArgMin AveragePool BatchNormalization Cast Ceil Clip Concat Constant
-    ConstantOfShape Conv ConvTranspose Cos CumSum DepthToSpace DequantizeLinear Div Einsum Elu Equal
-    Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool
-    Greater GreaterOrEqual HardSigmoid HardSwish Identity InstanceNormalization LayerNormalization
-    LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max MaxPool Mean Min Mod Mul Neg NonMaxSuppression
-    NonZero Not Or Pad Pow PRelu QuantizeLinear Range Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean
-    ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize RoiAlign Round
-    ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze Sub
-    Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor
+    ConstantOfShape Conv ConvTranspose Cos CumSum DepthToSpace DequantizeLinear Div Einsum Elu
+    Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm
+    GlobalAveragePool Greater GreaterOrEqual HardSigmoid HardSwish Identity
+    InstanceNormalization LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul
+    Max MaxPool Mean Min Mod Mul Neg NonMaxSuppression NonZero Not Or Pad Pow PRelu
+    QuantizeLinear Range Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd
+    ReduceSum ReduceSumSquare Relu Reshape Resize RoiAlign Round ScatterElements ScatterND
+    Shape Sigmoid Sign Sin Size Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze Sub Sum
+    Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor
     """.split()
 )
 """Operators that the parsers of TensorRT 10.15 and OpenVINO 2025 both have.
