@@ -18,7 +18,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL.onnx", help="file that tools/export.py wrote")
+    parser.add_argument("model", metavar="MODEL.onnx", help="exported file")
     parser.add_argument("--out", metavar="FOLDER", help="folder to write")
     parser.add_argument("--serve", action="store_true", help="serve the page on this machine")
     parser.add_argument("--port", type=int, default=8000, help="for --serve (default: 8000)")

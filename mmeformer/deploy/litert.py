@@ -43,10 +43,11 @@ class _Named(nn.Module):
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
-        self.graph = graph
+        # The name `graph` is torch.fx's own.
+        self.source = graph
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.graph.output_names, self.graph(image), strict=True))
+        return dict(zip(self.source.output_names, self.source(image), strict=True))
 
 
 def write(
