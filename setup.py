@@ -54,12 +54,12 @@ TARGETS = {
     "openvino": ["openvino>=2025.0"],
 }
 EXTRAS = {
-    **TARGETS,
     "detection": DETECTION,
     "segmentation": SEGMENTATION,
     "rotated": ROTATED,
     "classification": CLASSIFICATION,
     "deploy": DEPLOY,
+    **TARGETS,
     "all": list(dict.fromkeys(DETECTION + SEGMENTATION + ROTATED + CLASSIFICATION + DEPLOY)),
     "dev": [
         "hypothesis",

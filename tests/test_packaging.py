@@ -105,6 +105,8 @@ def test_wheel_metadata(metadata):
         "rotated",
         "classification",
         "deploy",
+        "litert",
+        "openvino",
         "all",
         "dev",
     ]
