@@ -160,18 +160,16 @@ def write_int8(
 ) -> None:
     """Write a file whose operators of these kinds are quantized; inputs and outputs stay."""
     change = quantizer.Quantizer(str(source))
-    activation = TensorQuantizationConfig(num_bits=8, symmetric=False)
-    weight = TensorQuantizationConfig(
-        num_bits=8, symmetric=True, granularity=QuantGranularity.CHANNELWISE
+    config = OpQuantizationConfig(
+        activation_tensor_config=TensorQuantizationConfig(num_bits=8, symmetric=False),
+        weight_tensor_config=TensorQuantizationConfig(
+            num_bits=8, symmetric=True, granularity=QuantGranularity.CHANNELWISE
+        ),
+        compute_precision=ComputePrecision.INTEGER,
     )
     for kind in kinds:
-        operation = TFLOperationName(kind)
-        config = OpQuantizationConfig(
-            activation_tensor_config=activation,
-            weight_tensor_config=weight if operation in _WEIGHTS else None,
-            compute_precision=ComputePrecision.INTEGER,
-        )
-        change.update_quantization_recipe(".*", operation, config)
+        change.update_quantization_recipe(".*", TFLOperationName(kind), config)
     with _quiet():
-        ranges = change.calibrate({SIGNATURE: feeds})
+        # An iterator would be used up when it is counted.
+        ranges = change.calibrate({SIGNATURE: list(feeds)})
         out.write_bytes(bytes(change.quantize(ranges).quantized_model))
