@@ -204,7 +204,8 @@ def measure(
         except Exception as error:  # a target that does not work is a row, not the end
             row[2] = f"no: {str(error).splitlines()[0][:90] if str(error) else type(error)}"
             files.pop(target.name, None)
-            traceback.print_exc()
+            if not isinstance(error, (ImportError, ValueError)):
+                traceback.print_exc()
     runs = [(row, t) for row, t in zip(rows, targets, strict=True) if row[2] == "yes"]
     for place, count in enumerate(threads):
         predictors = [target.load(files[target.name], count) for _, target in runs if target.load]
