@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a web page that runs an exported ONNX file in the browser; pictures stay on the device.
 
-web.py model.onnx --out site/     # for any static host
-web.py model.onnx --serve         # only on this machine
+Examples:
+    mmeformer web model.onnx --out site/     # for any static host
+    mmeformer web model.onnx --serve         # only on this machine
 """
 
 import argparse

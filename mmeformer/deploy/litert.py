@@ -74,7 +74,7 @@ def write(
     reference.raw_names = ()
     assert metadata.size is not None and metadata.batch is not None
     randoms = [random_image(*metadata.size, seed) for seed in range(metadata.batch)]
-    batches = [randoms, *([image] * metadata.batch for image in images)]
+    batches: list[list[Any]] = [randoms, *([image] * metadata.batch for image in images)]
     examples = [
         torch.from_numpy(
             np.stack([prepare(as_image(i, metadata.reading), metadata).data for i in batch])
