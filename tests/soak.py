@@ -11,6 +11,7 @@ two SIGTERMs. In the end each has to be, bit for bit, what it is without kills.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -83,7 +84,11 @@ class Kills:
             os._exit(code)
 
     def prepare(self, task: str) -> None:
-        """Train once without kills."""
+        """Train once without kills; data and imports are ready for the copies of this process."""
+        config = tiny.everything(task, self.folder / task, ITERATIONS)
+        config.work_dir = str(self.folder / f"{task}-imports")
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            engine.build_train_runner(config)
         started = time.monotonic()
         child = self.start(task, self.folder / f"{task}-unbroken")
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -394,7 +394,9 @@ class PreemptionHook(Hook):
             if isinstance(hook, EMAHook):
                 # It validates the averaged weights in place of those that are trained.
                 hook._swap_ema_parameters()
-        checkpoint_hook(runner).stop(runner, dict(epoch=runner.epoch, iter=runner.iter))
+        hook = checkpoint_hook(runner)
+        assert hook is not None  # else signals are not noted
+        hook.stop(runner, dict(epoch=runner.epoch, iter=runner.iter))
 
 
 def checkpoint_hook(runner: Runner) -> CheckpointHook | None:
