@@ -118,13 +118,13 @@ class Kills:
                 _, status = os.waitpid(child, 0)
             code = os.waitstatus_to_exitcode(status)
             if code not in (0, PREEMPTED, -signal.SIGKILL, -signal.SIGTERM):
-                self.lost.append(f"{work_dir.name}: exit status {code} after {kind}")
+                self.lost.append(self.told(work_dir, f"exit status {code} after {kind}"))
                 return
             if code == 0 or time.monotonic() > deadline:
                 break
         code = os.waitstatus_to_exitcode(os.waitpid(self.start(task, work_dir), 0)[1])
         if code != 0:
-            self.lost.append(f"{work_dir.name}: exit status {code} without a kill")
+            self.lost.append(self.told(work_dir, f"exit status {code} without a kill"))
             return
         name = f"iter_{ITERATIONS}.pth"
         first, second = self.folder / f"{task}-unbroken", work_dir
@@ -136,6 +136,12 @@ class Kills:
             self.wrong.append(f"{work_dir.name}: {error}")
             return
         shutil.rmtree(work_dir)
+
+    @staticmethod
+    def told(work_dir: Path, what: str) -> str:
+        """What happened to a run, and what it said last."""
+        lines = work_dir.with_suffix(".log").read_text(errors="replace").splitlines()
+        return "\n  ".join([f"{work_dir.name}: {what}. The end of its log:", *lines[-20:]])
 
     @property
     def total(self) -> int:

@@ -412,8 +412,9 @@ def named_checkpoint(work_dir: str | Path) -> Path | None:
 
 def last_checkpoint(runner: Runner) -> str:
     """A sentence that names the checkpoint to resume from; waits for one that is being written."""
-    if runner.writer is not None:
-        runner.writer.wait()
+    writer = getattr(runner, "writer", None)
+    if writer is not None:
+        writer.wait()
     named = named_checkpoint(runner.work_dir)
     return (
         "There is no checkpoint yet." if named is None else f"The last good checkpoint is {named}."
