@@ -11,6 +11,7 @@ two SIGTERMs. In the end each has to be, bit for bit, what it is without kills.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -83,7 +84,11 @@ class Kills:
             os._exit(code)
 
     def prepare(self, task: str) -> None:
-        """Train once without kills."""
+        """Train once without kills; data and imports are ready for the copies of this process."""
+        config = tiny.everything(task, self.folder / task, ITERATIONS)
+        config.work_dir = str(self.folder / f"{task}-imports")
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            engine.build_train_runner(config)
         started = time.monotonic()
         child = self.start(task, self.folder / f"{task}-unbroken")
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -113,13 +118,13 @@ class Kills:
                 _, status = os.waitpid(child, 0)
             code = os.waitstatus_to_exitcode(status)
             if code not in (0, PREEMPTED, -signal.SIGKILL, -signal.SIGTERM):
-                self.lost.append(f"{work_dir.name}: exit status {code} after {kind}")
+                self.lost.append(self.told(work_dir, f"exit status {code} after {kind}"))
                 return
             if code == 0 or time.monotonic() > deadline:
                 break
         code = os.waitstatus_to_exitcode(os.waitpid(self.start(task, work_dir), 0)[1])
         if code != 0:
-            self.lost.append(f"{work_dir.name}: exit status {code} without a kill")
+            self.lost.append(self.told(work_dir, f"exit status {code} without a kill"))
             return
         name = f"iter_{ITERATIONS}.pth"
         first, second = self.folder / f"{task}-unbroken", work_dir
@@ -131,6 +136,12 @@ class Kills:
             self.wrong.append(f"{work_dir.name}: {error}")
             return
         shutil.rmtree(work_dir)
+
+    @staticmethod
+    def told(work_dir: Path, what: str) -> str:
+        """What happened to a run, and what it said last."""
+        lines = work_dir.with_suffix(".log").read_text(errors="replace").splitlines()
+        return "\n  ".join([f"{work_dir.name}: {what}. The end of its log:", *lines[-20:]])
 
     @property
     def total(self) -> int:

@@ -129,7 +129,8 @@ class EpochBasedTrainLoop(MMEngineEpochBasedTrainLoop):
     def _go_on(self, sampler: PositionSampler, parts: list[dict]) -> None:
         """Leave out the samples that were seen in ``parts``."""
         sampler.set_epoch(self._epoch)
-        size, now = batch_size(self.dataloader), get_world_size()
+        size: Any = batch_size(self.dataloader)
+        now = get_world_size()
         done = 0
         if parts and (parts[-1]["processes"], parts[-1]["batch_size"]) == (now, size):
             done = parts.pop()["batches"]
@@ -175,6 +176,7 @@ class EpochBasedTrainLoop(MMEngineEpochBasedTrainLoop):
         self.runner.call_hook("before_train_epoch")
         self.runner.model.train()
         if done < len(self.dataloader):
+            batches: Iterator[tuple[int, Any]]
             slots, self._slots = self._slots, None
             if slots is not None:
                 _sampler(self.dataloader).take(slots)
@@ -196,6 +198,7 @@ class IterBasedTrainLoop(MMEngineIterBasedTrainLoop):
     mmengine.
     """
 
+    dataloader_iterator: Any
     validated = True
     """Whether the validation that follows the current iteration is done, if there is one."""
     _start, _samples = 0, 0

@@ -7,6 +7,8 @@ or SIGUSR1. The training then saves a checkpoint and exits with :data:`PREEMPTED
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import threading
@@ -120,10 +122,22 @@ def anywhere(*flags: bool) -> list[bool]:
 def deaf_worker(init: Callable[[int], None] | None) -> Callable[[int], None]:
     """Init function of data workers that leaves these signals to the training process.
 
-    Schedulers send them to all processes; the last iteration still needs its data. Workers end when
-    the training process does.
+    Schedulers send them to all processes; the last iteration still needs its data. At the end of
+    Python, multiprocessing would send SIGTERM to workers that wait for more work, and wait for
+    them: they are killed before.
     """
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)
     return partial(_init_worker, init)
+
+
+def _end_workers() -> None:
+    # PyTorch takes the end of a worker for an error.
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:

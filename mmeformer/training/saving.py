@@ -394,7 +394,9 @@ class PreemptionHook(Hook):
             if isinstance(hook, EMAHook):
                 # It validates the averaged weights in place of those that are trained.
                 hook._swap_ema_parameters()
-        checkpoint_hook(runner).stop(runner, dict(epoch=runner.epoch, iter=runner.iter))
+        hook = checkpoint_hook(runner)
+        assert hook is not None  # else signals are not noted
+        hook.stop(runner, dict(epoch=runner.epoch, iter=runner.iter))
 
 
 def checkpoint_hook(runner: Runner) -> CheckpointHook | None:
@@ -410,8 +412,9 @@ def named_checkpoint(work_dir: str | Path) -> Path | None:
 
 def last_checkpoint(runner: Runner) -> str:
     """A sentence that names the checkpoint to resume from; waits for one that is being written."""
-    if runner.writer is not None:
-        runner.writer.wait()
+    writer = getattr(runner, "writer", None)
+    if writer is not None:
+        writer.wait()
     named = named_checkpoint(runner.work_dir)
     return (
         "There is no checkpoint yet." if named is None else f"The last good checkpoint is {named}."

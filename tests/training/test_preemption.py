@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -288,3 +289,19 @@ def test_drafts_of_a_stopped_run_are_removed(folder, tmp_path):
     assert files.is_draft(draft)
     tiny.train(tiny.segmentation(folder, iterations=2), tmp_path)
     assert not draft.exists() and (tmp_path / "iter_2.pth").is_file()
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_program():
+    """They ignore SIGTERM, by which multiprocessing ends those that wait for more work."""
+    program = (
+        "from torch.utils.data import DataLoader\n"
+        "from mmeformer.training.preemption import deaf_worker\n"
+        "loader = DataLoader(range(4), num_workers=2, persistent_workers=True,\n"
+        "                    worker_init_fn=deaf_worker(None))\n"
+        "print([int(item) for item in loader])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 1, 2, 3]\n", "")
