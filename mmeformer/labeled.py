@@ -121,6 +121,7 @@ class LabeledData:
         notes: what people should know of how it was read, each one line.
         palette: color (red, green, blue) of each class, if the data set has any.
         read_mask: the labels (H, W) uint8 in a mask file, with :data:`UNLABELED`.
+        tiles: folder of the images, if they are tiles that were cut from those of the data set.
         plain_masks: whether the mask files have these labels themselves.
     """
 
@@ -134,6 +135,7 @@ class LabeledData:
     palette: list[tuple[int, int, int]] | None = None
     read_mask: Callable[[Path], NDArray[np.uint8]] | None = None
     plain_masks: bool = False
+    tiles: Path | None = None
 
     def of_split(self, split: str) -> list[LabeledImage]:
         """The images of one split."""

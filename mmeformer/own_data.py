@@ -204,10 +204,14 @@ def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -
         f"# Made by `mmeformer init` from {data.root} ({data.format}): {sizes} images.",
         f"# Check it: mmeformer check {config.name}    Train it: mmeformer train {config.name}",
         f"_base_ = {repr_text(base.as_posix())}",
-        Setting("data_root", repr_text(f"{data.root.as_posix()}/"), "your images, only read"),
+        Setting(
+            "data_root",
+            repr_text(f"{(data.tiles or data.root).as_posix()}/"),
+            "your images, only read" if data.tiles is None else "tiles of your images",
+        ),
         Setting("labels", repr_text(f"{plan.labels.as_posix()}/"), "made from your labels"),
         Setting("classes", repr_names(data.classes), f"in training: {listed}{more}"),
-        Setting("checkpoint", weights, "backbone weights; None: from scratch"),
+        Setting("checkpoint", weights, "backbone weights; from scratch: init --weights none"),
         *starter.settings(data, plan),
         *starter.common(data, plan),
     ]

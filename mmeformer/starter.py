@@ -32,7 +32,8 @@ class Setting(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name} = {self.value}  # {self.reason}"
+        # Names of classes may have line breaks.
+        return f"{self.name} = {self.value}  # {' '.join(self.reason.split())}"
 
 
 @dataclass(frozen=True)
@@ -174,13 +175,9 @@ def backbone(plan: Plan, keys: str, **settings: str) -> tuple[str, str]:
     if scratch:
         parts["norm_eval"] = "False"
         parts["layer_scale_init_value"] = "0.5"
-        parts["init_cfg"] = "None"
         if variant.family == "v2":
             parts["head_bias_keys"] = keys
-    elif variant.family == "v1":
-        parts["init_cfg"] = f'dict(type="Pretrained", checkpoint="{plan.checkpoint}")'
-    elif variant.arch != "s0" or plan.checkpoint != default_checkpoint(variant):
-        parts["init_cfg"] = f'dict(checkpoint="{plan.checkpoint}")'
+    parts["init_cfg"] = 'checkpoint and dict(type="Pretrained", checkpoint=checkpoint)'
     neck = ['norm_cfg=dict(_delete_=True, type="BN")'] if scratch else []
     return ", ".join(f"{key}={value}" for key, value in parts.items()), ", ".join(neck)
 

@@ -25,12 +25,14 @@ class Export:
             :mod:`mmeformer.runtime.decoders`.
         stretches: whether an image is stretched to the size of a fixed-size export; else it keeps
             its ratio and is padded.
+        litert_graph: the same for LiteRT (TensorFlow Lite); None takes that for CoreML.
     """
 
     graph: str
     coreml_graph: str | None
     decoder: str
     stretches: bool
+    litert_graph: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ _ROWS = (
             coreml_graph="mmeformer.rotated.graph:RotatedRawGraph",
             decoder="mmeformer.runtime.decoders:decode_rotated",
             stretches=False,
+            litert_graph="mmeformer.rotated.graph:RotatedCandidatesGraph",
         ),
         quickstart="mmeformer.rotated.quickstart:QUICKSTART",
         datasets=("mmeformer.DOTADataset",),

@@ -78,6 +78,7 @@ def test_wheel_carries_package_configs_and_tools(wheel, source):
         assert archive.testzip() is None
         # Command lines stay executable where pip lets them be.
         modes = {info.filename: info.external_attr >> 16 for info in archive.infolist()}
+    assert "mmeformer/deploy/web/index.html" in names
     for folder in ("configs", "tools"):
         assert {f"mmeformer/.mim/{path}" for path in shipped(folder)} == {
             name for name in names if name.startswith(f"mmeformer/.mim/{folder}/")
@@ -104,6 +105,8 @@ def test_wheel_metadata(metadata):
         "rotated",
         "classification",
         "deploy",
+        "litert",
+        "openvino",
         "all",
         "dev",
     ]
@@ -221,6 +224,8 @@ def test_constraints_lie_in_the_ranges_of_the_package(python, metadata):
     pinned = pins(python)
     for line in metadata.get_all("Requires-Dist"):
         requirement = Requirement(line)
+        if any(f'extra == "{extra}"' in line for extra in ("litert", "openvino")):
+            continue  # `make install` does not install them
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"{name} has no tested version for Python {python}"
         (specifier,) = pinned[name].specifier

@@ -19,8 +19,8 @@ _FOLDER = Path(__file__).parent
 _ORDER = {
     "init": "init",
     "train": "train",
-    "report": "report",
     "test": "test",
+    "report": "report",
     "predict": "predict",
     "export": "export",
     "check": "check_dataset",

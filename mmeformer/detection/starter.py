@@ -68,7 +68,9 @@ class DetectionStarter(Starter):
         data = self._tiled(data, folder)
         for split in SPLITS:
             if images := data.of_split(split):
-                content = as_coco(images, data.classes, data.root, data.kind == POLYGONS)
+                content = as_coco(
+                    images, data.classes, data.tiles or data.root, data.kind == POLYGONS
+                )
                 write_text(folder / f"{split}.json", json.dumps(content))
         return data
 
@@ -84,7 +86,7 @@ class DetectionStarter(Starter):
             f"{len(images)} tiles of {TILE} px (copies, in {folder / 'tiles'}); predict with "
             f"--window {TILE}"
         )
-        return replace(data, images=images, notes=[*data.notes, note])
+        return replace(data, images=images, notes=[*data.notes, note], tiles=folder / "tiles")
 
     def settings(self, data: LabeledData, plan: Plan) -> list[Setting]:
         """See the base class."""

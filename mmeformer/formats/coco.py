@@ -68,7 +68,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
             for finding in check_coco(
                 content,
                 str(path),
-                "",
+                str(tree.root),
                 list(names.values()),
                 training=False,
                 masks=bool(entries) and all(has_masks),
@@ -79,7 +79,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
         ]
         for name in names.values():
             classes.setdefault(name, len(classes))
-        _add(content, names, classes, split, images)
+        _add(content, names, classes, split, tree.root, images)
     sizes = read_sizes(images, findings)
     data = LabeledData(NAME, tree.root, BOXES, tuple(classes), [], findings)
     for path, image in images.items():
@@ -123,7 +123,7 @@ def _locate(
             text = f"image {name} is not below {tree.root}; add it or remove its entry"
             findings.append(Finding(ERROR, "missing image", str(path), text))
             continue
-        entry["file_name"] = str(found)
+        entry["file_name"] = found.relative_to(tree.root).as_posix()
         for side in ("width", "height"):
             # Label Studio can leave them out.
             if entry.get(side) is None:
@@ -161,7 +161,7 @@ def _categories(content: dict) -> dict[str, str]:
     }
 
 
-def _add(content, names, classes, split, images: dict[Path, LabeledImage]) -> None:
+def _add(content, names, classes, split, root: Path, images: dict[Path, LabeledImage]) -> None:
     """Add the images and objects of one file that are valid."""
     from mmeformer.detection.annotations import is_box
 
@@ -169,7 +169,7 @@ def _add(content, names, classes, split, images: dict[Path, LabeledImage]) -> No
     for entry in content["images"]:
         if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
             continue
-        path = Path(entry["file_name"])
+        path = root / entry["file_name"]
         width, height = entry.get("width"), entry.get("height")
         if entry.get("unknown_size") or type(width) is not int or type(height) is not int:
             width = height = 0

@@ -14,6 +14,7 @@ import functools
 import json
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -291,6 +292,10 @@ def _of_numbers(options: Options, names, total: Counter, notes: tuple[str, ...])
     """Numbers 0, 1, ... with 255 for unlabeled; two values that are no labels become 0 and 1."""
     values = sorted(set(total) - {UNLABELED})
     known = options.classes or names
+    if known is not None and len(known) == 1 and 0 in total:
+        # One class alone has nothing to compete with.
+        known = ("background", *known)
+        options = replace(options, classes=known)
     few = known is None or len(known) <= 2
     if len(total) == 2 and min(total) == 0 and max(total) > 1 and few:
         # 0 and 255 of binary masks, or 0 and any other number.

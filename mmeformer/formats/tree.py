@@ -110,8 +110,11 @@ class Tree:
         """
         plain = name.replace("\\", "/")
         for base in (near.parent, near.parent.parent, self.root):
-            if (path := base / plain).is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
-                return path
+            # A file from elsewhere names what it likes: only images of this folder count.
+            path = Path(os.path.normpath(base / plain))
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_relative_to(self.root):
+                if path.is_file():
+                    return path
         if not self._names:
             names = defaultdict(list)
             for path in self.images:

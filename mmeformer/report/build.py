@@ -99,7 +99,7 @@ def after_training(runner: Runner) -> Iterator[None]:
 
 def _try_to_write(runner: Runner) -> None:
     settings = runner.cfg.get("report", {})
-    if settings is None or not is_main_process() or not history.read(runner.work_dir).training:
+    if settings is None or not is_main_process() or not runner.iter:
         return
     print_log(f"writing {Path(runner.work_dir, REPORT)} (Ctrl-C skips it)", "current")
     try:

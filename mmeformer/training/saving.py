@@ -169,6 +169,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
     ) -> None:
         """Save by iteration, by time, and if a signal has arrived."""
+        runner.stop.trained = True
         runner.writer.check()
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         if not all(item.should_update() for item in wrappers(runner.optim_wrapper)):

@@ -39,7 +39,7 @@ def test_help_imports_nothing_heavy():
     [
         ("trian", "no command 'trian'; did you mean train?"),
         ("quick-start", "did you mean quickstart?"),
-        ("dance", "choose one of init, train, report"),
+        ("dance", "choose one of init, train, test"),
     ],
 )
 def test_nearest_command(word, message, capsys):

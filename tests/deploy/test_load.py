@@ -59,7 +59,10 @@ def equal(one, other, task):
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in NUMBERS[task])
 
 
-@pytest.mark.parametrize("task", NUMBERS)
+EACH = ["detection", "segmentation", pytest.param("rotated", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("task", EACH)
 def test_every_kind_of_input(task, models, trained, picture, tmp_path):
     model = models(task)
     assert model.path.name == "best_score_iter_2.pth" and model.path.name in repr(model)
@@ -99,7 +102,7 @@ def options(task):
     return {} if task == "segmentation" else dict(score_thr=0.05)
 
 
-@pytest.mark.parametrize("task", NUMBERS)
+@pytest.mark.parametrize("task", EACH)
 def test_a_prediction(task, models, picture, tmp_path):
     found = models(task)(picture)
     drawn = found.plot()
@@ -125,7 +128,11 @@ def test_a_prediction(task, models, picture, tmp_path):
 
 @pytest.mark.parametrize(
     "task",
-    ["detection", *(pytest.param(name, marks=pytest.mark.slow) for name in list(NUMBERS)[1:])],
+    [
+        pytest.param("detection", marks=pytest.mark.slow),
+        "segmentation",
+        pytest.param("rotated", marks=pytest.mark.slow),
+    ],
 )
 def test_an_exported_file(task, onnx_file, picture, tmp_path):
     path = onnx_file(task, size=None, preprocessing=task == "detection")

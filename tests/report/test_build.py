@@ -180,12 +180,10 @@ def test_a_failing_report_fails_no_training(error, config, tmp_path, monkeypatch
         raise error("out of paper")
 
     monkeypatch.setattr(build, "write_text", fail)
-    (tmp_path / "run" / "20260101_100000" / "vis_data").mkdir(parents=True)
-    log = tmp_path / "run" / "20260101_100000" / "vis_data" / "scalars.json"
-    log.write_text('{"iter": 1, "step": 1, "loss": 1.0}\n')
     monkeypatch.setattr(build._Report, "html", lambda self: "")
+    (tmp_path / "run").mkdir()
     config.dump(tmp_path / "run" / "config.py")
-    runner = FakeRunner(config)
+    runner = FakeRunner(config, iterations=3)
     with build.after_training(runner):
         runner.trained = True
     assert runner.trained and len(warnings) == 1 and "\n" not in warnings[0]
@@ -193,15 +191,17 @@ def test_a_failing_report_fails_no_training(error, config, tmp_path, monkeypatch
 
 
 class FakeRunner:
-    def __init__(self, config):
+    def __init__(self, config, iterations=0):
         self.cfg, self.work_dir, self.trained = config, config.work_dir, False
+        self.iter = iterations
 
 
 def test_no_report_where_nothing_was_trained_or_wanted(config, tmp_path, warnings, monkeypatch):
     runner = FakeRunner(config)
     with pytest.raises(KeyboardInterrupt), build.after_training(runner):
         raise KeyboardInterrupt
-    monkeypatch.setattr(build.history, "read", lambda folder: pytest.fail("must not be read"))
+    monkeypatch.setattr(build, "write", lambda *args, **kwargs: pytest.fail("was written"))
+    runner = FakeRunner(config, iterations=3)
     runner.cfg = Config(dict(report=None))
     with build.after_training(runner):
         pass
@@ -211,7 +211,7 @@ def test_no_report_where_nothing_was_trained_or_wanted(config, tmp_path, warning
     with build.after_training(runner):
         pass
     # Errors of the program itself leave no report: what they left behind may be anything.
-    runner.cfg = config
+    monkeypatch.setattr(build, "is_main_process", lambda: True)
     with pytest.raises(ZeroDivisionError), build.after_training(runner):
         raise ZeroDivisionError
     assert warnings == [] and not (tmp_path / "run").exists()
