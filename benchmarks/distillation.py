@@ -68,8 +68,7 @@ def main(folder: Path) -> None:
     print("|---|" + "---|" * (len(SEEDS) + 1))
     kinds: dict[str, dict[str, Any]] = {
         "alone": {},
-        "hard": {**taught, "head": dict(kind="hard")},
-        "soft, temperature 3": {**taught, "head": dict(kind="soft", temperature=3.0)},
+        "with the teacher (hard)": {**taught, "head": dict(kind="hard")},
     }
     for name, model in kinds.items():
         scores = [
