@@ -28,7 +28,7 @@ import numpy as np
 from mmeformer.errors import UserError
 from mmeformer.files import refuse_url
 from mmeformer.images import PLAIN, VIDEO_SUFFIXES, Reading, as_image, write_image
-from mmeformer.results import Detections, RotatedDetections, Segmentation
+from mmeformer.results import Classification, Detections, RotatedDetections, Segmentation
 from mmeformer.work_dirs import choose_checkpoint, find_config
 
 SCORE_THR = 0.3
@@ -202,8 +202,17 @@ class Prediction:
 
     @property
     def names(self) -> list[str]:
-        """Name of every object's class."""
-        return [self.classes[label] for label in self.result.labels]
+        """Name of every object's class; of a classification all classes, the most likely first.
+
+        Raises:
+            ValueError: the result has no objects, as a label map.
+        """
+        result = self.result
+        if isinstance(result, Classification):
+            return [self.classes[label] for label in result.best(len(self.classes))]
+        if isinstance(result, Segmentation):
+            raise ValueError("a label map has no objects; its classes are those of `classes`")
+        return [self.classes[label] for label in result.labels]
 
     def plot(self) -> np.ndarray:
         """The image with the result drawn in: (H', W', 3) uint8, blue, green, red.
@@ -224,6 +233,9 @@ class Prediction:
 
     def to_coco(self) -> dict:
         """A COCO data set of this image: ``images``, ``annotations`` with scores, ``categories``.
+
+        Annotations of a classification have no boxes: they are its best five classes, the best
+        first.
 
         Raises:
             ValueError: the result has no objects, as a label map.
@@ -248,7 +260,8 @@ class Prediction:
         """A ``supervision.Detections`` with the same objects.
 
         Rotated boxes have their corners in ``data["xyxyxyxy"]``; of a label map every class is one
-        object with a mask.
+        object with a mask. Of a classification it is a ``supervision.Classifications``, the most
+        likely class first.
 
         Raises:
             UserError: supervision is not installed.
@@ -258,6 +271,9 @@ class Prediction:
             import supervision
         except ImportError as error:
             raise UserError("supervision is not installed: pip install supervision") from error
+        if isinstance(self.result, Classification):
+            order = np.array(self.result.best(len(self.classes)))
+            return supervision.Classifications(order, confidence=self.result.scores[order])
         fields = supervision_fields(self.result)
         names = np.array([self.classes[label] for label in fields["class_id"]], dtype=str)
         fields["data"] = {**fields.get("data", {}), "class_name": names}

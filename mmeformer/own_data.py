@@ -156,28 +156,30 @@ def choose_task(data: LabeledData, name: str | None) -> tuple[Task, Starter]:
     Raises:
         UserError: no task takes such labels, or not the one that the user wants.
     """
-    wanted = [TASKS[name]] if name is not None else list(TASKS.values())
-    known = [
-        (task, tasks.load(task.starter))
-        for task in wanted
-        # Of a task that the user names, the import says what to install.
-        if task.starter is not None and (name is not None or _is_installed(task))
-    ]
-    for task, starter in known:
-        if data.kind in starter.kinds or (name and data.kind in starter.other_kinds):
-            return task, starter
-    if name is not None and not known:
-        raise UserError(
-            f"there is no starter for {name} yet; copy a template of {config_dir() / name}"
-        )
     if name is not None:
+        task = TASKS[name]
+        if task.starter is None:
+            raise UserError(
+                f"there is no starter for {name} yet; copy a template of {config_dir() / name}"
+            )
+        starter = tasks.load(task.starter)
+        if data.kind in (*task.labels, *starter.other_kinds):
+            return task, starter
         raise UserError(
             f"{name} cannot be trained on {data.root} ({data.format}: {_KINDS[data.kind]}); leave "
             "out --task, or give other labels"
         )
+    known = []
+    for task in TASKS.values():
+        if task.starter is None:
+            continue
+        known.append(task.name)
+        if data.kind in task.labels:
+            # If its libraries are missing, the import says what to install.
+            return task, tasks.load(task.starter)
     raise UserError(
         f"{data.root} has {_KINDS[data.kind]} ({data.format}: {', '.join(data.classes[:5])}), and "
-        f"no task of this installation starts from them: {', '.join(t.name for t, _ in known)}"
+        f"no task starts from them: {', '.join(known)}"
     )
 
 
@@ -251,11 +253,10 @@ def _options(request: Request, folder: Path) -> Options:
             f"--task {task.name} ({meaning})"
             for kind, meaning in ((CORNERS, "corners"), (POLYGONS, "outlines"))
             for task in TASKS.values()
-            if task.starter and _is_installed(task) and kind in tasks.load(task.starter).kinds
+            if task.starter and _is_installed(task) and kind in task.labels
         ]
         return replace(request.options, answer=" or ".join(choices))
-    starter = TASKS[request.task].starter
-    kinds = () if starter is None else tasks.load(starter).kinds
+    kinds = TASKS[request.task].labels
     options = replace(request.options, corners=CORNERS in kinds)
     if options.format is None and MASKS in kinds and recognize(Tree.of(folder), masks=True):
         options = replace(options, format=MASKS)
@@ -294,7 +295,7 @@ def _report_data(data: LabeledData, task: Task, report: Callable[[str], object])
     shown = ", ".join(f"{len(found)} {split}" for split, found in images.items() if found)
     report(f"{data.root}: {data.format}, {_KINDS[data.kind]}, for {task.name}")
     report(f"images: {shown}; mostly {long} x {short} px")
-    unit = "pixels" if data.kind == MASKS else "objects"
+    unit = {MASKS: "pixels", FOLDERS: "images"}.get(data.kind, "objects")
     counts = {split: data.counts(split) for split in SPLITS if images[split]}
     for label, name in enumerate(data.classes[:_SHOWN]):
         numbers = ", ".join(f"{count[label]:,} {split}" for split, count in counts.items())

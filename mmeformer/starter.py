@@ -60,13 +60,11 @@ class Starter:
     """Base class of the starters.
 
     Attributes:
-        kinds: kinds of labels that are for this task, if the user does not say.
-        other_kinds: kinds that it can be trained on too.
+        other_kinds: kinds of labels that it can be trained on beside those of its row.
         base_batch: batch size of the published or default learning rate on a CPU.
         rates: learning rates for that batch, from pretrained weights and from scratch.
     """
 
-    kinds: tuple[str, ...] = ()
     other_kinds: tuple[str, ...] = ()
     base_batch: int = 2
     rates: tuple[float, float] = (1e-4, 5e-4)

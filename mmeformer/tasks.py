@@ -48,6 +48,8 @@ class Task:
         datasets: data sets with the checks of ``tools/check_dataset.py``, as configs name them.
         starter: an instance of :class:`mmeformer.starter.Starter`, for ``mmeformer init``; None if
             the task has none.
+        labels: kinds of labels (see :mod:`mmeformer.labeled`) for which ``mmeformer init`` chooses
+            the task.
         review: subclass of :class:`mmeformer.report.review.Review`, which compares predictions with
             labels for the report of a training; None leaves that out.
     """
@@ -61,6 +63,7 @@ class Task:
     quickstart: str
     datasets: tuple[str, ...]
     starter: str | None = None
+    labels: tuple[str, ...] = ()
     review: str | None = None
 
 
@@ -80,6 +83,7 @@ _ROWS = (
         quickstart="mmeformer.detection.quickstart:QUICKSTART",
         datasets=("mmeformer.CocoDataset",),
         starter="mmeformer.detection.starter:STARTER",
+        labels=("polygons", "boxes"),
         review="mmeformer.detection.review:DetectionReview",
     ),
     Task(
@@ -98,6 +102,7 @@ _ROWS = (
         quickstart="mmeformer.segmentation.quickstart:QUICKSTART",
         datasets=("mmeformer.SegmentationDataset", "mmeformer.ADE20KDataset"),
         starter="mmeformer.segmentation.starter:STARTER",
+        labels=("masks",),
         review="mmeformer.segmentation.review:SegmentationReview",
     ),
     Task(
@@ -115,6 +120,7 @@ _ROWS = (
         quickstart="mmeformer.rotated.quickstart:QUICKSTART",
         datasets=("mmeformer.DOTADataset",),
         starter="mmeformer.rotated.starter:STARTER",
+        labels=("corners",),
         review="mmeformer.rotated.review:RotatedReview",
     ),
     Task(
@@ -131,6 +137,9 @@ _ROWS = (
         ),
         quickstart="mmeformer.classification.quickstart:QUICKSTART",
         datasets=("mmeformer.ImageFolderDataset", "mmeformer.ImageNetDataset"),
+        starter="mmeformer.classification.starter:STARTER",
+        labels=("folders",),
+        review="mmeformer.classification.review:ClassificationReview",
     ),
 )
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "profile": "profile",
     "doctor": "doctor",
     "quickstart": "quickstart",
+    "report": "report",
     "split-dota": "split_dota",
     "completion": "completion",
 }

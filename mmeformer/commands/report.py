@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write report.html into the work directory of a training, finished or not."""
+"""Write report.html into the work directory of a training, finished or not.
+
+Examples:
+    mmeformer report work_dirs/nuclei
+    mmeformer report work_dirs/nuclei --images 0
+"""
 
 import argparse
 
@@ -9,7 +14,9 @@ from mmeformer.commands import cli
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work_dir", help="folder that training wrote")
     parser.add_argument("--config", help="of the training (default: that of the work directory)")
     parser.add_argument("--checkpoint", help="to predict with (default: the best, else the last)")

@@ -15,7 +15,6 @@ import numpy as np
 from mmeformer.files import write_text
 from mmeformer.images import read_image, write_image
 from mmeformer.labeled import (
-    BOXES,
     CORNERS,
     POLYGONS,
     SPLITS,
@@ -57,7 +56,6 @@ INSIDE = 0.4
 class DetectionStarter(Starter):
     """See the base class."""
 
-    kinds = (POLYGONS, BOXES)
     other_kinds = (CORNERS,)
 
     def template(self, data: LabeledData) -> str:

@@ -395,8 +395,10 @@ class _Report:
         if task.review is None:
             return page.note(f"No statistics for {task.name} yet.")
         found: Statistics = tasks.load(task.review).statistics(datasets_of(self.config, "train"))
+        whole = found.unit == "images"
+        counted = "" if whole else f", {int(found.amounts.sum()):,} {found.unit}"
         text = page.paragraph(
-            f"{found.images:,} training images, {int(found.amounts.sum()):,} {found.unit}"
+            f"{found.images:,} training images{counted}"
             + (f"; {found.remark}." if found.remark else ".")
         )
         items = [page.chart(charts.amounts(found), f"{found.unit} per class")]
@@ -406,7 +408,10 @@ class _Report:
         rows = tuple(
             zip(found.names, found.amounts.tolist(), found.in_images.tolist(), strict=True)
         )
-        body = page.table(page.Table(("class", found.unit, "images with it"), rows))
+        # Of labels of whole images, both numbers are the same.
+        columns = 2 if whole else 3
+        header = ("class", found.unit, "images with it")[:columns]
+        body = page.table(page.Table(header, tuple(row[:columns] for row in rows)))
         if absent := [name for name, amount, _ in rows if not amount]:
             text += page.note(f"No training label: {', '.join(absent)}.")
         return text + page.folded("Numbers of every class", body)

@@ -42,7 +42,6 @@ SMALL = 16
 class RotatedStarter(Starter):
     """See the base class."""
 
-    kinds = (CORNERS,)
     other_kinds = (POLYGONS, BOXES)
     rates = (1e-4, 1e-3)
 

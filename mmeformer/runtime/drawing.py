@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mmeformer.results import Detections, RotatedDetections, Segmentation
+from mmeformer.captions import write_lines
+from mmeformer.results import Classification, Detections, RotatedDetections, Segmentation
 
 Array = NDArray[Any]
 OPACITY = 0.5
@@ -75,6 +76,11 @@ def _(result: RotatedDetections, picture: Array, classes: Sequence[str], colors:
 def _(result: Segmentation, picture: Array, classes: Sequence[str], colors: Array) -> None:
     for label in np.unique(result.labels):
         _blend(picture, result.labels == label, colors[label])
+
+
+@_draw.register
+def _(result: Classification, picture: Array, classes: Sequence[str], colors: Array) -> None:
+    write_lines(picture, result.lines(classes))
 
 
 def _blend(picture: Array, mask: Array, color: Array) -> None:

@@ -52,7 +52,6 @@ FEWEST = 1000
 class SegmentationStarter(Starter):
     """See the base class."""
 
-    kinds = (MASKS,)
     other_kinds = (POLYGONS, BOXES, CORNERS)
     base_batch = 4
     rates = (2e-4, 5e-4)
