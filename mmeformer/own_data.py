@@ -198,11 +198,13 @@ def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -
     sizes = ", ".join(f"{len(data.of_split(split))} {split}" for split in splits)
     weights = "None" if plan.checkpoint is None else repr_text(plan.checkpoint)
     base = config_dir() / starter.template(data)
+    copied = data.root.is_relative_to(plan.labels)
+    images = "tiles of your images" if copied else "your images, only read"
     lines = [
         f"# Made by `mmeformer init` from {data.root} ({data.format}): {sizes} images.",
         f"# Check it: mmeformer check {config.name}    Train it: mmeformer train {config.name}",
         f"_base_ = {repr_text(base.as_posix())}",
-        Setting("data_root", repr_text(f"{data.root.as_posix()}/"), "your images, only read"),
+        Setting("data_root", repr_text(f"{data.root.as_posix()}/"), images),
         Setting("labels", repr_text(f"{plan.labels.as_posix()}/"), "made from your labels"),
         Setting("classes", repr_names(data.classes), f"in training: {listed}{more}"),
         Setting("checkpoint", weights, "backbone weights; None: from scratch"),

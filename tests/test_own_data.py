@@ -2,9 +2,11 @@
 """From a folder to a config that trains: all tasks, settings with reasons, nothing written over."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -18,7 +20,7 @@ from mmeformer import configs, own_data, starter, tasks
 from mmeformer.detection import starter as detection_starter
 from mmeformer.errors import UserError
 from mmeformer.formats.tree import Options
-from mmeformer.labeled import MASKS, LabeledData, LabeledImage, LabeledObject
+from mmeformer.labeled import FOLDERS, MASKS, LabeledData, LabeledImage, LabeledObject
 from mmeformer.segmentation import starter as segmentation_starter
 from mmeformer.training import trial
 
@@ -26,6 +28,7 @@ WRITERS = {
     "detection": lambda root: sets.write_coco(root).parent,
     "segmentation": lambda root: sets.write_masks(root, values={1: 7, 2: 3}),
     "rotated": lambda root: sets.write_dota(root),
+    "classification": lambda root: sets.write_folders(root, splits=False),
 }
 
 
@@ -43,6 +46,7 @@ def made(tmp_path_factory):
     return {
         name: (*make(write(folder / name), folder / f"my_{name}.py"), folder / name)
         for name, write in WRITERS.items()
+        if all(importlib.util.find_spec(library) for library in tasks.TASKS[name].libraries)
     }
 
 
@@ -52,7 +56,7 @@ def settings_of(path):
     return {line.split(" = ")[0]: line for line in head if " = " in line}
 
 
-@pytest.mark.parametrize("task", WRITERS)
+@pytest.mark.parametrize("task", tiny.all_tasks())
 def test_config_is_short_and_says_why(made, task):
     result, report, root = made[task]
     text = result.config.read_text()
@@ -64,7 +68,7 @@ def test_config_is_short_and_says_why(made, task):
     assert str(root) in report and str(result.config) in report
 
 
-@pytest.mark.parametrize("task", WRITERS)
+@pytest.mark.parametrize("task", tiny.all_tasks())
 def test_config_trains(made, task, tmp_path):
     """Two iterations of a tiny network on the data of the config, and its validation."""
     result, _, _ = made[task]
@@ -139,6 +143,24 @@ def test_rotated_boxes_are_those_of_the_folder(made):
         np.testing.assert_allclose(found, sets.quadrilaterals(path.stem), atol=0.02)
 
 
+def test_lists_of_images_are_those_of_the_folders(made):
+    pytest.importorskip("mmpretrain")
+    result, report, root = made["classification"]
+    assert "boat: 2 train, 1 val images" in report and "from every class alike" in report
+    labels = result.config.with_name("my_classification_data")
+    found = {}
+    for split, count in (("train", 4), ("val", 2)):
+        lines = (labels / f"{split}.txt").read_text().splitlines()
+        assert len(lines) == count
+        found |= dict(line.rsplit(" ", 1) for line in lines)
+    expected = {
+        f"{name}/{path.name}": str(label)
+        for label, name in enumerate(sets.CLASSES)
+        for path in (root / name).iterdir()
+    }
+    assert found == expected
+
+
 def test_other_tasks_on_request(tmp_path):
     root = sets.write_coco(tmp_path / "data").parent
     _, report = make(root, tmp_path / "a.py", task="segmentation")
@@ -153,6 +175,15 @@ def test_other_tasks_on_request(tmp_path):
 
 
 class TestQuestions:
+    def test_a_task_whose_library_is_missing(self, tmp_path, monkeypatch):
+        root = sets.write_folders(tmp_path / "data")
+        for name in [name for name in sys.modules if name.startswith("mmeformer.classification")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "mmpretrain", None)
+        with pytest.raises(ImportError, match=r"pip install 'mmeformer\[classification\]'"):
+            make(root, tmp_path / "a.py")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
     def test_class_folders_without_a_task(self, tmp_path, monkeypatch):
         root = sets.write_folders(tmp_path / "data")
         rows = {k: v for k, v in tasks.TASKS.items() if k != "classification"}
@@ -262,6 +293,39 @@ def test_rare_classes_get_weights():
     assert segmentation_starter.STARTER._class_weight(data).value == "None"
 
 
+def labeled_images(width, height, counts, classes=("cat", "dog")):
+    images = [
+        LabeledImage(Path(f"{label}/{i}.png"), width, height, label=label, split="train")
+        for label, count in enumerate(counts)
+        for i in range(count)
+    ]
+    return LabeledData("format", Path("/data"), FOLDERS, classes, images)
+
+
+@pytest.mark.parametrize(
+    ("size", "weights", "crop", "resize"),
+    [
+        ((640, 480), "timm://x", "224", "256"),
+        ((80, 60), "timm://x", "224", "224"),
+        ((640, 480), None, "224", "256"),
+        ((110, 90), None, "96", "96"),
+        ((28, 28), None, "64", "64"),
+    ],
+)
+def test_size_of_classification(size, weights, crop, resize):
+    classification = pytest.importorskip("mmeformer.classification.starter", exc_type=ImportError)
+    plan = dataclasses.replace(PLAN, checkpoint=weights)
+    found = values(classification.STARTER.settings(labeled_images(*size, (9, 9)), plan))
+    assert (found["crop"], found["resize"]) == (crop, resize)
+
+
+def test_rare_classes_choose_the_metric():
+    classification = pytest.importorskip("mmeformer.classification.starter", exc_type=ImportError)
+    for counts, metric in (((20, 10), "accuracy/top1"), ((30, 10), "single-label/f1-score")):
+        found = classification.STARTER.settings(labeled_images(64, 64, counts), PLAN)
+        assert values(found)["best_metric"] == f'"{metric}"'
+
+
 def test_gpu_changes_precision_batch_and_workers():
     data = data_of(256, 256, (40, 40))
     plan = dataclasses.replace(PLAN, gpu="H100", cores=64, batch_size=16)
@@ -304,7 +368,10 @@ def test_other_variants(made, arch, weights, tmp_path):
         model = MODELS.build(config.model).eval()
         with torch.no_grad():
             levels = model.extract_feat(torch.zeros(1, 3, 64, 64))
-        assert len(levels) in (4, 5)
+            if task == "classification":
+                assert model.head(levels).shape == (1, len(sets.CLASSES))
+            else:
+                assert len(levels) in (4, 5)
 
 
 # --- tiles ---------------------------------------------------------------------------------------
@@ -334,6 +401,9 @@ def test_huge_images_of_small_objects_are_cut(tmp_path):
     (root / "labels.json").write_text(json.dumps(content))
     result, report = make(root, tmp_path / "a.py")
     assert result.errors == 0 and "tiles of 800 px" in report and "--window 800" in report
+    assert "outside folder" not in report and f"from {tmp_path}/a_data/tiles" in (
+        result.config.read_text()
+    )
     entries = json.loads((tmp_path / "a_data" / "train.json").read_text())
     by_id = {entry["id"]: entry["file_name"] for entry in entries["images"]}
     found = set()
@@ -343,7 +413,7 @@ def test_huge_images_of_small_objects_are_cut(tmp_path):
         box = entry["bbox"]
         assert 0 <= box[0] and box[0] + box[2] <= 800
         found.add((x + box[0], y + box[1], box[2], box[3]))
-        tile = cv2.imread(str(root / name))
+        tile = cv2.imread(str(tmp_path / "a_data" / "tiles" / name))
         assert tile.shape == (800, 800, 3)
     # 790 is cut by the border of a tile, and whole in the next one.
     assert found >= {(100, 100, 12, 12), (790, 300, 12, 12), (3170, 2380, 12, 12)}

@@ -80,7 +80,8 @@ class ClassificationStarter(Starter):
         counts = data.counts("train")
         numbers = [counts[label] for label in range(len(data.classes))]
         fewest, most = min(numbers), max(numbers)
-        shown = f"classes have {fewest} to {most} training images"
+        span = str(most) if fewest == most else f"{fewest} to {most}"
+        shown = f"classes have {span} training images"
         if most >= UNEVEN * fewest:
             return Setting(
                 "best_metric",

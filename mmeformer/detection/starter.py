@@ -84,7 +84,13 @@ class DetectionStarter(Starter):
             f"{len(images)} tiles of {TILE} px (copies, in {folder / 'tiles'}); predict with "
             f"--window {TILE}"
         )
-        return replace(data, images=images, notes=[*data.notes, note])
+        return replace(
+            data,
+            format=f"tiles of {data.root}, {data.format}",
+            root=folder / "tiles",
+            images=images,
+            notes=[*data.notes, note],
+        )
 
     def settings(self, data: LabeledData, plan: Plan) -> list[Setting]:
         """See the base class."""

@@ -71,8 +71,9 @@ def read(tree: Tree, options: Options) -> LabeledData:
                 masks=bool(entries) and all(has_masks),
                 limit=0,
             )
-            # The file's order of images tells which one is meant; classes are reported below.
-            if finding.kind not in ("missing image", "unused category")
+            # The file's order of images tells which one is meant; classes are reported below. File
+            # names have been replaced by whole paths; the check of the config names strange ones.
+            if finding.kind not in ("missing image", "unused category", "outside folder")
         ]
         for name in names.values():
             classes.setdefault(name, len(classes))

@@ -19,12 +19,12 @@ def log(loss_at):
             yield dict(score=0.01 * number, other=0.5, step=number)
 
 
-@pytest.fixture(scope="session", params=tiny.TASKS)
+@pytest.fixture(scope="session", params=tiny.all_tasks())
 def work_dir(request, tmp_path_factory):
     """Of a training: config, log, and the checkpoint of a model that finds something."""
     task = request.param
     folder = tmp_path_factory.mktemp(f"report-{task}")
-    config = tiny.TASKS[task](folder / "data")
+    config = tiny.ALL_TASKS[task](folder / "data")
     if task != "segmentation":
         for step in config.test_dataloader.dataset.pipeline:
             if step.type.endswith("Resize"):
