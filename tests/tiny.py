@@ -78,6 +78,8 @@ def network(task: str, path: str | None = None) -> Config:
 def small_config(task: str) -> Config:
     """A tiny network that predicts on pictures of 64 px, with few candidates."""
     config = network(task)
+    if task == "classification":
+        return _of_animals(config)
     if task == "detection":
         config.model.test_cfg.rpn.update(nms_pre=40, max_per_img=30)
     elif task == "rotated":

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from tiny import Trained, exported, save_trained, small_config
 
+from mmeformer.tasks import TASKS
+
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
@@ -15,8 +17,8 @@ def trained(tmp_path_factory):
 
     def make(task: str) -> Trained:
         if task not in made:
-            if task == "rotated":
-                pytest.importorskip("mmrotate")
+            for library in TASKS[task].libraries:
+                pytest.importorskip(library)
             config = small_config(task)
             folder = tmp_path_factory.mktemp(task)
             made[task] = Trained(config, save_trained(config, folder), folder)
