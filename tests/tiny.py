@@ -179,7 +179,7 @@ def class_folders(root: Path, train: int = 16, val: int = 8, size: int = 64) -> 
             name = list(ANIMALS)[index % len(ANIMALS)]
             (root / split / name).mkdir(parents=True, exist_ok=True)
             image = rng.normal(ANIMALS[name], 30, (size, size, 3)).clip(0, 255).astype(np.uint8)
-            cv2.imwrite(str(root / split / name / f"{index:03d}.png"), image)
+            cv2.imwrite(str(root / split / name / f"{index:06d}.png"), image)
     return root
 
 

@@ -21,6 +21,7 @@ IMAGES = {
     "detection": "coco/train2017",
     "segmentation": "masks/images/training",
     "rotated": "aerial/train/images",
+    "classification": "folders/train/cat",
 }
 
 
@@ -53,11 +54,11 @@ def folder(source, tmp_path):
 
 def write_config(folder, task):
     path = folder / f"{task}.py"
-    tiny.TASKS[task](folder).dump(path)
+    tiny.ALL_TASKS[task](folder).dump(path)
     return str(path)
 
 
-@pytest.mark.parametrize("task", tiny.TASKS)
+@pytest.mark.parametrize("task", tiny.all_tasks())
 def test_valid_data(folder, command, capsys, task):
     config = write_config(folder, task)
     assert command([config, "--full", "--out", str(folder / "out")]) == 0
