@@ -3,13 +3,13 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from probes import trial
 
 from mmeformer import doctor
 from mmeformer.doctor import Facts, Probe
@@ -207,15 +207,6 @@ def test_needs_are_listed_before_what_needs_them():
 
 
 # --- probes and the command -----------------------------------------------------------------------
-
-
-def trial(name):
-    """Stands in for an import in the child process; must be importable there."""
-    if name == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if name == "exits":
-        os._exit(3)
-    return Probe({"version": name})
 
 
 def test_import_that_ends_its_process_is_told_and_the_rest_goes_on():
