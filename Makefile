@@ -83,7 +83,7 @@ doctor: ## Print versions and name every problem of the environment with its fix
 lock: install ## Write constraints.txt anew, with the newest versions within the ranges of setup.py
 	@$(VENV) -m pip install -q uv
 	@mkdir -p build
-	@$(VENV) -m uv pip compile -q --universal --python-version 3.10 --all-extras --upgrade \
+	@$(VENV) -m uv pip compile -q --universal --python-version 3.10 --extra all --extra dev --upgrade \
 		--no-annotate --no-header setup.py -o build/resolved.txt
 	@grep '^#' constraints.txt > build/constraints.txt
 	@sed -E -e '/^(cuda|nvidia|triton)/d' \

@@ -48,12 +48,18 @@ DEPLOY = [
     "onnxscript",
     "coremltools>=9; sys_platform == 'linux' or sys_platform == 'darwin'",
 ]
+# Outside of "all" and of constraints.txt: they bring jax and transformers, or hundreds of MB.
+TARGETS = {
+    "litert": ["litert-torch>=0.10,<0.11", "ai-edge-litert>=2.3"],
+    "openvino": ["openvino>=2025.0"],
+}
 EXTRAS = {
     "detection": DETECTION,
     "segmentation": SEGMENTATION,
     "rotated": ROTATED,
     "classification": CLASSIFICATION,
     "deploy": DEPLOY,
+    **TARGETS,
     "all": list(dict.fromkeys(DETECTION + SEGMENTATION + ROTATED + CLASSIFICATION + DEPLOY)),
     "dev": [
         "hypothesis",
@@ -136,6 +142,7 @@ setup(
     ],
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["mmeformer", "mmeformer.*"]),
+    package_data={"mmeformer.deploy": ["web/*"]},
     cmdclass={"build_py": build_py_with_configs},
     entry_points={"console_scripts": ["mmeformer = mmeformer.commands.__main__:main"]},
     install_requires=BASE,

@@ -196,6 +196,9 @@ def read_layout(path: str | Path) -> Layout | None:
         OSError: the file cannot be read.
         ValueError: the header is damaged.
     """
+    if not Path(path).is_file():
+        # Opening a pipe waits for who writes to it.
+        raise FileNotFoundError(f"{path} is missing, or a folder, a device or a pipe")
     with open(path, "rb") as file:
         start = file.read(33)
         if not start.startswith((*TIFF_STARTS, PNG_START)):

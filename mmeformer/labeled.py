@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from mmeformer.checks.findings import Finding
 
+Points = Sequence[float] | NDArray[np.float64]
+"""``[x1, y1, x2, y2, ...]`` in pixels."""
 SPLITS = ("train", "val", "test")
 UNLABELED = 255
 """Value of pixels without a class in :attr:`LabeledData.read_mask`."""
@@ -51,16 +53,16 @@ class LabeledObject:
     difficult: int = 0
 
     @classmethod
-    def outlined(cls, label: int, polygons: Sequence[Sequence[float]], **kwargs) -> LabeledObject:
+    def outlined(cls, label: int, polygons: Sequence[Points], **kwargs) -> LabeledObject:
         """An object from its outlines."""
-        polygons = [[float(value) for value in polygon] for polygon in polygons]
-        return cls(label, bounding_box(polygons), polygons, **kwargs)
+        plain = [[float(value) for value in polygon] for polygon in polygons]
+        return cls(label, bounding_box(plain), plain, **kwargs)
 
     @classmethod
-    def cornered(cls, label: int, corners: Sequence[float], **kwargs) -> LabeledObject:
+    def cornered(cls, label: int, corners: Points, **kwargs) -> LabeledObject:
         """An object from the four corners of its rotated box."""
-        corners = tuple(float(value) for value in corners)
-        return cls(label, bounding_box([corners]), corners=corners, **kwargs)
+        plain = tuple(float(value) for value in corners)
+        return cls(label, bounding_box([plain]), corners=plain, **kwargs)
 
     def outlines(self) -> list[list[float]]:
         """Polygons around it: its own, else its rotated box, else its upright one."""
@@ -119,6 +121,7 @@ class LabeledData:
         notes: what people should know of how it was read, each one line.
         palette: color (red, green, blue) of each class, if the data set has any.
         read_mask: the labels (H, W) uint8 in a mask file, with :data:`UNLABELED`.
+        tiles: folder of the images, if they are tiles that were cut from those of the data set.
         plain_masks: whether the mask files have these labels themselves.
     """
 
@@ -132,6 +135,7 @@ class LabeledData:
     palette: list[tuple[int, int, int]] | None = None
     read_mask: Callable[[Path], NDArray[np.uint8]] | None = None
     plain_masks: bool = False
+    tiles: Path | None = None
 
     def of_split(self, split: str) -> list[LabeledImage]:
         """The images of one split."""
@@ -149,16 +153,14 @@ class LabeledData:
         return found
 
 
-def bounding_box(polygons: Sequence[Sequence[float]]) -> tuple[float, float, float, float]:
+def bounding_box(polygons: Sequence[Points]) -> tuple[float, float, float, float]:
     """x, y, width and height of the upright box around ``[x1, y1, x2, y2, ...]``."""
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
     (left, top), (right, bottom) = points.min(0), points.max(0)
     return float(left), float(top), float(right - left), float(bottom - top)
 
 
-def fill_polygons(
-    polygons: Sequence[Sequence[float]], height: int, width: int
-) -> NDArray[np.uint8]:
+def fill_polygons(polygons: Sequence[Points], height: int, width: int) -> NDArray[np.uint8]:
     """Mask (H, W) of the pixels whose centers lie inside a polygon (by the even-odd rule).
 
     OpenCV and Pillow fill the pixels on the outline too, which makes objects a pixel larger.

@@ -202,17 +202,10 @@ class Prediction:
 
     @property
     def names(self) -> list[str]:
-        """Name of every object's class; of a classification all classes, the most likely first.
-
-        Raises:
-            ValueError: the result has no objects, as a label map.
-        """
-        result = self.result
-        if isinstance(result, Classification):
-            return [self.classes[label] for label in result.best(len(self.classes))]
-        if isinstance(result, Segmentation):
-            raise ValueError("a label map has no objects; its classes are those of `classes`")
-        return [self.classes[label] for label in result.labels]
+        """Name of every object's class; of a classified image that of its most likely class."""
+        if isinstance(self.result, Classification):
+            return [self.classes[self.result.label]]
+        return [self.classes[label] for label in self.result.labels]
 
     def plot(self) -> np.ndarray:
         """The image with the result drawn in: (H', W', 3) uint8, blue, green, red.
@@ -234,9 +227,6 @@ class Prediction:
     def to_coco(self) -> dict:
         """A COCO data set of this image: ``images``, ``annotations`` with scores, ``categories``.
 
-        Annotations of a classification have no boxes: they are its best five classes, the best
-        first.
-
         Raises:
             ValueError: the result has no objects, as a label map.
             UserError: the library that the task needs for it is not installed.
@@ -257,11 +247,10 @@ class Prediction:
         )
 
     def to_supervision(self) -> Any:
-        """A ``supervision.Detections`` with the same objects.
+        """A ``supervision.Detections`` with the same objects, or ``supervision.Classifications``.
 
         Rotated boxes have their corners in ``data["xyxyxyxy"]``; of a label map every class is one
-        object with a mask. Of a classification it is a ``supervision.Classifications``, the most
-        likely class first.
+        object with a mask.
 
         Raises:
             UserError: supervision is not installed.
@@ -272,8 +261,8 @@ class Prediction:
         except ImportError as error:
             raise UserError("supervision is not installed: pip install supervision") from error
         if isinstance(self.result, Classification):
-            order = np.array(self.result.best(len(self.classes)))
-            return supervision.Classifications(order, confidence=self.result.scores[order])
+            scores = self.result.scores
+            return supervision.Classifications(np.arange(len(scores)), confidence=scores)
         fields = supervision_fields(self.result)
         names = np.array([self.classes[label] for label in fields["class_id"]], dtype=str)
         fields["data"] = {**fields.get("data", {}), "class_name": names}
@@ -447,12 +436,15 @@ class _Exported(_Source):
         from mmeformer import tasks
 
         task = tasks.TASKS.get(self.predictor.metadata.task)
+        if task is None:
+            raise ValueError("a backbone finds no objects, so there are no COCO annotations")
         try:
-            predictor = task and tasks.load(task.predictor)
+            predictor = tasks.load(task.predictor)
         except ImportError as error:
-            needed = " and ".join(task.libraries) if task else ""
-            raise UserError(f"COCO annotations need {needed}: {error}") from error
-        if predictor is None or not predictor.writes_json:
+            raise UserError(
+                f"COCO annotations need {' and '.join(task.libraries)}: {error}"
+            ) from error
+        if not predictor.writes_json:
             raise ValueError(f"{type(result).__name__} has no objects, so no COCO annotations")
         entries: list[dict] = predictor.annotations(result, self.classes, self.category_ids)
         return entries

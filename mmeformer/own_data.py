@@ -7,12 +7,13 @@ anything that exists.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -134,7 +135,11 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
     findings = check(configs.load_config(config))
     if shown := format_findings([*data.findings, *findings], per_kind=3):
         report(shown)
-    return Made(config, sum(finding.severity == ERROR for finding in findings))
+    errors = sum(finding.severity == ERROR for finding in findings)
+    if not errors:
+        steps, seconds = starter.steps(data, plan), _seconds(config)
+        report(f"{steps} training steps of {seconds:.2g} s: {duration(steps * seconds)} here")
+    return Made(config, errors)
 
 
 def find_arch(arch: str) -> Variant:
@@ -156,35 +161,32 @@ def choose_task(data: LabeledData, name: str | None) -> tuple[Task, Starter]:
     Raises:
         UserError: no task takes such labels, or not the one that the user wants.
     """
-    if name is not None:
-        task = TASKS[name]
-        if task.starter is None:
+    if name is None:
+        fitting = [task for task in TASKS.values() if data.kind in task.labels]
+        if not fitting:
             raise UserError(
-                f"there is no starter for {name} yet; copy a template of {config_dir() / name}"
+                f"{data.root} has {_KINDS[data.kind]} ({data.format}: "
+                f"{', '.join(data.classes[:5])}), and no task starts from them: {', '.join(TASKS)}"
             )
-        starter = tasks.load(task.starter)
-        if data.kind in (*task.labels, *starter.other_kinds):
-            return task, starter
+        task = fitting[0]
+    else:
+        task = TASKS[name]
+    if missing := [lib for lib in task.libraries if importlib.util.find_spec(lib) is None]:
+        raise UserError(
+            f"{data.root} is for {task.name}, which needs {', '.join(missing)}: pip install "
+            f"'mmeformer[{task.name}]'"
+        )
+    if task.starter is None:
+        raise UserError(
+            f"there is no starter for {task.name}; copy a template of {config_dir() / task.name}"
+        )
+    starter = tasks.load(task.starter)
+    if data.kind not in (*task.labels, *starter.kinds):
         raise UserError(
             f"{name} cannot be trained on {data.root} ({data.format}: {_KINDS[data.kind]}); leave "
             "out --task, or give other labels"
         )
-    known = []
-    for task in TASKS.values():
-        if task.starter is None:
-            continue
-        known.append(task.name)
-        if data.kind in task.labels:
-            # If its libraries are missing, the import says what to install.
-            return task, tasks.load(task.starter)
-    raise UserError(
-        f"{data.root} has {_KINDS[data.kind]} ({data.format}: {', '.join(data.classes[:5])}), and "
-        f"no task starts from them: {', '.join(known)}"
-    )
-
-
-def _is_installed(task: Task) -> bool:
-    return all(importlib.util.find_spec(library) for library in task.libraries)
+    return task, starter
 
 
 def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -> str:
@@ -198,16 +200,18 @@ def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -
     sizes = ", ".join(f"{len(data.of_split(split))} {split}" for split in splits)
     weights = "None" if plan.checkpoint is None else repr_text(plan.checkpoint)
     base = config_dir() / starter.template(data)
-    copied = data.root.is_relative_to(plan.labels)
-    images = "tiles of your images" if copied else "your images, only read"
     lines = [
         f"# Made by `mmeformer init` from {data.root} ({data.format}): {sizes} images.",
         f"# Check it: mmeformer check {config.name}    Train it: mmeformer train {config.name}",
         f"_base_ = {repr_text(base.as_posix())}",
-        Setting("data_root", repr_text(f"{data.root.as_posix()}/"), images),
+        Setting(
+            "data_root",
+            repr_text(f"{(data.tiles or data.root).as_posix()}/"),
+            "your images, only read" if data.tiles is None else "tiles of your images",
+        ),
         Setting("labels", repr_text(f"{plan.labels.as_posix()}/"), "made from your labels"),
         Setting("classes", repr_names(data.classes), f"in training: {listed}{more}"),
-        Setting("checkpoint", weights, "backbone weights; None: from scratch"),
+        Setting("checkpoint", weights, "backbone weights; from scratch: init --weights none"),
         *starter.settings(data, plan),
         *starter.common(data, plan),
     ]
@@ -217,17 +221,23 @@ def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -
 def check(config: Config) -> list[Finding]:
     """Problems that the task's own checks find in training and validation data."""
     found = []
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    # Keep mmengine's messages about building out of the output.
-    logger.setLevel(logging.ERROR)
-    try:
+    with _quiet():
         for split in ("train", "val"):
             for dataset in datasets_of(config, split):
                 found += [*dataset.findings(limit=500), *check_evaluator(config, split, dataset)]
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep mmengine's messages about building out of the output."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         logger.setLevel(level)
-    return found
 
 
 def _target(out: Path | None, folder: Path) -> Path:
@@ -255,12 +265,12 @@ def _options(request: Request, folder: Path) -> Options:
             f"--task {task.name} ({meaning})"
             for kind, meaning in ((CORNERS, "corners"), (POLYGONS, "outlines"))
             for task in TASKS.values()
-            if task.starter and _is_installed(task) and kind in task.labels
+            if kind in task.labels
         ]
         return replace(request.options, answer=" or ".join(choices))
-    kinds = TASKS[request.task].labels
-    options = replace(request.options, corners=CORNERS in kinds)
-    if options.format is None and MASKS in kinds and recognize(Tree.of(folder), masks=True):
+    labels = TASKS[request.task].labels
+    options = replace(request.options, corners=CORNERS in labels)
+    if options.format is None and MASKS in labels and recognize(Tree.of(folder), masks=True):
         options = replace(options, format=MASKS)
     return options
 
@@ -288,7 +298,28 @@ def _trial(config: Path) -> int:
     """The largest batch that trains on this GPU."""
     from mmeformer.training.trial import measure_batch
 
-    return measure_batch(configs.load_config(config))
+    with _quiet():
+        return measure_batch(configs.load_config(config))
+
+
+def _seconds(config: Path) -> float:
+    """Seconds of a training step here."""
+    from mmeformer.training.trial import measure_seconds
+
+    with _quiet():
+        return measure_seconds(configs.load_config(config))
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``about 20 minutes``, ``about 3 hours``, ``about 2 days``."""
+    if seconds < 90 * 60:
+        count, unit = seconds / 60, "minute"
+    elif seconds < 36 * 3600:
+        count, unit = seconds / 3600, "hour"
+    else:
+        count, unit = seconds / 86400, "day"
+    whole = max(1, round(count))
+    return f"about {whole} {unit}{'s' if whole > 1 else ''}"
 
 
 def _report_data(data: LabeledData, task: Task, report: Callable[[str], object]) -> None:

@@ -50,10 +50,6 @@ class Pyramid:
     levels: tuple[Array, ...]
 
 
-BEST = 5
-"""Number of classes that are reported and drawn of an image."""
-
-
 @dataclass(frozen=True, eq=False)
 class Classification:
     """The class of a whole image.
@@ -73,11 +69,6 @@ class Classification:
         """Indices of the ``count`` most likely classes, the best first; all if there are fewer."""
         order: list[int] = np.argsort(-self.scores, kind="stable")[:count].tolist()
         return order
-
-    def lines(self, classes: Sequence[str]) -> list[str]:
-        """The :data:`BEST` classes with their probabilities, for people; without those near 0."""
-        found = [(f"{self.scores[label]:.3f}", classes[label]) for label in self.best(BEST)]
-        return [f"{score}  {name}" for score, name in found if score != "0.000"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,8 @@ class Setting(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name} = {self.value}  # {self.reason}"
+        # Names of classes may have line breaks.
+        return f"{self.name} = {self.value}  # {' '.join(self.reason.split())}"
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,13 @@ class Starter:
     """Base class of the starters.
 
     Attributes:
-        other_kinds: kinds of labels that it can be trained on beside those of its row.
+        kinds: kinds of labels on which the task can be trained beside its own (``labels`` of its
+            row), if the user asks for it.
         base_batch: batch size of the published or default learning rate on a CPU.
         rates: learning rates for that batch, from pretrained weights and from scratch.
     """
 
-    other_kinds: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
     base_batch: int = 2
     rates: tuple[float, float] = (1e-4, 5e-4)
 
@@ -140,7 +142,8 @@ class Starter:
         lines = [
             "custom_hooks = [",
             "    *_base_.custom_hooks,",
-            '    dict(type="EMAHook", ema_type="MomentumAnnealingEMA", momentum=averaging),',
+            '    dict(type="EMAHook", ema_type="MomentumAnnealingEMA", momentum=averaging, '
+            "update_buffers=True),",
         ]
         if plan.gpu and (steps := self.steps(data, plan)) >= COMPILE_FROM:
             lines.append(f'    dict(type="mmeformer.CompileHook"),  # pays: {steps} iterations')
@@ -172,13 +175,9 @@ def backbone(plan: Plan, keys: str, **settings: str) -> tuple[str, str]:
     if scratch:
         parts["norm_eval"] = "False"
         parts["layer_scale_init_value"] = "0.5"
-        parts["init_cfg"] = "None"
         if variant.family == "v2":
             parts["head_bias_keys"] = keys
-    elif variant.family == "v1":
-        parts["init_cfg"] = f'dict(type="Pretrained", checkpoint="{plan.checkpoint}")'
-    elif variant.arch != "s0" or plan.checkpoint != default_checkpoint(variant):
-        parts["init_cfg"] = f'dict(checkpoint="{plan.checkpoint}")'
+    parts["init_cfg"] = 'checkpoint and dict(type="Pretrained", checkpoint=checkpoint)'
     neck = ['norm_cfg=dict(_delete_=True, type="BN")'] if scratch else []
     return ", ".join(f"{key}={value}" for key, value in parts.items()), ", ".join(neck)
 

@@ -25,12 +25,14 @@ class Export:
             :mod:`mmeformer.runtime.decoders`.
         stretches: whether an image is stretched to the size of a fixed-size export; else it keeps
             its ratio and is padded.
+        litert_graph: the same for LiteRT (TensorFlow Lite); None takes that for CoreML.
     """
 
     graph: str
     coreml_graph: str | None
     decoder: str
     stretches: bool
+    litert_graph: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Task:
         datasets: data sets with the checks of ``tools/check_dataset.py``, as configs name them.
         starter: an instance of :class:`mmeformer.starter.Starter`, for ``mmeformer init``; None if
             the task has none.
-        labels: kinds of labels (see :mod:`mmeformer.labeled`) for which ``mmeformer init`` chooses
-            the task.
+        labels: kinds of labels (:mod:`mmeformer.labeled`) that are for this task, if the user does
+            not say.
         review: subclass of :class:`mmeformer.report.review.Review`, which compares predictions with
             labels for the report of a training; None leaves that out.
     """
@@ -116,6 +118,7 @@ _ROWS = (
             coreml_graph="mmeformer.rotated.graph:RotatedRawGraph",
             decoder="mmeformer.runtime.decoders:decode_rotated",
             stretches=False,
+            litert_graph="mmeformer.rotated.graph:RotatedCandidatesGraph",
         ),
         quickstart="mmeformer.rotated.quickstart:QUICKSTART",
         datasets=("mmeformer.DOTADataset",),

@@ -232,9 +232,9 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=100, help="number of kills (%(default)s)")
     parser.add_argument(
-        "--iterations", type=int, default=2000, help="of the training that is measured"
+        "--iterations", type=int, default=2000, help="of the training that is measured; 0 for none"
     )
-    parser.add_argument("--images", type=int, default=5000, help="to predict on")
+    parser.add_argument("--images", type=int, default=5000, help="to predict on; 0 for none")
     parser.add_argument("--minutes", type=float, default=20, help="kills end after this time")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of kills")
     args = parser.parse_args()
@@ -246,6 +246,8 @@ def main() -> int:
             ("training iterations", training, args.iterations),
             ("predicted images", prediction, args.images),
         ):
+            if not count:
+                continue
             part = folder / function.__name__
             part.mkdir()
             found = in_child(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from probes import trial
+from probe_trial import trial
 
 from mmeformer import doctor
 from mmeformer.doctor import Facts, Probe

@@ -7,6 +7,7 @@
 import ast
 import importlib
 import inspect
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ ARGUMENTS = {
 }
 
 
-def used_names(library: str) -> set[str]:
-    """Dotted names that the package's source imports from a library, inside functions too."""
+@cache
+def imported_names() -> set[str]:
+    """Dotted names that the package's source imports, inside functions too."""
     found = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -31,7 +33,12 @@ def used_names(library: str) -> set[str]:
                 found |= {f"{node.module}.{alias.name}" for alias in node.names}
             elif isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
-    return {name for name in found if name.split(".")[0] == library}
+    return found
+
+
+def used_names(library: str) -> set[str]:
+    """Dotted names that the package's source imports from a library."""
+    return {name for name in imported_names() if name.split(".")[0] == library}
 
 
 def resolve(name: str):
@@ -56,7 +63,7 @@ def missing(names) -> list[str]:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_every_imported_name_exists(library):
-    pytest.importorskip(library)
+    pytest.importorskip(library, reason=f"{library} is not installed")
     names = used_names(library)
     assert names, "the source was not read"
     assert missing(names) == []

@@ -12,6 +12,7 @@ import pytest
 import mmeformer
 from mmeformer import tasks
 from mmeformer.runtime import Metadata
+from mmeformer.starter import Starter
 
 COMMANDS = sorted(
     path.stem
@@ -70,6 +71,7 @@ def test_rows_name_what_exists(name):
     ):
         assert reference is None or callable(tasks.load(reference))
     assert Path(tasks.load(task.quickstart).config).parts[0] == name
+    assert task.starter is None or isinstance(tasks.load(task.starter), Starter)
     assert tasks.of_config(dict(default_scope=task.scope)) is task
 
 
@@ -137,10 +139,11 @@ def test_shared_files_name_no_task():
     """No ``if task == ...``, no table of tasks, beside the rows."""
     package = Path(mmeformer.__file__).parent
     rooms = {"checks", "commands", "deploy", "inference", "report", "runtime", "training"}
+    files = {"quickstart.py", "results.py", "own_data.py", "starter.py", "labeled.py"}
     named = [
         f"{path.relative_to(package)}, line {node.lineno}: {node.value}"
         for path in package.rglob("*.py")
-        if path.relative_to(package).parts[0] in rooms | {"quickstart.py", "results.py"}
+        if path.relative_to(package).parts[0] in rooms | files
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and node.value in tasks.TASKS
     ]

@@ -7,6 +7,5 @@ default_hooks = dict(
     visualization=dict(type="DetVisualizationHook"),
 )
 custom_hooks = [dict(type="NumClassCheckHook")]
-visualizer = dict(
-    type="DetLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer"
-)
+# Without a name, each run gets its own visualizer and so its own folder for curves.
+visualizer = dict(type="DetLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")])

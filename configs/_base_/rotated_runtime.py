@@ -7,8 +7,5 @@ default_hooks = dict(
     visualization=dict(type="mmdet.DetVisualizationHook"),
 )
 custom_hooks = [dict(type="mmdet.NumClassCheckHook")]
-visualizer = dict(
-    type="mmeformer.RotatedVisualizer",
-    vis_backends=[dict(type="LocalVisBackend")],
-    name="visualizer",
-)
+# Without a name, each run gets its own visualizer and so its own folder for curves.
+visualizer = dict(type="mmeformer.RotatedVisualizer", vis_backends=[dict(type="LocalVisBackend")])

@@ -14,8 +14,8 @@ learning_rate = 2e-4
 max_epochs = 20
 warmup_epochs = 1
 num_workers = 2
-# Learn from a larger classifier: dict(config="...", checkpoint="...") with a config of this project.
-teacher = None
+# Learn from a larger classifier of this project: dict(config="...", checkpoint="...").
+teacher = dict()
 # Raw imagery: type="mmeformer.LoadImageFromFile" with the bands of red, green and blue, and the
 # values of black and white, such as bands=(4, 3, 2), stretch=(0, 4095).
 load_image = dict(type="LoadImageFromFile")
@@ -35,12 +35,12 @@ model = dict(
     head=dict(
         num_classes=num_classes,
         # Without a teacher one classifier is enough.
-        distillation=teacher is not None,
+        distillation=bool(teacher),
         loss=dict(num_classes=num_classes),
     ),
     # Mixing is for long trainings.
-    train_cfg=None,
-    teacher=dict(_delete_=True, **teacher) if teacher else None,
+    train_cfg=dict(_delete_=True),
+    teacher=dict(_delete_=True, **teacher),
 )
 train_pipeline = [
     load_image,

@@ -19,15 +19,16 @@ metainfo = dict(
     )
 )
 num_classes = len(metainfo["classes"])
-max_epochs = 12
+max_epochs = 8
 
 # From scratch: start with large layer scales.
 model = dict(
     data_preprocessor=dict(num_classes=num_classes),
     backbone=dict(layer_scale_init_value=0.5, bias_grid=2, head_bias_keys=4),
     head=dict(num_classes=num_classes, distillation=False, loss=dict(num_classes=num_classes)),
-    train_cfg=None,
-    teacher=None,
+    train_cfg=dict(_delete_=True),
+    # None could not be overridden by a dict.
+    teacher=dict(_delete_=True),
 )
 train_pipeline = [
     dict(type="LoadImageFromFile"),

@@ -8,8 +8,8 @@ size = (128, 128)
 max_iters = 420
 
 # From scratch: train the batch norms, add some to the neck, start with large layer scales.
-# For two cores: half the channels in neck and heads, fewer proposals.
-width = 128
+# For two cores: narrow neck and heads, fewer proposals and RoIs.
+width = 96
 roi_extractor = dict(out_channels=width)
 model = dict(
     backbone=dict(norm_eval=False, layer_scale_init_value=1.0, bias_grid=4, init_cfg=None),
@@ -25,7 +25,7 @@ model = dict(
     ),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=400, max_per_img=200),
-        rcnn=dict(sampler=dict(num=64)),
+        rcnn=dict(sampler=dict(num=32)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=400, max_per_img=200), rcnn=dict(max_per_img=20)),
 )

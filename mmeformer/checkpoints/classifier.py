@@ -58,7 +58,9 @@ def check_head(head: Mapping[str, Tensor], variant: Variant, source: str) -> Non
     width = variant.architecture.widths[-1]
     classes = len(head["fc.weight"])
     statistics = ("running_mean", "running_var") if variant.family == "v2" else ()
-    wanted = {f"norm.{leaf}": (width,) for leaf in ("weight", "bias", *statistics)}
+    wanted: dict[str, tuple[int, ...]] = {
+        f"norm.{leaf}": (width,) for leaf in ("weight", "bias", *statistics)
+    }
     for module in ("fc", "fc_dist"):
         if module == "fc" or any(name.startswith("fc_dist.") for name in head):
             wanted |= {f"{module}.weight": (classes, width), f"{module}.bias": (classes,)}

@@ -27,12 +27,15 @@ class Classifier(ImageClassifier):
 
     Args:
         teacher: arguments of :class:`mmeformer.classification.distillation.Teacher`, such as
-            ``dict(timm="regnety_160.deit_in1k")``; None trains without.
+            ``dict(timm="regnety_160.deit_in1k")``; None or an empty dict trains without. In a
+            config that others inherit from, only the empty dict can be overridden.
         args, kwargs: of mmpretrain's ``ImageClassifier``.
 
     Raises:
         ValueError: there is a teacher, but the head has no second classifier.
     """
+
+    init_cfg: Any
 
     def __init__(self, *args: Any, teacher: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

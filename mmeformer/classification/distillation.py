@@ -78,7 +78,7 @@ class Teacher:
         self.num_classes = num_classes
         if timm is not None:
             self.model = _timm_model(timm, checkpoint, num_classes)
-        else:
+        elif config is not None:
             self.model = models.build_model(configs.load_config(config), checkpoint)
         self.model.eval().requires_grad_(False)
         self._checked = False

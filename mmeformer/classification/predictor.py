@@ -6,17 +6,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from mmengine.dataset import Compose
 from mmengine.infer import BaseInferencer
 from mmengine.registry import TRANSFORMS
-from torch import nn
 
-from mmeformer.captions import write_lines
 from mmeformer.inference.pictures import at_picture_size
 from mmeformer.inference.predictor import Predictor
-from mmeformer.results import BEST, Classification
+from mmeformer.results import Classification
 from mmeformer.windows import Window
+
+BEST = 5
+"""Number of classes that are reported of an image."""
 
 
 class ArrayInferencer(BaseInferencer):
@@ -25,7 +27,7 @@ class ArrayInferencer(BaseInferencer):
     mmpretrain's own has another base class.
     """
 
-    def _load_weights_to_model(self, model: nn.Module, checkpoint: dict, cfg: Any) -> None:
+    def _load_weights_to_model(self, model: Any, checkpoint: dict, cfg: Any) -> None:
         super()._load_weights_to_model(model, checkpoint, cfg)
         meta = checkpoint["meta"]
         model.dataset_meta = meta.get("dataset_meta") or dict(classes=meta["CLASSES"])
@@ -77,15 +79,26 @@ class ClassificationPredictor(Predictor[Classification]):
     def draw(self, image: np.ndarray, result: Classification) -> np.ndarray:
         """See the base class; the best classes in the upper left corner."""
         picture, _ = at_picture_size(image)
-        picture = np.ascontiguousarray(picture).copy()
-        write_lines(picture, result.lines(self.classes))
+        picture = np.ascontiguousarray(picture)
+        unit = max(picture.shape[:2]) / 640
+        lines = [f"{result.scores[k]:.3f}  {self.classes[k]}" for k in result.best(BEST)]
+        height = int(26 * unit)
+        depth = min(height * len(lines) + height // 2, picture.shape[0])
+        picture[:depth] = (picture[:depth] * 0.4).astype(np.uint8)
+        for row, line in enumerate(lines, start=1):
+            # OpenCV's fonts have no other letters.
+            text = line.encode("ascii", "replace").decode()
+            place = (int(8 * unit), height * row)
+            thickness = max(1, round(1.5 * unit))
+            font = cv2.FONT_HERSHEY_SIMPLEX
+            cv2.putText(picture, text, place, font, 0.65 * unit, (255,) * 3, thickness, cv2.LINE_AA)
         return picture
 
     @classmethod
     def annotations(
         cls, result: Classification, classes: Sequence[str], category_ids: Sequence[int]
     ) -> list[dict]:
-        """One per reported class, the best first: ``category_id`` and ``score``."""
+        """One annotation per reported class, the best first: ``category_id`` and ``score``."""
         return [
             dict(category_id=category_ids[label], score=float(result.scores[label]))
             for label in result.best(BEST)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare predicted classes of images with their labels."""
+"""Compare classes of images with their labels."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ from mmeformer.report.review import (
     Statistics,
     Summary,
     Table,
+    best_precision,
+    entries_of,
+    ratios,
 )
 from mmeformer.results import Classification
 
 
 class ClassificationReview(Review[Classification]):
-    """Compares :class:`mmeformer.results.Classification`.
+    """Compares :class:`mmeformer.results.Classification`."""
 
-    Precision, recall and F1 of a class are those of mmpretrain's ``SingleLabelMetric``, average
-    precision that of its ``AveragePrecision``: how well the probability of a class finds its images
-    among all.
-    """
-
-    image_score = "probability of the labeled class"
+    image_score = "probability of the right class"
 
     def __init__(self, classes: Sequence[str]) -> None:
         super().__init__(classes)
@@ -37,88 +35,66 @@ class ClassificationReview(Review[Classification]):
         self.scores: list[np.ndarray] = []
 
     def truth(self, sample: Any) -> Classification | None:
-        """See the base class; the labeled class has the probability 1."""
+        """See the base class; the right class with score 1."""
         if "gt_label" not in sample:
             return None
-        return Classification(np.eye(len(self.classes), dtype=np.float32)[_label(sample)])
+        scores = np.zeros(len(self.classes), np.float32)
+        scores[int(sample.gt_label)] = 1
+        return Classification(scores)
 
     def add(self, found: Classification, sample: Any) -> float | None:
         """See the base class."""
-        label = _label(sample)
-        self.labels.append(label)
+        self.labels.append(int(sample.gt_label))
         self.scores.append(found.scores)
-        return float(found.scores[label])
+        return float(found.scores[self.labels[-1]])
 
     def summary(self) -> Summary:
-        """See the base class."""
+        """See the base class; precision and recall over the score, one class against the rest."""
         count = len(self.classes)
         labels = np.array(self.labels, np.int64)
-        scores = np.array(self.scores, np.float32).reshape(-1, count)
-        counts: np.ndarray = np.zeros((count, count), np.int64)
+        scores = np.reshape(self.scores, (-1, count))
+        counts = np.zeros((count, count), np.int64)
         np.add.at(counts, (labels, scores.argmax(1)), 1)
-        curves = {
-            label: _curve(self.classes[label], scores[:, label], labels == label)
-            for label in np.unique(labels).tolist()
-        }
-        rows = []
-        for label, name in enumerate(self.classes):
-            right, images, predicted = (
-                counts[label, label],
-                counts[label].sum(),
-                counts[:, label].sum(),
+        right, images = np.diag(counts), counts.sum(1)
+        curves = tuple(
+            _curve(self.classes[label], labels == label, scores[:, label])
+            for label in np.flatnonzero(images)
+        )
+        ap = {curve.name: curve.ap for curve in curves}
+        rows = tuple(
+            zip(
+                self.classes,
+                images.tolist(),
+                ratios(right, counts.sum(0)),
+                ratios(right, images),
+                map(ap.get, self.classes),
+                strict=True,
             )
-            rows.append(
-                (
-                    name,
-                    int(images),
-                    _ratio(right, predicted),
-                    _ratio(right, images),
-                    _ratio(2 * right, images + predicted),
-                    curves[label].ap if label in curves else None,
-                )
-            )
-        header = ("class", "images", "precision", "recall (accuracy)", "F1", "AP")
-        remark = "Every image counts once, as its most likely class."
+        )
+        table = Table(("class", "images", "precision", "recall", "AP"), rows)
+        remark = "Every image counts as its most likely class."
         return Summary(
-            Confusion(counts, self.classes, "images", remark),
-            Table(header, tuple(rows)),
-            tuple(curves.values()),
-            "every class against the others",
+            Confusion(counts, self.classes, "images", remark), table, curves, "one class by score"
         )
 
     @classmethod
     def statistics(cls, datasets: Sequence[BaseDataset]) -> Statistics:
         """See the base class."""
-        classes = tuple(datasets[0].metainfo["classes"])
-        labels: list[int] = []
-        for dataset in datasets:
-            dataset.full_init()
-            labels += [dataset.get_data_info(index)["gt_label"] for index in range(len(dataset))]
+        classes = datasets[0].metainfo["classes"]
+        labels = [int(entry["gt_label"]) for entry in entries_of(datasets)]
         amounts = np.bincount(np.array(labels, np.int64), minlength=len(classes))
-        return Statistics(len(labels), classes, "images", amounts, amounts)
+        return Statistics(len(labels), tuple(classes), "labels", amounts, amounts)
 
 
-def _label(sample: Any) -> int:
-    return int(sample.gt_label.item())
-
-
-def _curve(name: str, scores: np.ndarray, right: np.ndarray) -> Curve:
-    """Precision over recall of the images with the highest scores.
+def _curve(name: str, right: np.ndarray, scores: np.ndarray) -> Curve:
+    """Precision over recall of the images of a class.
 
     Args:
         name: of the class.
-        scores: (N,) probability of the class.
-        right: (N,) bool, whether an image has the class; one at least has.
+        right: (N,) bool, whether an image is of the class; at least one is.
+        scores: (N,), of the class.
     """
-    order = np.argsort(-scores, kind="stable")
-    found = right[order].cumsum()
-    recall = found / found[-1]
-    precision = found / np.arange(1, len(order) + 1)
-    ap = float(precision[right[order]].mean())
-    best = np.maximum.accumulate(precision[::-1])[::-1]
-    # The last image has the recall 1.
-    return Curve(name, best[np.searchsorted(recall, RECALLS)], ap)
-
-
-def _ratio(part: int, whole: int) -> float | None:
-    return float(part / whole) if whole else None
+    found = np.cumsum(right[np.argsort(-scores, kind="stable")])
+    recall, precision = found / right.sum(), found / np.arange(1, len(found) + 1)
+    values = best_precision(recall, precision, RECALLS)
+    return Curve(name, values, float(values.mean()))

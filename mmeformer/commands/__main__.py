@@ -15,10 +15,12 @@ from pathlib import Path
 
 from mmeformer.version import __version__
 
-COMMANDS = {
+_FOLDER = Path(__file__).parent
+_ORDER = {
     "init": "init",
     "train": "train",
     "test": "test",
+    "report": "report",
     "predict": "predict",
     "export": "export",
     "check": "check_dataset",
@@ -26,11 +28,14 @@ COMMANDS = {
     "profile": "profile",
     "doctor": "doctor",
     "quickstart": "quickstart",
-    "report": "report",
-    "split-dota": "split_dota",
-    "completion": "completion",
 }
-"""Module of each sub-command."""
+_NOT_COMMANDS = ("__init__", "__main__", "cli")
+COMMANDS = _ORDER | {
+    path.stem.replace("_", "-"): path.stem
+    for path in sorted(_FOLDER.glob("*.py"))
+    if path.stem not in (*_NOT_COMMANDS, *_ORDER.values())
+}
+"""Module of each sub-command: those of a usual project in their order, then all others."""
 
 
 def overview() -> str:
@@ -57,8 +62,8 @@ def overview() -> str:
 
 def summary(command: str) -> str:
     """First line of what a sub-command says of itself, read without importing it."""
-    path = Path(__file__).with_name(f"{COMMANDS[command]}.py")
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    source = (_FOLDER / f"{COMMANDS[command]}.py").read_text(encoding="utf-8")
+    text = ast.get_docstring(ast.parse(source)) or ""
     return text.splitlines()[0].rstrip(".")
 
 

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export a trained model to ONNX or CoreML, checked against PyTorch before it is written.
+"""Export a trained model to ONNX, CoreML or TensorFlow Lite, checked against PyTorch.
 
 Examples:
     mmeformer export CONFIG CHECKPOINT --to onnx --size 512 512 --out model.onnx
     mmeformer export CONFIG CHECKPOINT --to onnx --dynamic --with-preprocessing --out model.onnx
+    mmeformer export CONFIG CHECKPOINT --to onnx --size 512 512 --int8 images/ --out model.onnx
     mmeformer export CONFIG CHECKPOINT --to onnx --part backbone --size 224 224 --out s0.onnx
     mmeformer export CONFIG CHECKPOINT --to coreml --size 512 512 --fp16 --out model.mlpackage
+    mmeformer export CONFIG CHECKPOINT --to tflite --size 512 512 --out model.tflite
 """
 
 import argparse
+from pathlib import Path
 
 from mmeformer import configs
 from mmeformer.commands import cli
 from mmeformer.deploy.export import Request, export
+from mmeformer.inference.inputs import find_sources
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -22,8 +26,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("config", help="config file, or its path below mmeformer's configs/")
     parser.add_argument("checkpoint", help="checkpoint of a model of this config")
-    parser.add_argument("--to", choices=["onnx", "coreml"], required=True)
-    parser.add_argument("--out", required=True, help="file to write: .onnx or .mlpackage")
+    parser.add_argument("--to", choices=["onnx", "coreml", "tflite"], required=True)
+    parser.add_argument("--out", required=True, help="file to write: .onnx, .mlpackage or .tflite")
     parser.add_argument("--part", choices=["model", "backbone"], default="model")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="one input size, in px")
@@ -34,9 +38,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="the graph takes BGR images as OpenCV reads them, and normalizes them",
     )
-    parser.add_argument("--fp16", action="store_true", help="CoreML in float16")
+    parser.add_argument(
+        "--fp16", action="store_true", help="CoreML, or the weights of TensorFlow Lite, in float16"
+    )
     parser.add_argument(
         "--images", nargs="+", default=[], help="for the check; default: of the config's test data"
+    )
+    parser.add_argument(
+        "--int8",
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="8 bits, calibrated on these images or folders: 50 to 200 pictures like the test data",
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="for --int8: largest drop of the test data's metric (default: 1 of 100 points)",
     )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     cli.add_config_options(parser)
@@ -44,6 +64,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.dynamic and args.batch != 1:
         parser.error("--batch is for --size: with --dynamic any batch is possible")
     return args
+
+
+def _images(inputs: list[str]) -> tuple[Path, ...]:
+    """Image files of files and folders."""
+    sources = find_sources(inputs) if inputs else []
+    return tuple(source.path for source in sources if not source.is_video)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,6 +81,8 @@ def run(args: argparse.Namespace) -> None:
         batch=args.batch,
         preprocessing=args.with_preprocessing,
         half=args.fp16,
+        int8=_images(args.int8),
+        max_drop=args.max_drop,
     )
     config = configs.load_config(args.config, args.cfg_options)
     path = export(config, args.checkpoint, args.out, request, images=args.images, force=args.force)

@@ -2,8 +2,8 @@
 """Write report.html into the work directory of a training, finished or not.
 
 Examples:
-    mmeformer report work_dirs/nuclei
-    mmeformer report work_dirs/nuclei --images 0
+    mmeformer report work_dirs/my_config
+    mmeformer report work_dirs/my_config --images 1000 --device cpu
 """
 
 import argparse

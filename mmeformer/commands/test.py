@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate a checkpoint, or an ONNX file exported from one, with its config.
+"""Evaluate a checkpoint, or a file exported from one, with its config.
 
 Examples:
     mmeformer test my_config.py work_dirs/my_config/epoch_24.pth
@@ -19,7 +19,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cli.add_config(parser)
-    parser.add_argument("checkpoint", help="checkpoint, or exported .onnx file")
+    parser.add_argument("checkpoint", help="checkpoint, or exported .onnx or .tflite file")
     parser.add_argument("--out", metavar="FILE.pkl", help="file for all predictions")
     parser.add_argument("--show-dir", metavar="FOLDER", help="folder for pictures of predictions")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")
@@ -31,16 +31,16 @@ def work(args: argparse.Namespace) -> None:
     """Evaluate."""
     config = cli.prepare_run(args)
     checkpoint = existing_checkpoint(args.checkpoint)
-    exported = checkpoint.endswith(".onnx")
+    exported = checkpoint.endswith((".onnx", ".tflite"))
     if exported:
-        # Needs onnxruntime, which evaluating checkpoints does not.
-        from mmeformer.deploy.evaluate import use_onnx
+        # Needs a runtime, which evaluating checkpoints does not.
+        from mmeformer.deploy.evaluate import use_exported
 
         if args.tta:
             raise ValueError(
                 f"test-time augmentation needs a checkpoint, not the exported file {checkpoint}"
             )
-        use_onnx(config, checkpoint)
+        use_exported(config, checkpoint)
     runner = engine.build_test_runner(
         config,
         None if exported else checkpoint,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mmeformer import own_data
 from mmeformer.commands import cli
+from mmeformer.errors import UserError
 from mmeformer.training import engine
 from mmeformer.training.trackers import DEFAULT, NONE, TRACKERS
 
@@ -64,6 +65,11 @@ def work(args: argparse.Namespace) -> int | None:
     from mmeformer.report.build import after_training
 
     if Path(args.config).is_dir():
+        if args.launcher != "none":
+            raise UserError(
+                f"{args.config} is a folder; several processes need a config: run mmeformer init "
+                f"{args.config} first"
+            )
         made = own_data.make(own_data.Request(Path(args.config)), report=print)
         if made.errors:
             return 1

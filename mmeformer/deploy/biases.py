@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from mmeformer.backbones.base import PyramidBackbone
 from mmeformer.deploy.substitutes import replace_modules
-from mmeformer.layers.attention_bias import AttentionBias, distances, resample_in_graph
+from mmeformer.layers.attention_bias import (
+    AttentionBias,
+    distances,
+    resample_in_graph,
+    resize_offset_table,
+)
 
 
 class _WholeBias(nn.Module):
@@ -25,17 +30,30 @@ class _WholeBias(nn.Module):
 class FixedBias(_WholeBias):
     """The bias for one size, as a constant.
 
+    An ONNX file gets the table of offsets, a few kB, where the bias takes megabytes (at 512 px more
+    than all weights of V2-S0): runtimes expand it once, when they load the file.
+
     Args:
         source: the bias to fix.
         size: (H, W) of the key map.
     """
 
     bias: Tensor
+    table: Tensor
+    rows: Tensor
+    columns: Tensor
 
     def __init__(self, source: AttentionBias, size: tuple[int, ...]) -> None:
         super().__init__()
         self.register_buffer("bias", source.compute(size).detach().clone())
         self.size = size
+        self.has_table = source.resize == "displacement"
+        if self.has_table:
+            table = resize_offset_table(source.table, size).detach().clone()
+            self.register_buffer("table", table)
+            for name, side in zip(("rows", "columns"), size, strict=True):
+                places = distances(side, source.query_stride, table.device).clone()
+                self.register_buffer(name, places)
 
     def forward(self, size: tuple[int, ...]) -> Tensor:
         """``size`` (H, W) of the key map -> bias (heads, Nq, H * W).
@@ -49,6 +67,8 @@ class FixedBias(_WholeBias):
                 f"this copy was folded for an attention map of {self.size}, but got {tuple(size)}; "
                 "fold without image_size for inputs of any size"
             )
+        if self.has_table and torch.onnx.is_in_onnx_export():
+            return _expand(self.table, self.rows, self.columns)
         return self.bias
 
 
@@ -83,9 +103,14 @@ class GraphBias(_WholeBias):
         columns = distances(size[1], self.query_stride, self.table.device)
         table = resample_in_graph(self.table, -2, size[0])
         table = resample_in_graph(table, -1, size[1])
-        # (heads, Hq, H, Wq, W) by two gathers, as in `expand_offset_table`.
-        bias = table[:, :, columns][:, rows].permute(0, 1, 3, 2, 4)
-        return bias.flatten(3, 4).flatten(1, 2)
+        return _expand(table, rows, columns)
+
+
+def _expand(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Table (heads, H, W), distances (Hq, H) and (Wq, W) -> bias (heads, Hq * Wq, H * W)."""
+    # (heads, Hq, H, Wq, W) by two gathers, as in `expand_offset_table`.
+    bias = table[:, :, columns][:, rows].permute(0, 1, 3, 2, 4)
+    return bias.flatten(3, 4).flatten(1, 2)
 
 
 class _SizeProbe(nn.Module):

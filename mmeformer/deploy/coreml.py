@@ -17,14 +17,8 @@ from coremltools.converters.mil import Builder, register_torch_op
 from coremltools.converters.mil.mil.types import builtin_to_string
 from torch import nn
 
-from mmeformer.deploy.check import (
-    LABELS_DIFFER,
-    RAW_TOLERANCE,
-    Comparison,
-    random_image,
-    relative_difference,
-)
-from mmeformer.deploy.graphs import Graph, build_graph
+from mmeformer.deploy.check import Comparison, random_image
+from mmeformer.deploy.graphs import Graph, build_graph, compare_graphs
 from mmeformer.images import as_image
 from mmeformer.runtime.images import Prepared, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
@@ -79,7 +73,7 @@ def write(
         for batch in batches
     ]
     comparison = Comparison("CoreML runs on Apple's systems alone; what was checked here")
-    compare_folded(graph, reference, examples, comparison)
+    compare_graphs(graph, reference, examples, comparison, "the folded program")
     graph.raw_names = ()
     package = convert(graph, examples[0], metadata, half)
     package.save(str(path))
@@ -131,39 +125,6 @@ def convert(
     )
     package.user_defined_metadata[KEY] = metadata.to_json()
     return package
-
-
-@torch.no_grad()
-def compare_folded(
-    graph: Graph, reference: Graph, examples: Sequence[torch.Tensor], comparison: Comparison
-) -> None:
-    """Compare the folded graph with the model.
-
-    Args:
-        graph: the folded graph.
-        reference: the graph of the model as it was trained.
-        examples: ``image`` inputs.
-        comparison: receives the largest difference of each output and raw tensor.
-    """
-    names = reference.output_names + reference.raw_names
-    largest = dict.fromkeys(names, 0.0)
-    for example in examples:
-        for name, ours, value in zip(names, graph(example), reference(example), strict=True):
-            if value.is_floating_point():
-                difference = relative_difference(ours.numpy(), value.numpy())
-            else:
-                difference = float((ours != value).float().mean())
-            largest[name] = max(largest[name], difference)
-    for name, value in zip(names, reference(examples[0]), strict=True):
-        title = name.removeprefix("raw_")
-        if value.is_floating_point():
-            line = (
-                f"{title}: the folded program differs by {largest[name]:.1e} of its largest value"
-            )
-            comparison.add(line, largest[name] <= RAW_TOLERANCE)
-        else:
-            line = f"{title}: {largest[name]:.1e} of its numbers differ"
-            comparison.add(line, largest[name] <= LABELS_DIFFER)
 
 
 @torch.no_grad()

@@ -15,22 +15,26 @@ from mmeformer.registry import MODELS
 
 
 @MODELS.register_module()
-class OnnxModel(BaseModel):
-    """An exported ONNX file in place of a model, for mmengine's test loop.
+class ExportedModel(BaseModel):
+    """An exported file in place of a model, for mmengine's test loop.
 
     :mod:`mmeformer.runtime` reads, prepares and predicts each image file, as in a product. The data
     loader only supplies the file's name and the ground truth.
 
     Args:
-        file: the ``.onnx`` file.
+        file: that :func:`mmeformer.runtime.load` takes.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an ONNX file that mmeformer exported.
+        ValueError: not a file that mmeformer exported.
     """
 
     def __init__(self, file: str) -> None:
         super().__init__()
+        self.load(file)
+
+    def load(self, file: str) -> None:
+        """Predict with another file from now on."""
         # One image at a time: the data loader's batch size is not that of the graph.
         self.predictor = runtime.load(file, torch.get_num_threads())
         self.graph = tasks.load(self.predictor.metadata.export.graph)
@@ -51,7 +55,7 @@ class OnnxModel(BaseModel):
         raise RuntimeError("an exported file can be tested, but neither trained nor called")
 
 
-def use_onnx(config: Config, file: str) -> None:
+def use_exported(config: Config, file: str) -> None:
     """Make a config test an exported file instead of a model, in place.
 
     Raises:
@@ -68,4 +72,4 @@ def use_onnx(config: Config, file: str) -> None:
             f"{file} was trained on the classes {list(metadata.classes)}, but the test data of the "
             f"config has {list(classes)}"
         )
-    config.model = ConfigDict(type="mmeformer.OnnxModel", file=str(Path(file).resolve()))
+    config.model = ConfigDict(type="mmeformer.ExportedModel", file=str(Path(file).resolve()))

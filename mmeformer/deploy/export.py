@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export models to ONNX and CoreML; only files that passed the check are written."""
+"""Export models to ONNX, CoreML and TensorFlow Lite; a file is written if it passed its check."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mmengine.config import Config
@@ -14,10 +16,11 @@ from mmeformer.deploy import models
 from mmeformer.deploy.graphs import graph_class
 from mmeformer.deploy.inputs import compare_inputs
 from mmeformer.deploy.metadata import export_metadata
-from mmeformer.files import replacing, write_text
+from mmeformer.files import replacing, write_bytes, write_text
+from mmeformer.runtime.metadata import Metadata
 from mmeformer.tasks import BACKBONE, of_config
 
-SUFFIXES = {"onnx": ".onnx", "coreml": ".mlpackage"}
+SUFFIXES = {"onnx": ".onnx", "coreml": ".mlpackage", "tflite": ".tflite"}
 
 REAL_IMAGES = 4
 
@@ -27,12 +30,14 @@ class Request:
     """Options of an export.
 
     Args:
-        target: ``"onnx"`` or ``"coreml"``.
+        target: ``"onnx"``, ``"coreml"`` or ``"tflite"``.
         part: ``"model"``, or ``"backbone"`` for the bare backbone.
         size: (H, W) in pixels of all inputs; None for any size (ONNX only).
         batch: images per run. Without ``size``, any number.
         preprocessing: the graph takes images as they are read, and normalizes them.
-        half: CoreML in float16.
+        half: CoreML in float16, or TensorFlow Lite with weights in float16.
+        int8: quantize to 8 bits, calibrated on these images (not CoreML).
+        max_drop: for ``int8``: largest drop of the metric in points of a hundred.
 
     Raises:
         ValueError: the options do not go together.
@@ -44,6 +49,8 @@ class Request:
     batch: int = 1
     preprocessing: bool = False
     half: bool = False
+    int8: tuple[Path, ...] = ()
+    max_drop: float = 1.0
 
     def __post_init__(self) -> None:
         if self.target not in SUFFIXES or self.part not in ("model", BACKBONE):
@@ -52,12 +59,19 @@ class Request:
             raise ValueError(f"--size {self.size}: both sides must be at least 32 px")
         if self.batch < 1:
             raise ValueError(f"--batch must be at least 1, but is {self.batch}")
-        if self.target == "coreml" and self.size is None:
-            raise ValueError("CoreML models have a fixed size: give --size instead of --dynamic")
+        if self.target != "onnx" and self.size is None:
+            name = "CoreML" if self.target == "coreml" else "TensorFlow Lite"
+            raise ValueError(f"{name} models have a fixed size: give --size instead of --dynamic")
         if self.target == "coreml" and self.preprocessing and self.batch > 1:
             raise ValueError("CoreML takes one image at a time: --batch is for arrays of numbers")
         if self.target == "onnx" and self.half:
-            raise ValueError("--fp16 is for CoreML; ONNX files are float32")
+            raise ValueError("--fp16 is for CoreML and TensorFlow Lite; ONNX files are float32")
+        if self.int8 and (self.target == "coreml" or self.half):
+            raise ValueError("--int8 is for ONNX and TensorFlow Lite, without --fp16")
+        if self.int8 and self.part == BACKBONE:
+            raise ValueError("--int8 is for whole models: the backbone alone has no metric")
+        if self.max_drop < 0:
+            raise ValueError(f"--max-drop must not be negative, but is {self.max_drop:g}")
 
     def task(self, config: Config) -> str:
         """The key of :func:`mmeformer.tasks.exports` for this part of a config's model.
@@ -100,6 +114,8 @@ def export(
         FileNotFoundError: a file does not exist.
         FileExistsError: ``out`` or its JSON file exists.
         CheckFailed: the exported model gives other results; nothing is written.
+        MetricDropped: 8 bits cost more than ``max_drop``; the file is beside ``out``, with
+            ``refused`` in its name.
     """
     out = Path(out)
     if out.suffix != SUFFIXES[request.target]:
@@ -108,7 +124,7 @@ def export(
     for path in (out, sidecar):
         if path.exists() and not force:
             raise FileExistsError(f"{path} exists; use another name, or --force to replace it")
-    for image in images:
+    for image in (*images, *request.int8):
         if not Path(image).is_file():
             raise FileNotFoundError(f"image {image} does not exist")
 
@@ -131,6 +147,10 @@ def export(
             from mmeformer.deploy import onnx
 
             comparison = onnx.write(model, graph, metadata, real, draft)
+        elif request.target == "tflite":
+            from mmeformer.deploy import litert
+
+            comparison = litert.write(model, graph, metadata, real, draft, request.half)
         else:
             from mmeformer.deploy import coreml
 
@@ -139,5 +159,30 @@ def export(
         compare_inputs(config, preprocess, metadata, real, comparison)
         comparison.report(report)
         comparison.raise_failures(out)
+        if request.int8:
+            _quantize(draft, out, config, metadata, request, report)
     write_text(sidecar, metadata.to_json() + "\n")
     return out
+
+
+def _quantize(
+    draft: Path,
+    out: Path,
+    config: Config,
+    metadata: Metadata,
+    request: Request,
+    report: Callable[[str], None],
+) -> None:
+    """Replace a checked float32 file by one in 8 bits, or keep that under another name."""
+    from mmeformer.deploy.quantize import MetricDropped, quantize
+
+    with TemporaryDirectory() as folder:
+        quantized = Path(folder) / out.name
+        images = request.int8
+        try:
+            quantize(draft, quantized, config, metadata, images, request.max_drop, report)
+        except MetricDropped as error:
+            refused = out.with_name(f"{out.stem}.refused{out.suffix}")
+            write_bytes(refused, quantized.read_bytes())
+            raise MetricDropped(f"{out} was not written, the file is {refused}: {error}") from None
+        shutil.copy(quantized, draft)

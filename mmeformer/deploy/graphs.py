@@ -106,17 +106,23 @@ def graph_class(task: str, target: str) -> Any:
 
     Args:
         task: a key of :func:`mmeformer.tasks.exports`.
-        target: ``"onnx"`` or ``"coreml"``.
+        target: ``"onnx"``, ``"coreml"`` or ``"tflite"``.
 
     Raises:
-        ValueError: CoreML cannot express this task.
+        ValueError: the target cannot express this task.
     """
     export = tasks.exports()[task]
-    reference = export.coreml_graph if target == "coreml" else export.graph
+    references = {
+        "onnx": export.graph,
+        "coreml": export.coreml_graph,
+        "tflite": export.litert_graph or export.coreml_graph,
+    }
+    reference = references[target]
     if reference is None:
+        name = {"coreml": "CoreML", "tflite": "TensorFlow Lite"}[target]
         raise ValueError(
-            f"CoreML has no operators to select boxes and masks: export models for {task} to ONNX, "
-            "or their --part backbone to CoreML"
+            f"{name} has no operators to select boxes and masks: export models for {task} to ONNX, "
+            f"or their --part backbone to {name}"
         )
     return tasks.load(reference)
 
@@ -133,6 +139,47 @@ def build_graph(
     if metadata.preprocessing_in_graph:
         normalize = Normalize(metadata.mean, metadata.std, metadata.bgr_to_rgb, channels_last)
     return graph(folded, normalize).eval()
+
+
+@torch.no_grad()
+def compare_graphs(
+    ours: Callable[[Tensor], Sequence[Tensor]],
+    reference: Graph,
+    examples: Sequence[Tensor],
+    comparison: check.Comparison,
+    title: str,
+    tolerance: float = check.RAW_TOLERANCE,
+    labels_differ: float = check.LABELS_DIFFER,
+) -> None:
+    """Compare outputs number by number: floating point by size, labels by those that differ.
+
+    Args:
+        ours: the converted graph.
+        reference: the graph of the model as it was trained.
+        examples: ``image`` inputs.
+        comparison: receives the largest difference of each output of ``reference``.
+        title: of ``ours``, in those lines.
+        tolerance: largest difference as a share of the largest value.
+        labels_differ: largest share of labels that differ.
+    """
+    names = reference.output_names + reference.raw_names
+    largest = dict.fromkeys(names, 0.0)
+    for example in examples:
+        expected = reference(example)
+        for name, mine, value in zip(names, ours(example), expected, strict=True):
+            if value.is_floating_point():
+                difference = check.relative_difference(mine.numpy(), value.numpy())
+            else:
+                difference = float((mine != value).float().mean())
+            largest[name] = max(largest[name], difference)
+    for name, value in zip(names, expected, strict=True):
+        if value.is_floating_point():
+            line = f"{title} differs by {largest[name]:.1e} of its largest value"
+            ok = largest[name] <= tolerance
+        else:
+            line = f"{largest[name]:.1e} of the numbers of {title} differ"
+            ok = largest[name] <= labels_differ
+        comparison.add(f"{name.removeprefix('raw_')}: {line}", ok)
 
 
 def _blank_padding(image: Tensor, image_size: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmeformer import runtime
 from mmeformer.deploy import check
 from mmeformer.deploy.graphs import Graph, build_graph
+from mmeformer.deploy.lean import shorten
 from mmeformer.images import as_image
 from mmeformer.runtime.images import Prepared, normalize, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
@@ -57,7 +58,7 @@ def write(
     """
     graph = build_graph(graph_class, model, metadata, channels_last=True)
     trace(graph, metadata, path)
-    proto = onnx.load(str(path))
+    proto = shorten(onnx.load(str(path)))
     if foreign := {node.domain for node in proto.graph.node} - {"", "ai.onnx"}:
         raise check.CheckFailed(f"the graph has operators of {sorted(foreign)}")
     entry = proto.metadata_props.add()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmeformer.backbones.efficientformer import PoolBlock
+from mmeformer.backbones.efficientformer_v2 import LocalGlobalQuery
 from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -74,9 +76,18 @@ class GraphPoolBlock(FoldedPoolBlock):
         return F.conv2d(means, share, groups=groups) + F.conv2d(x, 1 - share, groups=groups)
 
 
+def query_in_one_convolution(query: LocalGlobalQuery) -> nn.Sequential:
+    """A query whose map subsampled by two is part of its convolution: the center of the kernel."""
+    local = copy.deepcopy(query.local)
+    with torch.no_grad():
+        local.weight[:, :, 1, 1] += 1
+    return nn.Sequential(local, query.proj)
+
+
 def substitute(model: nn.Module) -> None:
     """Put faster modules into an inference copy, before or after its norms are merged."""
     replace_modules(model, PoolBlock, lambda _, block: FoldedPoolBlock(block))
+    replace_modules(model, LocalGlobalQuery, lambda _, query: query_in_one_convolution(query))
     for module in model.modules():
         if isinstance(module, ConvNorm) and isinstance(module.act, nn.GELU):
             module.act = InplaceGelu()

@@ -121,14 +121,14 @@ class DetectionReview(ObjectReview[Detections]):
 def _from_instances(sample: Any, key: str) -> Detections:
     """Labels of an mmdet data sample as detections with score 1."""
     instances = sample.get(key)
-    size = tuple(int(side) for side in sample.ori_shape[:2])
+    height, width = (int(side) for side in sample.ori_shape[:2])
     boxes = get_box_tensor(instances.bboxes).cpu().float().numpy().reshape(-1, 4)
     masks = None
     if "masks" in instances:
         pixels = instances.masks.to_ndarray().astype(bool)
         masks = tuple(Mask.from_array(mask) for mask in pixels)
     labels = instances.labels.cpu().long().numpy()
-    return Detections(boxes, np.ones(len(boxes), np.float32), labels, size, masks)
+    return Detections(boxes, np.ones(len(boxes), np.float32), labels, (height, width), masks)
 
 
 def _iou(found: Sequence[Sequence[float]], targets: Sequence[dict]) -> np.ndarray:

@@ -56,7 +56,7 @@ INSIDE = 0.4
 class DetectionStarter(Starter):
     """See the base class."""
 
-    other_kinds = (CORNERS,)
+    kinds = (CORNERS,)
 
     def template(self, data: LabeledData) -> str:
         """See the base class."""
@@ -68,7 +68,9 @@ class DetectionStarter(Starter):
         data = self._tiled(data, folder)
         for split in SPLITS:
             if images := data.of_split(split):
-                content = as_coco(images, data.classes, data.root, data.kind == POLYGONS)
+                content = as_coco(
+                    images, data.classes, data.tiles or data.root, data.kind == POLYGONS
+                )
                 write_text(folder / f"{split}.json", json.dumps(content))
         return data
 
@@ -84,13 +86,7 @@ class DetectionStarter(Starter):
             f"{len(images)} tiles of {TILE} px (copies, in {folder / 'tiles'}); predict with "
             f"--window {TILE}"
         )
-        return replace(
-            data,
-            format=f"tiles of {data.root}, {data.format}",
-            root=folder / "tiles",
-            images=images,
-            notes=[*data.notes, note],
-        )
+        return replace(data, images=images, notes=[*data.notes, note], tiles=folder / "tiles")
 
     def settings(self, data: LabeledData, plan: Plan) -> list[Setting]:
         """See the base class."""
@@ -208,7 +204,7 @@ def as_coco(
         root: file names are relative to it.
         masks: write polygons and run lengths too.
     """
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for number, image in enumerate(images, start=1):
         for item in image.objects:
             entry: dict[str, Any] = dict(

@@ -7,7 +7,7 @@ Format: https://cocodataset.org/#format-data.
 from __future__ import annotations
 
 import json
-from collections import Counter
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ _TRIED = 50
 
 def find(tree: Tree) -> list[Path]:
     """The annotation files."""
+    if NAME in tree.found:
+        return tree.found[NAME]
     found = []
     for path in sorted(tree.with_suffix(".json"), key=lambda path: -path.stat().st_size)[:_TRIED]:
         try:
@@ -34,7 +36,8 @@ def find(tree: Tree) -> list[Path]:
             continue
         if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
             found.append(path)
-    return sorted(found)
+    tree.found[NAME] = sorted(found)
+    return tree.found[NAME]
 
 
 def read(tree: Tree, options: Options) -> LabeledData:
@@ -65,19 +68,18 @@ def read(tree: Tree, options: Options) -> LabeledData:
             for finding in check_coco(
                 content,
                 str(path),
-                "",
+                str(tree.root),
                 list(names.values()),
                 training=False,
                 masks=bool(entries) and all(has_masks),
                 limit=0,
             )
-            # The file's order of images tells which one is meant; classes are reported below. File
-            # names have been replaced by whole paths; the check of the config names strange ones.
-            if finding.kind not in ("missing image", "unused category", "outside folder")
+            # The file's order of images tells which one is meant; classes are reported below.
+            if finding.kind not in ("missing image", "unused category")
         ]
         for name in names.values():
             classes.setdefault(name, len(classes))
-        _add(content, names, classes, split, images)
+        _add(content, names, classes, split, tree.root, images)
     sizes = read_sizes(images, findings)
     data = LabeledData(NAME, tree.root, BOXES, tuple(classes), [], findings)
     for path, image in images.items():
@@ -110,7 +112,7 @@ def _locate(
     content: dict, path: Path, split: str | None, tree: Tree, findings: list[Finding]
 ) -> None:
     """Replace file names by paths of images, in place; entries without a file are left out."""
-    kept, sizes = [], Counter()
+    kept = []
     for entry in content.get("images", []):
         name = entry.get("file_name") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name:
@@ -121,11 +123,10 @@ def _locate(
             text = f"image {name} is not below {tree.root}; add it or remove its entry"
             findings.append(Finding(ERROR, "missing image", str(path), text))
             continue
-        entry["file_name"] = str(found)
+        entry["file_name"] = found.relative_to(tree.root).as_posix()
         for side in ("width", "height"):
             # Label Studio can leave them out.
             if entry.get(side) is None:
-                sizes[side] += 1
                 entry[side] = 2**20
                 entry["unknown_size"] = True
         kept.append(entry)
@@ -160,7 +161,7 @@ def _categories(content: dict) -> dict[str, str]:
     }
 
 
-def _add(content, names, classes, split, images: dict[Path, LabeledImage]) -> None:
+def _add(content, names, classes, split, root: Path, images: dict[Path, LabeledImage]) -> None:
     """Add the images and objects of one file that are valid."""
     from mmeformer.detection.annotations import is_box
 
@@ -168,18 +169,18 @@ def _add(content, names, classes, split, images: dict[Path, LabeledImage]) -> No
     for entry in content["images"]:
         if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
             continue
-        path = Path(entry["file_name"])
-        size = (entry.get("width"), entry.get("height"))
-        if entry.get("unknown_size") or not all(type(side) is int for side in size):
-            size = (0, 0)
-        image = images.setdefault(path, LabeledImage(path, *size, split=split))
+        path = root / entry["file_name"]
+        width, height = entry.get("width"), entry.get("height")
+        if entry.get("unknown_size") or type(width) is not int or type(height) is not int:
+            width = height = 0
+        image = images.setdefault(path, LabeledImage(path, width, height, split=split))
         by_id[str(entry.get("id"))] = image
     for entry in content.get("annotations", []):
         if not isinstance(entry, dict) or not is_box(entry.get("bbox")):
             continue
-        image = by_id.get(str(entry.get("image_id")))
+        owner = by_id.get(str(entry.get("image_id")))
         name = names.get(str(entry.get("category_id")))
-        if image is None or name is None or not _is_usable(entry, image):
+        if owner is None or name is None or not _is_usable(entry, owner):
             continue
         x, y, width, height = entry["bbox"]
         item = LabeledObject(classes[name], (x, y, width, height), crowd=bool(entry.get("iscrowd")))
@@ -188,7 +189,7 @@ def _add(content, names, classes, split, images: dict[Path, LabeledImage]) -> No
             item.rle = dict(size=mask.get("size"), counts=mask.get("counts"))
         elif mask:
             item.polygons = [list(polygon) for polygon in mask]
-        image.objects.append(item)
+        owner.objects.append(item)
 
 
 def _is_usable(entry: Mapping[str, Any], image: LabeledImage) -> bool:
@@ -204,9 +205,11 @@ def _is_usable(entry: Mapping[str, Any], image: LabeledImage) -> bool:
         return False
     mask: Any = entry.get("segmentation")
     if isinstance(mask, Mapping):
-        size = mask.get("size")
-        runs = run_lengths(mask["counts"]) if isinstance(mask.get("counts"), (str, list)) else None
-        return runs is not None and runs.min() >= 0 and runs.sum() == size[0] * size[1]
+        counts, size = mask.get("counts"), mask.get("size")
+        runs = run_lengths(counts) if isinstance(counts, (str, list)) else None
+        if runs is None or not isinstance(size, list) or not all(map(is_number, size)):
+            return False
+        return bool(runs.min() >= 0 and runs.sum() == math.prod(size))
     return not mask or (
         isinstance(mask, list)
         and all(

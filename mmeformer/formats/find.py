@@ -39,6 +39,14 @@ def read_folder(
     """
     tree = Tree.of(Path(folder))
     name = options.format or recognize(tree)
+    for option, given, formats in (
+        ("--classes", options.classes, ("yolo", "masks")),
+        ("--legend", options.legend, ("masks",)),
+    ):
+        if given is not None and name not in formats:
+            raise UserError(
+                f"{option} is for {' and '.join(formats)}; leave it out: {name} has names itself"
+            )
     try:
         data = import_module(FORMATS[name]).read(tree, options)
     except ValueError as error:

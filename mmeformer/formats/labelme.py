@@ -112,8 +112,8 @@ def _read(
     image = tree.find_image(str(name), path) or tree.find_image(path.stem, path)
     if image is None:
         raise ValueError(f"image {name} is not below {tree.root}")
-    size = [int(content.get(key) or 0) for key in ("imageWidth", "imageHeight")]
-    found = LabeledImage(image, *size)
+    width, height = (int(content.get(key) or 0) for key in ("imageWidth", "imageHeight"))
+    found = LabeledImage(image, width, height)
     groups: dict[tuple[int, Any], LabeledObject] = {}
     for number, shape in enumerate(content["shapes"], start=1):
         kind = shape.get("shape_type") or "polygon"

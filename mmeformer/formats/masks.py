@@ -14,6 +14,7 @@ import functools
 import json
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ def _pairs(tree: Tree) -> list[tuple[Path, Path]]:
             images[_IMAGE_ENDING.sub("", path.stem)].append(path)
     if any(mask.stem.endswith("labelTrainIds") for mask in masks):
         masks = [mask for mask in masks if not mask.stem.endswith("labelIds")]
-    found = {}
+    found: dict[Path, Path] = {}
     for mask in masks:
         same = images.get(mask.stem) or images.get(_MASK_ENDING.sub("", mask.stem)) or []
         if same:
@@ -137,11 +138,11 @@ def read(tree: Tree, options: Options) -> LabeledData:
     if not good:
         return LabeledData(NAME, tree.root, MASKS, (), [], findings)
     labels = _labels(tree, options, good, findings)
-    for image, values in good:
+    for labeled, values in good:
         for value, count in values.counts.items():
             label = labels.table.get(value, UNLABELED)
             if label != UNLABELED:
-                image.pixels[label] = image.pixels.get(label, 0) + count
+                labeled.pixels[label] = labeled.pixels.get(label, 0) + count
     notes = [*labels.notes]
     paths = {path for pair in pairs for path in pair}
     if others := [path for path in tree.images if path not in paths and not _known(path)]:
@@ -291,6 +292,10 @@ def _of_numbers(options: Options, names, total: Counter, notes: tuple[str, ...])
     """Numbers 0, 1, ... with 255 for unlabeled; two values that are no labels become 0 and 1."""
     values = sorted(set(total) - {UNLABELED})
     known = options.classes or names
+    if known is not None and len(known) == 1 and 0 in total:
+        # One class alone has nothing to compete with.
+        known = ("background", *known)
+        options = replace(options, classes=known)
     few = known is None or len(known) <= 2
     if len(total) == 2 and min(total) == 0 and max(total) > 1 and few:
         # 0 and 255 of binary masks, or 0 and any other number.

@@ -27,9 +27,15 @@ def complete(data: LabeledData, seed: int) -> None:
     """Give every image a split, in place, and note how.
 
     A data set with training and validation images stays as it is. Images of no split are left out
-    if others have one. Without validation images, a share of the training images becomes them; of a
-    data set with validation or test images only, those are split.
+    if others have one, and so are validation or test images of which none is labeled. Without
+    validation images, a share of the training images becomes them; of a data set with validation or
+    test images only, those are split.
     """
+    for split in ("val", "test"):
+        images = data.of_split(split)
+        if images and any(data.counts().values()) and not any(data.counts(split).values()):
+            data.images = [image for image in data.images if image.split != split]
+            data.notes.append(f"the {len(images)} {split} images have no labels and are left out")
     known = {image.split for image in data.images}
     loose = [image for image in data.images if image.split is None]
     if "train" in known and loose:
@@ -130,6 +136,6 @@ def choose(groups: Sequence[list[LabeledImage]], seed: int) -> list[LabeledImage
             if len(found) >= wanted:
                 break
         if not found and wanted:
-            found += min(same, key=len)
+            found += sorted(same, key=len)[0]
         chosen += found
     return chosen

@@ -54,10 +54,12 @@ class Tree:
     Args:
         root: the folder.
         files: all files, sorted; hidden ones and those of macOS archives are left out.
+        found: files by which a format was recognized, by its name, where that takes long.
     """
 
     root: Path
     files: list[Path]
+    found: dict[str, list[Path]] = field(default_factory=dict)
     _names: dict[str, list[Path]] = field(default_factory=dict)
 
     @classmethod
@@ -108,8 +110,11 @@ class Tree:
         """
         plain = name.replace("\\", "/")
         for base in (near.parent, near.parent.parent, self.root):
-            if (path := base / plain).is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
-                return path
+            # A file from elsewhere names what it likes: only images of this folder count.
+            path = Path(os.path.normpath(base / plain))
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_relative_to(self.root):
+                if path.is_file():
+                    return path
         if not self._names:
             names = defaultdict(list)
             for path in self.images:

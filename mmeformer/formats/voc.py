@@ -128,10 +128,10 @@ def _object(entry: ElementTree.Element, label: int, first: int) -> LabeledObject
         if len(points) < 6 or len(points) % 2 or not all(map(math.isfinite, points)):
             raise ValueError(f"its polygon has {len(points)} numbers; it needs x1, y1, x2, y2, ...")
         return LabeledObject.outlined(label, [points])
-    box = entry.find("bndbox")
-    if box is None:
+    upright = entry.find("bndbox")
+    if upright is None:
         raise ValueError("has no bndbox")
-    left, top, right, bottom = (_number(box, key) for key in ("xmin", "ymin", "xmax", "ymax"))
+    left, top, right, bottom = (_number(upright, key) for key in ("xmin", "ymin", "xmax", "ymax"))
     left, top = left - first, top - first
     if right <= left or bottom <= top:
         raise ValueError(

@@ -91,8 +91,11 @@ def read(tree: Tree, options: Options) -> LabeledData:
         raise UserError(f"{tree.root} has several sets: {listed}; give the folder of one of them")
     names: list[str] = []
     notes: list[str] = []
+    has_points = False
     if settings:
         content = _read_settings(settings[0])
+        if has_points := "kpt_shape" in content:
+            notes.append("keypoints are left out; the boxes are read")
         names = _names(content["names"], settings[0])
         images = _images_of(content, settings[0], tree)
     else:
@@ -119,7 +122,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
     highest = -1
     for image in found:
         label = labels[image.path]
-        parsed = [] if label is None else _read_labels(label, len(names), findings)
+        parsed = [] if label is None else _read_labels(label, len(names), findings, has_points)
         lines[id(image)] = parsed
         highest = max([highest, *(number for number, _ in parsed)])
     kind = _kind(found, lines, options)
@@ -188,10 +191,13 @@ def _listed(place: Path, tree: Tree) -> Iterable[Path]:
     """Images below a folder, or those that a text file lists."""
     if place.is_dir():
         return [path for path in tree.images if path.resolve().is_relative_to(place)]
-    missing, found = [], []
+    found: list[Path] = []
+    missing: list[str] = []
     for name in read_names(place):
-        image = tree.find_image(name, place)
-        (missing if image is None else found).append(image or name)
+        if (image := tree.find_image(name, place)) is None:
+            missing.append(name)
+        else:
+            found.append(image)
     if missing:
         raise UserError(f"{place} lists {len(missing)} images that do not exist: {missing[0]}, ...")
     return found
@@ -210,8 +216,10 @@ def _label_of(image: Path, tree: Tree) -> Path | None:
     return next((place / name for place in places if (place / name).is_file()), None)
 
 
-def _read_labels(path: Path, classes: int, findings: list[Finding]) -> list[tuple[int, np.ndarray]]:
-    """Class and numbers of each valid line."""
+def _read_labels(
+    path: Path, classes: int, findings: list[Finding], has_points: bool
+) -> list[tuple[int, np.ndarray]]:
+    """Class and numbers of each valid line, without the keypoints behind its box."""
     found: list[tuple[int, np.ndarray]] = []
     seen: set[str] = set()
     try:
@@ -220,7 +228,7 @@ def _read_labels(path: Path, classes: int, findings: list[Finding]) -> list[tupl
         findings.append(Finding(ERROR, "bad label file", str(path), str(error)))
         return []
     for number, line in enumerate(lines, start=1):
-        fields = line.split()
+        fields = line.split()[: 5 if has_points else None]
         if not fields:
             continue
         if fault := _fault(fields, classes):

@@ -13,10 +13,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmeformer.layers.graphs import in_graph
+from mmeformer.layers.graphs import in_export, in_graph
 
 CPU_CHUNK = 2**20
 """Logits per chunk on a CPU: 4 MiB stay in its cache through bias, softmax and talking heads."""
@@ -34,6 +35,8 @@ class TalkingHead(nn.Conv2d):
 
     With the heads first it is one matrix product, which does not reorder the large matrix (n, m).
     As a product per image, the gradient of its weight took half of a training step on a GPU.
+
+    In exported graphs the matrices are (B, heads, n, m): a convolution, as every runtime has it.
     """
 
     def __init__(self, heads: int) -> None:
@@ -41,9 +44,13 @@ class TalkingHead(nn.Conv2d):
 
     def mix(self, x: Tensor) -> Tensor:
         """The convolution without its bias."""
+        if in_export():
+            return F.conv2d(x, self.weight)
         return (self.weight.flatten(1) @ x.flatten(1)).view(x.shape)
 
     def forward(self, x: Tensor) -> Tensor:
+        if in_export():
+            return super().forward(x)
         x = self.mix(x)
         return x if self.bias is None else x + self.bias[:, None, None, None]
 
@@ -89,15 +96,17 @@ def attend(
         scale: of the products.
         query_stride: that of the bias.
         mix_logits, mix_attention: talking heads before and after the softmax, of matrices
-            (heads, B, Nq, H * W).
+            (heads, B, Nq, H * W); see :class:`TalkingHead`.
         with_cp: use chunks of queries in training too, recomputed in the backward pass.
 
     Returns:
         (B, heads, Nq, V).
     """
-    query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # see TalkingHead
     # Scale the query, not the products, which are far more numbers.
     query, key = query * scale, key.transpose(2, 3)
+    if in_export():
+        return mix_attention(mix_logits(query @ key + bias(size)).softmax(dim=-1)) @ value
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # see TalkingHead
 
     def attend_to_all_keys(query: Tensor, bias: Tensor) -> Tensor:
         attention = mix_logits(query @ key + bias[:, None]).softmax(dim=-1)

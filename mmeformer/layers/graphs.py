@@ -13,3 +13,9 @@ def in_graph() -> bool:
     graph, and the bias cache, which compares values, would break it.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def in_export() -> bool:
+    """Whether a graph for another runtime (ONNX, CoreML, LiteRT) is recorded, never to train."""
+    exporting = getattr(torch.compiler, "is_exporting", None)  # not in torch 2.6
+    return torch.jit.is_tracing() or (exporting is not None and bool(exporting()))

@@ -99,7 +99,7 @@ def after_training(runner: Runner) -> Iterator[None]:
 
 def _try_to_write(runner: Runner) -> None:
     settings = runner.cfg.get("report", {})
-    if settings is None or not is_main_process() or not history.read(runner.work_dir).training:
+    if settings is None or not is_main_process() or not runner.iter:
         return
     print_log(f"writing {Path(runner.work_dir, REPORT)} (Ctrl-C skips it)", "current")
     try:
@@ -210,16 +210,19 @@ class _Report:
     # --- numbers ------------------------------------------------------------------------------
 
     @property
-    def _by_epoch(self) -> bool:
-        """Whether metrics are logged by epoch."""
+    def _unit(self) -> str:
+        """What the places of metrics count."""
         hook = (self.config.get("default_hooks") or {}).get("logger") or {}
-        return bool(hook.get("log_metric_by_epoch", True)) and "max_epochs" in (
-            self.config.get("train_cfg") or {}
-        )
+        by_epoch = hook.get("log_metric_by_epoch", True)
+        return "epoch" if by_epoch and "max_epochs" in self.config.train_cfg else "iteration"
+
+    def _metrics(self) -> list[history.Series]:
+        # In a training by iterations, all that is logged by epoch has the step 0.
+        return self.history.metrics("step" if self._unit == "epoch" else "after")
 
     def _best(self) -> tuple[str, float, float] | None:
         """The metric that chooses the best checkpoint, its best value, and where that was."""
-        metrics = self.history.metrics()
+        metrics = self._metrics()
         if not metrics:
             return None
         hook = (self.config.get("default_hooks") or {}).get("checkpoint") or {}
@@ -233,8 +236,7 @@ class _Report:
     def _tiles(self) -> list[tuple[str, str]]:
         tiles = []
         if best := self._best():
-            unit = "epoch" if self._by_epoch else "iteration"
-            tiles.append((f"best {best[0]}, {unit} {best[2]:g}", f"{best[1]:.4g}"))
+            tiles.append((f"best {best[0]}, {self._unit} {best[2]:g}", f"{best[1]:.4g}"))
         losses = self.history.losses()
         if losses and losses[0].values:
             tiles.append((f"last {losses[0].name}", f"{losses[0].values[-1]:.4g}"))
@@ -263,14 +265,16 @@ class _Report:
         if losses := self.history.losses():
             svg = charts.lines(losses, "loss", "iteration", log=True, bold="loss")
             items.append(page.chart(svg, "loss and its terms over the iterations"))
-        if metrics := self.history.metrics():
+        if metrics := self._metrics():
             best = self._best()
-            unit = "epoch" if self._by_epoch else "iteration"
-            svg = charts.lines(metrics, "metric", unit, bold=best and best[0], marks=True)
+            svg = charts.lines(metrics, "metric", self._unit, bold=best and best[0], marks=True)
             items.append(page.chart(svg, "metrics of the validations"))
         if rates := self.history.learning_rates():
             svg = charts.lines(rates, "learning rate", "iteration")
             items.append(page.chart(svg, "learning rate over the iterations"))
+        if times := self.history.times():
+            svg = charts.lines(times, "seconds per iteration", "iteration")
+            items.append(page.chart(svg, "seconds of an iteration, and of it to wait for data"))
         text = page.charts(items)
         if not metrics:
             text += page.note("There was no validation yet (train_cfg.val_interval).")
@@ -356,9 +360,9 @@ class _Report:
             page.heading(f"Confusion matrix ({summary.confusion.unit})")
             + page.chart(svg, "confusion matrix: rows are labels, columns predictions")
         )
+        items.append(page.heading("Classes") + page.table(summary.table))
         text += page.charts([f"<div>{item}</div>" for item in items])
-        text += page.paragraph(summary.confusion.remark)
-        return text + page.table(summary.table)
+        return text + page.paragraph(summary.confusion.remark)
 
     def _pictures(self) -> str:
         if self.reviewed is None:
@@ -395,23 +399,18 @@ class _Report:
         if task.review is None:
             return page.note(f"No statistics for {task.name} yet.")
         found: Statistics = tasks.load(task.review).statistics(datasets_of(self.config, "train"))
-        whole = found.unit == "images"
-        counted = "" if whole else f", {int(found.amounts.sum()):,} {found.unit}"
         text = page.paragraph(
-            f"{found.images:,} training images{counted}"
+            f"{found.images:,} training images, {int(found.amounts.sum()):,} {found.unit}"
             + (f"; {found.remark}." if found.remark else ".")
         )
         items = [page.chart(charts.amounts(found), f"{found.unit} per class")]
         if found.sizes is not None and len(found.sizes):
-            items.append(page.chart(charts.sizes(found), "sizes of the objects"))
+            items.append(page.chart(charts.sizes(found.sizes), "sizes of the objects"))
         text += page.charts(items)
         rows = tuple(
             zip(found.names, found.amounts.tolist(), found.in_images.tolist(), strict=True)
         )
-        # Of labels of whole images, both numbers are the same.
-        columns = 2 if whole else 3
-        header = ("class", found.unit, "images with it")[:columns]
-        body = page.table(page.Table(header, tuple(row[:columns] for row in rows)))
+        body = page.table(page.Table(("class", found.unit, "images with it"), rows))
         if absent := [name for name, amount, _ in rows if not amount]:
             text += page.note(f"No training label: {', '.join(absent)}.")
         return text + page.folded("Numbers of every class", body)

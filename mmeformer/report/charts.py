@@ -47,7 +47,7 @@ MAX_WRITTEN = 15
 """Classes up to which a confusion matrix has its numbers written in."""
 
 
-def draw(paint: Callable[[Axes], None], width: float = 5.4, height: float = 3.2) -> bytes:
+def draw(paint: Callable[[Axes], None], width: float = 5.2, height: float = 3.2) -> bytes:
     """Draw one chart; returns an SVG file.
 
     Args:
@@ -99,6 +99,7 @@ def lines(
             )
         if log and all(value > 0 for item in series for value in item.values):
             axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         axes.set_xlabel(unit)
         axes.set_ylabel(label)
         if len(series) > 1 or marks:
@@ -176,7 +177,7 @@ def confusion(matrix: Confusion) -> bytes:
         bar.set_label("share of the row")
 
     side = min(2.4 + 0.36 * min(len(rows), MAX_NAMED), 8.5)
-    return draw(paint, width=max(side + 1.2, 5.4), height=max(side, 3.6))
+    return draw(paint, width=max(side + 1.2, 5.2), height=max(side, 3.6))
 
 
 def amounts(statistics: Statistics) -> bytes:
@@ -200,12 +201,12 @@ def amounts(statistics: Statistics) -> bytes:
     return draw(paint, height=max(1.6, 0.9 + 0.24 * min(len(order), MAX_NAMED)))
 
 
-def sizes(statistics: Statistics) -> bytes:
-    """Distribution of the sizes of objects."""
-    values = np.maximum(statistics.sizes, 1.0)
+def sizes(values: np.ndarray) -> bytes:
+    """Distribution of the sizes of objects, see :class:`Statistics`."""
+    values = np.maximum(values, 1.0)
     low, high = values.min(), values.max() * 1.001
     is_wide = high > WIDE * low
-    bins = (np.geomspace if is_wide else np.linspace)(low, high, 25)
+    bins = (np.geomspace if is_wide else np.linspace)(low, high, 25).tolist()
 
     def paint(axes: Axes) -> None:
         axes.hist(values, bins=bins, color=COLORS[2], rwidth=0.92)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -15,7 +15,7 @@ from mmengine.config import Config
 
 SCALARS = "*/vis_data/scalars.json"
 """Files of mmengine's ``LocalVisBackend`` in a work directory, one per run, named by its start."""
-NOT_METRICS = ("step", "time", "data_time")
+NOT_METRICS = ("step", "after", "time", "data_time")
 Row = Mapping[str, Any]
 
 
@@ -40,7 +40,8 @@ class History:
 
     Args:
         training: rows of training iterations, in their order, with ``iter``.
-        validation: rows of validations, with the metrics and ``step``.
+        validation: rows of validations, with the metrics, ``step`` and ``after``: the last
+            iteration in the log before it.
     """
 
     training: Sequence[Row] = field(default_factory=list)
@@ -53,18 +54,30 @@ class History:
 
     def losses(self) -> list[Series]:
         """The loss and its terms."""
-        found = _series(self.training, lambda name: "loss" in name)
+        found = _series(self.training, lambda name: "loss" in name, "iter")
         return sorted(found, key=lambda series: (series.name != "loss", series.name))
 
     def learning_rates(self) -> list[Series]:
         """Learning rates; those that are equal all the time are one."""
-        found = _series(self.training, lambda name: name.rpartition("/")[2].endswith("lr"))
+        found = _series(self.training, lambda name: name.rpartition("/")[2].endswith("lr"), "iter")
         return list({series.values: series for series in reversed(found)}.values())[::-1]
 
-    def metrics(self) -> list[Series]:
-        """Metrics of the validations. What a metric does not know (-1, NaN) is left out."""
-        found = _series(self.validation, lambda name: name.rpartition("/")[2] not in NOT_METRICS)
+    def metrics(self, place: str = "after") -> list[Series]:
+        """Metrics of the validations. What a metric does not know (-1, NaN) is left out.
+
+        Args:
+            place: ``step`` or ``after``, the entry that becomes ``steps``.
+        """
+
+        def is_metric(name: str) -> bool:
+            return name.rpartition("/")[2] not in NOT_METRICS
+
+        found = _series(self.validation, is_metric, place)
         return [series for series in found if series.values]
+
+    def times(self) -> list[Series]:
+        """Seconds of an iteration, in all and to wait for data."""
+        return _series(self.training, lambda name: name in ("time", "data_time"), "iter")
 
     def seconds(self) -> tuple[float, float] | None:
         """Typical seconds of an iteration, in all and to wait for data; None if not logged."""
@@ -88,16 +101,24 @@ def read(work_dir: str | Path) -> History:
     training: list[Row] = []
     validation: list[Row] = []
     for path in sorted(Path(work_dir).glob(SCALARS)):
+        steps: list[Row] = []
+        results: list[Row] = []
         rows = list(_rows(path))
-        steps = [row for row in rows if "iter" in row]
-        results = [row for row in rows if "iter" not in row]
         if not rows:
             continue
         resumed = _is_resumed(path.with_name("config.py"))
-        training = _before(training, steps, "iter") if resumed else []
-        validation = _before(validation, results, "step") if resumed else []
-        training += steps
-        validation += results
+        first = next((row["iter"] for row in rows if "iter" in row), 0)
+        training = _before(training, first, "iter") if resumed else []
+        last = training[-1]["iter"] if training else 0
+        for row in rows:
+            if "iter" in row:
+                steps.append(row)
+                last = row["iter"]
+            else:
+                results.append({**row, "after": last})
+        begin = results[0]["after"] if results else last
+        training = training + steps
+        validation = (_before(validation, begin, "after") if resumed else []) + results
     return History(training, validation)
 
 
@@ -116,13 +137,11 @@ def _is_resumed(path: Path) -> bool:
     return path.is_file() and bool(Config.fromfile(str(path)).get("resume"))
 
 
-def _before(rows: Sequence[Row], others: Sequence[Row], key: str) -> list[Row]:
-    """The rows before the first of ``others``."""
-    first = min((row[key] for row in others), default=math.inf)
-    return [row for row in rows if row[key] < first]
+def _before(rows: Sequence[Row], place: float, key: str) -> list[Row]:
+    return [row for row in rows if row[key] < place]
 
 
-def _series(rows: Sequence[Row], wanted) -> list[Series]:
+def _series(rows: Sequence[Row], wanted: Callable[[str], bool], place: str) -> list[Series]:
     names = dict.fromkeys(
         name
         for row in rows
@@ -132,7 +151,7 @@ def _series(rows: Sequence[Row], wanted) -> list[Series]:
     found = []
     for name in names:
         pairs = [
-            (float(row.get("iter", row.get("step", 0))), float(row[name]))
+            (float(row[place]), float(row[name]))
             for row in rows
             if isinstance(row.get(name), (int, float)) and row[name] != -1
         ]

@@ -33,13 +33,14 @@ h3 { margin: 18px 0 6px; font-size: 14px; color: #334155; }
 .tile { background: #fff; border: 1px solid #e2e8f0; border-radius: 10px; padding: 12px 16px;
   flex: 1 1 150px; }
 .tile b { display: block; font-size: 22px; line-height: 1.3; overflow-wrap: anywhere; }
+.tile b.long { font-size: 15px; padding: 5px 0; }
 .tile span { color: #64748b; font-size: 13px; }
 .charts { display: flex; flex-wrap: wrap; gap: 14px 18px; align-items: flex-start; }
 figure { margin: 0; max-width: 100%; }
 figure img { max-width: 100%; height: auto; display: block; }
 figcaption { color: #64748b; font-size: 13px; overflow-wrap: anywhere; }
 .pictures { display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(480px, 100%), 1fr)); }
 .pictures img { width: 100%; border-radius: 6px; border: 1px solid #e2e8f0; }
 .scroll { overflow-x: auto; max-height: 460px; overflow-y: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
@@ -47,8 +48,9 @@ th { text-align: left; color: #64748b; font-weight: 600; position: sticky; top: 
   background: #fff; }
 th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid #f1f5f9; }
 td.number, th.number { text-align: right; padding-left: 14px; }
-td.number { background-repeat: no-repeat; background-position: right 0 bottom 2px;
-  background-image: linear-gradient(#93c5fd, #93c5fd); background-size: var(--part, 0%) 3px; }
+td.number { background-repeat: no-repeat; background-position: right bottom;
+  background-origin: content-box; background-size: var(--part, 0%) 2px;
+  background-image: linear-gradient(#93c5fd, #93c5fd); }
 pre { background: #0f172a; color: #e2e8f0; padding: 12px 14px; border-radius: 8px;
   white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0 14px;
   font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
@@ -76,6 +78,9 @@ class Section:
         return self.name.lower().replace(" ", "-")
 
 
+_SMALL = ' class="long"'
+
+
 def page(title: str, subtitle: str, tiles: Sequence[tuple[str, str]], sections) -> str:
     """The whole file.
 
@@ -86,7 +91,8 @@ def page(title: str, subtitle: str, tiles: Sequence[tuple[str, str]], sections) 
     """
     links = "".join(f'<a href="#{part.anchor}">{escape(part.name)}</a>' for part in sections)
     shown = "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
+        f'<div class="tile"><b{_SMALL * (len(value) > 12)}>{escape(value)}</b>'
+        f"<span>{escape(name)}</span></div>"
         for name, value in tiles
     )
     bodies = "\n".join(

@@ -160,6 +160,22 @@ class Review(ABC, Generic[Result]):
         """Count the labels of data sets with the same classes."""
 
 
+def best_precision(recall: np.ndarray, precision: np.ndarray, recalls: np.ndarray) -> np.ndarray:
+    """The best precision at each of ``recalls`` or a higher recall; 0 where none is reached.
+
+    Args:
+        recall, precision: ``(N,)``, by increasing recall.
+        recalls: ``(K,)``.
+    """
+    best: np.ndarray = envelope(precision)[np.searchsorted(recall, recalls)]
+    return best
+
+
+def envelope(precision: np.ndarray) -> np.ndarray:
+    """``(N + 1,)``: the largest precision from each place on, and a 0 for what is not reached."""
+    return np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+
+
 def pair_up(iou: np.ndarray, same: np.ndarray) -> list[tuple[int, int]]:
     """Pair detections with the objects that they overlap most, each at most once.
 
@@ -254,7 +270,7 @@ def count_instances(
     """
     amounts, in_images = (np.zeros(len(classes), np.int64) for _ in range(2))
     sizes, images = [], 0
-    for entry in _entries(datasets):
+    for entry in entries_of(datasets):
         images += 1
         kept = [item for item in entry.get("instances", ()) if not item.get("ignore_flag")]
         labels = np.array([item["bbox_label"] for item in kept], np.int64)
@@ -264,8 +280,16 @@ def count_instances(
     return Statistics(images, tuple(classes), "objects", amounts, in_images, np.array(sizes))
 
 
-def _entries(datasets: Sequence[BaseDataset]) -> Iterable[dict]:
+def entries_of(datasets: Sequence[BaseDataset]) -> Iterable[dict]:
+    """What data sets know of each of their images, without loading it."""
     for dataset in datasets:
         dataset.full_init()
         for index in range(len(dataset)):
             yield dataset.get_data_info(index)
+
+
+def ratios(part: np.ndarray, whole: np.ndarray) -> list[float | None]:
+    """``part / whole``; None where there is nothing."""
+    return [
+        float(first / second) if second else None for first, second in zip(part, whole, strict=True)
+    ]

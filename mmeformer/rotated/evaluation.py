@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmeformer.report.review import RECALLS
+from mmeformer.report.review import RECALLS, best_precision, envelope
 from mmeformer.results import RotatedDetections
 from mmeformer.rotated_boxes import overlapping_pairs
 
@@ -88,23 +88,7 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, mode: str) -> f
     """
     if mode == "11points":
         return float(best_precision(recall, precision, np.arange(11) * 0.1).mean())
-    return float(np.sum(np.diff(recall, prepend=0.0) * _envelope(precision)[:-1]))
-
-
-def best_precision(recall: np.ndarray, precision: np.ndarray, recalls: np.ndarray) -> np.ndarray:
-    """The best precision at each of ``recalls`` or a higher recall; 0 where none is reached.
-
-    Args:
-        recall, precision: ``(N,)``, by increasing recall.
-        recalls: ``(K,)``.
-    """
-    best: np.ndarray = _envelope(precision)[np.searchsorted(recall, recalls)]
-    return best
-
-
-def _envelope(precision: np.ndarray) -> np.ndarray:
-    """``(N + 1,)``: the largest precision from each place on, and a 0 for what is not reached."""
-    return np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+    return float(np.sum(np.diff(recall, prepend=0.0) * envelope(precision)[:-1]))
 
 
 def evaluate(

@@ -45,6 +45,7 @@ class _GFLGraph(Graph):
             detector_settings(config, model, config.model.test_cfg),
             patch_size=images.patch_size,
             training_sides=images.sides,
+            candidates=max(config.model.test_cfg.get("nms_pre", -1), 0) or None,
         )
 
     @staticmethod
@@ -120,6 +121,36 @@ class RotatedGraph(_GFLGraph):
         limit = (image_size.flip(-1) - 1)[:, None]
         centers = torch.minimum(boxes[..., :2].clamp(min=0), limit)
         return torch.cat([centers, boxes[..., 2:]], -1), best, labels
+
+
+class RotatedCandidatesGraph(_GFLGraph):
+    """Graph for every box of every level, for targets without operators to select boxes.
+
+    For every level i: ``scores{i}`` (B, H_i * W_i, classes) from 0 to 1 and ``boxes{i}``
+    (B, H_i * W_i, 5) as in :class:`RotatedGraph`, whose centers may lie outside the image;
+    :mod:`mmeformer.runtime` chooses the best ones. Inputs have a fixed size.
+    """
+
+    def __init__(self, model: Any, normalize: nn.Module | None = None) -> None:
+        super().__init__(model, normalize)
+        levels = range(model.bbox_head.prior_generator.num_levels)
+        self.output_names = tuple(f"{kind}{i}" for kind in ("scores", "boxes") for i in levels)
+
+    def run(self, image: Tensor) -> tuple[Tensor, ...]:
+        """See :meth:`Graph.run`."""
+        head = self.model.bbox_head
+        all_scores, all_logits = head(self.model.extract_feat(image))
+        sizes = [tuple(map(int, level.shape[-2:])) for level in all_scores]
+        anchors = head.prior_generator.grid_priors(sizes, device=image.device)
+        scores, boxes = [], []
+        for level, (logits, sides) in enumerate(zip(all_scores, all_logits, strict=True)):
+            batch = logits.shape[0]
+            scores.append(logits.permute(0, 2, 3, 1).flatten(1, 2).sigmoid())
+            deltas = head.integral(sides.permute(0, 2, 3, 1).flatten(0, 2))
+            priors = get_box_tensor(anchors[level]).repeat(batch, 1)
+            decoded = get_box_tensor(head.bbox_coder.decode(priors, deltas))
+            boxes.append(decoded.view(batch, -1, 5))
+        return (*scores, *boxes)
 
 
 class RotatedRawGraph(_GFLGraph):

@@ -42,7 +42,7 @@ SMALL = 16
 class RotatedStarter(Starter):
     """See the base class."""
 
-    other_kinds = (POLYGONS, BOXES)
+    kinds = (POLYGONS, BOXES)
     rates = (1e-4, 1e-3)
 
     def template(self, data: LabeledData) -> str:

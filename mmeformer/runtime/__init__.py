@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run exported models with only numpy, OpenCV and onnxruntime: no PyTorch, no OpenMMLab.
 
+TensorFlow Lite files need LiteRT (``ai-edge-litert``) too.
+
 .. code-block:: python
 
     from mmeformer import runtime

@@ -81,8 +81,10 @@ def decode_detections(
 def decode_rotated(
     batch: Sequence[Prepared], outputs: Outputs, metadata: Metadata
 ) -> list[RotatedDetections]:
-    """Candidates (N, 5) of the whole batch, before NMS; does the NMS."""
+    """Candidates (N, 5) of the whole batch, before NMS, or boxes of every level; does the NMS."""
     assert metadata.iou_threshold is not None, "the export of a rotated detector has one"
+    if "boxes" not in outputs:
+        outputs = _candidates(batch, outputs, metadata)
     results = []
     for item, own in _by_image(batch, outputs, metadata):
         boxes = _rescale_rotated(own["boxes"], *_scale_factors(item))
@@ -90,6 +92,30 @@ def decode_rotated(
         kept = found.suppressed(metadata.iou_threshold)
         results.append(kept.take(slice(metadata.max_per_image)))
     return results
+
+
+def _candidates(batch: Sequence[Prepared], levels: Outputs, metadata: Metadata) -> Outputs:
+    """Choose from ``scores{i}`` (B, N_i, C) and ``boxes{i}`` (B, N_i, 5) of the levels i.
+
+    Returns:
+        ``boxes``, ``scores``, ``labels`` and ``image_index``, as graphs with operators for that.
+    """
+    chosen: dict[str, list[NDArray[Any]]] = {
+        name: [] for name in ("boxes", "scores", "labels", "image_index")
+    }
+    for index, item in enumerate(batch):
+        height, width = item.size
+        for level in range(len(levels) // 2):
+            scores = levels[f"scores{level}"][index]
+            best = np.argsort(-scores, axis=None, kind="stable")[: metadata.candidates]
+            best = best[scores.flat[best] > (metadata.score_threshold or 0)]
+            boxes = levels[f"boxes{level}"][index][best // scores.shape[1]]
+            boxes[:, :2] = np.clip(boxes[:, :2], 0, [width - 1, height - 1])
+            chosen["boxes"].append(boxes)
+            chosen["scores"].append(scores.flat[best])
+            chosen["labels"].append(best % scores.shape[1])
+            chosen["image_index"].append(np.full(len(best), index))
+    return {name: np.concatenate(values) for name, values in chosen.items()}
 
 
 def merge_patches(

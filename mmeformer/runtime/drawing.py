@@ -11,12 +11,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mmeformer.captions import write_lines
 from mmeformer.results import Classification, Detections, RotatedDetections, Segmentation
 
 Array = NDArray[Any]
 OPACITY = 0.5
 """Of masks and label maps."""
+BEST = 5
+"""Classes of a classified image that are named."""
 NAME_PIXELS = 20000
 """Pixels of an image per name; with more objects, names are left out and colors show the class."""
 
@@ -80,7 +81,12 @@ def _(result: Segmentation, picture: Array, classes: Sequence[str], colors: Arra
 
 @_draw.register
 def _(result: Classification, picture: Array, classes: Sequence[str], colors: Array) -> None:
-    write_lines(picture, result.lines(classes))
+    scale = max(0.4, max(picture.shape[:2]) / 1000)
+    for row, label in enumerate(result.best(BEST), start=1):
+        text, place = f"{result.scores[label]:.3f} {classes[label]}", (4, int(30 * scale * row))
+        for ink, thickness in ((0, 3), (255, 1)):
+            font = cv2.FONT_HERSHEY_SIMPLEX
+            cv2.putText(picture, text, place, font, scale, (ink,) * 3, thickness, cv2.LINE_AA)
 
 
 def _blend(picture: Array, mask: Array, color: Array) -> None:

@@ -26,6 +26,7 @@ _ADDED_LATER = {
     "stretch",
     "shorter_side",
     "crop",
+    "candidates",
 }
 """Entries that files of earlier versions do not have; their defaults hold."""
 
@@ -67,6 +68,8 @@ class Metadata:
             padded to it. 0 for a model of whole images.
         training_sides: the smallest and the largest longer side of a training image in pixels; None
             if unknown, or if objects have any size in pixels.
+        candidates: largest number of boxes of a level that go into non-maximum suppression in
+            :mod:`mmeformer.runtime.decoders`; None for all.
         bands, stretch: how imagery in files is read; see :class:`mmeformer.images.Reading`.
     """
 
@@ -96,6 +99,7 @@ class Metadata:
     stretch: Sequence[float] | str | None = None
     shorter_side: int | None = None
     crop: tuple[int, int] | None = None
+    candidates: int | None = None
 
     def __post_init__(self) -> None:
         if self.task not in tasks.exports():
@@ -146,7 +150,12 @@ class Metadata:
                 f"{source}: its metadata has missing entries {sorted(required - set(values))} and "
                 f"unknown entries {sorted(set(values) - known)}; export the model again"
             )
-        return cls(**{name: _as_tuple(value) for name, value in values.items()})
+        try:
+            return cls(**{name: _as_tuple(value) for name, value in values.items()})
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{source}: its metadata is damaged ({error}); export the model again"
+            ) from None
 
 
 def _as_tuple(value: Any) -> Any:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load an exported ONNX file and predict."""
+"""Load an exported file and predict."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
@@ -15,11 +15,26 @@ from numpy.typing import NDArray
 from mmeformer import tasks
 from mmeformer.files import refuse_url
 from mmeformer.images import Image, as_image
+from mmeformer.runtime import litert
 from mmeformer.runtime.decoders import Result, merge_patches
 from mmeformer.runtime.images import Prepared, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 from mmeformer.training_images import TrainingImages
-from mmeformer.windows import as_patch, predict_windows, windows
+from mmeformer.windows import as_patch, crop, predict_windows, windows
+
+
+class Session(Protocol):
+    """What predictors need of an onnxruntime session; other runtimes have it too."""
+
+    def get_inputs(self) -> Sequence[Any]:
+        """The inputs, which have a ``name``, in order."""
+
+    def get_outputs(self) -> Sequence[Any]:
+        """The outputs, which have a ``name``, in order."""
+
+    def run(self, names: None, inputs: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
+        """All outputs in order, given the inputs by name."""
+
 
 WINDOWS_AT_ONCE = 4
 """Windows of a large image per run, if the batch is free."""
@@ -37,29 +52,42 @@ def load(
     """Load a file that ``tools/export.py`` wrote.
 
     Args:
-        path: the ``.onnx`` file. Its metadata is inside; the JSON file beside it is for people.
-        threads: per operator; 0 lets onnxruntime choose, or takes the number of ``options``.
+        path: an ``.onnx`` file, whose metadata is inside, or a ``.tflite`` file, which LiteRT runs
+            and whose metadata is in the JSON file beside it.
+        threads: per operator; 0 lets the runtime choose, or takes the number of ``options``.
         providers: of onnxruntime, each a name or a pair of name and settings; None takes the CPU.
         options: of onnxruntime's session.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an ONNX file that mmeformer exported, or this onnxruntime does not have, or
-            cannot start, one of the providers.
+        ValueError: not a file that mmeformer exported, or this onnxruntime does not have, or cannot
+            start, one of the providers; or LiteRT is not installed, or was given providers.
     """
     refuse_url(path, "model")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"model {path} does not exist")
+    if path.suffix == litert.SUFFIX and (providers or options):
+        raise ValueError(f"{path} runs in LiteRT: providers and options are of onnxruntime")
     wanted = list(providers or ["CPUExecutionProvider"])
     session = _start(path, threads, wanted, options)
-    properties = session.get_modelmeta().custom_metadata_map
-    if KEY not in properties:
-        raise ValueError(f"{path} has no metadata of mmeformer; export it with tools/export.py")
-    loaded = Predictor(session, Metadata.from_json(properties[KEY], path))
+    loaded = Predictor(session, Metadata.from_json(_metadata_text(path, session), path))
     # A session and its options cannot be pickled; what they were made of can.
     loaded._source = None if options is not None else (path.resolve(), threads, wanted)
     return loaded
+
+
+def _metadata_text(path: Path, session: Any) -> str:
+    if path.suffix == litert.SUFFIX:
+        sidecar = path.with_suffix(".json")
+        if not sidecar.is_file():
+            raise ValueError(f"{path} needs {sidecar.name} beside it, which the export wrote")
+        return sidecar.read_text(encoding="utf-8")
+    properties = session.get_modelmeta().custom_metadata_map
+    if KEY not in properties:
+        raise ValueError(f"{path} has no metadata of mmeformer; export it with tools/export.py")
+    text: str = properties[KEY]
+    return text
 
 
 def _start(
@@ -67,7 +95,9 @@ def _start(
     threads: int,
     providers: Sequence[str | tuple[str, dict[str, Any]]],
     options: onnxruntime.SessionOptions | None,
-) -> onnxruntime.InferenceSession:
+) -> Any:
+    if path.suffix == litert.SUFFIX:
+        return litert.LiteRtSession(path, threads)
     names = [item if isinstance(item, str) else item[0] for item in providers]
     known = onnxruntime.get_available_providers()
     if missing := [name for name in names if name not in known]:
@@ -96,12 +126,12 @@ class Predictor:
     """Predicts with one exported model; made by :func:`load`.
 
     Args:
-        session: of the exported file.
+        session: of the exported file, in onnxruntime or another runtime.
         metadata: of the file.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, metadata: Metadata) -> None:
-        self.session = session
+    def __init__(self, session: Session, metadata: Metadata) -> None:
+        self.session: Any = session
         self.metadata = metadata
         self.input_names = [item.name for item in session.get_inputs()]
         self.output_names = [item.name for item in session.get_outputs()]
@@ -211,6 +241,22 @@ class Predictor:
 
         If the graph has a fixed batch size, the batch is filled up with the last image.
         """
+        outputs = self.session.run(None, self._inputs(batch))
+        return dict(zip(self.output_names, outputs, strict=True))
+
+    def inputs(self, image: Image) -> Iterator[dict[str, NDArray[Any]]]:
+        """Inputs of the graph by name, of every run for one image: one, or one per window."""
+        array, side = as_image(image, self.metadata.reading), self.patch_size
+        height, width = array.shape[:2]
+        if side and max(height, width) > side:
+            places = windows(width, height, side, side // 4)
+            parts = [crop(array, place, side) for place in places]
+        else:
+            parts = [as_patch(array, side)]
+        for part in parts:
+            yield self._inputs([prepare(part, self.metadata)])
+
+    def _inputs(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
         items = list(batch)
         items += [items[-1]] * ((self.metadata.batch or len(items)) - len(items))
         inputs = {"image": np.stack([item.data for item in items])}
@@ -218,7 +264,7 @@ class Predictor:
             inputs["image_size"] = np.array([item.size for item in items], np.float32)
         if "output_size" in self.input_names:
             inputs["output_size"] = np.array(self._output_size(items[0].original), np.int64)
-        return dict(zip(self.output_names, self.session.run(None, inputs), strict=True))
+        return inputs
 
     def _output_size(self, original: tuple[int, int]) -> tuple[int, int]:
         """``original`` (H, W), or a smaller size of the same shape if memory requires it."""

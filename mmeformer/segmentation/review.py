@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from mmengine.dataset import BaseDataset
 
-from mmeformer.report.review import Confusion, Review, Statistics, Summary, Table
+from mmeformer.report.review import Confusion, Review, Statistics, Summary, Table, ratios
 from mmeformer.results import Segmentation
 
 COUNTED_MASKS = 200
@@ -51,20 +51,21 @@ class SegmentationReview(Review[Segmentation]):
         counts = confusion_of(_labels(sample), found.labels, len(self.classes))
         self.counts += counts
         present = counts.sum(1) > 0
-        iou = _ratios(np.diag(counts), counts.sum(0) + counts.sum(1) - np.diag(counts))
-        return float(iou[present].mean()) if present.any() else None
+        right = np.diag(counts)
+        union = counts.sum(0) + counts.sum(1) - right
+        return float((right[present] / union[present]).mean()) if present.any() else None
 
     def summary(self) -> Summary:
         """See the base class."""
         counts, right = self.counts, np.diag(self.counts)
         labeled, found = counts.sum(1), counts.sum(0)
         columns = (
-            _ratios(labeled, np.full(len(labeled), max(labeled.sum(), 1))),
-            _ratios(right, labeled + found - right),
-            _ratios(right, found),
-            _ratios(right, labeled),
+            ratios(labeled, np.full(len(labeled), max(labeled.sum(), 1))),
+            ratios(right, labeled + found - right),
+            ratios(right, found),
+            ratios(right, labeled),
         )
-        rows = zip(self.classes, *(map(_number, column) for column in columns), strict=True)
+        rows = zip(self.classes, *columns, strict=True)
         table = Table(("class", "share of pixels", "IoU", "precision", "recall"), tuple(rows))
         remark = "Every labeled pixel counts once."
         return Summary(Confusion(counts, self.classes, "pixels", remark), table)
@@ -109,14 +110,3 @@ def _labels(sample: Any) -> np.ndarray:
     labels: np.ndarray = sample.gt_sem_seg.data.squeeze(0).cpu().numpy()
     # Negative labels are ignored too.
     return labels.astype(np.int64) & 0xFFFF
-
-
-def _ratios(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """``part / whole``, NaN where there is nothing."""
-    ratios = np.full(len(part), np.nan)
-    np.divide(part, whole, out=ratios, where=whole > 0)
-    return ratios
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

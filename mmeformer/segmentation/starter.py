@@ -52,7 +52,7 @@ FEWEST = 1000
 class SegmentationStarter(Starter):
     """See the base class."""
 
-    other_kinds = (POLYGONS, BOXES, CORNERS)
+    kinds = (POLYGONS, BOXES, CORNERS)
     base_batch = 4
     rates = (2e-4, 5e-4)
 

@@ -82,7 +82,7 @@ def read_photograph(name: str) -> np.ndarray:
 
 
 def draw_crop(rng: np.random.Generator, image: np.ndarray, size: int) -> np.ndarray:
-    """A random square of an image, with a side of ``size`` to twice ``size`` pixels.
+    """A random square of an image, with a side of one to three times ``size``, as far as it fits.
 
     Args:
         rng: source of the random numbers.
@@ -93,7 +93,7 @@ def draw_crop(rng: np.random.Generator, image: np.ndarray, size: int) -> np.ndar
         (size, size, 3) uint8; squares that are larger are shrunk.
     """
     height, width = image.shape[:2]
-    side = int(rng.integers(size, min(2 * size, height, width) + 1))
+    side = int(rng.integers(size, min(3 * size, height, width) + 1))
     top = int(rng.integers(0, height - side + 1))
     left = int(rng.integers(0, width - side + 1))
     crop = image[top : top + side, left : left + side]

@@ -93,7 +93,7 @@ def build_test_runner(
     Args:
         config: with ``work_dir`` set.
         checkpoint: of this config's model; None for a model that has its own weights, such as
-            :class:`mmeformer.deploy.evaluate.OnnxModel`.
+            :class:`mmeformer.deploy.evaluate.ExportedModel`.
         out: ``.pkl`` file for all predictions.
         show_dir: folder for pictures of predictions.
         tta: test-time augmentation with the config's ``tta_model`` and ``tta_pipeline``.

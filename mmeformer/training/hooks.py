@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from mmengine.dist import all_gather_object, all_reduce, get_world_size
+from mmengine.dist import all_gather_object, all_reduce, broadcast, get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -201,6 +201,23 @@ class CheckMetricsHook(Hook):
             dataset = leaf.dataset if isinstance(leaf, GuardedFiles) else leaf
             if isinstance(dataset, CheckedDataset):
                 dataset.check_metrics(metrics)
+
+
+class SharedBuffersHook(Hook):
+    """Let all processes validate the model that is saved, that of the main process.
+
+    Without synchronized batch norms (on CPUs) each process has statistics of its own images. They
+    are in no checkpoint, so that a resumed run would have other scores.
+    """
+
+    # After EMAHook has put the averaged weights in place.
+    priority = "BELOW_NORMAL"
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Take the buffers of the main process."""
+        if get_world_size() > 1:
+            for buffer in runner.model.buffers():
+                broadcast(buffer)
 
 
 def _file_count(runner: Runner) -> int:

@@ -53,6 +53,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: str | None = None
         """Name of the signal that arrived."""
+        self.trained = False
+        """Whether there is something to save. Until then a signal ends the run at once."""
         self.interrupted = False
         """Whether an evaluation was cut short."""
         self._time = 0.0
@@ -71,6 +73,8 @@ class StopRequest:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.trained:
+            raise Preempted
         if self.signal is None:
             self.signal = signal.Signals(number).name
             self._time = time.monotonic()
@@ -88,15 +92,18 @@ class StopRequest:
 
         def replacement(results: Any) -> dict:
             try:
-                self._evaluating = True
-                if self.signal is not None:
-                    raise _Interrupted
-                return evaluate(results)
+                try:
+                    self._evaluating = True
+                    if self.signal is not None:
+                        raise _Interrupted
+                    scores = evaluate(results)
+                finally:
+                    # A signal may arrive up to here.
+                    self._evaluating = False
             except _Interrupted:
                 self.interrupted = True
                 return {}
-            finally:
-                self._evaluating = False
+            return scores
 
         return replacement
 

@@ -26,6 +26,7 @@ from mmeformer.training.data import GuardedDataset
 from mmeformer.training.hooks import (
     CheckMetricsHook,
     LossCheckHook,
+    SharedBuffersHook,
     UnreadableFilesHook,
 )
 from mmeformer.training.loops import EpochBasedTrainLoop, IterBasedTrainLoop
@@ -168,6 +169,7 @@ class Runner(MMEngineRunner):
             LossCheckHook,
             UnreadableFilesHook,
             CheckMetricsHook,
+            SharedBuffersHook,
             TrainingDataHook,
         )
         for guard in guards:

@@ -169,6 +169,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
     ) -> None:
         """Save by iteration, by time, and if a signal has arrived."""
+        runner.stop.trained = True
         runner.writer.check()
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         if not all(item.should_update() for item in wrappers(runner.optim_wrapper)):
@@ -282,9 +283,10 @@ class CheckpointHook(MMEngineCheckpointHook):
             self._remove(self._outdated.pop())
 
     def _remove_interims(self, kept: str) -> None:
-        for path in Path(self.out_dir).glob(f"{INTERIM}*.pth"):
-            if path.name != kept:
-                path.unlink(missing_ok=True)
+        names = self.file_backend.list_dir_or_file(self.out_dir, list_dir=False, suffix=".pth")
+        for name in list(names):
+            if name.startswith(INTERIM) and name != kept:
+                self._remove(self.file_backend.join_path(self.out_dir, name))
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if not self.save_best:
@@ -429,7 +431,7 @@ def training_state(runner: Runner, meta: dict, optimizer: bool, schedulers: bool
         Tensors that the training changes, after the hooks' ``before_save_checkpoint``.
     """
     meta.update(
-        cfg=runner.config_text,
+        cfg=runner.config_text or runner.cfg.pretty_text,
         seed=runner.seed,
         experiment_name=runner.experiment_name,
         time=time.strftime("%Y%m%d_%H%M%S", time.localtime()),

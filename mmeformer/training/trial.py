@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 
 import torch
@@ -35,6 +36,21 @@ def measure_batch(config: Config) -> int:
     free = torch.cuda.mem_get_info()[0] * SPARE
     limit = min(LARGEST, max(1, trial.images // FEWEST_STEPS))
     return largest_batch(trial.peak, free, limit)
+
+
+def measure_seconds(config: Config) -> float:
+    """Seconds of one training step of a config here: of the second one, as the first allocates.
+
+    Args:
+        config: of a training; stays as it is.
+    """
+    trial = Trial(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    batch = config.train_dataloader.batch_size
+    trial.step(batch)
+    started = time.perf_counter()
+    # Returns the loss as a number, for which a GPU has to be done.
+    trial.step(batch)
+    return time.perf_counter() - started
 
 
 def largest_batch(peak: Callable[[int], float], free: float, limit: int) -> int:

@@ -82,7 +82,8 @@ CASES = [
     ("train", "{p}/syntax.py " + WORK, "syntax.py cannot be read: .*never closed"),
     ("train", "{p}/name.py " + WORK, "name.py cannot be read: .*gone.py"),
     ("train", "{p}/text.txt " + WORK, "text.txt cannot be read: Only py"),
-    ("train", "{p} " + WORK, "does not exist"),
+    ("train", "{p} " + WORK, "has labels in several formats: .*--format"),
+    ("train", "{p}/aerial/train/images " + WORK, "no labels that are known"),
     (
         "train",
         "{p}/bare.py " + WORK,

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import hashlib
+import json
+import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from filelock import FileLock
 from tiny import Trained, exported, save_trained, small_config
 
 from mmeformer.tasks import TASKS
@@ -32,19 +36,26 @@ def trained(tmp_path_factory):
 def exports(trained, picture, tmp_path_factory):
     """``exports(task, **request)``: the export of a small model, and the lines of its check.
 
-    Each is made once, to be read only. Tests that need any file of a task ask for one of those
-    whose check ``test_export.py`` looks at.
+    Each is made once for all processes of the tests, to be read only. Tests that need any file of
+    a task ask for one of those whose check ``test_export.py`` looks at.
     """
-    made = {}
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    root = root / "exports"
+    root.mkdir(exist_ok=True)
 
     def make(task: str, **request) -> tuple[Path, list[str]]:
-        key = (task, *sorted(request.items()))
-        if key not in made:
-            lines = []
-            folder = tmp_path_factory.mktemp("exported")
-            path = exported(trained(task), picture, lines=lines, folder=folder, **request)
-            made[key] = path, lines
-        return made[key]
+        key = repr((task, *sorted(request.items())))
+        folder = root / hashlib.sha256(key.encode()).hexdigest()[:12]
+        record = folder.with_suffix(".lines")
+        with FileLock(folder.with_suffix(".lock")):
+            if not record.exists():
+                lines: list[str] = []
+                folder.mkdir(exist_ok=True)
+                exported(trained(task), picture, lines=lines, folder=folder, **request)
+                record.write_text(json.dumps(lines))
+        return folder / "model.onnx", json.loads(record.read_text())
 
     return make
 

@@ -4,7 +4,7 @@ import copy
 import pytest
 
 from mmeformer.commands import test as command
-from mmeformer.deploy.evaluate import use_onnx
+from mmeformer.deploy.evaluate import use_exported
 from mmeformer.synthetic.aerial import write_dota_dataset
 from mmeformer.synthetic.masks import write_mask_dataset
 from mmeformer.synthetic.shapes import write_coco_dataset
@@ -22,7 +22,7 @@ def evaluate(config, checkpoint, folder) -> dict:
     config.work_dir = str(folder)
     config.test_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
     if str(checkpoint).endswith(".onnx"):
-        use_onnx(config, str(checkpoint))
+        use_exported(config, str(checkpoint))
         checkpoint = None
     return engine.build_test_runner(config, checkpoint).test()
 

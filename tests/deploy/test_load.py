@@ -8,21 +8,13 @@ import types
 import cv2
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 import mmeformer
 from mmeformer.errors import UserError
 from mmeformer.inference import load_predictor
 from mmeformer.model import supervision_fields
-from mmeformer.results import (
-    Classification,
-    Detections,
-    Mask,
-    Pyramid,
-    RotatedDetections,
-    Segmentation,
-)
+from mmeformer.results import Detections, Mask, Pyramid, RotatedDetections, Segmentation
 from mmeformer.runtime import drawing
 
 pytestmark = pytest.mark.usefixtures("quiet_logging")
@@ -31,10 +23,7 @@ NUMBERS = {
     "detection": ("boxes", "scores", "labels"),
     "segmentation": ("labels",),
     "rotated": ("boxes", "scores", "labels"),
-    "classification": ("scores",),
 }
-OBJECTS = ("detection", "rotated")
-"""Tasks whose results are objects with boxes."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +59,10 @@ def equal(one, other, task):
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in NUMBERS[task])
 
 
-@pytest.mark.parametrize("task", tiny.all_tasks())
+EACH = ["detection", "segmentation", pytest.param("rotated", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("task", EACH)
 def test_every_kind_of_input(task, models, trained, picture, tmp_path):
     model = models(task)
     assert model.path.name == "best_score_iter_2.pth" and model.path.name in repr(model)
@@ -78,7 +70,7 @@ def test_every_kind_of_input(task, models, trained, picture, tmp_path):
     predictor = load_predictor(known.config, known.checkpoint, device="cpu", **options(task))
     image = cv2.imread(str(picture))
     (expected,) = predictor.predict_images([image])
-    assert getattr(expected, NUMBERS[task][0]).size and model.classes == predictor.classes
+    assert expected.labels.size and model.classes == predictor.classes
     inputs = [str(picture), picture, image, picture.read_bytes(), Image.open(picture)]
     for one in inputs:
         assert equal(model(one), expected, task)
@@ -107,10 +99,10 @@ def test_every_kind_of_input(task, models, trained, picture, tmp_path):
 
 
 def options(task):
-    return dict(score_thr=0.05) if task in OBJECTS else {}
+    return {} if task == "segmentation" else dict(score_thr=0.05)
 
 
-@pytest.mark.parametrize("task", tiny.all_tasks())
+@pytest.mark.parametrize("task", EACH)
 def test_a_prediction(task, models, picture, tmp_path):
     found = models(task)(picture)
     drawn = found.plot()
@@ -125,43 +117,36 @@ def test_a_prediction(task, models, picture, tmp_path):
     if task == "segmentation":
         with pytest.raises(ValueError, match="has no objects"):
             found.to_coco()
-        with pytest.raises(ValueError, match="has no objects"):
-            found.names  # noqa: B018
         return
     coco = found.to_coco()
     assert coco["images"] == [dict(id=1, file_name="shapes.png", height=50, width=90)]
-    assert len(coco["annotations"]) == len(found.names) > 0
-    if task in OBJECTS:
-        assert len(found) == len(found.names)
-    else:
-        assert found.names[0] == models(task).classes[found.label]
-        assert [entry["score"] for entry in coco["annotations"]] == sorted(found.scores)[::-1]
+    assert len(coco["annotations"]) == len(found) == len(found.names) > 0
     names = {entry["id"]: entry["name"] for entry in coco["categories"]}
     assert [names[entry["category_id"]] for entry in coco["annotations"]] == found.names
-    lowest = 0.05 if task in OBJECTS else 0
-    assert all(entry["image_id"] == 1 and entry["score"] > lowest for entry in coco["annotations"])
+    assert all(entry["image_id"] == 1 and entry["score"] > 0.05 for entry in coco["annotations"])
 
 
-@pytest.mark.parametrize("task", tiny.all_tasks("segmentation", "rotated"))
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param("detection", marks=pytest.mark.slow),
+        "segmentation",
+        pytest.param("rotated", marks=pytest.mark.slow),
+    ],
+)
 def test_an_exported_file(task, onnx_file, picture, tmp_path):
     path = onnx_file(task, size=None, preprocessing=task == "detection")
     model = mmeformer.load(path)
     expected = mmeformer.runtime.load(path).predict(picture)
-    if task in OBJECTS:
+    if task != "segmentation":
         expected = expected.take(expected.scores > 0.3)
     found = model(picture)
     assert equal(found, expected, task) and model.classes and model.path == path
     assert found.plot().shape == (50, 90, 3)
-    drawn = task == "classification" or expected.labels.any()
-    assert not np.array_equal(found.plot(), found.image) or not drawn
+    assert not np.array_equal(found.plot(), found.image) or not expected.labels.any()
     found.save(tmp_path / "out.jpg")
     assert (tmp_path / "out.jpg").stat().st_size
-    if task == "classification":
-        entries = found.to_coco()["annotations"]
-        assert [entry["category_id"] - 1 for entry in entries] == expected.best(4)
-        with pytest.raises(ValueError, match="are for detection"):
-            mmeformer.load(path, score_thr=0.5)
-    if task in OBJECTS:
+    if task != "segmentation":
         assert len(found.to_coco()["annotations"]) == len(expected)
         name = model.classes[0]
         assert set(mmeformer.load(path, classes=[name])(picture).names) <= {name}
@@ -169,6 +154,34 @@ def test_an_exported_file(task, onnx_file, picture, tmp_path):
             mmeformer.load(path, score_thr=0.0)
     with pytest.raises(ValueError, match="needs no config"):
         mmeformer.load(path, config="config.py")
+
+
+def test_a_classifier(work_dir, onnx_file, picture, tmp_path):
+    """Its work directory, its checkpoint with a config, and its exported file."""
+    folder = work_dir("classification")
+    config, checkpoint = folder / "config.py", next(folder.glob("best*"))
+    file = onnx_file("classification", size=None, preprocessing=False)
+    shutil.copy(checkpoint, tmp_path / "mine.pth")
+    models = [
+        mmeformer.load(folder, device="cpu"),
+        mmeformer.load(tmp_path / "mine.pth", config=config, device="cpu"),
+        mmeformer.load(file),
+    ]
+    expected = models[0](picture)
+    for model in models:
+        found = model(picture)
+        np.testing.assert_allclose(found.scores, expected.scores, atol=2e-2)
+        assert found.scores.sum() == pytest.approx(1, abs=1e-5)
+        assert found.names == [model.classes[found.label]]
+        drawn = found.plot()
+        assert not np.array_equal(drawn, cv2.resize(found.image, drawn.shape[1::-1]))
+        assert found.save(tmp_path / "out.png").stat().st_size
+        coco = found.to_coco()
+        assert [a["category_id"] - 1 for a in coco["annotations"]] == found.best(5)
+        assert [a["score"] for a in coco["annotations"]] == sorted(found.scores, reverse=True)[:5]
+    for place in (folder, file):
+        with pytest.raises(ValueError, match="for detection"):
+            mmeformer.load(place, score_thr=0.5)
 
 
 def test_what_cannot_be_loaded(work_dir, tmp_path):
@@ -251,16 +264,6 @@ def test_supervision_gets_names(monkeypatch):
     assert found["data"]["class_name"].tolist() == ["dog"] and "xyxyxyxy" in found["data"]
 
 
-def test_a_classification_for_supervision(monkeypatch):
-    seen = types.SimpleNamespace(Classifications=lambda order, confidence: (order, confidence))
-    monkeypatch.setitem(sys.modules, "supervision", seen)
-    result = Classification(np.array([0.25, 0.75], np.float32))
-    image = np.zeros((10, 12, 3), np.uint8)
-    found = mmeformer.model.Prediction(result, image, ("cat", "dog"), None)
-    assert [values.tolist() for values in found.to_supervision()] == [[1, 0], [0.75, 0.25]]
-    assert found.names == ["dog", "cat"]
-
-
 # --- drawing without PyTorch ---------------------------------------------------------------------
 
 
@@ -287,11 +290,5 @@ def test_drawing_with_opencv():
     # Without a palette classes have different colors.
     drawn = drawing.draw(image, Segmentation(labels), ("cat", "dog"))
     assert drawn[0, 0].tolist() != drawn[0, 199].tolist()
-    # Lines of text in the upper left corner: dark, with white letters.
-    scores = Classification(np.array([0.9996, 0.0004], np.float32))
-    assert scores.lines(("cat", "dog")) == ["1.000  cat"]
-    drawn = drawing.draw(image, scores, ("cat", "dog"))
-    assert drawn[:19].max() > 200 and drawn[2, 199].tolist() == [51] * 3
-    assert (drawn[19:] == 128).all()
     with pytest.raises(TypeError, match="Pyramid"):
         drawing.draw(image, Pyramid(()), ())

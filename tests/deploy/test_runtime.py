@@ -43,7 +43,7 @@ METADATA = Metadata(
 # None in sys.modules makes an import fail as a missing package does.
 PROGRAM = """
 import json, sys
-for name in ("torch", "torchvision", "timm", "mmengine", "mmcv", "mmdet", "mmseg", "mmrotate"):
+for name in "torch torchvision timm mmengine mmcv mmdet mmseg mmrotate mmpretrain".split():
     sys.modules[name] = None
 from mmeformer import runtime
 import mmeformer

@@ -6,11 +6,13 @@ from torch import nn
 from trained_like import trained_like
 
 from mmeformer.backbones.efficientformer import PoolBlock
+from mmeformer.backbones.efficientformer_v2 import LocalGlobalQuery
 from mmeformer.deploy import fold
 from mmeformer.deploy.substitutes import (
     FoldedPoolBlock,
     GraphPoolBlock,
     InplaceGelu,
+    query_in_one_convolution,
     substitute_for_graph,
 )
 from mmeformer.variants import VARIANTS
@@ -26,6 +28,16 @@ def test_pool_blocks_equal_the_trained_one(kind, shape, memory_format):
     before = x.clone()
     torch.testing.assert_close(kind(block)(x), block(x))
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 1)])
+@torch.no_grad()
+def test_the_subsampled_map_is_part_of_the_query(size):
+    query = trained_like(LocalGlobalQuery(4, 6).double().eval())
+    x = torch.randn(2, 4, *size, dtype=torch.float64)
+    weight = query.local.weight.clone()
+    torch.testing.assert_close(query_in_one_convolution(query)(x), query(x))
+    assert torch.equal(query.local.weight, weight)
 
 
 def test_a_graph_has_convolutions_in_place_of_sums():

@@ -99,6 +99,15 @@ class TestCoco:
         file.write_text(json.dumps(content))
         assert_as_written(read(tmp_path), BOXES)
 
+    def test_images_outside_of_the_folder_are_not_read(self, tmp_path):
+        """A file from elsewhere names what it likes."""
+        sets.write_coco(tmp_path / "data", names=sets.NAMES[:2])
+        sets.write_images(tmp_path, ["egg"])
+        file = tmp_path / "data" / "labels.json"
+        file.write_text(file.read_text().replace("apple.png", "../egg.png"))
+        with pytest.raises(UserError, match=r"image \.\./egg.png is not below"):
+            read(tmp_path / "data")
+
     def test_equal_names_in_two_splits(self, tmp_path):
         """COCO's own layout: the file of each split means the image of that split."""
         for split in ("train2017", "val2017"):
@@ -171,6 +180,17 @@ class TestYolo:
         (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
         assert_as_written(read(tmp_path), BOXES, splits=SPLIT)
 
+    def test_keypoints_are_no_outlines(self, tmp_path):
+        sets.write_yolo(tmp_path)
+        settings = tmp_path / "data.yaml"
+        settings.write_text(settings.read_text() + "kpt_shape: [2, 2]\n")
+        for path in (tmp_path / "labels").rglob("*.txt"):
+            lines = path.read_text().splitlines()
+            path.write_text("".join(f"{line} 0.5 0.5 0.6 0.6\n" for line in lines))
+        data = read(tmp_path)
+        assert_as_written(data, BOXES, splits=SPLIT)
+        assert "keypoints are left out" in data.notes[0]
+
     def test_images_without_labels_have_no_objects(self, tmp_path):
         sets.write_yolo(tmp_path)
         (tmp_path / "labels" / "train" / "apple.txt").unlink()
@@ -219,6 +239,21 @@ class TestYolo:
         (tmp_path / "data.yaml").write_text(text)
         with pytest.raises(UserError, match=message):
             read(tmp_path)
+
+
+def test_photos_that_are_shown_turned(tmp_path):
+    """EXIF 6: stored lying, shown upright. Shares are of the image as it is shown."""
+    (tmp_path / "labels").mkdir()
+    exif = Image.Exif()
+    exif[274] = 6
+    (tmp_path / "images").mkdir()
+    for name in ("one", "two"):
+        photo = Image.new("RGB", (80, 40))
+        photo.save(tmp_path / "images" / f"{name}.jpg", exif=exif)
+        (tmp_path / "labels" / f"{name}.txt").write_text("0 0.5 0.25 0.5 0.25\n")
+    for image in read(tmp_path).images:
+        assert (image.width, image.height) == (40, 80)
+        assert image.objects[0].box == (10, 10, 20, 20)
 
 
 class TestVoc:
@@ -393,6 +428,15 @@ class TestMasks:
         expected = sets.mask_of("apple")
         np.testing.assert_array_equal(mask, expected > 0)
 
+    def test_one_name(self, tmp_path):
+        """What is not the class is the background."""
+        for values in ({1: 255, 2: 255}, {1: 1, 2: 1}):
+            root = tmp_path / str(values[1])
+            data = read(sets.write_masks(root, values=values), classes=("boat",))
+            assert data.classes == ("background", "boat")
+            mask = data.read_mask(by_name(data)["apple"].mask)
+            np.testing.assert_array_equal(mask[2:], sets.mask_of("apple")[2:] > 0)
+
     def test_cityscapes(self, tmp_path):
         """26 is car and 23 sky; what does not count becomes unlabeled."""
         sets.write_masks(tmp_path / "old", values={0: 23, 1: 26, 2: 9})
@@ -464,6 +508,13 @@ class TestRecognition:
         with pytest.raises(UserError, match=message):
             recognize(Tree.of(tmp_path))
         assert read(tmp_path, format="coco").format == "COCO"
+
+    def test_options_of_other_formats(self, tmp_path):
+        sets.write_coco(tmp_path)
+        with pytest.raises(UserError, match="--classes is for yolo and masks; .*: coco has names"):
+            read(tmp_path, classes=("a",))
+        with pytest.raises(UserError, match="--legend is for masks"):
+            read(tmp_path, legend=Path("a.csv"))
 
     def test_nothing_known(self, tmp_path):
         sets.write_images(tmp_path)

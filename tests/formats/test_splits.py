@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmeformer.formats import splits
-from mmeformer.labeled import BOXES, FOLDERS, LabeledData, LabeledImage
+from mmeformer.labeled import BOXES, FOLDERS, LabeledData, LabeledImage, LabeledObject
 
 
 def data_of(names, split=None, labels=None):
@@ -132,6 +132,18 @@ def test_images_outside_of_the_split_are_left_out():
     data.images[1].split = None
     splits.complete(data, seed=0)
     assert len(data.images) == len(FRAMES) - 1 and "1 images belong to no split" in data.notes[0]
+
+
+def test_unlabeled_test_images_are_left_out():
+    """Such as those of a competition: all would count as empty."""
+    data = data_of(FRAMES, "train")
+    for image in data.images[:-9]:
+        image.objects = [LabeledObject(0, (1.0, 1.0, 2.0, 2.0))]
+    for image in data.images[-9:]:
+        image.split = "test"
+    splits.complete(data, seed=0)
+    assert not data.of_split("test") and data.of_split("val")
+    assert data.notes[0] == "the 9 test images have no labels and are left out"
 
 
 def test_one_image():

@@ -141,3 +141,18 @@ def test_a_graph_has_no_chunks(monkeypatch):
     with torch.no_grad():
         graph = torch.jit.trace(Attention(), (query, key, value))
     assert str(graph.graph).count("aten::softmax") == 1
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@torch.no_grad()
+def test_attention_in_exported_graphs_is_the_same(stride):
+    """There, talking heads are convolutions of (B, heads, n, m)."""
+    query, key, value, bias, mixes = operands(stride)
+    expected = plain(query, key, value, bias, mixes)
+
+    def run(query, key, value):
+        return attend(query, key, value, bias, stride, mixes)
+
+    traced = torch.jit.trace(run, (query, key, value), check_trace=False)
+    torch.testing.assert_close(traced(query, key, value), expected)
+    assert "_convolution" in str(traced.graph)

@@ -19,7 +19,11 @@ def log(loss_at):
             yield dict(score=0.01 * number, other=0.5, step=number)
 
 
-@pytest.fixture(scope="session", params=tiny.all_tasks())
+# That of segmentation is made after trainings too, by tests that always run.
+TASKS = tiny.all_tasks("segmentation", "rotated", "classification")
+
+
+@pytest.fixture(scope="session", params=TASKS)
 def work_dir(request, tmp_path_factory):
     """Of a training: config, log, and the checkpoint of a model that finds something."""
     task = request.param

@@ -174,39 +174,44 @@ def test_after_ctrl_c(config, tmp_path, monkeypatch):
     assert "best_mIoU_iter_2.pth" in page.text
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, MemoryError])
+@pytest.mark.parametrize("error", [ValueError, OSError, MemoryError, KeyboardInterrupt])
 def test_a_failing_report_fails_no_training(error, config, tmp_path, monkeypatch, warnings):
     def fail(*args, **kwargs):
         raise error("out of paper")
 
     monkeypatch.setattr(build, "write_text", fail)
-    (tmp_path / "run" / "20260101_100000" / "vis_data").mkdir(parents=True)
-    log = tmp_path / "run" / "20260101_100000" / "vis_data" / "scalars.json"
-    log.write_text('{"iter": 1, "step": 1, "loss": 1.0}\n')
     monkeypatch.setattr(build._Report, "html", lambda self: "")
+    (tmp_path / "run").mkdir()
     config.dump(tmp_path / "run" / "config.py")
-    runner = FakeRunner(config)
+    runner = FakeRunner(config, iterations=3)
     with build.after_training(runner):
         runner.trained = True
-    assert runner.trained and len(warnings) == 1 and "out of paper" in warnings[0]
-    assert "\n" not in warnings[0]
+    assert runner.trained and len(warnings) == 1 and "\n" not in warnings[0]
+    assert "out of paper" in warnings[0] or error is KeyboardInterrupt
 
 
 class FakeRunner:
-    def __init__(self, config):
+    def __init__(self, config, iterations=0):
         self.cfg, self.work_dir, self.trained = config, config.work_dir, False
+        self.iter = iterations
 
 
 def test_no_report_where_nothing_was_trained_or_wanted(config, tmp_path, warnings, monkeypatch):
     runner = FakeRunner(config)
     with pytest.raises(KeyboardInterrupt), build.after_training(runner):
         raise KeyboardInterrupt
-    monkeypatch.setattr(build.history, "read", lambda folder: pytest.fail("must not be read"))
+    monkeypatch.setattr(build, "write", lambda *args, **kwargs: pytest.fail("was written"))
+    runner = FakeRunner(config, iterations=3)
     runner.cfg = Config(dict(report=None))
     with build.after_training(runner):
         pass
-    # Errors of the program itself leave no report: what they left behind may be anything.
+    # Nor of the other processes of a run.
+    monkeypatch.setattr(build, "is_main_process", lambda: False)
     runner.cfg = config
+    with build.after_training(runner):
+        pass
+    # Errors of the program itself leave no report: what they left behind may be anything.
+    monkeypatch.setattr(build, "is_main_process", lambda: True)
     with pytest.raises(ZeroDivisionError), build.after_training(runner):
         raise ZeroDivisionError
     assert warnings == [] and not (tmp_path / "run").exists()

@@ -21,10 +21,12 @@ def step(iteration, **numbers):
 
 FIRST = [step(n, loss=float(10 - n), time=0.5, data_time=0.1) for n in range(1, 5)]
 RESULTS = [{"coco/bbox_mAP": 0.1, "coco/bbox_mAP_s": -1, "step": 1, "time": 1.0}]
+FIRST[2:2] = RESULTS
 
 
 def test_a_resumed_run_continues(tmp_path):
-    write_run(tmp_path, "20260101_100000", FIRST + RESULTS)
+    write_run(tmp_path, "20260101_100000", [*FIRST, dict(RESULTS[0], step=2)])
+    # Of the first run, the iterations after the checkpoint and their validation do not count.
     resumed = [step(3, loss=6.5), {"coco/bbox_mAP": 0.3, "step": 2}, step(4, loss=5.0)]
     write_run(tmp_path, "20260101_110000", resumed, resume=True)
     found = read(tmp_path)
@@ -33,11 +35,13 @@ def test_a_resumed_run_continues(tmp_path):
     # What is not known (-1) is left out, with times and steps.
     (metric,) = found.metrics()
     assert metric.name == "coco/bbox_mAP" and metric.values == (0.1, 0.3)
+    # In a training by iterations, the step of what is logged by epoch is always 0.
+    assert metric.steps == (2, 3) and found.metrics("step")[0].steps == (1, 2)
     assert found.iterations == 4
 
 
 def test_a_run_from_the_beginning_replaces(tmp_path):
-    write_run(tmp_path, "20260101_100000", FIRST + RESULTS)
+    write_run(tmp_path, "20260101_100000", [*FIRST, dict(RESULTS[0], step=2)])
     write_run(tmp_path, "20260101_110000", [step(2, loss=1.0)])
     found = read(tmp_path)
     assert found.losses()[0].values == (1,) and found.metrics() == []

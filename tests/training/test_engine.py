@@ -84,13 +84,10 @@ class TestConfigs:
                 engine.build_test_runner(config.copy(), str(checkpoint), **kwargs)
 
 
-def shipped(name):
-    """The configs ``*/*_NAME.py``; those of a task whose libraries are missing are skipped."""
-    marks = {param.values[0]: param.marks for param in tiny.all_tasks()}
-    return [
-        pytest.param(path, marks=marks[path.parent.name], id=path.parent.name)
-        for path in sorted(config_dir().glob(f"*/*_{name}.py"))
-    ]
+TEMPLATES = sorted(config_dir().glob("*/*_custom.py"))
+# Classifiers have a crop instead; see tests/classification/test_configs.py.
+WITH_SCALE = [path for path in TEMPLATES if re.search(r"(?m)^(scale|size) = ", path.read_text())]
+QUICKSTARTS = sorted(config_dir().glob("*/*_quickstart.py"))
 
 
 def edited(template, folder, **settings):
@@ -104,22 +101,20 @@ def edited(template, folder, **settings):
     return configs.load_config(path)
 
 
-@pytest.mark.parametrize("template", shipped("custom"))
 class TestTemplates:
+    @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.parent.name)
     def test_learning_rate_is_for_the_batch_size_of_the_template(self, template, tmp_path):
         config = edited(template, tmp_path, batch_size=6)
         assert config.train_dataloader.batch_size == config.auto_scale_lr.base_batch_size == 6
 
+    @pytest.mark.parametrize("template", WITH_SCALE, ids=lambda path: path.parent.name)
     def test_augmentation_in_testing_follows_the_scale(self, template, tmp_path):
-        if template.parent.name == "classification":
-            scale, name, kind = 320, "resize", "ResizeEdge"
-        else:
-            scale, kind = (896, 512), "Resize"
-            name = "size" if template.parent.name == "rotated" else "scale"
+        scale = (896, 512)
+        name = "size" if template.parent.name == "rotated" else "scale"
         config = edited(template, tmp_path, **{name: scale})
         steps = config.test_dataloader.dataset.pipeline
-        (tested,) = [step.scale for step in steps if step.type.endswith(kind)]
-        assert (tested if isinstance(tested, int) else tuple(tested)) == scale
+        (tested,) = [step.scale for step in steps if step.type.endswith("Resize")]
+        assert tuple(tested) == scale
         if "tta_pipeline" in config:
             scales = [tuple(step.scale) for step in config.tta_pipeline[1].transforms[0]]
             assert scale in scales
@@ -138,7 +133,7 @@ def test_augmentation_at_other_scales_than_testing_is_said(scale, monkeypatch):
     assert all("to [(1333, 800), (1600, 960)], but" in line for line in lines)
 
 
-@pytest.mark.parametrize("quickstart", shipped("quickstart"))
+@pytest.mark.parametrize("quickstart", QUICKSTARTS, ids=lambda path: path.parent.name)
 def test_settings_of_a_quickstart_are_its_own(quickstart):
     config = configs.load_config(quickstart)
     assert config.auto_scale_lr.base_batch_size == config.train_dataloader.batch_size

@@ -194,6 +194,11 @@ def test_what_launchers_pass_on_is_the_same_signal(monkeypatch):
     monkeypatch.setattr(preemption.time, "monotonic", lambda: clock[0])
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
+        # Before the first iteration there is nothing to save.
+        with pytest.raises(SystemExit) as leaving:
+            send()()
+        assert leaving.value.code == PREEMPTED
+        stop.trained = True
         send(signal.SIGUSR1)()
         clock[0] += 0.9
         send()()

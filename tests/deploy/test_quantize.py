@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""8 bits: which layers, what it costs, and that too large a cost is refused."""
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+
+from mmeformer import runtime
+from mmeformer.commands.export import main
+from mmeformer.deploy.export import Request
+from mmeformer.deploy.quantize import layer_groups
+from mmeformer.synthetic.masks import write_mask_dataset
+
+FIXED = dict(size=(64, 96), batch=2, preprocessing=True)
+
+
+@pytest.fixture(scope="module")
+def labeled(trained, onnx_file, tmp_path_factory):
+    """A config, its checkpoint, and test data on which the model in float32 is right: a metric of
+    100 that falls with every label that changes."""
+    small = trained("segmentation")
+    folder = tmp_path_factory.mktemp("labeled")
+    root = write_mask_dataset(folder / "data", train=1, val=3, size=96)
+    dataset = small.config.test_dataloader.dataset
+    dataset.data_root = str(root) + "/"
+    predictor = runtime.load(onnx_file("segmentation", **FIXED))
+    images = sorted((root / dataset.data_prefix.img_path).glob("*"))
+    for image in images:
+        path = root / dataset.data_prefix.seg_map_path / (image.stem + ".png")
+        assert path.is_file()
+        cv2.imwrite(str(path), predictor.predict(image).labels)
+    small.config.dump(str(folder / "config.py"))
+    return folder / "config.py", small.checkpoint, images
+
+
+def export(labeled, out, calibration, max_drop):
+    config, checkpoint, images = labeled
+    arguments = [config, checkpoint, "--to", "onnx", "--out", out, "--images", images[0]]
+    arguments += ["--size", 64, 96, "--batch", 2, "--with-preprocessing", "--int8", *calibration]
+    return main([str(argument) for argument in [*arguments, "--max-drop", max_drop]])
+
+
+def test_groups_of_layers(onnx_file):
+    for task, request in (("segmentation", FIXED), ("detection", dict(size=(64, 96), batch=2))):
+        proto = onnx.load(str(onnx_file(task, **{"preprocessing": False, **request})))
+        groups = layer_groups(proto)
+        parts = {"first layer", "last layers", "talking heads", "attention products", "stage 3"}
+        assert parts | {"stage 4, depthwise", "neck"} <= set(groups)
+        names = [name for group in groups.values() for name in group]
+        assert len(names) == len(set(names))
+        kinds = {node.name: node.op_type for node in proto.graph.node}
+        assert {kinds[name] for name in groups["attention products"]} == {"MatMul"}
+        assert len(groups["first layer"]) == 1
+        # Two blocks with two heads each, in both stages with attention.
+        assert len(groups["talking heads"]) == 4
+        assert kinds[groups["first layer"][0]] == "Conv"
+
+
+def test_a_file_in_8_bits_is_measured(labeled, onnx_file, tmp_path, capsys, quiet_logging):
+    out = tmp_path / "small.onnx"
+    assert export(labeled, out, [labeled[2][0].parent], 60) == 0
+    printed = capsys.readouterr().out
+    table = printed[printed.index("8 bits: effect") :].splitlines()
+    proto = onnx.load(str(out))
+    quantized = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(quantized) > 10
+    zeros = {item.name: onnx.numpy_helper.to_array(item) for item in proto.graph.initializer}
+    assert not any(zeros[node.input[2]].any() for node in quantized)
+    (result,) = [line for line in table if line.startswith("all that are in 8 bits")]
+    assert 0 < float(result.split()[-3]) <= 60
+    (plain,) = [line for line in table if line.startswith("float32 has")]
+    float32 = onnx_file("segmentation", **FIXED)
+    assert f"{float32.stat().st_size / 1e6:.1f} MB" in plain
+    assert out.stat().st_size < 0.6 * float32.stat().st_size
+    predictor = runtime.load(out)
+    assert replace(predictor.metadata, config="") == replace(
+        runtime.load(float32).metadata, config=""
+    )
+    ours, theirs = (runtime.load(file).predict(labeled[2][0]).labels for file in (out, float32))
+    assert 0.7 < (ours == theirs).mean() < 1
+
+
+def test_a_file_that_costs_too_much_is_refused(labeled, tmp_path, capsys, quiet_logging):
+    black = tmp_path / "black.png"
+    cv2.imwrite(str(black), np.zeros((64, 96, 3), np.uint8))
+    out = tmp_path / "small.onnx"
+    assert export(labeled, out, [black], 0.01) == 1
+    error = capsys.readouterr().err
+    assert f"{out} was not written, the file is {tmp_path / 'small.refused.onnx'}" in error
+    assert "points in 8 bits, more than --max-drop 0.01" in error and error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"black.png", "small.refused.onnx"}
+    assert runtime.load(tmp_path / "small.refused.onnx").metadata.size == (64, 96)
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (dict(target="coreml", size=(64, 64)), "--int8 is for ONNX and TensorFlow Lite"),
+        (dict(target="tflite", size=(64, 64), half=True), "without --fp16"),
+        (dict(target="onnx", part="backbone"), "the backbone alone has no metric"),
+        (dict(target="onnx", max_drop=-1.0), "--max-drop must not be negative, but is -1"),
+    ],
+)
+def test_requests(tmp_path, request_, message):
+    with pytest.raises(ValueError, match=message):
+        Request(int8=(tmp_path / "image.png",), **request_)
