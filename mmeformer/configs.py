@@ -36,11 +36,23 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
     try:
         config = Config.fromfile(str(path))
     except Exception as error:  # a config is a program and may raise anything
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        raise ValueError(f"config {path} cannot be read: {reason}") from error
+        raise ValueError(f"config {path} cannot be read: {_reason(error)}") from error
     if options:
         config.merge_from_dict(dict(options))
     return config
+
+
+def _reason(error: Exception) -> str:
+    """Why a config cannot be read, for people."""
+    if isinstance(error, SyntaxError):
+        return error.msg
+    cause: BaseException | None = error
+    while cause is not None:
+        # mmengine tells sys.path in place of what our packages say is missing.
+        if isinstance(cause, ImportError) and str(cause).startswith(f"{__package__}."):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error)
 
 
 def _missing_config(path: Path) -> str:

@@ -264,9 +264,10 @@ def write_masks(root: Path, kind="ids", *, values=None) -> Path:
     return root
 
 
-def write_folders(root: Path) -> Path:
-    """``train/boat/apple.jpg`` and the like."""
-    for split, names in (("train", NAMES[:4]), ("val", NAMES[4:])):
+def write_folders(root: Path, *, splits=True) -> Path:
+    """``train/boat/apple.jpg`` and the like; without splits ``boat/apple.jpg``."""
+    parts = (("train", NAMES[:4]), ("val", NAMES[4:])) if splits else ((".", NAMES),)
+    for split, names in parts:
         for index, name in enumerate(names):
             write_images(root / split / CLASSES[index % 2], [name], ".jpg")
     return root

@@ -26,6 +26,7 @@ IMAGES = {
     "detection": ("coco/train2017", "coco/val2017"),
     "segmentation": ("masks/images/training", "masks/images/validation"),
     "rotated": ("aerial/train/images", "aerial/val/images"),
+    "classification": tuple(f"folders/train/{name}" for name in tiny.ANIMALS),
 }
 
 
@@ -68,9 +69,9 @@ def first_image(config):
 
 
 @pytest.mark.parametrize("bands", [3, 5])
-@pytest.mark.parametrize("task", tiny.TASKS)
+@pytest.mark.parametrize("task", tiny.all_tasks())
 def test_checks_and_training(folder, task, bands):
-    config = tiny.TASKS[task](folder)
+    config = tiny.ALL_TASKS[task](folder)
     picture = first_image(config)
     for place in IMAGES[task]:
         for path in (folder / place).iterdir():

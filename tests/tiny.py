@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models of the three tasks: configs, checkpoints, exports, and trainings in seconds."""
+"""Tiny models of all tasks: configs, checkpoints, exports, and trainings in seconds."""
 
 import copy
 import faulthandler
@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -25,6 +26,7 @@ from mmeformer import configs
 from mmeformer.synthetic.aerial import write_dota_dataset
 from mmeformer.synthetic.masks import write_mask_dataset
 from mmeformer.synthetic.shapes import write_coco_dataset
+from mmeformer.tasks import TASKS as ROWS
 from mmeformer.training import engine
 
 ARCH = dict(widths=(8, 16, 24, 32), depths=(1, 1, 2, 2), attention_blocks=(0, 0, 1, 1))
@@ -35,6 +37,7 @@ QUICKSTARTS = {
     "detection": "detection/mask-rcnn_efficientformerv2-s0_fpn_quickstart.py",
     "segmentation": "segmentation/semantic-fpn_efficientformerv2-s0_quickstart.py",
     "rotated": "rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_quickstart.py",
+    "classification": "classification/efficientformerv2-s0_quickstart.py",
 }
 BOXES_ONLY = "detection/faster-rcnn_efficientformerv2-s0_fpn_custom.py"
 ITERATIONS = 8
@@ -48,6 +51,9 @@ def network(task: str, path: str | None = None) -> Config:
     config = configs.load_config(path or QUICKSTARTS[task])
     model = config.model
     model.backbone.update(arch=ARCH)
+    if task == "classification":
+        model.head.in_channels = ARCH["widths"][3]
+        return config
     model.neck.update(
         in_channels=[ARCH["widths"][i] for i in model.backbone.get("out_indices", range(4))],
         out_channels=WIDTH,
@@ -72,6 +78,8 @@ def network(task: str, path: str | None = None) -> Config:
 def small_config(task: str) -> Config:
     """A tiny network that predicts on pictures of 64 px, with few candidates."""
     config = network(task)
+    if task == "classification":
+        return _of_animals(config)
     if task == "detection":
         config.model.test_cfg.rpn.update(nms_pre=40, max_per_img=30)
     elif task == "rotated":
@@ -159,9 +167,6 @@ def rotated(folder: Path, iterations: int = ITERATIONS) -> Config:
     )
 
 
-TASKS = {"detection": detection, "segmentation": segmentation, "rotated": rotated}
-
-
 ANIMALS = {"cat": (40, 60, 200), "dog": (60, 170, 60), "fox": (200, 80, 40), "owl": (150, 150, 150)}
 """Classes of pictures, and their mean color (blue, green, red)."""
 
@@ -174,22 +179,31 @@ def class_folders(root: Path, train: int = 16, val: int = 8, size: int = 64) -> 
             name = list(ANIMALS)[index % len(ANIMALS)]
             (root / split / name).mkdir(parents=True, exist_ok=True)
             image = rng.normal(ANIMALS[name], 30, (size, size, 3)).clip(0, 255).astype(np.uint8)
-            cv2.imwrite(str(root / split / name / f"{index:03d}.png"), image)
+            cv2.imwrite(str(root / split / name / f"{index:06d}.png"), image)
     return root
 
 
-def classifier(root: Path) -> Config:
-    """A classifier of pictures in folders of :func:`class_folders`, trained for two epochs.
-
-    Not among :data:`TASKS`, as its library, mmpretrain, is imported by its own tests only.
-    """
-    config = configs.load_config("classification/efficientformerv2-s0_quickstart.py")
+def _of_animals(config: Config) -> Config:
+    """The config for the classes of :func:`class_folders`."""
     model = config.model
-    model.backbone.update(arch=ARCH)
-    model.head.update(in_channels=ARCH["widths"][3], num_classes=len(ANIMALS))
-    model.head.loss.num_classes = model.data_preprocessor.num_classes = len(ANIMALS)
+    model.head.num_classes = model.head.loss.num_classes = len(ANIMALS)
+    model.data_preprocessor.num_classes = len(ANIMALS)
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
-        loader.dataset.update(data_root=str(root), metainfo=dict(classes=tuple(ANIMALS)))
+        loader.dataset.metainfo = dict(classes=tuple(ANIMALS))
+    return config
+
+
+def classification(folder: Path, iterations: int = ITERATIONS) -> Config:
+    """A classifier of pictures of 64 px below ``folder``, with random flips."""
+    root = class_folders(folder / "folders", train=8, val=2)
+    return _of_animals(_training("classification", root, iterations))
+
+
+def classifier(root: Path) -> Config:
+    """A classifier of pictures in folders of :func:`class_folders`, trained for two epochs."""
+    config = _of_animals(network("classification"))
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.dataset.data_root = str(root)
         loader.update(batch_size=4, num_workers=0, persistent_workers=False)
     config.train_cfg.update(max_epochs=2, val_interval=2)
     for schedule, (begin, end) in zip(config.param_scheduler, ((0, 1), (1, 2)), strict=True):
@@ -199,12 +213,38 @@ def classifier(root: Path) -> Config:
     return config
 
 
-SCORES = {"detection": "coco/bbox_mAP", "segmentation": "mIoU", "rotated": "dota/AP50"}
+TASKS = {"detection": detection, "segmentation": segmentation, "rotated": rotated}
+"""Tasks that find places in images: by boxes or pixels."""
+ALL_TASKS = {**TASKS, "classification": classification}
+
+
+def all_tasks(*slow: str) -> list:
+    """Parameters of a test: :data:`ALL_TASKS`, skipped where a library is not installed.
+
+    Args:
+        slow: those that are slow tests.
+    """
+    import pytest
+
+    params = []
+    for task in ALL_TASKS:
+        missing = [name for name in ROWS[task].libraries if find_spec(name) is None]
+        marks = [pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)}")]
+        params.append(pytest.param(task, marks=marks + [pytest.mark.slow] * (task in slow)))
+    return params
+
+
+SCORES = {
+    "detection": "coco/bbox_mAP",
+    "segmentation": "mIoU",
+    "rotated": "dota/AP50",
+    "classification": "accuracy/top1",
+}
 
 
 def everything(task, folder, iterations=4):
     """Averaged weights, the best model, early stopping, and a schedule that follows the scores."""
-    config = TASKS[task](folder, iterations)
+    config = ALL_TASKS[task](folder, iterations)
     config.train_cfg.val_interval = 2
     config.default_hooks.checkpoint.update(save_best=SCORES[task], rule="greater")
     config.custom_hooks += [

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a config from a folder of labeled images.
 
-Reads COCO JSON, YOLO (boxes, outlines, rotated boxes), Pascal VOC XML, LabelMe, DOTA, and masks;
-chooses the settings from the data and this machine, each with its reason in the config; and checks
-the data. The folder is only read. Written are the config and, beside it, a folder of labels;
-nothing is written over.
+Reads COCO JSON, YOLO (boxes, outlines, rotated boxes), Pascal VOC XML, LabelMe, DOTA, masks, and
+folders of images named by class; chooses the settings from the data and this machine, each with its
+reason in the config; and checks the data. The folder is only read. Written are the config and,
+beside it, a folder of labels; nothing is written over.
 
 Examples:
     mmeformer init datasets/nuclei

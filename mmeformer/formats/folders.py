@@ -43,4 +43,10 @@ def read(tree: Tree, options: Options) -> LabeledData:
         for path, name in by_image.items()
         if path in sizes
     ]
-    return LabeledData(NAME, tree.root, FOLDERS, tuple(classes), images, findings)
+    data = LabeledData(NAME, tree.root, FOLDERS, tuple(classes), images, findings)
+    if loose := [path for path in tree.images if path not in by_image]:
+        shown = loose[0].relative_to(tree.root)
+        data.notes.append(
+            f"{len(loose)} images are in no class folder and left out, such as {shown}"
+        )
+    return data

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from mmeformer.labeled import LabeledData, LabeledImage
@@ -65,26 +65,46 @@ def complete(data: LabeledData, seed: int) -> None:
 
 def grouped(images: Sequence[LabeledImage]) -> tuple[list[list[LabeledImage]], str]:
     """Images that must stay together, and the rule by which they do, for people."""
-    stems = {id(image): image.path.stem for image in images}
+    names = names_of_classes(images)
     if len({image.label for image in images}) > 1:
         rule = "from every class alike"
     else:
         rule = "one by one (their names tell no scenes; if they are frames of one video, make "
         rule += "folders train and val)"
     for strip, kind in ((tile_of, "tiles of one image"), (scene_of, "one scene or video")):
-        groups: dict[str, list[LabeledImage]] = defaultdict(list)
+        groups: dict[tuple, list[LabeledImage]] = defaultdict(list)
         for image in images:
-            groups[strip(stems[id(image)])].append(image)
+            prefix = strip(image.path.stem)
+            alone = prefix == image.path.stem or (image.label, scene_of(prefix)) in names
+            groups[(image.path,) if alone else (prefix,)].append(image)
         largest = max(map(len, groups.values()))
         if 3 < len(groups) < len(images) and largest <= _LARGEST_GROUP * len(images):
-            return list(groups.values()), f"by file-name prefix, as {kind}: {len(groups)} prefixes"
+            count = sum(len(group) > 1 for group in groups.values())
+            return list(groups.values()), f"by file-name prefix, as {kind}: {count} prefixes"
     # Changed copies of one image stay together in any case.
-    copies: dict[str, list[LabeledImage]] = defaultdict(list)
+    copies: dict[tuple, list[LabeledImage]] = defaultdict(list)
     for image in images:
-        copies[_ROBOFLOW.sub("", stems[id(image)])].append(image)
+        copies[image.label, _ROBOFLOW.sub("", image.path.stem)].append(image)
     if len(copies) < len(images):
         rule = f"with the copies of each of the {len(copies)} original images together"
     return list(copies.values()), rule
+
+
+def names_of_classes(images: Sequence[LabeledImage]) -> set[tuple[int, str]]:
+    """Prefixes by which most images of a class are named (``tabby_1``), with the label.
+
+    They are no scenes: a whole class would train or validate.
+    """
+    by_label: dict[int, list[str]] = defaultdict(list)
+    for image in images:
+        if image.label is not None:
+            by_label[image.label].append(scene_of(image.path.stem))
+    found = set()
+    for label, prefixes in by_label.items():
+        prefix, count = Counter(prefixes).most_common(1)[0]
+        if count > _LARGEST_GROUP * len(prefixes):
+            found.add((label, prefix))
+    return found
 
 
 def tile_of(stem: str) -> str:

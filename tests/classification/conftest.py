@@ -1,13 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets and a trained model for the tests of this folder, which all need mmpretrain."""
 
+from importlib.util import find_spec
+
 import cv2
 import numpy as np
 import pytest
 import tiny
 from mmengine.config import Config
 
-pytest.importorskip("mmpretrain", reason="the extra `classification` is not installed")
+
+class Skipped(pytest.Module):
+    """A file of tests that is not imported."""
+
+    def collect(self):
+        pytest.skip("the extra `classification` is not installed", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    """Skip the files of this folder, and say so, before they import mmpretrain."""
+    if find_spec("mmpretrain") is None:
+        return Skipped.from_parent(parent, path=module_path)
+    return None
 
 
 @pytest.fixture(scope="session")

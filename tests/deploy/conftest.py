@@ -11,6 +11,8 @@ import pytest
 from filelock import FileLock
 from tiny import Trained, exported, save_trained, small_config
 
+from mmeformer.tasks import TASKS
+
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
@@ -19,8 +21,8 @@ def trained(tmp_path_factory):
 
     def make(task: str) -> Trained:
         if task not in made:
-            if task == "rotated":
-                pytest.importorskip("mmrotate")
+            for library in TASKS[task].libraries:
+                pytest.importorskip(library)
             config = small_config(task)
             folder = tmp_path_factory.mktemp(task)
             made[task] = Trained(config, save_trained(config, folder), folder)

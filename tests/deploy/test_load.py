@@ -156,6 +156,34 @@ def test_an_exported_file(task, onnx_file, picture, tmp_path):
         mmeformer.load(path, config="config.py")
 
 
+def test_a_classifier(work_dir, onnx_file, picture, tmp_path):
+    """Its work directory, its checkpoint with a config, and its exported file."""
+    folder = work_dir("classification")
+    config, checkpoint = folder / "config.py", next(folder.glob("best*"))
+    file = onnx_file("classification", size=None, preprocessing=False)
+    shutil.copy(checkpoint, tmp_path / "mine.pth")
+    models = [
+        mmeformer.load(folder, device="cpu"),
+        mmeformer.load(tmp_path / "mine.pth", config=config, device="cpu"),
+        mmeformer.load(file),
+    ]
+    expected = models[0](picture)
+    for model in models:
+        found = model(picture)
+        np.testing.assert_allclose(found.scores, expected.scores, atol=2e-2)
+        assert found.scores.sum() == pytest.approx(1, abs=1e-5)
+        assert found.names == [model.classes[found.label]]
+        drawn = found.plot()
+        assert not np.array_equal(drawn, cv2.resize(found.image, drawn.shape[1::-1]))
+        assert found.save(tmp_path / "out.png").stat().st_size
+        coco = found.to_coco()
+        assert [a["category_id"] - 1 for a in coco["annotations"]] == found.best(5)
+        assert [a["score"] for a in coco["annotations"]] == sorted(found.scores, reverse=True)[:5]
+    for place in (folder, file):
+        with pytest.raises(ValueError, match="for detection"):
+            mmeformer.load(place, score_thr=0.5)
+
+
 def test_what_cannot_be_loaded(work_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         mmeformer.load(tmp_path / "nowhere")

@@ -492,7 +492,12 @@ def test_class_folders(tmp_path):
     data = read(sets.write_folders(tmp_path))
     assert data.kind == FOLDERS and data.classes == sets.CLASSES
     assert [by_name(data)[name].label for name in sets.NAMES] == [0, 1, 0, 1, 0, 1]
-    assert {name: image.split for name, image in by_name(data).items()} == SPLIT
+    assert {name: image.split for name, image in by_name(data).items()} == SPLIT and not data.notes
+    (tmp_path / "val" / "loose.jpg").write_bytes(
+        (tmp_path / "val" / "boat" / "egg.jpg").read_bytes()
+    )
+    (note,) = read(tmp_path).notes
+    assert "1 images are in no class folder and left out, such as val/loose.jpg" in note
 
 
 class TestRecognition:

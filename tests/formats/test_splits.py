@@ -12,7 +12,10 @@ from mmeformer.labeled import BOXES, FOLDERS, LabeledData, LabeledImage, Labeled
 def data_of(names, split=None, labels=None):
     images = [
         LabeledImage(
-            Path("data", f"{name}.png"), 8, 8, split=split, label=labels[i] if labels else None
+            Path("data", str(labels[i]) if labels else "", f"{name}.png"),
+            *(8, 8),
+            split=split,
+            label=labels[i] if labels else None,
         )
         for i, name in enumerate(names)
     ]
@@ -73,6 +76,37 @@ def test_classes_of_images_are_split_alike():
     splits.complete(data, seed=0)
     counts = data.counts("val")
     assert counts[0] == 8 and counts[1] == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        lambda label, number: f"{'abcde'[label]}at_{number}",
+        lambda label, number: f"image_{number:04d}",
+        lambda label, number: f"{number:03d}",
+        lambda label, number: f"{'abcde'[label]}at_{number}.rf.{number * 5 + label:032x}",
+    ],
+    ids=["class and number", "same names", "numbers", "class, number and hash"],
+)
+def test_names_of_classes_are_no_scenes(name):
+    """The images of a class have its name, or those of all classes the same names."""
+    labels = [label for label in range(5) for _ in range(10)]
+    names = [name(label, index % 10) for index, label in enumerate(labels)]
+    data = data_of(names, labels=labels)
+    splits.complete(data, seed=0)
+    assert data.counts("val") == dict.fromkeys(range(5), 2) and data.counts("train")[4] == 8
+    assert "from every class alike" in data.notes[0]
+
+
+def test_frames_in_class_folders_stay_together():
+    """Of videos that show one class after the other, beside a class that is one video."""
+    names = [*FRAMES, *(f"rare_{number}" for number in range(6))]
+    labels = [index % 2 for index in range(len(FRAMES))] + [2] * 6
+    data = data_of(names, labels=labels)
+    splits.complete(data, seed=0)
+    found = parts(data)
+    assert not {n[:5] for n in found["train"]} & {n[:5] for n in found["val"]} - {"rare_"}
+    assert data.counts("val")[2] == 1 and "one scene or video: 10 prefixes" in data.notes[0]
 
 
 def test_a_split_of_the_user_stays():

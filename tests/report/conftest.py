@@ -20,9 +20,7 @@ def log(loss_at):
 
 
 # That of segmentation is made after trainings too, by tests that always run.
-TASKS = [
-    pytest.param(task, marks=() if task == "detection" else pytest.mark.slow) for task in tiny.TASKS
-]
+TASKS = tiny.all_tasks("segmentation", "rotated", "classification")
 
 
 @pytest.fixture(scope="session", params=TASKS)
@@ -30,7 +28,7 @@ def work_dir(request, tmp_path_factory):
     """Of a training: config, log, and the checkpoint of a model that finds something."""
     task = request.param
     folder = tmp_path_factory.mktemp(f"report-{task}")
-    config = tiny.TASKS[task](folder / "data")
+    config = tiny.ALL_TASKS[task](folder / "data")
     if task != "segmentation":
         for step in config.test_dataloader.dataset.pipeline:
             if step.type.endswith("Resize"):

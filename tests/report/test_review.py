@@ -7,7 +7,7 @@ import torch
 from mmengine.structures import InstanceData, PixelData
 
 from mmeformer.report.review import RECALLS, pair_up
-from mmeformer.results import Detections, Mask, RotatedDetections, Segmentation
+from mmeformer.results import Classification, Detections, Mask, RotatedDetections, Segmentation
 
 CLASSES = ("cat", "dog")
 SIZE = (100, 100)
@@ -263,3 +263,86 @@ def test_truth_that_is_drawn_has_a_class_everywhere(segmentation_review):
     ]
     labels = [[255, 255]]
     assert segmentation_review.truth(segmentation_sample(labels)).labels.tolist() == [[0, 0]]
+
+
+# --- classes of images ---------------------------------------------------------------------------
+
+ANIMALS = ("cat", "dog", "fox", "owl")
+SCORES = [
+    # The label, and the probabilities of the four classes.
+    (0, (0.7, 0.2, 0.1, 0.0)),
+    (0, (0.4, 0.6, 0.0, 0.0)),
+    (1, (0.1, 0.8, 0.1, 0.0)),
+    (1, (0.5, 0.3, 0.2, 0.0)),
+    (2, (0.0, 0.1, 0.3, 0.6)),
+]
+
+
+def classification_sample(label):
+    from mmpretrain.structures import DataSample
+
+    return DataSample().set_gt_label(label)
+
+
+@pytest.fixture
+def classification_review():
+    pytest.importorskip("mmpretrain")
+    from mmeformer.classification.review import ClassificationReview
+
+    return ClassificationReview(ANIMALS)
+
+
+def test_confusion_of_images(classification_review):
+    review = classification_review
+    for label, scores in SCORES:
+        found = Classification(np.array(scores, np.float32))
+        sample = classification_sample(label)
+        assert review.add(found, sample) == pytest.approx(scores[label])
+        assert review.truth(sample).scores.tolist() == [float(i == label) for i in range(4)]
+    summary = review.summary()
+    assert summary.confusion.counts.tolist() == [
+        [1, 1, 0, 0],
+        [1, 1, 0, 0],
+        [0, 0, 0, 1],
+        [0, 0, 0, 0],
+    ]
+    assert not summary.confusion.has_background and summary.confusion.unit == "images"
+    assert summary.table.header == ("class", "images", "precision", "recall", "AP")
+    cat, dog, fox, owl = summary.table.rows
+    # By the probability of cat: cat, dog, cat, dog, fox. By that of dog: dog, cat, dog, cat, fox.
+    assert cat == ("cat", 2, 0.5, 0.5, pytest.approx(5 / 6, abs=0.002))
+    assert dog == ("dog", 2, 0.5, 0.5, pytest.approx(5 / 6, abs=0.002))
+    assert fox == ("fox", 1, None, 0, 1) and owl == ("owl", 0, 0, None, None)
+    curves = {curve.name: curve for curve in summary.curves}
+    assert list(curves) == ["cat", "dog", "fox"]
+    assert curves["cat"].precision == pytest.approx(np.where(RECALLS <= 0.5, 1.0, 2 / 3))
+    assert curves["fox"].precision == pytest.approx(np.ones(101))
+    from mmpretrain.structures import DataSample
+
+    assert review.truth(DataSample()) is None
+
+
+def test_numbers_of_classes_are_those_of_the_metric(classification_review):
+    from mmpretrain.evaluation import SingleLabelMetric
+
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 4, 60)
+    scores = random.random((60, 4), np.float32) + np.eye(4, dtype=np.float32)[labels] / 2
+    scores /= scores.sum(1, keepdims=True)
+    for label, row in zip(labels.tolist(), scores, strict=True):
+        classification_review.add(Classification(row), classification_sample(label))
+    rows = [row[2:4] for row in classification_review.summary().table.rows]
+    found, target = torch.from_numpy(scores), torch.from_numpy(labels)
+    (numbers,) = SingleLabelMetric.calculate(found, target, thrs=(0.0,), average=None)
+    np.testing.assert_allclose(rows, torch.stack(numbers[:2], 1) / 100, atol=1e-6)
+
+
+def test_statistics_of_class_folders(classification_review, tmp_path):
+    import tiny
+
+    from mmeformer.checks.dataset import datasets_of
+
+    (dataset,) = datasets_of(tiny.classification(tmp_path), "val")
+    found = classification_review.statistics([dataset, dataset])
+    assert (found.images, found.names) == (4, tuple(tiny.ANIMALS))
+    assert found.amounts.tolist() == found.in_images.tolist() == [2, 2, 0, 0]

@@ -319,10 +319,10 @@ def test_loss_that_stays_zero(folder, tmp_path, monkeypatch):
         tiny.train(config, tmp_path)
 
 
-@pytest.mark.parametrize("task", [pytest.param(t, marks=pytest.mark.slow) for t in tiny.TASKS])
+@pytest.mark.parametrize("task", tiny.all_tasks(*tiny.ALL_TASKS))
 def test_loss_that_becomes_zero(folder, tmp_path, monkeypatch, task):
     monkeypatch.setattr(LossCheckHook, "PATIENCE", 2)
-    config = tiny.TASKS[task](folder)
+    config = tiny.ALL_TASKS[task](folder)
 
     def weightless(settings):
         for key, value in settings.items():

@@ -52,6 +52,18 @@ def test_saves_after_the_iteration_and_goes_on_as_if_unbroken(folder, unbroken, 
 
 
 @pytest.mark.slow
+def test_a_classifier_goes_on_as_if_unbroken(tmp_path):
+    """With averaged weights and validations, which both follow the classes of whole images."""
+    pytest.importorskip("mmpretrain")
+    config = tiny.everything("classification", tmp_path, 8)
+    tiny.train(config, tmp_path / "unbroken")
+    code = tiny.fork(lambda rank: tiny.train(config, tmp_path / "run", at={4: send()}))
+    assert code == [PREEMPTED] and named(tmp_path / "run") == "interim_iter_5.pth"
+    assert sorted(tiny.train(config, tmp_path / "run", resume="auto")) == [5, 6, 7]
+    tiny.assert_same_state(tmp_path / "unbroken/iter_8.pth", tmp_path / "run/iter_8.pth")
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_this_iteration_is_enough(folder, tmp_path):
     config = tiny.segmentation(folder)
     code = tiny.fork(lambda rank: tiny.train(config, tmp_path, at={3: send(signal.SIGUSR1)}))

@@ -83,7 +83,7 @@ def uninterrupted(folder):
 
     @functools.cache
     def losses(task):
-        return tiny.train(tiny.TASKS[task](folder), folder / f"uninterrupted-{task}")
+        return tiny.train(tiny.ALL_TASKS[task](folder), folder / f"uninterrupted-{task}")
 
     return losses
 
@@ -125,15 +125,15 @@ def test_killed_while_saving(folder, uninterrupted, tmp_path, monkeypatch, momen
     [
         ("detection", 0),
         *(
-            pytest.param(task, workers, marks=pytest.mark.slow)
-            for task in tiny.TASKS
+            pytest.param(*param.values, workers, marks=[*param.marks, pytest.mark.slow])
+            for param in tiny.all_tasks()
             for workers in (0, 2)
-            if (task, workers) != ("detection", 0)
+            if (*param.values, workers) not in (("detection", 0), ("classification", 0))
         ),
     ],
 )
 def test_killed_between_steps(folder, uninterrupted, tmp_path, task, workers):
-    config = tiny.TASKS[task](folder)
+    config = tiny.ALL_TASKS[task](folder)
     assert tiny.fork(lambda rank: tiny.train(config, tmp_path, at={5: kill})) == [-signal.SIGKILL]
     # Neither the number of workers nor a validation in between changes what is drawn.
     config.train_dataloader.num_workers = workers

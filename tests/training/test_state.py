@@ -28,10 +28,10 @@ def best(work_dir):
     [
         ("segmentation", 1),
         *(
-            pytest.param(task, world, marks=pytest.mark.slow)
-            for task in tiny.SCORES
+            pytest.param(*param.values, world, marks=[*param.marks, pytest.mark.slow])
+            for param in tiny.all_tasks()
             for world in (1, 2)
-            if (task, world) != ("segmentation", 1)
+            if (*param.values, world) not in (("segmentation", 1), ("classification", 2))
         ),
     ],
 )
