@@ -84,10 +84,20 @@ class TestConfigs:
                 engine.build_test_runner(config.copy(), str(checkpoint), **kwargs)
 
 
-TEMPLATES = sorted(config_dir().glob("*/*_custom.py"))
+def shipped(pattern, setting=""):
+    """Configs of all tasks with a setting; those of a task without its libraries are skipped."""
+    marks = {param.values[0]: param.marks for param in tiny.all_tasks()}
+    return [
+        pytest.param(path, marks=marks[path.parent.name], id=path.parent.name)
+        for path in sorted(config_dir().glob(pattern))
+        if re.search(rf"(?m)^{setting}", path.read_text())
+    ]
+
+
+TEMPLATES = shipped("*/*_custom.py")
 # Classifiers have a crop instead; see tests/classification/test_configs.py.
-WITH_SCALE = [path for path in TEMPLATES if re.search(r"(?m)^(scale|size) = ", path.read_text())]
-QUICKSTARTS = sorted(config_dir().glob("*/*_quickstart.py"))
+WITH_SCALE = shipped("*/*_custom.py", "(scale|size) = ")
+QUICKSTARTS = shipped("*/*_quickstart.py")
 
 
 def edited(template, folder, **settings):
@@ -102,12 +112,12 @@ def edited(template, folder, **settings):
 
 
 class TestTemplates:
-    @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.parent.name)
+    @pytest.mark.parametrize("template", TEMPLATES)
     def test_learning_rate_is_for_the_batch_size_of_the_template(self, template, tmp_path):
         config = edited(template, tmp_path, batch_size=6)
         assert config.train_dataloader.batch_size == config.auto_scale_lr.base_batch_size == 6
 
-    @pytest.mark.parametrize("template", WITH_SCALE, ids=lambda path: path.parent.name)
+    @pytest.mark.parametrize("template", WITH_SCALE)
     def test_augmentation_in_testing_follows_the_scale(self, template, tmp_path):
         scale = (896, 512)
         name = "size" if template.parent.name == "rotated" else "scale"
@@ -133,7 +143,7 @@ def test_augmentation_at_other_scales_than_testing_is_said(scale, monkeypatch):
     assert all("to [(1333, 800), (1600, 960)], but" in line for line in lines)
 
 
-@pytest.mark.parametrize("quickstart", QUICKSTARTS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("quickstart", QUICKSTARTS)
 def test_settings_of_a_quickstart_are_its_own(quickstart):
     config = configs.load_config(quickstart)
     assert config.auto_scale_lr.base_batch_size == config.train_dataloader.batch_size
