@@ -16,6 +16,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.infer import BaseInferencer
 from mmengine.model import BaseModel
+from mmengine.registry import init_default_scope
 from torch import nn
 
 from mmeformer import configs, tasks
@@ -414,6 +415,8 @@ def load_predictor(
             # The inferencers put one in its place that takes arrays.
             dataset.pipeline[index] = ConfigDict(type="LoadImageFromFile")
     safe_load.install()
+    # mmengine's own inferencer, unlike those of mmdet and mmseg, leaves this to its caller.
+    init_default_scope(config.default_scope)
     predictor: Predictor[Any] = tasks.load(task.predictor).from_config(
         config, checkpoint, device=device, score_thr=score_thr, mask_format=mask_format
     )

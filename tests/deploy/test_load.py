@@ -4,10 +4,12 @@
 import shutil
 import sys
 import types
+from collections import OrderedDict
 
 import cv2
 import numpy as np
 import pytest
+from mmengine.registry import DefaultScope
 from PIL import Image
 
 import mmeformer
@@ -156,12 +158,14 @@ def test_an_exported_file(task, onnx_file, picture, tmp_path):
         mmeformer.load(path, config="config.py")
 
 
-def test_a_classifier(work_dir, onnx_file, picture, tmp_path):
+def test_a_classifier(work_dir, onnx_file, picture, tmp_path, monkeypatch):
     """Its work directory, its checkpoint with a config, and its exported file."""
     folder = work_dir("classification")
     config, checkpoint = folder / "config.py", next(folder.glob("best*"))
     file = onnx_file("classification", size=None, preprocessing=False)
     shutil.copy(checkpoint, tmp_path / "mine.pth")
+    # As in a new process: nothing has set mmengine's default scope yet.
+    monkeypatch.setattr(DefaultScope, "_instance_dict", OrderedDict())
     models = [
         mmeformer.load(folder, device="cpu"),
         mmeformer.load(tmp_path / "mine.pth", config=config, device="cpu"),
