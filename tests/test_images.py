@@ -219,8 +219,9 @@ def test_images_beyond_the_limits_of_opencv_are_named(tmp_path):
         checked = kind + data
         return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0))
-    pixels = chunk(b"IDAT", zlib.compress(b"0" * 100))
+    # Black and white, so that the file is as large as this many pixels need.
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 33_000, 33_000, 1, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(33_000 * (1 + 33_000 // 8))))
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b""))
     with pytest.raises(ValueError, match="a.png cannot be read by OpenCV, whose limits"):
         read_image(tmp_path / "a.png")

@@ -401,4 +401,4 @@ class TestBadInput:
 
     def test_task(self):
         with pytest.raises(ValueError, match="task must be one of"):
-            replace(METADATA, task="classification")
+            replace(METADATA, task="cooking")

@@ -24,8 +24,8 @@ def test_missing_mmrotate_is_named(monkeypatch):
 
 def test_only_the_rotated_part_imports_mmrotate():
     package = Path(mmeformer.__file__).parent
-    # `split_dota` is a command of this task.
-    exempt = ("rotated", "commands")
+    # `split_dota` is a command of this task, and DOTA's text labels are a format of it.
+    exempt = ("rotated", "commands", "formats")
     files = [path for path in package.rglob("*.py") if path.parent.name not in exempt]
     assert len(files) > 5
     for path in files:
