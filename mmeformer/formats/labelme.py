@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from mmeformer.checks.findings import ERROR, WARNING, Finding
-from mmeformer.formats.tree import Options, Tree, read_sizes
+from mmeformer.formats.tree import Options, Tree, of_labeled_size, sort_classes
 from mmeformer.labeled import (
     BOXES,
     CORNERS,
@@ -69,25 +69,8 @@ def read(tree: Tree, options: Options) -> LabeledData:
             continue
         image.split = tree.split_of(path)
         images[image.path] = image
-    sizes = read_sizes(images, findings)
-    kept = []
-    for path, image in images.items():
-        if path not in sizes:
-            continue
-        if (image.width, image.height) not in (sizes[path], (0, 0)):
-            text = (
-                f"is {sizes[path][0]} x {sizes[path][1]} px, but its labels are for {image.width} "
-                f"x {image.height} px; use the image that was labeled"
-            )
-            findings.append(Finding(ERROR, "wrong size", str(path), text))
-            continue
-        image.width, image.height = sizes[path]
-        kept.append(image)
-    classes = sorted(labels)
-    place = {labels[name]: index for index, name in enumerate(classes)}
-    for image in kept:
-        for item in image.objects:
-            item.label = place[item.label]
+    kept = of_labeled_size(images, findings)
+    classes = sort_classes(labels, kept)
     kind = BOXES if kinds == {"rectangle"} else CORNERS if kinds == {"rotation"} else POLYGONS
     if kind == POLYGONS:
         for image in kept:

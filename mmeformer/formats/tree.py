@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 from mmeformer.checks.findings import ERROR, Finding
 from mmeformer.checks.images import UNREADABLE, in_threads, read_header
 from mmeformer.errors import UserError
+from mmeformer.images import IMAGE_SUFFIXES
+from mmeformer.labeled import LabeledImage
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 _SPLIT_NAMES = {
     "train": ("train", "training", "trn"),
     "val": ("val", "valid", "validation", "dev"),
@@ -173,6 +174,45 @@ def read_sizes(paths: Iterable[Path], findings: list[Finding]) -> dict[Path, tup
         else:
             sizes[path] = found
     return sizes
+
+
+def of_labeled_size(
+    images: dict[Path, LabeledImage], findings: list[Finding]
+) -> list[LabeledImage]:
+    """Images that can be read and have the size that their labels are for; sets unknown sizes.
+
+    Adds a finding for each of the others.
+    """
+    sizes = read_sizes(images, findings)
+    kept = []
+    for path, image in images.items():
+        if path not in sizes:
+            continue
+        if (image.width, image.height) not in (sizes[path], (0, 0)):
+            text = (
+                f"is {sizes[path][0]} x {sizes[path][1]} px, but its labels are for {image.width} "
+                f"x {image.height} px; use the image that was labeled"
+            )
+            findings.append(Finding(ERROR, "wrong size", str(path), text))
+            continue
+        image.width, image.height = sizes[path]
+        kept.append(image)
+    return kept
+
+
+def sort_classes(numbers: dict[str, int], images: Iterable[LabeledImage]) -> list[str]:
+    """Names of classes in alphabetical order, which becomes that of the objects' labels.
+
+    Args:
+        numbers: label of each class so far.
+        images: whose objects change.
+    """
+    classes = sorted(numbers)
+    place = {numbers[name]: index for index, name in enumerate(classes)}
+    for image in images:
+        for item in image.objects:
+            item.label = place[item.label]
+    return classes
 
 
 def read_names(path: Path) -> list[str]:

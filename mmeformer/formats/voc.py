@@ -13,7 +13,14 @@ from xml.etree import ElementTree
 import numpy as np
 
 from mmeformer.checks.findings import ERROR, Finding
-from mmeformer.formats.tree import SPLIT_KEYS, Options, Tree, read_names, read_sizes
+from mmeformer.formats.tree import (
+    SPLIT_KEYS,
+    Options,
+    Tree,
+    of_labeled_size,
+    read_names,
+    sort_classes,
+)
 from mmeformer.labeled import BOXES, CORNERS, POLYGONS, LabeledData, LabeledImage, LabeledObject
 from mmeformer.rotated_boxes import corners as corners_of
 
@@ -48,25 +55,9 @@ def read(tree: Tree, options: Options) -> LabeledData:
         if image is not None:
             image.split = listed.get(path.stem) if listed else tree.split_of(path)
             images[image.path] = image
-    sizes = read_sizes(images, findings)
-    kept = []
-    for path, image in images.items():
-        if path not in sizes:
-            continue
-        if (image.width, image.height) not in (sizes[path], (0, 0)):
-            text = (
-                f"is {sizes[path][0]} x {sizes[path][1]} px, but its labels are for {image.width} "
-                f"x {image.height} px; use the image that was labeled"
-            )
-            findings.append(Finding(ERROR, "wrong size", str(path), text))
-            continue
-        image.width, image.height = sizes[path]
-        kept.append(image)
-    classes = sorted(labels)
-    place = {labels[name]: index for index, name in enumerate(classes)}
+    kept = of_labeled_size(images, findings)
+    classes = sort_classes(labels, kept)
     items = [item for image in kept for item in image.objects]
-    for item in items:
-        item.label = place[item.label]
     kind = BOXES
     if items and all(item.corners for item in items):
         kind = CORNERS
