@@ -31,9 +31,8 @@ from mmeformer.files import is_draft, write_bytes, write_text
 from mmeformer.training.preemption import PREEMPTED, Preempted, anywhere
 from mmeformer.training.schedule import wrappers
 from mmeformer.training.writer import NotWritten
+from mmeformer.work_dirs import POINTER
 
-POINTER = "last_checkpoint"
-"""File of mmengine in the work directory that names the latest checkpoint."""
 INTERIM = "interim_iter_"
 """Begin of the names of checkpoints that the next one replaces."""
 DISKS = {
