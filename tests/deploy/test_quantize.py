@@ -60,6 +60,7 @@ def test_groups_of_layers(onnx_file):
         assert kinds[groups["first layer"][0]] == "Conv"
 
 
+@pytest.mark.slow
 def test_a_file_in_8_bits_is_measured(labeled, onnx_file, tmp_path, capsys, quiet_logging):
     out = tmp_path / "small.onnx"
     assert export(labeled, out, [labeled[2][0].parent], 60) == 0

@@ -101,7 +101,7 @@ def run(config, work_dir, damage):
 @pytest.mark.parametrize(
     ("size", "count", "share", "wrapped"),
     [
-        (200, 12, 0.1, True),
+        (60, 12, 0.3, True),
         pytest.param(200, 12, 0.1, False, marks=pytest.mark.slow),
         # One in a hundred, which is allowed without a setting.
         pytest.param(2000, 20, 0.01, True, marks=pytest.mark.slow),
