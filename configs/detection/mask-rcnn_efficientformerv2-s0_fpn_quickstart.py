@@ -5,7 +5,7 @@ _base_ = "mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py"
 data_root = "data/quickstart-shapes/"
 classes = ("circle", "rectangle", "triangle", "star")
 size = (128, 128)
-max_iters = 420
+max_iters = 480
 
 # From scratch: train the batch norms, add some to the neck, start with large layer scales.
 # For two cores: narrow neck and heads, fewer proposals and RoIs.
