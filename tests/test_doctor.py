@@ -258,6 +258,7 @@ def test_command_on_this_environment():
     assert reply.returncode == ("No problems found." not in reply.stdout)
 
 
+@pytest.mark.slow
 def test_command_names_broken_imports(tmp_path):
     (tmp_path / "mmengine").mkdir()
     (tmp_path / "mmengine" / "__init__.py").write_text("import os\nos.abort()\n")

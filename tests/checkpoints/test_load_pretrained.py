@@ -94,15 +94,15 @@ def test_reference_classification_gives_the_golden_features(small_variant, tmp_p
 
 
 @torch.no_grad()
-def test_timm_weights_give_timms_features(variant):
-    model = timm.create_model(variant.name, pretrained=False).eval()
+def test_timm_weights_give_timms_features(any_variant):
+    model = timm.create_model(any_variant.name, pretrained=False).eval()
     # As initialized, layer scales of 1e-5 and zero biases would hide attention from the test.
     for name, tensor in model.state_dict().items():
         if name.endswith(("gamma", "running_var")):
             tensor.uniform_(0.5, 1.5)
         elif name.endswith(("attention_biases", "running_mean", "bias")):
             tensor.normal_(0, 0.5)
-    backbone = build_backbone(variant).eval()
+    backbone = build_backbone(any_variant).eval()
     load_content(backbone, model.state_dict(), "timm")
     backbone.norms.clear()
 

@@ -279,7 +279,7 @@ def test_command_line(trained, picture, tmp_path, capsys, quiet_logging):
     "task, request_",
     [
         ("segmentation", dict(half=True, preprocessing=True)),
-        ("rotated", dict()),
+        pytest.param("rotated", dict(), marks=pytest.mark.slow),
         pytest.param("detection", dict(part="backbone", half=True), marks=pytest.mark.slow),
     ],
 )

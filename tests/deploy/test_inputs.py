@@ -125,12 +125,9 @@ def test_no_limit_of_detections(trained, picture, tmp_path):
     small.config.model.test_cfg.rcnn.update(max_per_img=-1, score_thr=0.02)
     lines = []
     path = exported(small, picture, lines=lines, folder=tmp_path)
-    limited = trained("detection")
-    limited.config.model.test_cfg.rcnn.update(score_thr=0.02, max_per_img=10)
-    few = exported(limited, picture, "few.onnx", folder=tmp_path)
     assert runtime.load(path).metadata.max_per_image is None
-    assert len(runtime.load(few).predict(picture).boxes) == 10
-    assert len(runtime.load(path).predict(picture).boxes) > 10
+    limit = trained("detection").config.model.test_cfg.rcnn.max_per_img
+    assert len(runtime.load(path).predict(picture).boxes) > limit
     assert any("detections match" in line for line in lines)
 
 
