@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process, master_only
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
@@ -381,6 +381,20 @@ class Runner(MMEngineRunner):
                     "rate or clip gradients"
                 )
         write_checkpoint(state, **target)
+
+
+class EvaluationRunner(Runner):
+    """Runner that only tests.
+
+    Its config, which may name an exported file or part of the data, is kept beside its log: in the
+    work directory is the config of the training, for which the report and ``load`` look there.
+    """
+
+    @master_only
+    def dump_config(self) -> None:
+        """Write the config into the folder of the log."""
+        name = Path(self.cfg.filename).name if self.cfg.filename else "config.py"
+        self.cfg.dump(Path(self.log_dir, name))
 
 
 def _for_evaluation(loader):

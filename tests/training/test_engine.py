@@ -20,6 +20,7 @@ from mmeformer.commands.train import main as train_main
 from mmeformer.paths import config_dir, tools_dir
 from mmeformer.synthetic.shapes import write_coco_dataset
 from mmeformer.training import device, engine
+from mmeformer.work_dirs import find_config
 
 V2_S0 = "detection/mask-rcnn_efficientformerv2-s0_fpn"
 
@@ -287,12 +288,20 @@ def test_resume_by_command_line(small_config, trained, tmp_path):
 
 
 def test_test_by_command_line(small_config, trained, tmp_path):
+    work_dir = tmp_path / "test"
+    work_dir.mkdir()
+    of_training = work_dir / small_config.name
+    shutil.copy(trained / small_config.name, of_training)
+    before = of_training.read_bytes()
     arguments = [
-        *(small_config, trained / "iter_2.pth", "--work-dir", tmp_path / "test", "--tta"),
+        *(small_config, trained / "iter_2.pth", "--work-dir", work_dir, "--tta"),
         *("--out", tmp_path / "out/results.pkl", "--show-dir", tmp_path / "pictures"),
         *("--cfg-options", "test_evaluator.metric=bbox"),
     ]
     assert evaluate_main(list(map(str, arguments))) == 0
+    # The config of the test, which has other metrics and a wrapped model, lies beside its log.
+    assert of_training.read_bytes() == before and find_config(work_dir) == of_training
+    assert len(list(work_dir.glob(f"*/{small_config.name}"))) == 1
     (log,) = (path.read_text() for path in tmp_path.glob("test/*/*.log"))
     assert "coco/bbox_mAP_50" in log and "coco/segm_mAP_50" not in log
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 4
