@@ -172,7 +172,7 @@ def serve(site: Path, port: int, report: Callable[[str], None] = print) -> None:
         try:
             running.serve_forever()
         except KeyboardInterrupt:
-            pass
+            report("stopped")
 
 
 def server(site: Path, port: int = 0) -> ThreadingHTTPServer:

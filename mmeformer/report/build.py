@@ -33,7 +33,7 @@ from mmeformer.images import read_image
 from mmeformer.inference.predictor import Predictor, load_predictor
 from mmeformer.report import charts, history, page
 from mmeformer.report.review import Review, Statistics, Summary
-from mmeformer.work_dirs import REPORT, choose_checkpoint, find_config
+from mmeformer.work_dirs import REPORT, best_checkpoint, find_config, last_checkpoint
 
 IMAGES = 200
 """Validation images that are predicted, evenly spread over the data."""
@@ -168,12 +168,11 @@ class _Report:
         self.history = history.read(work_dir)
         self.images = images
         self.device = device
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
         if checkpoint is None:
-            try:
-                self.checkpoint = choose_checkpoint(work_dir)
-            except UserError:
-                pass
+            # There may be none yet, which the report then says.
+            self.checkpoint = best_checkpoint(work_dir) or last_checkpoint(work_dir)
+        else:
+            self.checkpoint = Path(checkpoint)
         self.reviewed: _Reviewed | None = None
         self.problem = ""
 
