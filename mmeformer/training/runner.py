@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mmengine.dist import broadcast_object_list, is_main_process, master_only
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
@@ -86,13 +86,28 @@ class Runner(MMEngineRunner):
     config_text = ""
     """The config as Python code, for checkpoints."""
     _fine_tuning = False
+    _stamps: ClassVar[set[str]] = set()
     # Attributes of mmengine's Runner.
+    _timestamp: str
     _load_from: str | None
     _resume: bool
     _val_dataloader: Any
     _test_dataloader: Any
     optim_wrapper: Any
     param_schedulers: Any
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """mmengine's settings, with a time stamp that no other run of this process has.
+
+        It names the run, and mmengine gives runs of one name one default scope, one log and one
+        visualizer, even if their tasks differ.
+        """
+        super().setup_env(env_cfg)
+        stamp, count = self._timestamp, 1
+        while self._timestamp in self._stamps:
+            count += 1
+            self._timestamp = f"{stamp}_{count}"
+        self._stamps.add(self._timestamp)
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
         """mmengine's logger; a terminal gets no lines by the hundred."""

@@ -5,6 +5,7 @@ import copy
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -393,6 +394,20 @@ def test_segmentation_without_labels(folder, tmp_path):
     config.model.decode_head.loss_decode.avg_non_ignore = True
     losses = tiny.train(config, tmp_path)
     assert len(losses) == 4 and np.isfinite(list(losses.values())).all()
+
+
+def test_runs_of_the_same_second_are_apart(folder, tmp_path, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    runners = []
+    for build in (tiny.segmentation, tiny.detection):
+        config = build(folder)
+        config.work_dir = str(tmp_path / build.__name__)
+        runners.append(engine.build_train_runner(config))
+    one, two = (runner.timestamp for runner in runners)
+    assert one != two and one[:15] == two[:15]
+    assert [runner.default_scope.scope_name for runner in runners] == ["mmseg", "mmdet"]
+    assert runners[0].message_hub is not runners[1].message_hub
 
 
 def test_samples_of_a_batch_however_nested():
