@@ -4,11 +4,13 @@
 from mmeformer.detection.assigner import BboxOverlaps2D, MaxIoUAssigner
 from mmeformer.detection.coco import CocoDataset
 from mmeformer.detection.coder import DeltaXYWHBBoxCoder
+from mmeformer.detection.lite_head import LiteGFLHead
 from mmeformer.detection.metric import CocoMetric
 from mmeformer.detection.roi_heads import FCNMaskHead, Shared2FCBBoxHead, SingleRoIExtractor
 from mmeformer.detection.rpn_head import RPNHead
 from mmeformer.detection.sampler import RandomSampler
 from mmeformer.detection.tta import InstanceTTAModel
+from mmeformer.lite import LitePAFPN
 
 __all__ = [
     "BboxOverlaps2D",
@@ -17,6 +19,8 @@ __all__ = [
     "DeltaXYWHBBoxCoder",
     "FCNMaskHead",
     "InstanceTTAModel",
+    "LiteGFLHead",
+    "LitePAFPN",
     "MaxIoUAssigner",
     "RPNHead",
     "RandomSampler",

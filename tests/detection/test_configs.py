@@ -66,11 +66,13 @@ def test_config_agrees_with_the_table(name):
     config = configs.load_config(f"detection/{name}")
     variant = variant_of(config)
     assert variant.name.replace("_", "-") in name
-    assert tuple(config.model.neck.in_channels) == variant.architecture.widths
+    levels = config.model.backbone.get("out_indices", range(4))
+    widths = tuple(variant.architecture.widths[index] for index in levels)
+    assert tuple(config.model.neck.in_channels) == widths
     published = f"timm://{variant.name}.snap_dist_in1k"
     init_cfg = config.model.backbone.get("init_cfg")
     assert init_cfg is None or init_cfg.checkpoint == published
-    if "_coco" in name:
+    if "_1x_coco" in name or "3x_coco" in name:
         assert config.auto_scale_lr.base_batch_size == 16
         assert init_cfg is not None
         assert config.optim_wrapper.optimizer.lr == 2e-4
@@ -81,6 +83,23 @@ def test_config_agrees_with_the_table(name):
         assert ("AmpOptimWrapper" == config.optim_wrapper.type) == ("amp" in name)
         resize = config.train_dataloader.dataset.pipeline[2].type
         assert resize == ("RandomResize" if "ms-" in name else "Resize")
+
+
+LITE = [name for name in CONFIGS if name.startswith("gfl-lite") and "_coco" in name]
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_light_config_agrees_with_its_name(name):
+    config = configs.load_config(f"detection/{name}")
+    size = tuple(map(int, re.search(r"coco-(\d+)x(\d+)", name).groups()))
+    pipelines = (config.train_pipeline, config.last_pipeline)
+    assert all(step.size == size for steps in pipelines for step in steps if step.type == "Pad")
+    assert config.test_dataloader.dataset.pipeline[1].scale == size
+    assert config.model.backbone.bias_grid == size[0] // 32
+    assert config.train_dataloader.dataset.pipeline == config.train_pipeline
+    assert config.custom_hooks[-1].switch_pipeline == config.last_pipeline
+    model = config.model
+    assert model.neck.out_channels == model.bbox_head.in_channels == model.bbox_head.feat_channels
 
 
 def without_masks(value):
@@ -129,17 +148,22 @@ def test_schedules_change_nothing_of_a_step(name):
 )
 def test_trains_a_step_and_predicts(name):
     config = load(name)
-    # Images of 64 px do not need hundreds of proposals.
     train, test = config.model.train_cfg, config.model.test_cfg
-    for proposals in (train.rpn_proposal, test.rpn):
-        proposals.update(nms_pre=100, max_per_img=50)
-    train.rcnn.sampler.num = 32
-    test.rcnn.max_per_img = 10
+    one_stage = "rpn_head" not in config.model
+    if one_stage:
+        test.max_per_img = 10
+        head, num_classes = "bbox_head", config.model.bbox_head.num_classes
+    else:
+        # Images of 64 px do not need hundreds of proposals.
+        for proposals in (train.rpn_proposal, test.rpn):
+            proposals.update(nms_pre=100, max_per_img=50)
+        train.rcnn.sampler.num = 32
+        test.rcnn.max_per_img = 10
+        head, num_classes = "roi_head.bbox_head", config.model.roi_head.bbox_head.num_classes
     model = MODELS.build(config.model)
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
-    num_classes = config.model.roi_head.bbox_head.num_classes
     masks = name.startswith("mask-rcnn")
-    assert masks == model.roi_head.with_mask
+    assert one_stage or masks == model.roi_head.with_mask
     model.train()
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     logs = model.train_step(small_batch(num_classes, masks), wrapper)
@@ -148,7 +172,7 @@ def test_trains_a_step_and_predicts(name):
         assert parameter.grad is None or parameter.grad.isfinite().all(), key
     moved = [k for k, v in model.named_parameters() if not torch.equal(v, before[k])]
     assert any(k.startswith("backbone.stem") for k in moved)
-    assert any(k.startswith("roi_head.bbox_head") for k in moved)
+    assert any(k.startswith(head) for k in moved)
     assert any(k.startswith("roi_head.mask_head") for k in moved) == masks
 
     model.eval()

@@ -1,0 +1,7 @@
+_base_ = "gfl-lite_efficientformerv2-s0_pafpn_300e_coco-640x640.py"
+model = dict(
+    backbone=dict(
+        arch="s1", init_cfg=dict(checkpoint="timm://efficientformerv2_s1.snap_dist_in1k")
+    ),
+    neck=dict(in_channels=[48, 120, 224]),
+)
