@@ -15,7 +15,7 @@ seeds for all. Images are cut into tiles of a given side and resized to one inpu
 the left half is for training. Models have no pretrained weights. Afterwards all models are timed in
 onnxruntime on images of the validation, whole, with NMS.
 
-All sizes are small, so that many trainings fit into hours on one core: nothing here says anything
+All inputs are small, so that many trainings fit into hours on one core: nothing here says anything
 about COCO. The folder gets results.json, and a second run continues where the first one stopped.
 """
 
@@ -76,7 +76,7 @@ LITE = {
     "efficientformer_l1": "detection/gfl-lite_efficientformer-l1_pafpn_300e_coco-416x416.py",
 }
 REFERENCE = "RTMDet-tiny"
-SHAPES = dict(train=400, val=100, size=256, max_shapes=8, radii=((0.03, 0.06), (0.12, 0.24)))
+SHAPES = dict(train=400, val=100, size=128, max_shapes=8, radii=((0.03, 0.06), (0.12, 0.24)))
 """Of the generated images: half of the objects are small, half are large."""
 OVERLAP = 0.25
 """Of neighboring tiles, as a share of their side."""
@@ -264,15 +264,11 @@ def build_config(name: str, data: Path, side: int, batch: int, rate: float) -> C
         )
     for evaluator in (config.val_evaluator, config.test_evaluator):
         evaluator.update(ann_file=str(data.resolve() / "val.json"), metric=["bbox"])
+    end = config.train_cfg.max_iters
+    # Both factors are multiplied, so that the training may be shorter than the warm-up.
     config.param_scheduler = [
         dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=20),
-        dict(
-            type="CosineAnnealingLR",
-            by_epoch=False,
-            begin=20,
-            end=config.train_cfg.max_iters,
-            eta_min_ratio=0.01,
-        ),
+        dict(type="CosineAnnealingLR", by_epoch=False, begin=0, end=end, eta_min=0),
     ]
     config.optim_wrapper.optimizer.lr = rate
     # RTMDet's levels share their convolutions.
@@ -480,9 +476,10 @@ def images_of(config: Config, model: nn.Module, side: int, limit: int) -> list[n
 
 
 def time_models(
-    data: str, args: argparse.Namespace, seed: int = 0
+    data: str, side: int, args: argparse.Namespace, seed: int = 0
 ) -> dict[str, dict[str, Any]] | None:
-    """Parameters, MACs and times of the trained models of a data set; None if one is missing."""
+    """Parameters, MACs and times of the trained models of a data set for inputs of a side; None if
+    a model is missing."""
     rows: dict[str, dict[str, Any]] = {}
     files, items = {}, {}
     with TemporaryDirectory() as text:
@@ -495,12 +492,12 @@ def time_models(
             set_test(config.model, 0.05)
             model = models.build_model(copy.deepcopy(config))
             model.load_state_dict(torch.load(weights, weights_only=True)["state_dict"])
-            parameters, macs = count(model, args.side)
+            parameters, macs = count(model, side)
             rows[name] = dict(parameters=parameters, macs=macs)
-            graph = build_graph(model, args.side)
+            graph = build_graph(model, side)
             files[name] = Path(text, f"{name}.onnx")
-            write_onnx(graph, args.side, files[name])
-            items[name] = feeds(graph, images_of(config, model, args.side, 8))
+            write_onnx(graph, side, files[name])
+            items[name] = feeds(graph, images_of(config, model, side, 8))
         reference = REFERENCE if REFERENCE in files else args.models[0]
         for threads in args.threads:
             for name, found in ratios(files, items, reference, threads, args.rounds).items():
@@ -525,11 +522,13 @@ def verdict(gain: float, ratio: float) -> str:
 def comparison_table(sets: Sequence[str], args: argparse.Namespace, results: dict) -> str:
     """All results as a Markdown table."""
     head = ["data", "model", "M parameters", "GMACs", "iterations", "CPU min", "AP", "AP50"]
-    head += ["AP small", "AP medium", *(f"time, {n} thread{'s' * (n > 1)}" for n in args.threads)]
+    head += ["AP small", "AP medium"]
+    runs_of = [(side, n) for side in args.time_sides or [args.side] for n in args.threads]
+    head += [f"time at {side} px, {n} thread{'s' * (n > 1)}" for side, n in runs_of]
     head += [f"against {REFERENCE}"]
     lines = [head, ["---"] * len(head)]
     for data in sets:
-        timed = time_models(data, args)
+        timed = {side: time_models(data, side, args) for side, _ in runs_of}
         means: dict[str, float] = {}
         for name in args.models:
             start, end = f"{data}|{name}|", f"|{args.minutes:g}"
@@ -537,11 +536,9 @@ def comparison_table(sets: Sequence[str], args: argparse.Namespace, results: dic
             if not runs:
                 continue
             row = [data, name, "", ""]
-            if timed:
-                row[2:] = [
-                    f"{timed[name]['parameters'] / 1e6:.2f}",
-                    f"{timed[name]['macs'] / 1e9:.2f}",
-                ]
+            if found := timed[runs_of[0][0]]:
+                row[2] = f"{found[name]['parameters'] / 1e6:.2f}"
+                row[3] = f"{found[name]['macs'] / 1e9:.2f}"
             row.append(f"{statistics.mean(run['length'] for run in runs):.0f}")
             row.append(f"{statistics.mean(run['minutes'] for run in runs):.1f}")
             for key in ("mAP", "mAP_50", "mAP_s", "mAP_m"):
@@ -552,17 +549,17 @@ def comparison_table(sets: Sequence[str], args: argparse.Namespace, results: dic
                 row.append("" if mean < 0 else f"{mean:.1f} ± {spread:.1f}")
                 if key == "mAP":
                     means[name] = mean
-            for threads in args.threads:
+            for side, threads in runs_of:
+                at = timed[side]
                 row.append(
-                    f"{timed[name][f'ratio, {threads}']:.2f} "
-                    f"({timed[name][f'ms, {threads}']:.1f} ms)"
-                    if timed
+                    f"{at[name][f'ratio, {threads}']:.2f} ({at[name][f'ms, {threads}']:.1f} ms)"
+                    if at
                     else ""
                 )
             text = ""
-            if timed and name != REFERENCE and REFERENCE in means:
+            if found and name != REFERENCE and REFERENCE in means:
                 gain = means[name] - means[REFERENCE]
-                ratio = timed[name][f"ratio, {args.threads[0]}"]
+                ratio = found[name][f"ratio, {args.threads[0]}"]
                 text = f"{gain:+.1f} AP, {ratio:.2f} of the time: {verdict(gain, ratio)}"
             lines.append([*row, text])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -680,7 +677,7 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--out", type=Path, default=Path("work_dirs/lite"))
         command.add_argument("--threads", type=int, nargs="+", default=[1, 2])
         command.add_argument("--rounds", type=int, default=30, help="timed runs of every file")
-        command.add_argument("--side", type=int, default=416 if work is search else 256)
+        command.add_argument("--side", type=int, default=416 if work is search else 128)
         if work is search:
             command.add_argument("--variants", nargs="+", choices=list(LITE), default=list(LITE))
             command.add_argument("--widths", type=int, nargs="+", default=[64, 96, 128, 160])
@@ -693,6 +690,12 @@ def main(argv: list[str] | None = None) -> None:
             )
             command.add_argument("--classes", type=int, default=80)
             continue
+        command.add_argument(
+            "--time-sides",
+            type=int,
+            nargs="+",
+            help="of inputs that are timed, px; the first counts (default: --side)",
+        )
         for option in ("--labeled", "--halves"):
             command.add_argument(
                 option, nargs=3, action="append", default=[], metavar=("NAME", "FOLDER", "TILE")
