@@ -38,6 +38,7 @@ import numpy as np
 import onnxruntime
 import recipes
 import torch
+from mmdet.models.detectors import RTMDet
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -54,9 +55,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmeformer import configs
 from mmeformer.deploy import models
 from mmeformer.deploy.fold import fold
-from mmeformer.deploy.graphs import Graph, cell_shifts, take, top_k
+from mmeformer.deploy.graphs import Graph, cell_shifts
 from mmeformer.deploy.substitutes import substitute_for_graph
-from mmeformer.detection.graph import DetectionGraph, suppress
+from mmeformer.detection.dense_graph import DenseGraph
+from mmeformer.detection.graph import DetectionGraph
 from mmeformer.detection.starter import as_coco, inside
 from mmeformer.files import write_text
 from mmeformer.formats.find import read_folder
@@ -76,7 +78,7 @@ LITE = {
     "efficientformer_l1": "detection/gfl-lite_efficientformer-l1_pafpn_300e_coco-416x416.py",
 }
 REFERENCE = "RTMDet-tiny"
-SHAPES = dict(train=400, val=100, size=128, max_shapes=8, radii=((0.03, 0.06), (0.12, 0.24)))
+SHAPES = dict(train=400, val=60, size=128, max_shapes=8, radii=((0.05, 0.08), (0.12, 0.24)))
 """Of the generated images: half of the objects are small, half are large."""
 OVERLAP = 0.25
 """Of neighboring tiles, as a share of their side."""
@@ -305,52 +307,24 @@ def train_all(sets: dict[str, Path], args: argparse.Namespace) -> dict[str, dict
 # --- exported files -------------------------------------------------------------------------------
 
 
-class OneStageGraph(Graph):
-    """A GFL or RTMDet detector for one image, with NMS: the same operators for both.
-
-    ``image`` (1, 3, H, W) -> ``boxes`` (N, 4) in pixels, ``scores`` (N,), ``labels`` (N,).
+class RTMDetGraph(DenseGraph):
+    """Our graph of one-stage detectors for RTMDet: only what its head's maps mean differs.
 
     Args:
-        model: with a ``GFLHead`` or an ``RTMDetHead``, and priors at multiples of the stride.
+        model: with an ``RTMDetHead``.
     """
 
-    output_names = ("boxes", "scores", "labels")
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, model: Any) -> None:
+        # The base class takes no other heads than GFL's.
+        Graph.__init__(self)
         self.model = model
 
-    def run(self, image: Tensor) -> tuple[Tensor, ...]:
-        """See :meth:`Graph.run`."""
-        head: Any = self.model.bbox_head
-        settings = head.test_cfg
-        rows = []
-        for level, (logits, sides) in enumerate(
-            zip(*head(self.model.extract_feat(image)), strict=True)
-        ):
-            stride = head.prior_generator.strides[level]
-            scores = logits.permute(0, 2, 3, 1).flatten(1).sigmoid()
-            best, index = top_k(scores, settings.nms_pre)
-            cells = torch.div(index, head.cls_out_channels, rounding_mode="floor")
-            distances = take(sides.flatten(2).transpose(1, 2), cells)[0]
-            if hasattr(head, "integral"):
-                distances = head.integral(distances) * stride[0]
-            points = cell_shifts(logits.shape[-2:], stride, logits)[cells[0]]
-            boxes = torch.cat([points - distances[:, :2], points + distances[:, 2:]], 1)
-            rows.append((boxes, best[0], index[0] % head.cls_out_channels))
-        boxes, scores, labels = (torch.cat(values) for values in zip(*rows, strict=True))
-        height, width = image.shape[-2:]
-        limit = boxes.new_tensor([width, height, width, height])
-        boxes = torch.minimum(boxes.clamp(min=0), limit)
-        _, kept = suppress(
-            boxes[None],
-            scores[None],
-            labels,
-            settings.nms.iou_threshold,
-            settings.score_thr,
-            settings.max_per_img,
-        )
-        return boxes[kept], scores[kept], labels[kept]
+    def boxes(self, level: int, cells: Tensor, distances: Tensor, size: tuple[int, ...]) -> Tensor:
+        """See the base class; ``distances`` (B, K, 4) in pixels."""
+        head = self.model.bbox_head
+        points = cell_shifts(size, head.prior_generator.strides[level], distances)[cells.flatten()]
+        decoded: Tensor = head.bbox_coder.decode(points, distances.flatten(0, 1))
+        return decoded.view(cells.shape[0], -1, 4)
 
 
 def build_graph(model: nn.Module, side: int) -> Graph:
@@ -358,34 +332,40 @@ def build_graph(model: nn.Module, side: int) -> Graph:
     ours = type(model.backbone).__module__.startswith("mmeformer.")
     folded = fold(model, (side, side) if ours else None)
     substitute_for_graph(folded)
-    two_stages = hasattr(model, "roi_head")
-    return (DetectionGraph if two_stages else OneStageGraph)(folded).eval()
+    return graph_of(folded)
+
+
+def graph_of(model: nn.Module) -> Graph:
+    """The graph of a model as it is, with boxes after NMS."""
+    if hasattr(model, "roi_head"):
+        graph: Graph = DetectionGraph(model)
+    else:
+        graph = (RTMDetGraph if isinstance(model, RTMDet) else DenseGraph)(model)
+    graph.raw_names = ()
+    return graph.eval()
 
 
 def write_onnx(graph: Graph, side: int, path: Path) -> None:
     """Write a graph for one image of a side."""
-    graph.raw_names = ()
-    inputs = [torch.rand(1, 3, side, side)]
-    if graph.extra_inputs:
-        inputs.append(torch.tensor([[side, side]], dtype=torch.float32))
+    inputs = torch.rand(1, 3, side, side), torch.tensor([[side, side]], dtype=torch.float32)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             graph,
-            tuple(inputs),
+            inputs,
             str(path),
             dynamo=False,
             opset_version=17,
-            input_names=["image", *graph.extra_inputs],
+            input_names=["image", "image_size"],
             output_names=list(graph.output_names),
             dynamic_axes={name: {0: "objects"} for name in graph.output_names},
         )
 
 
-def feeds(graph: Graph, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+def feeds(images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
     """Inputs of the ONNX file for normalized images (3, H, W)."""
-    size = {"image_size": np.array([images[0].shape[1:]], np.float32)}
-    return [{"image": image[None], **(size if graph.extra_inputs else {})} for image in images]
+    size = np.array([images[0].shape[1:]], np.float32)
+    return [{"image": image[None], "image_size": size} for image in images]
 
 
 class _Reader(CalibrationDataReader):
@@ -454,9 +434,8 @@ def count(model: nn.Module, side: int) -> tuple[int, int]:
     """Parameters, and multiply-accumulates for one image (with its proposals, if any)."""
     graph = build_graph(model, side)
     image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    inputs = [image] + [torch.tensor([[side, side]]).float()] * bool(graph.extra_inputs)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        graph(*inputs)
+        graph(image, torch.tensor([[side, side]]).float())
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
@@ -497,7 +476,7 @@ def time_models(
             graph = build_graph(model, side)
             files[name] = Path(text, f"{name}.onnx")
             write_onnx(graph, side, files[name])
-            items[name] = feeds(graph, images_of(config, model, side, 8))
+            items[name] = feeds(images_of(config, model, side, 8))
         reference = REFERENCE if REFERENCE in files else args.models[0]
         for threads in args.threads:
             for name, found in ratios(files, items, reference, threads, args.rounds).items():
@@ -641,7 +620,7 @@ def search(args: argparse.Namespace) -> None:
             parameters, macs = count(model, args.side)
             rows[name] += [f"{parameters / 1e6:.2f}", f"{macs / 1e9:.2f}"]
             graph = build_graph(model, args.side)
-            items[name] = feeds(graph, images)
+            items[name] = feeds(images)
             for kind in files:
                 files[kind][name] = Path(text, f"{name}.{kind}.onnx")
             write_onnx(graph, args.side, files["fp32"][name])
@@ -704,7 +683,7 @@ def main(argv: list[str] | None = None) -> None:
             "--minutes", type=float, default=3, help="processor time of a training"
         )
         command.add_argument("--seeds", type=int, default=3)
-        command.add_argument("--batch", type=int, default=8)
+        command.add_argument("--batch", type=int, default=4)
         command.add_argument("--lr", type=float, help="for all models")
         command.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     args = parser.parse_args(argv)

@@ -40,7 +40,8 @@ def test_the_timed_graph_finds_what_mmdet_finds(benchmark, name):
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     image = torch.randn(1, 3, SIDE, SIDE, generator=generator)
     with torch.no_grad():
-        boxes, scores, labels = benchmark.OneStageGraph(model).eval()(image)
+        size = torch.tensor([[SIDE, SIDE]]).float()
+        boxes, scores, labels, _ = benchmark.graph_of(model)(image, size)
         meta = dict(img_shape=(SIDE, SIDE), scale_factor=(1.0, 1.0))
         maps = model.bbox_head(model.extract_feat(image))
         (expected,) = model.bbox_head.predict_by_feat(*maps, batch_img_metas=[meta])
