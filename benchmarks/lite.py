@@ -27,7 +27,9 @@ import json
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -81,7 +83,9 @@ REFERENCE = "RTMDet-tiny"
 SHAPES = dict(train=400, val=60, size=128, max_shapes=8, radii=((0.05, 0.08), (0.12, 0.24)))
 """Of the generated images: half of the objects are small, half are large."""
 OVERLAP = 0.25
-"""Of neighboring tiles, as a share of their side."""
+"""Of neighboring tiles of the training, as a share of their side."""
+LEAST = 50
+"""Classes with fewer objects are left out: their AP would be noise."""
 FOUND = 100
 """Most objects per image."""
 
@@ -179,19 +183,30 @@ def write_tiles(source: Path, tile: int, halves: bool, folder: Path) -> None:
     if (folder / "val.json").is_file():
         return
     data: LabeledData = read_folder(source, Options(), skip_bad=True)
+    images = data.images
+    if halves:
+        # An only image is there twice, for training and validation.
+        images = list({image.path: image for image in images}.values())
+    counts = Counter(item.label for image in images for item in image.objects)
+    kept = [label for label in range(len(data.classes)) if counts[label] >= LEAST]
     tiles = []
-    for image in data.images:
+    for image in images:
+        objects = [item for item in image.objects if item.label in kept]
+        objects = [replace(item, label=kept.index(item.label)) for item in objects]
+        image = replace(image, objects=objects)
         spans = [(0, image.width, "train" if image.split == "train" else "val")]
         if halves:
             middle = image.width // 2
             spans = [(0, middle, "train"), (middle, image.width, "val")]
         for left, right, split in spans:
-            places = windows(right - left, image.height, tile, round(OVERLAP * tile))
+            overlap = round(OVERLAP * tile) if split == "train" else 0
+            places = windows(right - left, image.height, tile, overlap)
             moved = [(x0 + left, y0, x1 + left, y1) for x0, y0, x1, y1 in places]
             tiles += cut(image, moved, split, folder)
     for split in ("train", "val"):
         chosen = [image for image in tiles if image.split == split]
-        content = as_coco(chosen, data.classes, folder, data.kind == POLYGONS)
+        classes = [data.classes[label] for label in kept]
+        content = as_coco(chosen, classes, folder, data.kind == POLYGONS)
         write_text(folder / f"{split}.json", json.dumps(content))
 
 
