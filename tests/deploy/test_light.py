@@ -11,7 +11,7 @@ from tiny import LIGHT, Trained, exported, save_trained, small_config
 
 from mmeformer import runtime
 from mmeformer.commands import profile
-from mmeformer.deploy import check, models
+from mmeformer.deploy import check, models, website
 from mmeformer.deploy.export import Request
 from mmeformer.deploy.graphs import graph_class
 from mmeformer.runtime import decoders
@@ -42,13 +42,13 @@ def files(light, picture, tmp_path_factory):
         own = Trained(copy.deepcopy(light.config), light.checkpoint, light.folder)
         folder = tmp_path_factory.mktemp(name)
         path = exported(own, picture, lines=lines, folder=folder, nms=nms)
-        made[name] = (runtime.load(path), lines)
+        made[name] = (runtime.load(path), lines, path)
     return made
 
 
 @pytest.mark.parametrize("name", ["inside", "outside"])
 def test_files_of_any_size_predict_as_pytorch(files, picture, name):
-    predictor, lines = files[name]
+    predictor, lines, _ = files[name]
     assert any("detections match" in line for line in lines), lines
     found = predictor.predict(picture)
     assert len(found.boxes) >= 5 and found.instance_masks is None
@@ -132,3 +132,10 @@ def test_boxes_are_in_pixels_of_the_picture(files):
     image = cv2.resize(check.random_image(64, 64, 1), (200, 30))
     boxes = files["outside"][0].predict(image).boxes
     assert len(boxes) and (boxes >= 0).all() and (boxes <= [200, 30, 200, 30]).all()
+
+
+def test_the_web_page_wants_nms_inside(files, tmp_path):
+    path = files["outside"][2]
+    with pytest.raises(ValueError, match="before NMS.*--nms inside"):
+        website.build(path, tmp_path / "page")
+    assert not (tmp_path / "page").exists()

@@ -14,7 +14,8 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from torch.nn import functional as F
 
-from mmeformer import configs, own_data
+from mmeformer import configs, own_data, quickstart
+from mmeformer.deploy.fold import fold
 from mmeformer.detection import LiteGFLHead
 from mmeformer.lite import ACTIVATION, NORM, LitePAFPN, LiteTower
 
@@ -203,3 +204,30 @@ def test_other_backbones(arch, tmp_path, monkeypatch):
     assert [level.shape[-1] for level in maps[0]] == [
         64 // s for s in config.model.bbox_head.anchor_generator.strides
     ]
+
+
+def test_every_norm_is_merged_into_a_convolution():
+    config = tiny.network("detection", tiny.LIGHT)
+    init_default_scope("mmdet")
+    model = MODELS.build(config.model)
+    x = torch.randn(2, 3, 64, 64)
+    model.train()
+    model(x, mode="tensor")
+    model.eval()
+    folded = fold(model)
+    assert not [m for m in folded.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        expected, found = (m(x, mode="tensor") for m in (model, folded))
+    for theirs, ours in zip(expected, found, strict=True):
+        torch.testing.assert_close(list(ours), list(theirs), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_quickstart_reaches_its_goal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert quickstart.run("detection", light=True)["coco/bbox_mAP_50"] >= 0.8
+
+
+def test_quickstart_of_a_task_without_a_light_model():
+    with pytest.raises(ValueError, match="segmentation has no light model; .*detection"):
+        quickstart.run("segmentation", light=True)
