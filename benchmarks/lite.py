@@ -571,21 +571,26 @@ def compare(args: argparse.Namespace) -> None:
 # --- search ---------------------------------------------------------------------------------------
 
 
-def candidates(variants: Sequence[str], widths: Sequence[int], depths: Sequence[tuple[int, int]]):
-    """Names and changes of the light detectors that are searched.
+def candidates(
+    variant: str, widths: Sequence[int], depths: Sequence[tuple[int, int]]
+) -> list[tuple[str, int, int, int, int]]:
+    """Arguments of :func:`build_candidate`: the config's sizes, and one change at a time.
 
     Args:
-        variants: of the backbone.
+        variant: of the backbone.
         widths: channels of neck and head.
         depths: blocks of the neck's layers, and layers of the head's towers.
     """
-    for variant in variants:
-        for width in widths:
-            for blocks, layers in depths:
-                for finest in (8, 4):
-                    # Stride 4 has four times as many cells: only with one depth.
-                    if finest == 8 or (blocks, layers) == depths[0]:
-                        yield variant, width, blocks, layers, finest
+    model = configs.load_config(LITE[variant]).model
+    width, blocks, layers = (
+        model.neck.out_channels,
+        model.neck.num_csp_blocks,
+        model.bbox_head.stacked_convs,
+    )
+    found = [(variant, width, blocks, layers, finest) for finest in (8, 4)]
+    found += [(variant, other, blocks, layers, 8) for other in widths]
+    found += [(variant, width, *depth, 8) for depth in depths]
+    return list(dict.fromkeys(found))
 
 
 def build_candidate(
@@ -623,7 +628,8 @@ def search(args: argparse.Namespace) -> None:
     set_test(reference, 0.05)
     built_models = {REFERENCE: built(reference)}
     rows = {REFERENCE: [REFERENCE, "96", "1", "2", "8 to 32"]}
-    for choice in candidates(args.variants, args.widths, [tuple(d) for d in args.depths]):
+    choices = [c for name in args.variants for c in candidates(name, args.widths, args.depths)]
+    for choice in choices:
         variant, width, blocks, layers, finest = choice
         name = "-".join(map(str, choice))
         built_models[name] = build_candidate(*choice, args.classes, args.side)
@@ -679,7 +685,7 @@ def main(argv: list[str] | None = None) -> None:
                 "--depths",
                 type=depth,
                 nargs="+",
-                default=[(1, 2), (1, 1), (2, 2), (1, 3)],
+                default=[(1, 1), (1, 3), (2, 2)],
                 metavar="BLOCKS,LAYERS",
             )
             command.add_argument("--classes", type=int, default=80)
