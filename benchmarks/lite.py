@@ -3,17 +3,17 @@
 
     python benchmarks/lite.py search --out work_dirs/lite
     python benchmarks/lite.py compare --out work_dirs/lite --minutes 3 \
-        --labeled nuclei data/nuclei 128 --halves ships data/dota 256
+        --labeled nuclei data/nuclei 64 --halves ships data/dota 96
 
 `search` builds candidates of widths, depths and strides and lists parameters, MACs and time in
 onnxruntime.
 
 `compare` trains the light detectors, mmdet's RTMDet-tiny and Mask R-CNN from scratch on generated
 shapes and on folders of labeled images: the same data, augmentation, optimizer, processor time and
-seeds for all. Images are cut into tiles of a given side and resized to one input size. A folder of
-`--labeled` has its own split or gets one; of one of `--halves` every image is cut down the middle,
-the left half is for training. Models have no pretrained weights. Afterwards all models are timed in
-onnxruntime on images of the validation, whole, with NMS.
+seeds for all. Iterations are timed in turns, once, and their number is then fixed. Images are cut
+into tiles of a given side and resized to one input size. A folder of `--labeled` has its own split
+or gets one; of one of `--halves` every image is cut down the middle, the left half is for training.
+Afterwards all models are timed in onnxruntime on images of the validation, whole, with NMS.
 
 All inputs are small, so that many trainings fit into hours on one core: nothing here says anything
 about COCO. The folder gets results.json, and a second run continues where the first one stopped.
@@ -80,10 +80,12 @@ LITE = {
     "efficientformer_l1": "detection/gfl-lite_efficientformer-l1_pafpn_300e_coco-416x416.py",
 }
 REFERENCE = "RTMDet-tiny"
-SHAPES = dict(train=400, val=60, size=128, max_shapes=8, radii=((0.05, 0.08), (0.12, 0.24)))
+SHAPES = dict(train=400, val=80, size=96, max_shapes=6, radii=((0.07, 0.1), (0.15, 0.3)))
 """Of the generated images: half of the objects are small, half are large."""
 OVERLAP = 0.25
 """Of neighboring tiles of the training, as a share of their side."""
+TURNS = 2
+"""How often every training is timed."""
 LEAST = 50
 """Classes with fewer objects are left out: their AP would be noise."""
 FOUND = 100
@@ -141,8 +143,6 @@ MODELS: dict[str, Callable[[int, int, bool], dict]] = {
     "lite V1-L1": lambda classes, side, masks: lite("efficientformer_l1", classes, side),
     "Mask R-CNN V2-S0": mask_rcnn,
 }
-RATES = dict.fromkeys(MODELS, 1e-3)
-"""Learning rate of each model."""
 
 
 def set_test(model: dict, score_thr: float) -> None:
@@ -294,28 +294,69 @@ def build_config(name: str, data: Path, side: int, batch: int, rate: float) -> C
     return config
 
 
+def write_configs(sets: dict[str, Path], args: argparse.Namespace) -> dict[tuple[str, str], Path]:
+    """Write the training of every model on every data set; returns the files."""
+    files = {}
+    for data, folder in sets.items():
+        for name in args.models:
+            files[data, name] = place(args, data, name) / "config.py"
+            config = build_config(name, folder, args.side, args.batch, args.lr)
+            files[data, name].parent.mkdir(parents=True, exist_ok=True)
+            config.dump(files[data, name])
+    return files
+
+
+def place(args: argparse.Namespace, data: str, name: str) -> Path:
+    """Folder of a model on a data set."""
+    return args.out / data / name.replace(" ", "-")
+
+
+def seconds_per_iteration(
+    files: dict[tuple[str, str], Path], args: argparse.Namespace
+) -> dict[str, float]:
+    """Processor time of an iteration of every training, measured once for all seeds.
+
+    Trainings take turns and the fastest turn counts: processor time grows with what else the
+    machine does, and this way no model gets fewer iterations for it.
+    """
+    path = args.out / "seconds.json"
+    found: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+    missing = {pair: file for pair, file in files.items() if "|".join(pair) not in found}
+    turns: dict[str, list[float]] = {}
+    for _ in range(TURNS):
+        for pair, file in missing.items():
+            seconds, _ = recipes.seconds_per_iteration(str(file), place(args, *pair) / "timed", {})
+            turns.setdefault("|".join(pair), []).append(seconds)
+    found |= {name: min(values) for name, values in turns.items()}
+    write_text(path, json.dumps(found, indent=1))
+    return found
+
+
+def train(file: Path, folder: Path, seed: int, length: int) -> dict[str, Any]:
+    """Train with one seed for a number of iterations; returns what is kept of it."""
+    config = recipes.prepare(str(file), folder, seed, {})
+    recipes.set_length(config, length)
+    clock, metrics, _ = recipes.run(config)
+    return dict(metrics=metrics, minutes=clock.seconds / 60, length=length)
+
+
 def train_all(sets: dict[str, Path], args: argparse.Namespace) -> dict[str, dict]:
     """Train every model on every data set with every seed; returns all results by their keys."""
+    files = write_configs(sets, args)
+    seconds = seconds_per_iteration(files, args)
     path = args.out / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
     # Seeds outermost: what is there after an interruption is a fair comparison.
     for seed in range(args.seeds):
-        for data in sets:
-            for name in args.models:
-                key = f"{data}|{name}|{seed}|{args.minutes:g}"
-                if key in results:
-                    continue
-                folder = args.out / data / name.replace(" ", "-")
-                file = folder / "config.py"
-                rate = args.lr or RATES[name]
-                config = build_config(name, sets[data], args.side, args.batch, rate)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                config.dump(file)
-                result = recipes.train(str(file), folder / str(seed), seed, args.minutes, {})
-                results[key] = dict(result, lr=rate)
-                write_text(path, json.dumps(results, indent=1))
-                found = {k.removeprefix("coco/"): v for k, v in result["metrics"].items()}
-                print(key, result["length"], f"{result['minutes']:.2f} min", found, flush=True)
+        for (data, name), file in files.items():
+            key = f"{data}|{name}|{seed}|{args.minutes:g}"
+            if key in results:
+                continue
+            length = max(1, round(60 * args.minutes / seconds[f"{data}|{name}"]))
+            results[key] = train(file, place(args, data, name) / str(seed), seed, length)
+            write_text(path, json.dumps(results, indent=1))
+            found = {k.removeprefix("coco/"): v for k, v in results[key]["metrics"].items()}
+            print(key, length, f"{results[key]['minutes']:.2f} min", found, flush=True)
     return results
 
 
@@ -478,7 +519,7 @@ def time_models(
     files, items = {}, {}
     with TemporaryDirectory() as text:
         for name in args.models:
-            folder = args.out / data / name.replace(" ", "-")
+            folder = place(args, data, name)
             weights = folder / str(seed) / WEIGHTS
             if not weights.is_file():
                 return None
@@ -677,7 +718,7 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--out", type=Path, default=Path("work_dirs/lite"))
         command.add_argument("--threads", type=int, nargs="+", default=[1, 2])
         command.add_argument("--rounds", type=int, default=30, help="timed runs of every file")
-        command.add_argument("--side", type=int, default=416 if work is search else 128)
+        command.add_argument("--side", type=int, default=416 if work is search else 96)
         if work is search:
             command.add_argument("--variants", nargs="+", choices=list(LITE), default=list(LITE))
             command.add_argument("--widths", type=int, nargs="+", default=[64, 96, 128, 160])
@@ -705,7 +746,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         command.add_argument("--seeds", type=int, default=3)
         command.add_argument("--batch", type=int, default=4)
-        command.add_argument("--lr", type=float, help="for all models")
+        command.add_argument("--lr", type=float, default=1e-3, help="of all models")
         command.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     args = parser.parse_args(argv)
     args.work(args)
