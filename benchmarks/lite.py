@@ -2,11 +2,12 @@
 """Choose the sizes of the light detectors, and compare them with RTMDet-tiny.
 
     python benchmarks/lite.py search --out work_dirs/lite
+    python benchmarks/lite.py needs --out work_dirs/lite
     python benchmarks/lite.py compare --out work_dirs/lite --minutes 3 \
         --labeled nuclei data/nuclei 64 --halves ships data/dota 96
 
 `search` builds candidates of widths, depths and strides and lists parameters, MACs and time in
-onnxruntime.
+onnxruntime. `needs` does so for one model of every kind.
 
 `compare` trains the light detectors, mmdet's RTMDet-tiny and Mask R-CNN from scratch on generated
 shapes and on folders of labeled images: the same data, augmentation, optimizer, processor time and
@@ -54,13 +55,12 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmeformer import configs
+from mmeformer import configs, tasks
 from mmeformer.deploy import models
 from mmeformer.deploy.fold import fold
-from mmeformer.deploy.graphs import Graph, cell_shifts
+from mmeformer.deploy.graphs import Graph, cell_shifts, graph_class
 from mmeformer.deploy.substitutes import substitute_for_graph
 from mmeformer.detection.dense_graph import DenseGraph
-from mmeformer.detection.graph import DetectionGraph
 from mmeformer.detection.starter import as_coco, inside
 from mmeformer.files import write_text
 from mmeformer.formats.find import read_folder
@@ -383,45 +383,47 @@ class RTMDetGraph(DenseGraph):
         return decoded.view(cells.shape[0], -1, 4)
 
 
-def build_graph(model: nn.Module, side: int) -> Graph:
+def build_graph(model: nn.Module, side: int, task: str = "detection") -> Graph:
     """The graph of a copy of a model whose norms and biases are constants."""
     ours = type(model.backbone).__module__.startswith("mmeformer.")
     folded = fold(model, (side, side) if ours else None)
     substitute_for_graph(folded)
-    return graph_of(folded)
+    graph = RTMDetGraph if isinstance(model, RTMDet) else graph_class(task, "onnx", folded)
+    made: Graph = graph(folded).eval()
+    made.raw_names = ()
+    return made
 
 
-def graph_of(model: nn.Module) -> Graph:
-    """The graph of a model as it is, with boxes after NMS."""
-    if hasattr(model, "roi_head"):
-        graph: Graph = DetectionGraph(model)
-    else:
-        graph = (RTMDetGraph if isinstance(model, RTMDet) else DenseGraph)(model)
-    graph.raw_names = ()
-    return graph.eval()
+def extra_inputs(graph: Graph, side: int) -> dict[str, Tensor]:
+    """Inputs beside an image of a side."""
+    known = dict(
+        image_size=torch.tensor([[side, side]], dtype=torch.float32),
+        output_size=torch.tensor([side, side]),
+    )
+    return {name: known[name] for name in graph.extra_inputs}
 
 
 def write_onnx(graph: Graph, side: int, path: Path) -> None:
     """Write a graph for one image of a side."""
-    inputs = torch.rand(1, 3, side, side), torch.tensor([[side, side]], dtype=torch.float32)
+    inputs = dict(image=torch.rand(1, 3, side, side), **extra_inputs(graph, side))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             graph,
-            inputs,
+            tuple(inputs.values()),
             str(path),
             dynamo=False,
             opset_version=17,
-            input_names=["image", "image_size"],
+            input_names=list(inputs),
             output_names=list(graph.output_names),
-            dynamic_axes={name: {0: "objects"} for name in graph.output_names},
+            dynamic_axes=graph.output_axes(any_size=False),
         )
 
 
-def feeds(images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """Inputs of the ONNX file for normalized images (3, H, W)."""
-    size = np.array([images[0].shape[1:]], np.float32)
-    return [{"image": image[None], "image_size": size} for image in images]
+def feeds(graph: Graph, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Inputs of the ONNX file for normalized images (3, side, side)."""
+    others = {k: v.numpy() for k, v in extra_inputs(graph, images[0].shape[1]).items()}
+    return [{"image": image[None], **others} for image in images]
 
 
 class _Reader(CalibrationDataReader):
@@ -486,12 +488,11 @@ def ratios(
     }
 
 
-def count(model: nn.Module, side: int) -> tuple[int, int]:
+def count(model: nn.Module, graph: Graph, side: int) -> tuple[int, int]:
     """Parameters, and multiply-accumulates for one image (with its proposals, if any)."""
-    graph = build_graph(model, side)
     image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        graph(image, torch.tensor([[side, side]]).float())
+        graph(image, *extra_inputs(graph, side).values())
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
@@ -527,12 +528,12 @@ def time_models(
             set_test(config.model, 0.05)
             model = models.build_model(copy.deepcopy(config))
             model.load_state_dict(torch.load(weights, weights_only=True)["state_dict"])
-            parameters, macs = count(model, side)
-            rows[name] = dict(parameters=parameters, macs=macs)
             graph = build_graph(model, side)
+            parameters, macs = count(model, graph, side)
+            rows[name] = dict(parameters=parameters, macs=macs)
             files[name] = Path(text, f"{name}.onnx")
             write_onnx(graph, side, files[name])
-            items[name] = feeds(images_of(config, model, side, 8))
+            items[name] = feeds(graph, images_of(config, model, side, 8))
         reference = REFERENCE if REFERENCE in files else args.models[0]
         for threads in args.threads:
             for name, found in ratios(files, items, reference, threads, args.rounds).items():
@@ -679,10 +680,10 @@ def search(args: argparse.Namespace) -> None:
         files: dict[str, dict[str, Path]] = {"fp32": {}, "int8": {}}
         items = {}
         for name, model in built_models.items():
-            parameters, macs = count(model, args.side)
-            rows[name] += [f"{parameters / 1e6:.2f}", f"{macs / 1e9:.2f}"]
             graph = build_graph(model, args.side)
-            items[name] = feeds(images)
+            parameters, macs = count(model, graph, args.side)
+            rows[name] += [f"{parameters / 1e6:.2f}", f"{macs / 1e9:.2f}"]
+            items[name] = feeds(graph, images)
             for kind in files:
                 files[kind][name] = Path(text, f"{name}.{kind}.onnx")
             write_onnx(graph, args.side, files["fp32"][name])
@@ -695,6 +696,55 @@ def search(args: argparse.Namespace) -> None:
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     print(table, flush=True)
     write_text(args.out / "search.md", table)
+
+
+# --- one model per need ---------------------------------------------------------------------------
+
+
+def needs(args: argparse.Namespace) -> None:
+    """Print a table of models for different needs, with random weights."""
+    head = ["need", "config", "side", "M parameters", "GMACs"]
+    head += [f"time, {n} thread{'s' * (n > 1)}" for n in args.threads]
+    rows, files, items = {}, {}, {}
+    rng = np.random.default_rng(0)
+    with TemporaryDirectory() as text:
+        for number, (need, path, side) in enumerate(NEEDS):
+            side = args.side or side
+            key = str(number)
+            config = configs.load_config(path)
+            torch.manual_seed(0)
+            model = models.build_model(config)
+            graph = build_graph(model, side, tasks.of_config(config).name)
+            parameters, macs = count(model, graph, side)
+            rows[key] = [need, Path(path).stem, f"{side}", f"{parameters / 1e6:.1f}"]
+            rows[key].append(f"{macs / 1e9:.1f}")
+            files[key] = Path(text, f"{key}.onnx")
+            write_onnx(graph, side, files[key])
+            image = rng.normal(size=(3, side, side)).astype(np.float32)
+            items[key] = feeds(graph, [image])
+        for threads in args.threads:
+            for key, found in ratios(files, items, "0", threads, args.rounds).items():
+                rows[key].append(f"{found[1]:.2f} ({found[0]:.0f} ms)")
+    lines = [head, ["---"] * len(head), *rows.values()]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    print(table, flush=True)
+    write_text(args.out / "needs.md", table)
+
+
+NEEDS = (
+    ("phone", LITE["efficientformerv2_s0"], 416),
+    ("CPU", LITE["efficientformer_l1"], 416),
+    ("GPU", "detection/gfl_efficientformerv2-s2_fpn_1x_coco.py", 640),
+    ("masks", "detection/mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py", 640),
+    (
+        "rotated, phone",
+        "rotated/rotated-gfl-lite-le135_efficientformerv2-s0_pafpn_1x_dota.py",
+        640,
+    ),
+    ("rotated", "rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_1x_dota.py", 640),
+    ("segmentation", "segmentation/semantic-fpn_efficientformerv2-s0_40k_ade20k-512x512.py", 512),
+)
+"""Need, config and side of the input. The first one is the baseline of the times."""
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -712,13 +762,16 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    for work in (search, compare):
+    for work in (search, compare, needs):
         command = commands.add_parser(work.__name__, help=work.__doc__)
         command.set_defaults(work=work, shapes=SHAPES)
         command.add_argument("--out", type=Path, default=Path("work_dirs/lite"))
         command.add_argument("--threads", type=int, nargs="+", default=[1, 2])
         command.add_argument("--rounds", type=int, default=30, help="timed runs of every file")
-        command.add_argument("--side", type=int, default=416 if work is search else 96)
+        sides = {search: 416, compare: 96}
+        command.add_argument("--side", type=int, default=sides.get(work))
+        if work is needs:
+            continue
         if work is search:
             command.add_argument("--variants", nargs="+", choices=list(LITE), default=list(LITE))
             command.add_argument("--widths", type=int, nargs="+", default=[64, 96, 128, 160])
