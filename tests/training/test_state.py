@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from mmengine.hooks import EarlyStoppingHook, Hook
+from mmseg.evaluation import IoUMetric
 
 from mmeformer.training.saving import hook_states, restore_hooks
 
@@ -58,14 +59,20 @@ def test_killed_run_becomes_what_it_would_have(tmp_path, task, world):
 
 @pytest.mark.forks
 @pytest.mark.slow
-def test_validation_that_a_kill_cut_off_is_made_up_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [1, 2])
+def test_validation_that_a_kill_cut_off_is_made_up_for(tmp_path, monkeypatch, number):
+    """The first of two, or that at the end of the training."""
     config = tiny.everything("segmentation", tmp_path)
     tiny.train(config, tmp_path / "unbroken")
 
     def run(rank):
-        monkeypatch.setattr(
-            "mmseg.evaluation.IoUMetric.compute_metrics", lambda self, results: kill()
-        )
+        plain, calls = IoUMetric.compute_metrics, []
+
+        def compute(self, results):
+            calls.append(results)
+            return plain(self, results) if len(calls) < number else kill()
+
+        monkeypatch.setattr(IoUMetric, "compute_metrics", compute)
         tiny.train(config, tmp_path / "killed")
 
     assert tiny.fork(run) == [-signal.SIGKILL]
