@@ -108,6 +108,15 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
     variant = find_arch(request.arch)
     config = _target(request.out, folder)
     labels = config.with_name(f"{config.stem}_data")
+    unfinished = _unfinished(config)
+    if unfinished.exists():
+        # Of a process that was killed below.
+        _remove(labels, config, unfinished)
+    if config.exists():
+        raise UserError(
+            f"{config} exists; train it (mmeformer train {config.name}), or choose another name "
+            "with --out"
+        )
     if labels.exists():
         raise UserError(f"{labels} exists; remove it, or choose another name with --out")
     data = read_folder(
@@ -115,6 +124,7 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
     )
     task, starter = choose_task(data, request.task)
     _report_data(data, task, report)
+    write_text(unfinished, f"{config.name} is being made\n")
     try:
         data = starter.prepare(data, labels)
         plan = Plan(variant, _checkpoint(request.weights, variant), labels, *_machine())
@@ -123,10 +133,10 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
             plan = replace(plan, batch_size=_trial(config))
             write_text(config, text := config_text(data, starter, plan, config))
     except BaseException:
-        # Both were made here; a half-written set would stop the next try.
-        shutil.rmtree(labels, ignore_errors=True)
-        config.unlink(missing_ok=True)
+        # All were made here; a half-written set would stop the next try.
+        _remove(labels, config, unfinished)
         raise
+    unfinished.unlink()
     for note in data.notes:
         report(f"note: {note}")
     if plan.checkpoint is not None and "://" in plan.checkpoint:
@@ -140,6 +150,12 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
         steps, seconds = starter.steps(data, plan), _seconds(config)
         report(f"{steps} training steps of {seconds:.2g} s: {duration(steps * seconds)} here")
     return Made(config, errors)
+
+
+def made_before(request: Request) -> Path | None:
+    """The config that :func:`make` has made for this request, if it has."""
+    config = _target(request.out, Path(os.path.abspath(request.folder.expanduser())))
+    return config if config.exists() and not _unfinished(config).exists() else None
 
 
 def find_arch(arch: str) -> Variant:
@@ -240,8 +256,19 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _unfinished(config: Path) -> Path:
+    """A file that exists while a config and its labels are made."""
+    return config.with_name(f".{config.stem}.unfinished")
+
+
+def _remove(labels: Path, config: Path, unfinished: Path) -> None:
+    shutil.rmtree(labels, ignore_errors=True)
+    config.unlink(missing_ok=True)
+    unfinished.unlink(missing_ok=True)
+
+
 def _target(out: Path | None, folder: Path) -> Path:
-    """Path of the config, which does not exist and is not in the data."""
+    """Path of the config, which is not in the data."""
     name = re.sub(r"\W+", "_", folder.name).strip("_") or "my_config"
     target = Path(os.path.abspath((out or Path(f"{name}.py")).expanduser()))
     if target.suffix != ".py":
@@ -249,11 +276,6 @@ def _target(out: Path | None, folder: Path) -> Path:
     if target.is_relative_to(folder):
         raise UserError(
             f"{target} would be written into your data; choose another place with --out"
-        )
-    if target.exists():
-        raise UserError(
-            f"{target} exists; train it (mmeformer train {target.name}), or choose another name "
-            "with --out"
         )
     return target
 

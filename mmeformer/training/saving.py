@@ -28,7 +28,8 @@ from mmengine.runner.checkpoint import save_checkpoint
 from mmeformer.checkpoints import safe_load
 from mmeformer.errors import CheckpointError
 from mmeformer.files import is_draft, write_bytes, write_text
-from mmeformer.training.preemption import PREEMPTED, Preempted, anywhere
+from mmeformer.signals import PREEMPTED
+from mmeformer.training.preemption import Preempted, anywhere
 from mmeformer.training.schedule import wrappers
 from mmeformer.training.writer import NotWritten
 from mmeformer.work_dirs import POINTER
@@ -158,6 +159,10 @@ class CheckpointHook(MMEngineCheckpointHook):
         """Remove the files that a killed run left unfinished."""
         super().before_train(runner)
         self._saved_at = time.monotonic()
+        resumed = Path(runner._load_from) if runner._resume and runner._load_from else None
+        if resumed is not None and resumed.parent == Path(self.out_dir):
+            # A validation that is repeated now adds its scores to it.
+            self._saved = resumed.name, runner.epoch, runner.iter
         if is_main_process():
             for folder in {Path(self.out_dir), Path(runner.work_dir)}:
                 for path in folder.glob(".*"):
