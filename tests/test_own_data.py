@@ -86,7 +86,7 @@ def test_settings_are_alive(made, task, tmp_path):
         "learning_rate": ("0.5", lambda c: c.optim_wrapper.optimizer.lr, 0.5),
         "warmup_iters": ("7", lambda c: c.param_scheduler[0].end, 7),
         "optimizer_type": ('"AmpOptimWrapper"', lambda c: c.optim_wrapper.type, "AmpOptimWrapper"),
-        "averaging": ("0.5", lambda c: c.custom_hooks[-1].momentum, 0.5),
+        "averaging": ("30", lambda c: c.custom_hooks[-1].gamma, 30),
         "epochs": ("9", lambda c: (c.train_cfg.max_epochs, c.param_scheduler[1].end), (9, 9)),
         "max_iters": ("9", lambda c: (c.train_cfg.max_iters, c.param_scheduler[1].end), (9, 9)),
         "scale": ("(99, 88)", lambda c: c.test_dataloader.dataset.pipeline[1].scale, (99, 88)),
