@@ -5,11 +5,11 @@
         --compare nuclei template_nuclei.py generated_nuclei.py \
         --compare streets template_streets.py generated_streets.py
 
-Each config of a comparison is trained with every seed; the first is the one to compare with. First a few iterations are
-timed; then the length of the training and the ends of its schedule are set so that the training
-takes the given processor time, without validation. Data are loaded in the process itself, so that
-their processor time counts too. The metric is that of the last validation, by the weights that a
-checkpoint would have (with EMA the averages).
+Each config of a comparison is trained with every seed; the first is the one to compare with. First
+a few iterations are timed; then the length of the training and the ends of its schedule are set so
+that the training takes the given processor time, without validation. Data are loaded in the process
+itself, so that their processor time counts too. The metric is that of the last validation, by the
+weights that a checkpoint would have (with EMA the averages).
 
 The folder gets results.json, and a second run continues where the first one stopped. The table is
 in Markdown: mean and standard deviation over the seeds, and the difference of the means.
