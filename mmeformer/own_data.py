@@ -215,17 +215,19 @@ def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -
     splits = [split for split in SPLITS if data.of_split(split)]
     sizes = ", ".join(f"{len(data.of_split(split))} {split}" for split in splits)
     weights = "None" if plan.checkpoint is None else repr_text(plan.checkpoint)
-    base = config_dir() / starter.template(data)
+    base = repr_text(starter.template(data))
+    # Beside the config, so both may be moved together.
+    labels = f"{{{{ fileDirname }}}}/{plan.labels.name}/"
     lines = [
         f"# Made by `mmeformer init` from {data.root} ({data.format}): {sizes} images.",
         f"# Check it: mmeformer check {config.name}    Train it: mmeformer train {config.name}",
-        f"_base_ = {repr_text(base.as_posix())}",
+        f'_base_ = __import__("mmeformer").shipped_config({base})',
         Setting(
             "data_root",
             repr_text(f"{(data.tiles or data.root).as_posix()}/"),
             "your images, only read" if data.tiles is None else "tiles of your images",
         ),
-        Setting("labels", repr_text(f"{plan.labels.as_posix()}/"), "made from your labels"),
+        Setting("labels", repr_text(labels), "made from your labels; beside this file"),
         Setting("classes", repr_names(data.classes), f"in training: {listed}{more}"),
         Setting("checkpoint", weights, "backbone weights; from scratch: init --weights none"),
         *starter.settings(data, plan),
