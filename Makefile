@@ -16,8 +16,8 @@ PARALLEL := $(PYTEST) -n $(JOBS) --dist worksteal
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-compiled repair quickstart quickstart-seg quickstart-rotated \
-	quickstart-cls test test-all test-install smoke soak check format doctor lock clean
+.PHONY: help install install-compiled repair quickstart quickstart-light quickstart-seg \
+	quickstart-rotated quickstart-cls test test-all test-install smoke soak check format doctor lock clean
 
 help: ## Show this list
 	@echo "mmeformer: the first of these commands to run also installs what is missing into .venv."
@@ -38,6 +38,9 @@ repair: ## Remove .venv and install again
 
 quickstart: install ## Train and evaluate a small Mask R-CNN on generated images, with pictures
 	@$(VENV) tools/quickstart.py detection
+
+quickstart-light: install ## The same for a light detector of boxes
+	@$(VENV) tools/quickstart.py detection --light
 
 quickstart-seg: install ## The same for Semantic FPN
 	@$(VENV) tools/quickstart.py segmentation

@@ -48,6 +48,7 @@ DEPLOY = [
     "onnxscript",
     "coremltools>=9; sys_platform == 'linux' or sys_platform == 'darwin'",
 ]
+TRACK = ["trackers>=2.6,<3"]
 # Outside of "all" and of constraints.txt: they bring jax and transformers, or hundreds of MB.
 TARGETS = {
     "litert": ["litert-torch>=0.10,<0.11", "ai-edge-litert>=2.3"],
@@ -59,8 +60,11 @@ EXTRAS = {
     "rotated": ROTATED,
     "classification": CLASSIFICATION,
     "deploy": DEPLOY,
+    "track": TRACK,
     **TARGETS,
-    "all": list(dict.fromkeys(DETECTION + SEGMENTATION + ROTATED + CLASSIFICATION + DEPLOY)),
+    "all": list(
+        dict.fromkeys(DETECTION + SEGMENTATION + ROTATED + CLASSIFICATION + DEPLOY + TRACK)
+    ),
     "dev": [
         "hypothesis",
         "mypy",

@@ -6,6 +6,7 @@ Shared by detection and rotated detection; needs mmdet.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,3 +128,25 @@ class LiteTower(nn.Module):
         for conv, norm in zip(self.convs, self.norms[level], strict=True):
             x = self.act(norm(conv(x)))
         return x
+
+    def unshared(self) -> _LevelTowers:
+        """The same for inference, with convolutions of each level's own to merge norms into."""
+        return _LevelTowers(
+            nn.Sequential(
+                *(
+                    copy.deepcopy(layer)
+                    for pair in zip(self.convs, norms, strict=True)
+                    for layer in (*pair, self.act)
+                )
+            )
+            for norms in self.norms
+        )
+
+
+class _LevelTowers(nn.ModuleList):
+    """A tower for every level."""
+
+    def forward(self, x: Tensor, level: int) -> Tensor:
+        """See :meth:`LiteTower.forward`."""
+        found: Tensor = self[level](x)
+        return found

@@ -293,7 +293,7 @@ def _(result: Detections) -> dict[str, Any]:
 def _(result: RotatedDetections) -> dict[str, Any]:
     corners = result.corners().astype(np.float32)
     return dict(
-        xyxy=np.concatenate([corners.min(1), corners.max(1)], axis=1),
+        xyxy=result.upright_boxes(),
         confidence=result.scores,
         class_id=result.labels.astype(int),
         data={"xyxyxyxy": corners},

@@ -31,7 +31,12 @@ class Quickstart:
     goals: dict[str, float]
 
 
-def run(task: str, work_dir: str | None = None, options: dict | None = None) -> dict[str, float]:
+def run(
+    task: str,
+    work_dir: str | None = None,
+    options: dict | None = None,
+    light: bool = False,
+) -> dict[str, float]:
     """Run a quickstart and return its metrics.
 
     Writes logs, checkpoint, ``report.html`` and ``loss_curve.png`` to the work directory, and the
@@ -39,16 +44,23 @@ def run(task: str, work_dir: str | None = None, options: dict | None = None) -> 
 
     Args:
         task: a key of :data:`mmeformer.tasks.TASKS`.
-        work_dir: default ``work_dirs/quickstart-<task>``.
+        work_dir: default ``work_dirs/quickstart-<task>``, with ``-light`` for the light model.
         options: settings of the config to override, by dotted key.
+        light: run the quickstart of the task's light model.
 
     Raises:
+        ValueError: the task has no light model.
         FileExistsError: the data folder has another data set.
         RuntimeError: a metric misses its goal.
     """
-    quickstart = tasks.load(tasks.TASKS[task].quickstart)
+    row = tasks.TASKS[task]
+    reference = row.light_quickstart if light else row.quickstart
+    if reference is None:
+        names = ", ".join(name for name, other in tasks.TASKS.items() if other.light_quickstart)
+        raise ValueError(f"{task} has no light model; --light is for {names}")
+    quickstart = tasks.load(reference)
     config = configs.load_config(quickstart.config, options)
-    config.work_dir = work_dir or f"work_dirs/quickstart-{task}"
+    config.work_dir = work_dir or f"work_dirs/quickstart-{task}{'-light' if light else ''}"
     root = Path(config.data_root)
     root.parent.mkdir(parents=True, exist_ok=True)
     quickstart.generate(root)

@@ -206,6 +206,8 @@ class Detections:
         image_size: height and width of the image.
         instance_masks: N masks, or None from a model without them. :meth:`masks` gives them as one
             array.
+        track_ids: (N,) ``int64``, the same for an object in all frames of a video, from 1; 0 for
+            objects without a track; None where nothing was tracked.
     """
 
     boxes: Array
@@ -213,6 +215,7 @@ class Detections:
     labels: Array
     image_size: tuple[int, int]
     instance_masks: tuple[Mask, ...] | None = None
+    track_ids: Array | None = None
 
     @classmethod
     def concatenate(cls, parts: Sequence[Detections], image_size: tuple[int, int]) -> Detections:
@@ -236,6 +239,7 @@ class Detections:
             scores=self.scores[which],
             labels=self.labels[which],
             instance_masks=None if masks is None else tuple(masks[index] for index in which),
+            track_ids=None if self.track_ids is None else self.track_ids[which],
         )
 
     def moved(self, x: int, y: int, image_size: tuple[int, int]) -> Detections:
@@ -247,6 +251,10 @@ class Detections:
             image_size=image_size,
             instance_masks=None if masks is None else tuple(mask.moved(x, y) for mask in masks),
         )
+
+    def upright_boxes(self) -> Array:
+        """(N, 4): the boxes."""
+        return self.boxes
 
     def masks(self) -> Array:
         """Pixels of every object, (N, H, W) ``bool``.
@@ -271,11 +279,13 @@ class RotatedDetections:
             from the x axis towards the y axis (le135: from -pi/4 to 3/4 pi).
         scores: (N,) ``float32``, from 0 to 1.
         labels: (N,) ``int64``, index of the class.
+        track_ids: see :class:`Detections`.
     """
 
     boxes: Array
     scores: Array
     labels: Array
+    track_ids: Array | None = None
 
     @classmethod
     def concatenate(cls, parts: Sequence[RotatedDetections]) -> RotatedDetections:
@@ -289,7 +299,8 @@ class RotatedDetections:
     def take(self, which: Any) -> RotatedDetections:
         """The objects that indices, a slice or a mask (N,) choose."""
         which = _indices(which, len(self))
-        return RotatedDetections(self.boxes[which], self.scores[which], self.labels[which])
+        ids = None if self.track_ids is None else self.track_ids[which]
+        return RotatedDetections(self.boxes[which], self.scores[which], self.labels[which], ids)
 
     def moved(self, x: float, y: float) -> RotatedDetections:
         """The same objects, moved by (x, y)."""
@@ -323,6 +334,11 @@ class RotatedDetections:
     def corners(self) -> Array:
         """(N, 4, 2): x and y of the corners, in turn around the box."""
         return corners(self.boxes)
+
+    def upright_boxes(self) -> Array:
+        """(N, 4) ``float32``: left, top, right and bottom edge of the box around each object."""
+        points = self.corners().astype(np.float32)
+        return np.concatenate([points.min(1), points.max(1)], axis=1)
 
 
 def _concatenated(

@@ -87,12 +87,18 @@ class Starter:
         """The rest of the config, which follows from the settings."""
         raise NotImplementedError
 
+    def default_batch(self, data: LabeledData) -> int:
+        """Images per step where no GPU has measured them."""
+        return self.base_batch
+
     # --- what the tasks share ---------------------------------------------------------------------
 
     def steps(self, data: LabeledData, plan: Plan) -> int:
         """Iterations of the training."""
         samples = self.samples(data)
-        return epochs_for(samples) * math.ceil(samples / (plan.batch_size or self.base_batch))
+        return epochs_for(samples) * math.ceil(
+            samples / (plan.batch_size or self.default_batch(data))
+        )
 
     def samples(self, data: LabeledData) -> int:
         """Number of training samples."""
@@ -100,7 +106,7 @@ class Starter:
 
     def common(self, data: LabeledData, plan: Plan) -> list[Setting]:
         """Batch, workers, learning rate, weights, precision and averaging."""
-        batch = min(plan.batch_size or self.base_batch, self.samples(data))
+        batch = min(plan.batch_size or self.default_batch(data), self.samples(data))
         if plan.batch_size is not None:
             why = f"per GPU; measured on {plan.gpu}: the largest that fits, up to 32"
         else:

@@ -26,6 +26,8 @@ class Export:
         stretches: whether an image is stretched to the size of a fixed-size export; else it keeps
             its ratio and is padded.
         litert_graph: the same for LiteRT (TensorFlow Lite); None takes that for CoreML.
+        candidates_graph: the same for ONNX with NMS outside the file; None if it always is, or if
+            there is none.
     """
 
     graph: str
@@ -33,6 +35,7 @@ class Export:
     decoder: str
     stretches: bool
     litert_graph: str | None = None
+    candidates_graph: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Task:
         outputs: what prediction writes, for the help of ``tools/predict.py``.
         export: its exported files.
         quickstart: an instance of :class:`mmeformer.quickstart.Quickstart`.
+        light_quickstart: another, of a light model; None if the task has none.
         datasets: data sets with the checks of ``tools/check_dataset.py``, as configs name them.
         starter: an instance of :class:`mmeformer.starter.Starter`, for ``mmeformer init``; None if
             the task has none.
@@ -67,6 +71,7 @@ class Task:
     starter: str | None = None
     labels: tuple[str, ...] = ()
     review: str | None = None
+    light_quickstart: str | None = None
 
 
 _ROWS = (
@@ -78,15 +83,18 @@ _ROWS = (
         outputs="predictions.json (a COCO data set with scores; masks as RLE)",
         export=Export(
             graph="mmeformer.detection.graph:DetectionGraph",
-            coreml_graph=None,
+            # Only detectors of one stage.
+            coreml_graph="mmeformer.detection.dense_graph:FixedCandidatesGraph",
             decoder="mmeformer.runtime.decoders:decode_detections",
             stretches=False,
+            candidates_graph="mmeformer.detection.dense_graph:DenseCandidatesGraph",
         ),
         quickstart="mmeformer.detection.quickstart:QUICKSTART",
         datasets=("mmeformer.CocoDataset",),
         starter="mmeformer.detection.starter:STARTER",
         labels=("polygons", "boxes"),
         review="mmeformer.detection.review:DetectionReview",
+        light_quickstart="mmeformer.detection.quickstart:LIGHT_QUICKSTART",
     ),
     Task(
         name="segmentation",

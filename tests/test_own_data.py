@@ -332,13 +332,31 @@ def values(found):
     ],
 )
 def test_size_and_anchors_of_detection(size, box, scale, anchor):
-    found = values(detection_starter.STARTER.settings(data_of(*size, box), PLAN))
+    data = data_of(*size, box, kind="polygons")
+    found = values(detection_starter.STARTER.settings(data, PLAN))
     assert found["scale"] == scale and found["anchor_scale"] == anchor
     assert found["anchor_ratios"] == "[0.5, 1.0, 2.0]"
 
 
+@pytest.mark.parametrize(
+    ("size", "box", "scale", "stride"),
+    [
+        ((256, 256), (40, 40), "(256, 256)", "8"),
+        ((256, 256), (10, 10), "(416, 416)", "8"),
+        ((256, 256), (4, 4), "(512, 512)", "4"),
+        ((1920, 1080), (60, 60), "(640, 384)", "8"),
+        ((1920, 1080), (20, 20), "(1333, 768)", "4"),
+    ],
+)
+def test_size_and_strides_of_the_light_detector(size, box, scale, stride):
+    found = values(detection_starter.STARTER.settings(data_of(*size, box), PLAN))
+    assert found["scale"] == scale and found["stride"] == stride
+    assert detection_starter.STARTER.default_batch(data_of(*size, box)) == 8
+
+
 def test_long_boxes_get_long_anchors():
-    found = values(detection_starter.STARTER.settings(data_of(256, 256, (80, 10)), PLAN))
+    data = data_of(256, 256, (80, 10), kind="polygons")
+    found = values(detection_starter.STARTER.settings(data, PLAN))
     assert found["anchor_ratios"] == "[0.25, 0.5, 1.0, 2.0, 4.0]"
 
 

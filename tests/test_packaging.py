@@ -119,7 +119,7 @@ def test_extra_all_is_what_the_tasks_and_the_deployment_need(metadata):
         chosen = [line for line in lines if line.marker and line.marker.evaluate({"extra": extra})]
         return {(line.name, str(line.specifier)) for line in chosen}
 
-    extras = ("detection", "segmentation", "rotated", "classification", "deploy")
+    extras = ("detection", "segmentation", "rotated", "classification", "deploy", "track")
     assert wanted("all") == set.union(*map(wanted, extras))
 
 

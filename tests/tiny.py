@@ -39,7 +39,9 @@ QUICKSTARTS = {
     "rotated": "rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_quickstart.py",
     "classification": "classification/efficientformerv2-s0_quickstart.py",
 }
-BOXES_ONLY = "detection/faster-rcnn_efficientformerv2-s0_fpn_custom.py"
+LIGHT = "detection/gfl-lite_efficientformerv2-s0_pafpn_quickstart.py"
+LIGHT_CUSTOM = "detection/gfl-lite_efficientformerv2-s0_pafpn_custom.py"
+FASTER_RCNN_CUSTOM = "detection/faster-rcnn_efficientformerv2-s0_fpn_custom.py"
 ITERATIONS = 8
 
 
@@ -60,7 +62,7 @@ def network(task: str, path: str | None = None) -> Config:
     )
     if task == "segmentation":
         model.decode_head.update(in_channels=[WIDTH] * 4, channels=16)
-    elif task == "detection":
+    elif "rpn_head" in model:
         model.rpn_head.update(in_channels=WIDTH, feat_channels=WIDTH)
         heads = model.roi_head
         heads.bbox_roi_extractor.out_channels = WIDTH
@@ -70,19 +72,25 @@ def network(task: str, path: str | None = None) -> Config:
             heads.mask_head.update(in_channels=WIDTH, conv_out_channels=16)
     else:
         model.bbox_head.update(in_channels=WIDTH, feat_channels=WIDTH, stacked_convs=1)
-        # A group of one channel has no variance on the coarsest map, which is one pixel large.
-        model.bbox_head.norm_cfg = dict(type="GN", num_groups=4)
+        if "norm_cfg" in model.bbox_head:
+            # A group of one channel has no variance on the coarsest map, which is one pixel large.
+            model.bbox_head.norm_cfg = dict(type="GN", num_groups=4)
     return config
 
 
-def small_config(task: str) -> Config:
-    """A tiny network that predicts on pictures of 64 px, with few candidates."""
-    config = network(task)
+def small_config(task: str, path: str | None = None) -> Config:
+    """A tiny network that predicts on pictures of 64 px, with few candidates.
+
+    Args:
+        task: its quickstart is the network's.
+        path: of another config of the task.
+    """
+    config = network(task, path)
     if task == "classification":
         return _of_animals(config)
-    if task == "detection":
+    if "rpn_head" in config.model:
         config.model.test_cfg.rpn.update(nms_pre=40, max_per_img=30)
-    elif task == "rotated":
+    elif task != "segmentation":
         config.model.test_cfg.update(nms_pre=50, score_thr=0.2)
     if task != "segmentation":
         for step in config.test_dataloader.dataset.pipeline:
@@ -125,8 +133,8 @@ def detection(folder: Path, iterations: int = ITERATIONS) -> Config:
     return config
 
 
-def boxes_only(folder: Path, iterations: int = ITERATIONS) -> Config:
-    """Faster R-CNN of the template for data with boxes only, on shapes of 64 px without masks.
+def boxes_only(folder: Path, iterations: int = ITERATIONS, path: str = LIGHT_CUSTOM) -> Config:
+    """A template for data with boxes only, on shapes of 64 px without masks.
 
     As its users fill it in, but from scratch.
     """
@@ -137,10 +145,10 @@ def boxes_only(folder: Path, iterations: int = ITERATIONS) -> Config:
             del annotation["segmentation"]
         path.write_text(json.dumps(content))
     classes = tuple(category["name"] for category in content["categories"])
-    config = _training("detection", root, iterations, BOXES_ONLY)
+    config = _training("detection", root, iterations, path)
     config.model.backbone.update(norm_eval=False, layer_scale_init_value=1.0, init_cfg=None)
     config.model.neck.norm_cfg = dict(type="BN")
-    config.model.roi_head.bbox_head.num_classes = len(classes)
+    config.model.get("roi_head", config.model).bbox_head.num_classes = len(classes)
     config.log_processor.by_epoch = False
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         loader.dataset.metainfo = dict(classes=classes)

@@ -58,6 +58,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="POINTS",
         help="for --int8: largest drop of the test data's metric (default: 1 of 100 points)",
     )
+    parser.add_argument(
+        "--nms",
+        choices=["inside", "outside"],
+        default="inside",
+        help="of detectors in ONNX: outside gives every box, and mmeformer.runtime does the NMS",
+    )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     cli.add_config_options(parser)
     args = cli.parse(parser, argv)
@@ -83,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
         half=args.fp16,
         int8=_images(args.int8),
         max_drop=args.max_drop,
+        nms=args.nms == "inside",
     )
     config = configs.load_config(args.config, args.cfg_options)
     path = export(config, args.checkpoint, args.out, request, images=args.images, force=args.force)

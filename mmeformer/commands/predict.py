@@ -9,6 +9,7 @@ Images that cannot be read are named and skipped; the exit status is then 1.
 Examples:
     mmeformer predict CONFIG CHECKPOINT photo.jpg
     mmeformer predict CONFIG CHECKPOINT images/ "more/*/*.png" clip.mp4 --out results --batch-size 4
+    mmeformer predict CONFIG CHECKPOINT clip.mp4 --track
     mmeformer predict CONFIG CHECKPOINT scene.tif --window 1024 --overlap 200 --device cuda:0
 """
 
@@ -66,6 +67,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["palette", "ids"],
         help="of segmentation: labels with colors (default), or as gray values",
     )
+    parser.add_argument(
+        "--track",
+        action="store_true",
+        help="give objects in videos track ids (pip install trackers)",
+    )
     parser.add_argument("--no-pictures", action="store_true", help="results only, which is faster")
     cli.add_config_options(parser)
     return cli.parse(parser, argv)
@@ -75,6 +81,7 @@ def work(args: argparse.Namespace) -> int:
     """Predict; returns the exit status."""
     from mmeformer import inference
     from mmeformer.inference.outputs import FOLDERS, prepare_folder
+    from mmeformer.inference.tracking import require_video
 
     # Report invalid arguments before the model is loaded, which takes seconds.
     settings = inference.Settings(
@@ -82,12 +89,15 @@ def work(args: argparse.Namespace) -> int:
         window=args.window,
         overlap=args.overlap,
         pictures=not args.no_pictures,
+        track=args.track,
     )
     config = configs.load_config(args.config, args.cfg_options)
     configs.existing_checkpoint(args.checkpoint)
     sources = inference.find_sources(
         args.inputs, exclude=[Path(args.out, folder) for folder in FOLDERS]
     )
+    if args.track:
+        require_video(sources)
     out = prepare_folder(args.out)
     # The visualizers warn that they have no folder, but pictures are written by this command. They
     # also warn of boxes that end at the border.

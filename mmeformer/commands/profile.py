@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> tuple[Profile, dict]:
     found = profile(
         model,
         metadata,
-        graph_class(metadata.task, request.target),
+        graph_class(metadata.task, request.target, model),
         modes=args.modes,
         rounds=args.rounds,
         variant=variant,

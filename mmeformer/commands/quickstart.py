@@ -18,6 +18,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=list(tasks.TASKS))
+    parser.add_argument(
+        "--light", action="store_true", help="the light model of the task, for phones and CPUs"
+    )
     parser.add_argument("--work-dir", help="default: work_dirs/quickstart-TASK")
     return cli.parse(parser, argv)
 
@@ -26,6 +29,6 @@ def main(argv=None) -> int:
     """Run one task's quickstart; returns the exit status."""
 
     def work(args: argparse.Namespace) -> None:
-        quickstart.run(args.task, args.work_dir)
+        quickstart.run(args.task, args.work_dir, light=args.light)
 
     return cli.run(work, parse_args(argv))

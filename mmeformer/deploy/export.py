@@ -38,6 +38,8 @@ class Request:
         half: CoreML in float16, or TensorFlow Lite with weights in float16.
         int8: quantize to 8 bits, calibrated on these images (not CoreML).
         max_drop: for ``int8``: largest drop of the metric in points of a hundred.
+        nms: of detectors: whether ONNX files do the NMS; else they give every box, and
+            :mod:`mmeformer.runtime` does it.
 
     Raises:
         ValueError: the options do not go together.
@@ -51,6 +53,7 @@ class Request:
     half: bool = False
     int8: tuple[Path, ...] = ()
     max_drop: float = 1.0
+    nms: bool = True
 
     def __post_init__(self) -> None:
         if self.target not in SUFFIXES or self.part not in ("model", BACKBONE):
@@ -70,6 +73,8 @@ class Request:
             raise ValueError("--int8 is for ONNX and TensorFlow Lite, without --fp16")
         if self.int8 and self.part == BACKBONE:
             raise ValueError("--int8 is for whole models: the backbone alone has no metric")
+        if not self.nms and (self.target != "onnx" or self.part == BACKBONE):
+            raise ValueError("--nms outside is for whole models in ONNX: other files have no NMS")
         if self.max_drop < 0:
             raise ValueError(f"--max-drop must not be negative, but is {self.max_drop:g}")
 
@@ -129,8 +134,10 @@ def export(
             raise FileNotFoundError(f"image {image} does not exist")
 
     task = request.task(config)
-    graph = graph_class(task, request.target)
+    # First without the model, which takes time to build, for what the target cannot do at all.
+    graph_class(task, request.target, nms=request.nms)
     model = models.build_model(config, checkpoint)
+    graph = graph_class(task, request.target, model, request.nms)
     metadata = export_metadata(
         config,
         model,

@@ -56,6 +56,15 @@ class Graph(nn.Module):
         super().__init__()
         self.normalize = normalize
 
+    @classmethod
+    def for_model(cls, model: Any) -> type[Graph]:
+        """The class of graph for this model: this one, unless a task has several kinds of models.
+
+        Raises:
+            ValueError: there is none for this model.
+        """
+        return cls
+
     def forward(self, image: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         if self.normalize is not None:
             image = self.normalize(image)
@@ -101,19 +110,25 @@ class Graph(nn.Module):
         raise NotImplementedError
 
 
-def graph_class(task: str, target: str) -> Any:
+def graph_class(task: str, target: str, model: Any = None, nms: bool = True) -> Any:
     """The subclass of :class:`Graph` for a task and a target.
 
     Args:
         task: a key of :func:`mmeformer.tasks.exports`.
         target: ``"onnx"``, ``"coreml"`` or ``"tflite"``.
+        model: chooses between the kinds of models of a task; None takes the usual one.
+        nms: whether ONNX files do the NMS, where the operators exist.
 
     Raises:
         ValueError: the target cannot express this task.
     """
     export = tasks.exports()[task]
+    if target == "onnx" and not nms and export.candidates_graph is None:
+        raise ValueError(
+            f"--nms outside: exported files for {task} do no NMS that could be left out"
+        )
     references = {
-        "onnx": export.graph,
+        "onnx": export.graph if nms else export.candidates_graph,
         "coreml": export.coreml_graph,
         "tflite": export.litert_graph or export.coreml_graph,
     }
@@ -124,7 +139,8 @@ def graph_class(task: str, target: str) -> Any:
             f"{name} has no operators to select boxes and masks: export models for {task} to ONNX, "
             f"or their --part backbone to {name}"
         )
-    return tasks.load(reference)
+    graph = tasks.load(reference)
+    return graph if model is None else graph.for_model(model)
 
 
 def build_graph(

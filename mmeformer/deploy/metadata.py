@@ -38,7 +38,7 @@ def export_metadata(
         ValueError: the test pipeline or the data preprocessor has a setting that the runtime does
             not follow, or ``size`` is not one that the test pipeline makes.
     """
-    graph = tasks.load(tasks.exports()[task].graph)
+    graph = tasks.load(tasks.exports()[task].graph).for_model(model)
     # The bare backbone can be that of a config without test data.
     dataset = config.get("test_dataloader", {}).get("dataset", {})
     reading = Reading.of_config(dataset.get("pipeline", ()))

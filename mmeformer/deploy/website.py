@@ -65,7 +65,13 @@ def build(
     out = Path(out)
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists; use another name, or --force to replace it")
-    metadata = runtime.load(model).metadata
+    predictor = runtime.load(model)
+    metadata = predictor.metadata
+    if "scores0" in {output.name for output in predictor.session.get_outputs()}:
+        raise ValueError(
+            f"{model} gives boxes before NMS, which the page does not do: export it with "
+            "--nms inside"
+        )
     page = {**json.loads(metadata.to_json()), "stretches": metadata.export.stretches}
     if example is not None:
         read_image(example)

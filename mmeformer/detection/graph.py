@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmdet's Mask R-CNN and Faster R-CNN as graphs, including NMS and masks."""
+"""mmdet's detectors as graphs: here Mask R-CNN and Faster R-CNN, including NMS and masks."""
 
 from __future__ import annotations
 
@@ -21,76 +21,14 @@ from mmeformer.deploy import check, samples
 from mmeformer.deploy.graphs import Graph, cell_shifts, require, take, top_k
 from mmeformer.deploy.metadata import detector_settings
 from mmeformer.detection.coder import DeltaXYWHBBoxCoder
+from mmeformer.detection.dense_graph import DenseGraph, is_dense
 from mmeformer.detection.roi_heads import FCNMaskHead, SingleRoIExtractor
 from mmeformer.detection.rpn_head import RPNHead
+from mmeformer.detection.suppression import clip, suppress
 from mmeformer.runtime import Detections
 
 NO_LIMIT = 2**31 - 1
 """More boxes than any image has."""
-
-
-class NonMaxSuppression(torch.autograd.Function):
-    """ONNX's operator ``NonMaxSuppression``, for one class per image."""
-
-    @staticmethod
-    def forward(ctx, boxes, scores, limit, iou_threshold, score_threshold):
-        """(B, N, 4), (B, 1, N) -> (M, 3) ``int64``: image, 0, box; per image, the best first."""
-        selected = []
-        for index, (own_boxes, own_scores) in enumerate(zip(boxes, scores[:, 0], strict=True)):
-            above = (own_scores > score_threshold).nonzero()[:, 0]
-            kept = torchvision.ops.nms(own_boxes[above], own_scores[above], iou_threshold)
-            kept = above[kept[:limit]]
-            image = torch.full_like(kept, index)
-            selected.append(torch.stack([image, torch.zeros_like(kept), kept], 1))
-        return torch.cat(selected)
-
-    @staticmethod
-    def symbolic(g, boxes, scores, limit, iou_threshold, score_threshold):
-        """The node of the exported graph."""
-        constants = (
-            torch.tensor([limit]),
-            torch.tensor([iou_threshold], dtype=torch.float32),
-            torch.tensor([score_threshold], dtype=torch.float32),
-        )
-        values = [g.op("Constant", value_t=value) for value in constants]
-        return g.op("NonMaxSuppression", boxes, scores, *values)
-
-
-def suppress(
-    boxes: Tensor,
-    scores: Tensor,
-    groups: Tensor,
-    iou_threshold: float,
-    score_threshold: float,
-    limit: int,
-) -> tuple[Tensor, Tensor]:
-    """Non-maximum suppression within each group of boxes of each image.
-
-    Groups are moved apart by an offset, as in mmcv's ``batched_nms``.
-
-    Args:
-        boxes: (B, N, 4).
-        scores: (B, N).
-        groups: (N,), level or class.
-        iou_threshold: of two boxes that overlap more, the worse one is removed.
-        score_threshold: boxes with this score or a lower one are left out.
-        limit: largest number of boxes per image.
-
-    Returns:
-        Image (M,) and index in the image (M,) of the kept boxes: per image, the best first.
-    """
-    offset = groups.to(boxes) * (boxes.flatten(1).amax(1, keepdim=True) + 1)
-    moved = boxes + offset[..., None]
-    selected = NonMaxSuppression.apply(
-        moved, scores[:, None], limit, iou_threshold, score_threshold
-    )
-    return selected[:, 0], selected[:, 2]
-
-
-def clip(boxes: Tensor, size: Tensor) -> Tensor:
-    """Clip ``boxes`` (..., 4) to images of ``size`` (..., 2): height, width."""
-    limit = size.flip(-1)
-    return torch.minimum(boxes.clamp(min=0), torch.cat([limit, limit], -1))
 
 
 @dataclass(frozen=True)
@@ -125,6 +63,11 @@ class DetectionGraph(Graph):
     set_prediction = staticmethod(samples.set_instances)
 
     base_anchors: Tensor
+
+    @classmethod
+    def for_model(cls, model: Any) -> type[Graph]:
+        """See :meth:`Graph.for_model`: a detector of one stage has a graph of its own."""
+        return DenseGraph if is_dense(model) else cls
 
     def __init__(self, model: Any, normalize: nn.Module | None = None) -> None:
         super().__init__(normalize)
@@ -288,8 +231,8 @@ def _check_supported(model: Any) -> None:
     name = type(model).__name__
     require(
         isinstance(model, TwoStageDetector),
-        f"{name} is not a two-stage detector of mmdet; only Mask R-CNN and Faster R-CNN can be "
-        "exported and profiled whole",
+        f"{name} is neither a two-stage detector of mmdet nor GFL; only Mask R-CNN, Faster R-CNN "
+        "and GFL can be exported and profiled whole",
     )
     rpn: Any = getattr(model, "rpn_head", None)
     roi: Any = getattr(model, "roi_head", None)

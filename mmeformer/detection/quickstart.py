@@ -9,3 +9,9 @@ QUICKSTART = Quickstart(
     generate=write_coco_dataset,
     goals={"coco/bbox_mAP_50": 0.6, "coco/segm_mAP_50": 0.6},
 )
+
+LIGHT_QUICKSTART = Quickstart(
+    config="detection/gfl-lite_efficientformerv2-s0_pafpn_quickstart.py",
+    generate=write_coco_dataset,
+    goals={"coco/bbox_mAP_50": 0.8},
+)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starter of detection: COCO JSON, and settings of Mask R-CNN or Faster R-CNN."""
+"""Starter of detection: COCO JSON, and settings of Mask R-CNN or of the light detector."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from mmeformer.detection import light_starter
 from mmeformer.files import write_text
 from mmeformer.images import read_image, write_image
 from mmeformer.labeled import (
@@ -60,8 +61,13 @@ class DetectionStarter(Starter):
 
     def template(self, data: LabeledData) -> str:
         """See the base class."""
-        kind = "mask-rcnn" if data.kind == POLYGONS else "faster-rcnn"
-        return f"detection/{kind}_efficientformerv2-s0_fpn_custom.py"
+        if data.kind != POLYGONS:
+            return light_starter.TEMPLATE
+        return "detection/mask-rcnn_efficientformerv2-s0_fpn_custom.py"
+
+    def default_batch(self, data: LabeledData) -> int:
+        """See the base class."""
+        return self.base_batch if data.kind == POLYGONS else light_starter.BATCH
 
     def prepare(self, data: LabeledData, folder: Path) -> LabeledData:
         """Write one COCO file per split; huge images with small objects are cut into tiles."""
@@ -90,10 +96,11 @@ class DetectionStarter(Starter):
 
     def settings(self, data: LabeledData, plan: Plan) -> list[Setting]:
         """See the base class."""
+        if data.kind != POLYGONS:
+            return light_starter.settings(data, plan)
         images = data.of_split("train")
         long, short = sides_of(images)
-        sizes = object_sizes(data)
-        small = float(np.percentile(sizes, 10))
+        small = float(np.percentile(object_sizes(data), 10))
         factor = min(max(1.0, min(2.0, SMALL / small)), LONG / long, SHORT / short)
         scale = (min(round_up(long * factor), LONG), min(round_up(short * factor), SHORT))
         anchor = nearest(small * factor / 4, (2, 4, 8))
@@ -135,32 +142,37 @@ class DetectionStarter(Starter):
     def body(self, data: LabeledData, plan: Plan) -> str:
         """See the base class."""
         masks = data.kind == POLYGONS
-        widths = list(find_variant(plan.variant.family, plan.variant.arch).architecture.widths)
-        network, neck = backbone(plan, "(scale[0] // 32) * (scale[1] // 32)")
-        if plan.variant.name != "efficientformerv2_s0":
-            neck = ", ".join(filter(None, [f"in_channels={widths}", neck]))
-        heads = "bbox_head=dict(num_classes=len(classes))"
-        if masks:
-            heads += ", mask_head=dict(num_classes=len(classes))"
-        test = "test" if data.of_split("test") else "val"
         return BODY.format(
-            backbone=network,
-            neck=neck,
-            heads=heads,
+            model=_with_masks(plan) if masks else light_starter.model(plan),
             load="with_bbox=True, with_mask=True" if masks else "with_bbox=True",
-            test=test,
+            test="test" if data.of_split("test") else "val",
             hooks=self.hooks(data, plan),
         )
 
 
-BODY = """\
+def _with_masks(plan: Plan) -> str:
+    """The model of the config: Mask R-CNN."""
+    widths = list(find_variant(plan.variant.family, plan.variant.arch).architecture.widths)
+    network, neck = backbone(plan, "(scale[0] // 32) * (scale[1] // 32)")
+    if plan.variant.name != "efficientformerv2_s0":
+        neck = ", ".join(filter(None, [f"in_channels={widths}", neck]))
+    return MODEL.format(backbone=network, neck=neck)
+
+
+MODEL = """\
 model = dict(
     backbone=dict({backbone}),
     neck=dict({neck}),
     rpn_head=dict(anchor_generator=dict(scales=[anchor_scale], ratios=anchor_ratios)),
-    roi_head=dict({heads}),
+    roi_head=dict(
+        bbox_head=dict(num_classes=len(classes)), mask_head=dict(num_classes=len(classes))
+    ),
     train_cfg=dict(rcnn=dict(sampler=dict(num=rois_per_image))),
 )
+"""
+
+BODY = """\
+{model}\
 train_pipeline = [
     _base_.load_image,
     dict(type="LoadAnnotations", {load}),

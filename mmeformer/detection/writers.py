@@ -21,6 +21,7 @@ def to_json(detections: Detections, category_ids: Sequence[int] | None = None) -
     Returns:
         Per object ``category_id``, ``bbox`` (x, y, width, height), ``area``, ``score``
         and, if the model has masks, ``segmentation`` (compressed run-length encoding).
+        Objects with a track have ``track_id``.
     """
     entries = []
     for index, (box, score, label) in enumerate(
@@ -34,6 +35,8 @@ def to_json(detections: Detections, category_ids: Sequence[int] | None = None) -
             iscrowd=0,
             score=round(float(score), 6),
         )
+        if detections.track_ids is not None and detections.track_ids[index]:
+            entry["track_id"] = int(detections.track_ids[index])
         if detections.instance_masks is not None:
             mask = detections.instance_masks[index]
             entry.update(area=mask.area, segmentation=run_length_code(mask, detections.image_size))

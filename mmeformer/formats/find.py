@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -113,5 +114,5 @@ def _drop_unused(data: LabeledData) -> None:
     new = {label: place for place, label in enumerate(kept)}
     data.classes = tuple(data.classes[label] for label in kept)
     for image in data.images:
-        for item in image.objects:
-            item.label = new[item.label]
+        # New objects: an only image is there twice, for training and validation, and shares them.
+        image.objects = [replace(item, label=new[item.label]) for item in image.objects]

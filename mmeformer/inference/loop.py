@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from mmeformer.errors import UserError
 from mmeformer.files import write_text
 from mmeformer.images import write_image
 from mmeformer.inference.inputs import Source, read
@@ -27,6 +28,7 @@ from mmeformer.inference.outputs import (
     table_results,
 )
 from mmeformer.inference.predictor import Predictor
+from mmeformer.inference.tracking import Tracker, draw_ids, require_library, require_video
 from mmeformer.inference.videos import Video
 
 PIXELS_AT_ONCE = 2**25
@@ -43,17 +45,22 @@ class Settings:
             only those that are large for the model, see :meth:`Predictor.window_of`.
         overlap: of the windows, pixels; None is a quarter of their side.
         pictures: whether to draw pictures and videos.
+        track: whether objects in videos get track ids.
 
     Raises:
         ValueError: a number is out of range.
+        UserError: tracking needs a library that is not installed.
     """
 
     batch_size: int = 1
     window: int | None = None
     overlap: int | None = None
     pictures: bool = True
+    track: bool = False
 
     def __post_init__(self) -> None:
+        if self.track:
+            require_library()
         if self.batch_size < 1:
             raise ValueError(f"batch size {self.batch_size} must be at least 1")
         if self.window is not None and self.window != 0 and self.window < 32:
@@ -157,8 +164,13 @@ def run(
 
     Raises:
         ValueError: the overlap is not less than the window.
+        UserError: there is nothing to track: no video, or results without boxes.
         OSError: an output cannot be written.
     """
+    if settings.track:
+        require_video(sources)
+        if not predictor.has_scores:
+            raise UserError("track ids are for detection; these results have no boxes")
     state = _Run(predictor, out, settings, on_window)
     if predictor.legend is not None:
         write_text(out / LEGEND, json.dumps(predictor.legend, indent=1) + "\n")
@@ -199,6 +211,7 @@ class _Run:
         self.table: TableResults | None = None
         self.video_files = ExitStack()
         self.video: VideoWriter | None = None
+        self.tracker: Tracker | None = None
         self.done = 0
         self.total = 0
         side = settings.window or predictor.window_size
@@ -253,6 +266,7 @@ class _Run:
             video = Video(source.path)
             promised = video.expected
             self.total += promised
+            self.tracker = Tracker(video.fps) if self.settings.track else None
             if self.settings.pictures:
                 path = self.out / "videos" / f"{source.name}.mp4"
                 self.video = self.video_files.enter_context(VideoWriter(path, video.fps))
@@ -303,6 +317,9 @@ class _Run:
         )
 
     def _finish(self, item: _Image, result: Any) -> Status:
+        tracker = self.tracker if item.source.is_video else None
+        if tracker is not None:
+            result = tracker.update(result)
         if self.results is not None:
             entries = self.predictor.entries(result)
             self.results.add(item.source.file_name, item.image.shape[:2], entries, item.frame)
@@ -311,6 +328,8 @@ class _Run:
         self.predictor.write_files(self.out, item.name, result)
         if self.settings.pictures:
             picture = self.predictor.draw(item.image, result)
+            if tracker is not None:
+                picture = draw_ids(picture, result, picture.shape[0] / item.image.shape[0])
             if item.source.is_video and self.video is not None:
                 self.video.add(picture)
             else:

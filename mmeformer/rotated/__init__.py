@@ -13,6 +13,7 @@ except ImportError as error:
         f"segmentation work without it. ({error})"
     ) from error
 
+from mmeformer.lite import LitePAFPN
 from mmeformer.ops.iou import rotated_iou
 
 from .assigner import RotatedATSSAssigner
@@ -23,6 +24,7 @@ from .dota import read_labels
 from .gfl_head import RotatedGFLHead
 from .inference import detect_large_image
 from .integral import RotatedIntegral
+from .lite_head import RotatedLiteGFLHead
 from .losses import RotatedIoULoss
 from .metric import DOTAMetric
 from .visualizer import RotatedVisualizer
@@ -32,10 +34,12 @@ __all__ = [
     "DOTADataset",
     "DOTAMetric",
     "DeltaXYWHTRBBoxCoder",
+    "LitePAFPN",
     "RotatedATSSAssigner",
     "RotatedGFLHead",
     "RotatedIntegral",
     "RotatedIoULoss",
+    "RotatedLiteGFLHead",
     "RotatedVisualizer",
     "detect_large_image",
     "from_instances",

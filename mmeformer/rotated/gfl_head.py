@@ -146,7 +146,7 @@ class RotatedGFLHead(AnchorHead):
         self.gfl_cls = nn.Conv2d(self.feat_channels, self.cls_out_channels, 3, padding=1)
         self.gfl_reg = nn.Conv2d(self.feat_channels, 5 * (self.reg_max + 1), 3, padding=1)
 
-    def _tower(self) -> nn.Sequential:
+    def _tower(self) -> nn.Module:
         channels = [self.in_channels] + [self.feat_channels] * self.stacked_convs
         return nn.Sequential(
             *(

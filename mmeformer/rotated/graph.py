@@ -180,7 +180,7 @@ class RotatedRawGraph(_GFLGraph):
 def _check_supported(model: Any) -> None:
     head: Any = getattr(model, "bbox_head", None)
     require(
-        type(head).__name__ == "RotatedGFLHead",
+        type(head).__name__ in ("RotatedGFLHead", "RotatedLiteGFLHead"),
         f"{type(model).__name__} has no RotatedGFLHead",
     )
     require(

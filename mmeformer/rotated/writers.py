@@ -104,7 +104,7 @@ def to_json(image: str, detections: RotatedDetections, classes: Sequence[str]) -
         Per box ``image_id``, ``category_id`` (from 1), ``category`` (name), ``score``, ``bbox``
         (the upright box around it: x, y, width, height), ``area``, ``segmentation`` (one polygon
         ``[x1, y1, ..., x4, y4]``) and ``rbox`` (center x, center y, width, height, angle in
-        radians).
+        radians). Boxes with a track have ``track_id``.
     """
     entries = []
     for box, polygon, score, label in zip(
@@ -127,6 +127,10 @@ def to_json(image: str, detections: RotatedDetections, classes: Sequence[str]) -
                 area=round(float(box[2]) * float(box[3]), 2),
             )
         )
+    if detections.track_ids is not None:
+        for entry, number in zip(entries, detections.track_ids, strict=True):
+            if number:
+                entry["track_id"] = int(number)
     return entries
 
 

@@ -63,9 +63,18 @@ def decode_segmentation(
 def decode_detections(
     batch: Sequence[Prepared], outputs: Outputs, metadata: Metadata
 ) -> list[Detections]:
-    """Boxes (N, 4) and masks (N, S, S) of the whole batch, after NMS."""
+    """Boxes (N, 4) and masks (N, S, S) of the whole batch, after NMS, or boxes of every level.
+
+    Does the NMS of boxes of every level.
+    """
+    suppressed = "boxes" in outputs
+    if not suppressed:
+        outputs = _candidates(batch, outputs, metadata)
     results = []
     for item, own in _by_image(batch, outputs, metadata):
+        if not suppressed:
+            kept = _suppressed(own["boxes"], own["scores"], own["labels"], metadata)
+            own = {name: value[kept] for name, value in own.items()}
         boxes = own["boxes"] / np.array(_scale_factors(item)[::-1] * 2, np.float32)
         masks = None
         if "masks" in own:
@@ -95,7 +104,9 @@ def decode_rotated(
 
 
 def _candidates(batch: Sequence[Prepared], levels: Outputs, metadata: Metadata) -> Outputs:
-    """Choose from ``scores{i}`` (B, N_i, C) and ``boxes{i}`` (B, N_i, 5) of the levels i.
+    """Choose from ``scores{i}`` (B, N_i, C) and ``boxes{i}`` (B, N_i, 4 or 5) of the levels i.
+
+    Upright boxes are clipped to the image, and empty ones left out; of rotated boxes the center is.
 
     Returns:
         ``boxes``, ``scores``, ``labels`` and ``image_index``, as graphs with operators for that.
@@ -110,12 +121,32 @@ def _candidates(batch: Sequence[Prepared], levels: Outputs, metadata: Metadata) 
             best = np.argsort(-scores, axis=None, kind="stable")[: metadata.candidates]
             best = best[scores.flat[best] > (metadata.score_threshold or 0)]
             boxes = levels[f"boxes{level}"][index][best // scores.shape[1]]
-            boxes[:, :2] = np.clip(boxes[:, :2], 0, [width - 1, height - 1])
-            chosen["boxes"].append(boxes)
+            if boxes.shape[1] == 5:
+                boxes[:, :2] = np.clip(boxes[:, :2], 0, [width - 1, height - 1])
+            else:
+                boxes = np.clip(boxes, 0, [width, height] * 2)
+                full = (boxes[:, 2:] > boxes[:, :2]).all(1)
+                best, boxes = best[full], boxes[full]
+            chosen["boxes"].append(boxes.astype(np.float32))
             chosen["scores"].append(scores.flat[best])
             chosen["labels"].append(best % scores.shape[1])
             chosen["image_index"].append(np.full(len(best), index))
     return {name: np.concatenate(values) for name, values in chosen.items()}
+
+
+def _suppressed(
+    boxes: NDArray[Any], scores: NDArray[Any], labels: NDArray[Any], metadata: Metadata
+) -> NDArray[Any]:
+    """Indices of the upright boxes (N, 4) that NMS within each class keeps, the best first."""
+    assert metadata.iou_threshold is not None, "the export of a detector has one"
+    rectangles = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    kept = cv2.dnn.NMSBoxesBatched(
+        rectangles.tolist(), scores.tolist(), labels.tolist(), 0.0, metadata.iou_threshold
+    )
+    # Empty without boxes.
+    found = np.asarray(kept, np.int64).reshape(-1)
+    best: NDArray[Any] = found[np.argsort(-scores[found], kind="stable")]
+    return best[: metadata.max_per_image]
 
 
 def merge_patches(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ import numpy as np
 from mmeformer.files import replacing
 
 CLASSES = ("circle", "rectangle", "triangle", "star")
+RADII = ((0.12, 0.24),)
+"""Ranges of the radius of a shape, as shares of the side; every shape takes one of them."""
 MIN_VISIBLE_SHARE = 0.3
 """Smallest visible share of an instance that is annotated."""
 
@@ -68,12 +70,21 @@ def outline(label: int, center: tuple[float, float], radius: float, angle: float
 
 
 def draw_scene(
-    rng: np.random.Generator, size: int, max_shapes: int = 5
+    rng: np.random.Generator,
+    size: int,
+    max_shapes: int = 5,
+    radii: Sequence[tuple[float, float]] = RADII,
 ) -> tuple[np.ndarray, list[Instance]]:
     """Draw a random image (size, size, 3) uint8 BGR with instances; at least one is fully visible.
 
     The background is a color gradient with noise. There are 2 to ``max_shapes`` shapes in colors
-    that differ from the background, with a radius of 12% to 24% of the side.
+    that differ from the background.
+
+    Args:
+        rng: random numbers.
+        size: side in pixels.
+        max_shapes: see above.
+        radii: see :data:`RADII`.
     """
     ramp = np.linspace(0, 1, size)[:, None, None]
     first, last = rng.uniform(30, 225, (2, 1, 1, 3))
@@ -84,7 +95,8 @@ def draw_scene(
     labels, areas = [], []
     for index in range(int(rng.integers(2, max_shapes + 1))):
         label = int(rng.integers(len(CLASSES)))
-        radius = rng.uniform(0.12, 0.24) * size
+        span = radii[int(rng.integers(len(radii)))] if len(radii) > 1 else radii[0]
+        radius = rng.uniform(*span) * size
         center = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
         points = outline(label, tuple(center), radius, rng.uniform(0, 2 * math.pi))
         drawn = np.zeros((size, size), dtype=np.uint8)
@@ -112,6 +124,8 @@ def write_coco_dataset(
     val: int = 64,
     size: int = 128,
     seed: int = 0,
+    max_shapes: int = 5,
+    radii: Sequence[tuple[float, float]] = RADII,
 ) -> Path:
     """Write scenes in COCO 2017 layout: ``train2017/``, ``val2017/``, ``annotations/``.
 
@@ -123,6 +137,7 @@ def write_coco_dataset(
         train, val: number of images.
         size: side of the square images in pixels.
         seed: seed of the random numbers.
+        max_shapes, radii: see :func:`draw_scene`.
 
     Returns:
         The folder.
@@ -130,11 +145,15 @@ def write_coco_dataset(
     Raises:
         FileExistsError: the folder exists and is another data set or something else.
     """
-    recipe = dict(generator="shapes-3", train=train, val=val, size=size, seed=seed)
+    recipe: dict[str, object] = dict(
+        generator="shapes-3", train=train, val=val, size=size, seed=seed
+    )
+    if (max_shapes, radii) != (5, RADII):
+        recipe |= dict(max_shapes=max_shapes, radii=[list(span) for span in radii])
 
     def write(folder: Path) -> None:
         for number, (split, count) in enumerate((("train2017", train), ("val2017", val))):
-            _write_split(folder, split, count, size, (seed, number))
+            _write_split(folder, split, count, size, (seed, number), max_shapes, radii)
 
     return generate_once(Path(root), recipe, write)
 
@@ -159,7 +178,15 @@ def generate_once(root: Path, recipe: dict, write: Callable[[Path], None]) -> Pa
     return root
 
 
-def _write_split(root: Path, split: str, count: int, size: int, seed: tuple[int, int]) -> None:
+def _write_split(
+    root: Path,
+    split: str,
+    count: int,
+    size: int,
+    seed: tuple[int, int],
+    max_shapes: int,
+    radii: Sequence[tuple[float, float]],
+) -> None:
     # Imported here: pycocotools comes with mmdet, and scenes without annotations do not need it.
     from pycocotools import mask as coco_mask
 
@@ -168,7 +195,7 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: tuple[int,
     images, annotations = [], list[dict[str, object]]()
     for index in range(count):
         rng = np.random.default_rng([*seed, index])
-        image, instances = draw_scene(rng, size)
+        image, instances = draw_scene(rng, size, max_shapes, radii)
         name = f"{index:06d}.png"
         cv2.imwrite(str(root / split / name), image)
         images.append(dict(id=index, file_name=name, width=size, height=size))

@@ -255,7 +255,7 @@ class TestBadInput:
         config.model.test_cfg.rcnn.nms = dict(type="soft_nms", iou_threshold=0.5)
         with pytest.raises(ValueError, match="rcnn.nms is not a plain nms.*--part backbone"):
             DetectionGraph(models.build_model(config))
-        with pytest.raises(ValueError, match="Conv2d is not a two-stage detector"):
+        with pytest.raises(ValueError, match="Conv2d is neither a two-stage detector"):
             DetectionGraph(nn.Conv2d(3, 3, 1))
 
 

@@ -54,7 +54,10 @@ def test_the_backbone_is_exported_and_profiled_and_the_rest_refused(
     for command, given in ((export, arguments), (profile, measuring)):
         assert command.main(given) == 1
         error = capsys.readouterr().err
-        assert f"{kind} is not a two-stage detector" in error and "--part backbone" in error
+        assert (
+            f"{kind} is neither a two-stage detector of mmdet nor GFL" in error
+            and "--part backbone" in error
+        )
         assert "rcnn" not in error.lower().replace("r-cnn", "")
     assert not out.exists()
 

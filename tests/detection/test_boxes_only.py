@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data with boxes but no masks, with the template for it: from the checker to the runtime."""
+"""Data with boxes but no masks, with the templates for it: from the checker to the runtime."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,20 @@ from mmeformer import runtime
 from mmeformer.commands import check_dataset, export, predict, test, train
 from mmeformer.training import engine
 
+TEMPLATES = [
+    pytest.param(tiny.LIGHT_CUSTOM, id="light"),
+    pytest.param(tiny.FASTER_RCNN_CUSTOM, id="faster-rcnn", marks=pytest.mark.slow),
+]
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(config, its file, checkpoint) after a few iterations of the template."""
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def trained(tmp_path_factory, request):
+    """(config, its file, checkpoint) after a few iterations of a template."""
     folder = tmp_path_factory.mktemp("boxes")
-    config = tiny.boxes_only(folder)
+    config = tiny.boxes_only(folder, path=request.param)
     config.work_dir = str(folder / "work")
-    config.model.test_cfg.rcnn.update(score_thr=0.01, max_per_img=5)
+    test_cfg = config.model.test_cfg
+    test_cfg.get("rcnn", test_cfg).update(score_thr=0.01, max_per_img=5)
     path = folder / "boxes.py"
     config.dump(str(path))
     threads = torch.get_num_threads()
@@ -73,13 +79,27 @@ def test_boxes_are_learned_evaluated_exported_and_predicted(trained, tmp_path, c
     assert test.main([str(path), str(file)]) == 0
 
 
+def test_augmentation_and_tiles(trained, tmp_path, capsys):
+    config, path, checkpoint = trained
+    assert test.main([str(path), checkpoint, "--tta"]) == 0
+    shown = capsys.readouterr()
+    assert "bbox_mAP_50" in shown.out + shown.err
+    folder = Path(config.test_dataloader.dataset.data_root, "val2017")
+    arguments = [str(path), checkpoint, str(folder), "--score-thr", "0.01", "--window", "48"]
+    assert predict.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    written = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert written["annotations"]
+
+
 @pytest.mark.slow
-def test_a_tiny_detector_learns_its_images(tmp_path):
-    config = tiny.boxes_only(tmp_path, iterations=200)
+@pytest.mark.parametrize("template", [tiny.LIGHT_CUSTOM, tiny.FASTER_RCNN_CUSTOM])
+def test_a_tiny_detector_learns_its_images(tmp_path, template):
+    config = tiny.boxes_only(tmp_path, iterations=200, path=template)
     config.work_dir = str(tmp_path / "work")
     config.train_dataloader.batch_size = 8
     config.model.backbone.drop_path_rate = 0.0
-    config.model.train_cfg.rcnn.sampler.num = 64
+    if "rcnn" in config.model.train_cfg:
+        config.model.train_cfg.rcnn.sampler.num = 64
     config.optim_wrapper.optimizer.lr = 2e-3
     config.default_hooks.checkpoint.interval = 200
     config.test_dataloader.dataset.update(

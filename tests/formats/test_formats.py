@@ -65,6 +65,22 @@ class TestCoco:
         sets.write_coco(tmp_path, masks="none")
         assert_as_written(read(tmp_path), BOXES)
 
+    def test_an_only_image_with_an_unused_class(self, tmp_path):
+        """It is there twice, and its labels follow the classes that are left once."""
+        Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+        content = dict(
+            images=[dict(id=1, file_name="a.png", width=40, height=30)],
+            categories=[dict(id=number, name=name) for number, name in enumerate("abcd")],
+            annotations=[
+                dict(id=n, image_id=1, category_id=n, bbox=[n, 2, 9, 9], area=81, iscrowd=0)
+                for n in (1, 3)
+            ],
+        )
+        (tmp_path / "labels.json").write_text(json.dumps(content))
+        data = read(tmp_path)
+        assert data.classes == ("b", "d") and [i.split for i in data.images] == ["train", "val"]
+        assert [[item.label for item in image.objects] for image in data.images] == [[0, 1]] * 2
+
     def test_roboflow(self, tmp_path):
         """Images beside the JSON of each split, and a root category without objects."""
         root = dict(id=0, name="things", supercategory="none")

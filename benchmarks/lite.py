@@ -1,0 +1,715 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choose the sizes of the light detectors, and compare them with RTMDet-tiny.
+
+    python benchmarks/lite.py search --out work_dirs/lite
+    python benchmarks/lite.py compare --out work_dirs/lite --minutes 3 \
+        --labeled nuclei data/nuclei 128 --halves ships data/dota 256
+
+`search` builds candidates of widths, depths and strides and lists parameters, MACs and time in
+onnxruntime.
+
+`compare` trains the light detectors, mmdet's RTMDet-tiny and Mask R-CNN from scratch on generated
+shapes and on folders of labeled images: the same data, augmentation, optimizer, processor time and
+seeds for all. Images are cut into tiles of a given side and resized to one input size. A folder of
+`--labeled` has its own split or gets one; of one of `--halves` every image is cut down the middle,
+the left half is for training. Models have no pretrained weights. Afterwards all models are timed in
+onnxruntime on images of the validation, whole, with NMS.
+
+All inputs are small, so that many trainings fit into hours on one core: nothing here says anything
+about COCO. The folder gets results.json, and a second run continues where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import cv2
+import mmdet
+import numpy as np
+import onnxruntime
+import recipes
+import torch
+from mmdet.models.detectors import RTMDet
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmeformer import configs
+from mmeformer.deploy import models
+from mmeformer.deploy.fold import fold
+from mmeformer.deploy.graphs import Graph, cell_shifts
+from mmeformer.deploy.substitutes import substitute_for_graph
+from mmeformer.detection.dense_graph import DenseGraph
+from mmeformer.detection.graph import DetectionGraph
+from mmeformer.detection.starter import as_coco, inside
+from mmeformer.files import write_text
+from mmeformer.formats.find import read_folder
+from mmeformer.formats.tree import Options
+from mmeformer.images import read_image, write_image
+from mmeformer.labeled import POLYGONS, LabeledData, LabeledImage
+from mmeformer.synthetic.shapes import write_coco_dataset
+from mmeformer.variants import VARIANTS
+from mmeformer.windows import Window, crop, windows
+
+BASE = "detection/mask-rcnn_efficientformerv2-s0_fpn_quickstart.py"
+"""Gives loops, hooks and evaluator; model, data and schedule are replaced."""
+LITE = {
+    "efficientformerv2_s0": "detection/gfl-lite_efficientformerv2-s0_pafpn_300e_coco-416x416.py",
+    "efficientformerv2_s1": "detection/gfl-lite_efficientformerv2-s1_pafpn_300e_coco-416x416.py",
+    "efficientformerv2_s2": "detection/gfl-lite_efficientformerv2-s2_pafpn_300e_coco-416x416.py",
+    "efficientformer_l1": "detection/gfl-lite_efficientformer-l1_pafpn_300e_coco-416x416.py",
+}
+REFERENCE = "RTMDet-tiny"
+SHAPES = dict(train=400, val=60, size=128, max_shapes=8, radii=((0.05, 0.08), (0.12, 0.24)))
+"""Of the generated images: half of the objects are small, half are large."""
+OVERLAP = 0.25
+"""Of neighboring tiles of the training, as a share of their side."""
+LEAST = 50
+"""Classes with fewer objects are left out: their AP would be noise."""
+FOUND = 100
+"""Most objects per image."""
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def from_scratch(backbone: dict, variant: str, side: int) -> None:
+    """Change one of our backbones' config: no pretrained weights, for inputs of one side."""
+    cells = max(1, side // 32)
+    backbone.update(layer_scale_init_value=1.0, bias_grid=cells, init_cfg=None)
+    if VARIANTS[variant].family == "v2":
+        backbone.update(norm_eval=False, head_bias_keys=cells**2)
+
+
+def lite(variant: str, classes: int, side: int) -> dict:
+    """A light detector of ours."""
+    model = configs.load_config(LITE[variant]).model
+    from_scratch(model.backbone, variant, side)
+    model.bbox_head.num_classes = classes
+    return model
+
+
+def mask_rcnn(classes: int, side: int, masks: bool) -> dict:
+    """Our Mask R-CNN of S0 with the template's settings for small objects; Faster R-CNN without
+    masks."""
+    kind = "mask-rcnn" if masks else "faster-rcnn"
+    model = configs.load_config(f"detection/{kind}_efficientformerv2-s0_fpn_1x_coco.py").model
+    from_scratch(model.backbone, "efficientformerv2_s0", side)
+    model.neck.norm_cfg = dict(type="BN")
+    model.rpn_head.anchor_generator["scales"] = [4]
+    model.train_cfg.rcnn.sampler.num = 128
+    model.roi_head.bbox_head.num_classes = classes
+    if masks:
+        model.roi_head.mask_head.num_classes = classes
+    return model
+
+
+def rtmdet(classes: int) -> dict:
+    """mmdet's RTMDet-tiny without pretrained weights."""
+    folder = Path(mmdet.__file__).parent / ".mim" / "configs" / "rtmdet"
+    config = Config.fromfile(folder / "rtmdet_tiny_8xb32-300e_coco.py")
+    # Norms that processes share are plain ones in one process.
+    text = config.model.to_dict() if hasattr(config.model, "to_dict") else dict(config.model)
+    model = json.loads(json.dumps(text).replace("SyncBN", "BN"))
+    model["backbone"].pop("init_cfg")
+    model["bbox_head"]["num_classes"] = classes
+    return model
+
+
+MODELS: dict[str, Callable[[int, int, bool], dict]] = {
+    REFERENCE: lambda classes, side, masks: rtmdet(classes),
+    "lite V2-S0": lambda classes, side, masks: lite("efficientformerv2_s0", classes, side),
+    "lite V1-L1": lambda classes, side, masks: lite("efficientformer_l1", classes, side),
+    "Mask R-CNN V2-S0": mask_rcnn,
+}
+RATES = dict.fromkeys(MODELS, 1e-3)
+"""Learning rate of each model."""
+
+
+def set_test(model: dict, score_thr: float) -> None:
+    """Give a model of any kind the same limits in its test settings."""
+    test = model["test_cfg"]
+    if "rcnn" in test:
+        test["rcnn"].update(score_thr=score_thr, max_per_img=FOUND)
+        return
+    nms = dict(type="nms", iou_threshold=test["nms"]["iou_threshold"])
+    test.update(score_thr=score_thr, nms_pre=1000, max_per_img=FOUND, nms=nms)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def cut(image: LabeledImage, places: Sequence[Window], split: str, folder: Path) -> list:
+    """Write windows of an image as images of a split, with the objects inside them."""
+    pixels = read_image(image.path)
+    tiles = []
+    for window in places:
+        path = folder / split / f"{image.path.stem}_{window[0]}_{window[1]}.png"
+        write_image(path, crop(pixels, window))
+        objects = [part for item in image.objects if (part := inside(item, window)) is not None]
+        size = window[2] - window[0], window[3] - window[1]
+        tiles.append(LabeledImage(path, *size, objects, split=split))
+    return tiles
+
+
+def write_tiles(source: Path, tile: int, halves: bool, folder: Path) -> None:
+    """Write tiles of a folder of labeled images, and a COCO file per split, unless it is there.
+
+    Args:
+        source: any format that ``mmeformer init`` reads.
+        tile: side in pixels.
+        halves: the left half of every image is for training, the right one for validation.
+        folder: of the tiles.
+    """
+    if (folder / "val.json").is_file():
+        return
+    data: LabeledData = read_folder(source, Options(), skip_bad=True)
+    images = data.images
+    if halves:
+        # An only image is there twice, for training and validation.
+        images = list({image.path: image for image in images}.values())
+    counts = Counter(item.label for image in images for item in image.objects)
+    kept = [label for label in range(len(data.classes)) if counts[label] >= LEAST]
+    tiles = []
+    for image in images:
+        objects = [item for item in image.objects if item.label in kept]
+        objects = [replace(item, label=kept.index(item.label)) for item in objects]
+        image = replace(image, objects=objects)
+        spans = [(0, image.width, "train" if image.split == "train" else "val")]
+        if halves:
+            middle = image.width // 2
+            spans = [(0, middle, "train"), (middle, image.width, "val")]
+        for left, right, split in spans:
+            overlap = round(OVERLAP * tile) if split == "train" else 0
+            places = windows(right - left, image.height, tile, overlap)
+            moved = [(x0 + left, y0, x1 + left, y1) for x0, y0, x1, y1 in places]
+            tiles += cut(image, moved, split, folder)
+    for split in ("train", "val"):
+        chosen = [image for image in tiles if image.split == split]
+        classes = [data.classes[label] for label in kept]
+        content = as_coco(chosen, classes, folder, data.kind == POLYGONS)
+        write_text(folder / f"{split}.json", json.dumps(content))
+
+
+def write_data(args: argparse.Namespace) -> dict[str, Path]:
+    """Write all data sets below the output folder; returns their folders by name."""
+    root = args.out / "data"
+    shapes = write_coco_dataset(root / "shapes", **args.shapes)
+    for split in ("train", "val"):
+        content = json.loads((shapes / f"annotations/instances_{split}2017.json").read_text())
+        for image in content["images"]:
+            image["file_name"] = f"{split}2017/{image['file_name']}"
+        write_text(shapes / f"{split}.json", json.dumps(content))
+    found = {"shapes": shapes}
+    for halves, given in ((False, args.labeled), (True, args.halves)):
+        for name, source, tile in given:
+            write_tiles(Path(source), int(tile), halves, root / name)
+            found[name] = root / name
+    return found
+
+
+# --- trainings ------------------------------------------------------------------------------------
+
+
+@HOOKS.register_module(force=True)
+class KeepWeights(Hook):
+    """Writes the weights of the finished model into the work directory."""
+
+    def after_train(self, runner) -> None:
+        """Write them."""
+        torch.save(dict(state_dict=runner.model.state_dict()), Path(runner.work_dir, WEIGHTS))
+
+
+WEIGHTS = "weights.pth"
+
+
+def build_config(name: str, data: Path, side: int, batch: int, rate: float) -> Config:
+    """The training of a model on a data set; its length is set later."""
+    content = json.loads((data / "train.json").read_text())
+    classes = tuple(item["name"] for item in content["categories"])
+    masks = any("segmentation" in item for item in content["annotations"])
+    config = configs.load_config(BASE)
+    config.model = MODELS[name](len(classes), side, masks)
+    set_test(config.model, 0.001)
+    masks = masks and "MaskRCNN" in config.model["type"]
+    size = (side, side)
+    load = [
+        dict(type="mmeformer.LoadImageFromFile"),
+        dict(type="LoadAnnotations", with_bbox=True, with_mask=masks),
+    ]
+    augment = [
+        dict(type="RandomResize", scale=size, ratio_range=(0.75, 1.25), keep_ratio=True),
+        dict(type="RandomCrop", crop_size=size, allow_negative_crop=True),
+        dict(type="RandomFlip", prob=0.75, direction=["horizontal", "vertical", "diagonal"]),
+        dict(type="Pad", size=size),
+        dict(type="PackDetInputs"),
+    ]
+    keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
+    resize = dict(type="Resize", scale=size, keep_ratio=True)
+    test = [load[0], resize, load[1], dict(type="PackDetInputs", meta_keys=keys)]
+    for loader, split, pipeline in (
+        (config.train_dataloader, "train", load + augment),
+        (config.val_dataloader, "val", test),
+        (config.test_dataloader, "val", test),
+    ):
+        loader.batch_size = batch
+        loader.dataset.update(
+            data_root=f"{data.resolve()}/",
+            ann_file=f"{split}.json",
+            data_prefix=dict(img=""),
+            metainfo=dict(classes=classes),
+            pipeline=pipeline,
+        )
+    for evaluator in (config.val_evaluator, config.test_evaluator):
+        evaluator.update(ann_file=str(data.resolve() / "val.json"), metric=["bbox"])
+    end = config.train_cfg.max_iters
+    # Both factors are multiplied, so that the training may be shorter than the warm-up.
+    config.param_scheduler = [
+        dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=20),
+        dict(type="CosineAnnealingLR", by_epoch=False, begin=0, end=end, eta_min=0),
+    ]
+    config.optim_wrapper.optimizer.lr = rate
+    # RTMDet's levels share their convolutions.
+    config.optim_wrapper.paramwise_cfg.bypass_duplicate = True
+    config.custom_hooks = [dict(type="KeepWeights")]
+    return config
+
+
+def train_all(sets: dict[str, Path], args: argparse.Namespace) -> dict[str, dict]:
+    """Train every model on every data set with every seed; returns all results by their keys."""
+    path = args.out / "results.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    # Seeds outermost: what is there after an interruption is a fair comparison.
+    for seed in range(args.seeds):
+        for data in sets:
+            for name in args.models:
+                key = f"{data}|{name}|{seed}|{args.minutes:g}"
+                if key in results:
+                    continue
+                folder = args.out / data / name.replace(" ", "-")
+                file = folder / "config.py"
+                rate = args.lr or RATES[name]
+                config = build_config(name, sets[data], args.side, args.batch, rate)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                config.dump(file)
+                result = recipes.train(str(file), folder / str(seed), seed, args.minutes, {})
+                results[key] = dict(result, lr=rate)
+                write_text(path, json.dumps(results, indent=1))
+                found = {k.removeprefix("coco/"): v for k, v in result["metrics"].items()}
+                print(key, result["length"], f"{result['minutes']:.2f} min", found, flush=True)
+    return results
+
+
+# --- exported files -------------------------------------------------------------------------------
+
+
+class RTMDetGraph(DenseGraph):
+    """Our graph of one-stage detectors for RTMDet: only what its head's maps mean differs.
+
+    Args:
+        model: with an ``RTMDetHead``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        # The base class takes no other heads than GFL's.
+        Graph.__init__(self)
+        self.model = model
+
+    def boxes(self, level: int, cells: Tensor, distances: Tensor, size: tuple[int, ...]) -> Tensor:
+        """See the base class; ``distances`` (B, K, 4) in pixels."""
+        head = self.model.bbox_head
+        points = cell_shifts(size, head.prior_generator.strides[level], distances)[cells.flatten()]
+        decoded: Tensor = head.bbox_coder.decode(points, distances.flatten(0, 1))
+        return decoded.view(cells.shape[0], -1, 4)
+
+
+def build_graph(model: nn.Module, side: int) -> Graph:
+    """The graph of a copy of a model whose norms and biases are constants."""
+    ours = type(model.backbone).__module__.startswith("mmeformer.")
+    folded = fold(model, (side, side) if ours else None)
+    substitute_for_graph(folded)
+    return graph_of(folded)
+
+
+def graph_of(model: nn.Module) -> Graph:
+    """The graph of a model as it is, with boxes after NMS."""
+    if hasattr(model, "roi_head"):
+        graph: Graph = DetectionGraph(model)
+    else:
+        graph = (RTMDetGraph if isinstance(model, RTMDet) else DenseGraph)(model)
+    graph.raw_names = ()
+    return graph.eval()
+
+
+def write_onnx(graph: Graph, side: int, path: Path) -> None:
+    """Write a graph for one image of a side."""
+    inputs = torch.rand(1, 3, side, side), torch.tensor([[side, side]], dtype=torch.float32)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            graph,
+            inputs,
+            str(path),
+            dynamo=False,
+            opset_version=17,
+            input_names=["image", "image_size"],
+            output_names=list(graph.output_names),
+            dynamic_axes={name: {0: "objects"} for name in graph.output_names},
+        )
+
+
+def feeds(images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Inputs of the ONNX file for normalized images (3, H, W)."""
+    size = np.array([images[0].shape[1:]], np.float32)
+    return [{"image": image[None], "image_size": size} for image in images]
+
+
+class _Reader(CalibrationDataReader):
+    def __init__(self, items: Sequence[dict[str, np.ndarray]]) -> None:
+        self.items = iter(items)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next input."""
+        return next(self.items, None)
+
+
+def write_int8(source: Path, out: Path, items: Sequence[dict[str, np.ndarray]]) -> None:
+    """Quantize all convolutions and matrix products of a file."""
+    prepared = source.with_suffix(".prepared.onnx")
+    quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+    quantize_static(
+        str(prepared),
+        str(out),
+        _Reader(items),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        activation_type=QuantType.QUInt8,
+        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+    )
+
+
+def ratios(
+    files: dict[str, Path],
+    items: dict[str, list[dict[str, np.ndarray]]],
+    reference: str,
+    threads: int,
+    rounds: int,
+) -> dict[str, tuple[float, float]]:
+    """Time of every file: median milliseconds, and median ratio to the reference of its round.
+
+    Files take turns, so that all of them meet the same disturbances.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    sessions = {
+        name: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        for name, path in files.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in files}
+    for turn in range(rounds + 2):
+        for name, session in sessions.items():
+            item = items[name][turn % len(items[name])]
+            start = time.perf_counter()
+            session.run(None, item)
+            if turn >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {
+        name: (
+            1000 * statistics.median(values),
+            statistics.median(
+                mine / other for mine, other in zip(values, times[reference], strict=True)
+            ),
+        )
+        for name, values in times.items()
+    }
+
+
+def count(model: nn.Module, side: int) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates for one image (with its proposals, if any)."""
+    graph = build_graph(model, side)
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        graph(image, torch.tensor([[side, side]]).float())
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+# --- comparison -----------------------------------------------------------------------------------
+
+
+def images_of(config: Config, model: nn.Module, side: int, limit: int) -> list[np.ndarray]:
+    """Validation images as a model takes them: normalized, (3, side, side)."""
+    folder = Path(config.val_dataloader.dataset.data_root)
+    names = [i["file_name"] for i in json.loads((folder / "val.json").read_text())["images"]]
+    arrays = []
+    for name in names[:: max(1, len(names) // limit)][:limit]:
+        image = cv2.resize(read_image(folder / name), (side, side))
+        batch = dict(inputs=[torch.from_numpy(image).permute(2, 0, 1)], data_samples=None)
+        arrays.append(model.data_preprocessor(batch)["inputs"][0].numpy())
+    return arrays
+
+
+def time_models(
+    data: str, side: int, args: argparse.Namespace, seed: int = 0
+) -> dict[str, dict[str, Any]] | None:
+    """Parameters, MACs and times of the trained models of a data set for inputs of a side; None if
+    a model is missing."""
+    rows: dict[str, dict[str, Any]] = {}
+    files, items = {}, {}
+    with TemporaryDirectory() as text:
+        for name in args.models:
+            folder = args.out / data / name.replace(" ", "-")
+            weights = folder / str(seed) / WEIGHTS
+            if not weights.is_file():
+                return None
+            config = Config.fromfile(folder / "config.py")
+            set_test(config.model, 0.05)
+            model = models.build_model(copy.deepcopy(config))
+            model.load_state_dict(torch.load(weights, weights_only=True)["state_dict"])
+            parameters, macs = count(model, side)
+            rows[name] = dict(parameters=parameters, macs=macs)
+            graph = build_graph(model, side)
+            files[name] = Path(text, f"{name}.onnx")
+            write_onnx(graph, side, files[name])
+            items[name] = feeds(images_of(config, model, side, 8))
+        reference = REFERENCE if REFERENCE in files else args.models[0]
+        for threads in args.threads:
+            for name, found in ratios(files, items, reference, threads, args.rounds).items():
+                rows[name][f"ms, {threads}"], rows[name][f"ratio, {threads}"] = found
+    return rows
+
+
+def verdict(gain: float, ratio: float) -> str:
+    """Whether a model is ahead of the reference by the goal of the light detectors.
+
+    Args:
+        gain: AP minus that of the reference, in points.
+        ratio: time by that of the reference.
+    """
+    if ratio <= 1.05 and gain >= 2:
+        return "goal reached: 2 points more at the same time"
+    if ratio <= 0.7 and gain >= 0:
+        return "goal reached: as good in 0.7 of the time"
+    return "goal missed"
+
+
+def comparison_table(sets: Sequence[str], args: argparse.Namespace, results: dict) -> str:
+    """All results as a Markdown table."""
+    head = ["data", "model", "M parameters", "GMACs", "iterations", "CPU min", "AP", "AP50"]
+    head += ["AP small", "AP medium"]
+    runs_of = [(side, n) for side in args.time_sides or [args.side] for n in args.threads]
+    head += [f"time at {side} px, {n} thread{'s' * (n > 1)}" for side, n in runs_of]
+    head += [f"against {REFERENCE}"]
+    lines = [head, ["---"] * len(head)]
+    for data in sets:
+        timed = {side: time_models(data, side, args) for side, _ in runs_of}
+        means: dict[str, float] = {}
+        for name in args.models:
+            start, end = f"{data}|{name}|", f"|{args.minutes:g}"
+            runs = [v for k, v in results.items() if k.startswith(start) and k.endswith(end)]
+            if not runs:
+                continue
+            row = [data, name, "", ""]
+            if found := timed[runs_of[0][0]]:
+                row[2] = f"{found[name]['parameters'] / 1e6:.2f}"
+                row[3] = f"{found[name]['macs'] / 1e9:.2f}"
+            row.append(f"{statistics.mean(run['length'] for run in runs):.0f}")
+            row.append(f"{statistics.mean(run['minutes'] for run in runs):.1f}")
+            for key in ("mAP", "mAP_50", "mAP_s", "mAP_m"):
+                values = [100 * run["metrics"][f"coco/bbox_{key}"] for run in runs]
+                # COCO's code gives -1 where there are no such objects.
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                mean = statistics.mean(values)
+                row.append("" if mean < 0 else f"{mean:.1f} ± {spread:.1f}")
+                if key == "mAP":
+                    means[name] = mean
+            for side, threads in runs_of:
+                at = timed[side]
+                row.append(
+                    f"{at[name][f'ratio, {threads}']:.2f} ({at[name][f'ms, {threads}']:.1f} ms)"
+                    if at
+                    else ""
+                )
+            text = ""
+            if found and name != REFERENCE and REFERENCE in means:
+                gain = means[name] - means[REFERENCE]
+                ratio = found[name][f"ratio, {args.threads[0]}"]
+                text = f"{gain:+.1f} AP, {ratio:.2f} of the time: {verdict(gain, ratio)}"
+            lines.append([*row, text])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Train, time and print the table."""
+    sets = write_data(args)
+    results = train_all(sets, args)
+    table = comparison_table(list(sets), args, results)
+    print(table, flush=True)
+    write_text(args.out / "comparison.md", table)
+
+
+# --- search ---------------------------------------------------------------------------------------
+
+
+def candidates(
+    variant: str, widths: Sequence[int], depths: Sequence[tuple[int, int]]
+) -> list[tuple[str, int, int, int, int]]:
+    """Arguments of :func:`build_candidate`: the config's sizes, and one change at a time.
+
+    Args:
+        variant: of the backbone.
+        widths: channels of neck and head.
+        depths: blocks of the neck's layers, and layers of the head's towers.
+    """
+    model = configs.load_config(LITE[variant]).model
+    width, blocks, layers = (
+        model.neck.out_channels,
+        model.neck.num_csp_blocks,
+        model.bbox_head.stacked_convs,
+    )
+    found = [(variant, width, blocks, layers, finest) for finest in (8, 4)]
+    found += [(variant, other, blocks, layers, 8) for other in widths]
+    found += [(variant, width, *depth, 8) for depth in depths]
+    return list(dict.fromkeys(found))
+
+
+def build_candidate(
+    variant: str, width: int, blocks: int, layers: int, finest: int, classes: int, side: int
+) -> nn.Module:
+    """A light detector with random weights."""
+    model = lite(variant, classes, side)
+    channels = list(VARIANTS[variant].architecture.widths)
+    if finest == 4:
+        model.backbone.out_indices = (0, 1, 2, 3)
+        model.neck.in_channels = channels
+        model.bbox_head.anchor_generator.strides = [4, 8, 16, 32]
+    model.neck.update(out_channels=width, num_csp_blocks=blocks)
+    model.bbox_head.update(in_channels=width, feat_channels=width, stacked_convs=layers)
+    set_test(model, 0.05)
+    return built(model)
+
+
+def built(model: dict) -> nn.Module:
+    """A model of a config's `model`, with random weights."""
+    torch.manual_seed(0)
+    config = configs.load_config(BASE)
+    config.model = model
+    return models.build_model(config)
+
+
+def search(args: argparse.Namespace) -> None:
+    """Print the table of candidates."""
+    head = ["backbone", "width", "neck blocks", "head layers", "strides", "M parameters", "GMACs"]
+    kinds = [(kind, n) for kind in ("fp32", "int8") for n in args.threads]
+    head += [f"{kind}, {n} thread{'s' * (n > 1)}" for kind, n in kinds]
+    rng = np.random.default_rng(0)
+    images = [rng.normal(size=(3, args.side, args.side)).astype(np.float32) for _ in range(4)]
+    reference = rtmdet(args.classes)
+    set_test(reference, 0.05)
+    built_models = {REFERENCE: built(reference)}
+    rows = {REFERENCE: [REFERENCE, "96", "1", "2", "8 to 32"]}
+    choices = [c for name in args.variants for c in candidates(name, args.widths, args.depths)]
+    for choice in choices:
+        variant, width, blocks, layers, finest = choice
+        name = "-".join(map(str, choice))
+        built_models[name] = build_candidate(*choice, args.classes, args.side)
+        rows[name] = [variant, str(width), str(blocks), str(layers), f"{finest} to 32"]
+    with TemporaryDirectory() as text:
+        files: dict[str, dict[str, Path]] = {"fp32": {}, "int8": {}}
+        items = {}
+        for name, model in built_models.items():
+            parameters, macs = count(model, args.side)
+            rows[name] += [f"{parameters / 1e6:.2f}", f"{macs / 1e9:.2f}"]
+            graph = build_graph(model, args.side)
+            items[name] = feeds(images)
+            for kind in files:
+                files[kind][name] = Path(text, f"{name}.{kind}.onnx")
+            write_onnx(graph, args.side, files["fp32"][name])
+            write_int8(files["fp32"][name], files["int8"][name], items[name])
+        for kind, threads in kinds:
+            found = ratios(files[kind], items, REFERENCE, threads, args.rounds)
+            for name, (milliseconds, ratio) in found.items():
+                rows[name].append(f"{ratio:.2f} ({milliseconds:.1f} ms)")
+    lines = [head, ["---"] * len(head), *rows.values()]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    print(table, flush=True)
+    write_text(args.out / "search.md", table)
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def depth(text: str) -> tuple[int, int]:
+    """``BLOCKS,LAYERS`` as two numbers."""
+    blocks, layers = text.split(",")
+    return int(blocks), int(layers)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    for work in (search, compare):
+        command = commands.add_parser(work.__name__, help=work.__doc__)
+        command.set_defaults(work=work, shapes=SHAPES)
+        command.add_argument("--out", type=Path, default=Path("work_dirs/lite"))
+        command.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+        command.add_argument("--rounds", type=int, default=30, help="timed runs of every file")
+        command.add_argument("--side", type=int, default=416 if work is search else 128)
+        if work is search:
+            command.add_argument("--variants", nargs="+", choices=list(LITE), default=list(LITE))
+            command.add_argument("--widths", type=int, nargs="+", default=[64, 96, 128, 160])
+            command.add_argument(
+                "--depths",
+                type=depth,
+                nargs="+",
+                default=[(1, 1), (1, 3), (2, 2)],
+                metavar="BLOCKS,LAYERS",
+            )
+            command.add_argument("--classes", type=int, default=80)
+            continue
+        command.add_argument(
+            "--time-sides",
+            type=int,
+            nargs="+",
+            help="of inputs that are timed, px; the first counts (default: --side)",
+        )
+        for option in ("--labeled", "--halves"):
+            command.add_argument(
+                option, nargs=3, action="append", default=[], metavar=("NAME", "FOLDER", "TILE")
+            )
+        command.add_argument(
+            "--minutes", type=float, default=3, help="processor time of a training"
+        )
+        command.add_argument("--seeds", type=int, default=3)
+        command.add_argument("--batch", type=int, default=4)
+        command.add_argument("--lr", type=float, help="for all models")
+        command.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    args = parser.parse_args(argv)
+    args.work(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+# The light rotated detector with EfficientFormer V1 (L1): a narrow PAFPN and a head of
+# depthwise-separable convolutions, strides 8 to 32. Targets, losses and decoding are those of
+# rotated-gfl_efficientformer.py, layers those of gfl-lite_efficientformer.py.
+_base_ = "rotated-gfl_efficientformer.py"
+model = dict(
+    neck=dict(
+        _delete_=True,
+        type="mmeformer.LitePAFPN",
+        in_channels=[96, 224, 448],
+        out_channels=128,
+        num_csp_blocks=1,
+    ),
+    bbox_head=dict(
+        type="mmeformer.RotatedLiteGFLHead",
+        in_channels=128,
+        feat_channels=128,
+        stacked_convs=2,
+        norm_cfg=dict(_delete_=True, type="BN"),
+        anchor_generator=dict(strides=[8, 16, 32]),
+    ),
+)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Light GFL head for rotated boxes: with depthwise-separable convolutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmdet.models.utils import multi_apply
+from torch import Tensor, nn
+
+from mmeformer.lite import ACTIVATION, NORM, LiteTower
+from mmeformer.registry import MODELS
+
+from .gfl_head import RotatedGFLHead
+
+__all__ = ["RotatedLiteGFLHead"]
+
+
+@MODELS.register_module()
+class RotatedLiteGFLHead(RotatedGFLHead):
+    """:class:`RotatedGFLHead` with other layers; targets, losses and predictions are the same.
+
+    Two :class:`mmeformer.lite.LiteTower` and two 1x1 convolutions, shared by all levels.
+
+    Args:
+        num_classes: number of classes, without background.
+        in_channels: channels of each level of the neck.
+        feat_channels: channels of the towers.
+        stacked_convs: layers per tower.
+        kernel_size: of the depthwise convolutions.
+        norm_cfg, act_cfg: configs of the towers' norms and activations.
+        kwargs: all others of :class:`RotatedGFLHead`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        feat_channels: int = 96,
+        stacked_convs: int = 2,
+        kernel_size: int = 5,
+        norm_cfg: dict = NORM,
+        act_cfg: dict = ACTIVATION,
+        **kwargs: Any,
+    ) -> None:
+        self.kernel_size = kernel_size
+        self.act_cfg = act_cfg
+        super().__init__(
+            num_classes, in_channels, feat_channels, stacked_convs, norm_cfg=norm_cfg, **kwargs
+        )
+
+    def _init_layers(self) -> None:
+        """Build the towers and the two predictors."""
+        super()._init_layers()
+        self.gfl_cls = nn.Conv2d(self.feat_channels, self.cls_out_channels, 1)
+        self.gfl_reg = nn.Conv2d(self.feat_channels, 5 * (self.reg_max + 1), 1)
+
+    def _tower(self) -> LiteTower:
+        return LiteTower(
+            self.in_channels,
+            self.feat_channels,
+            self.stacked_convs,
+            self.prior_generator.num_levels,
+            self.kernel_size,
+            self.norm_cfg or NORM,
+            self.act_cfg,
+        )
+
+    def forward(self, x: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        """See :meth:`RotatedGFLHead.forward`."""
+        return multi_apply(self.forward_single, x, range(len(x)))
+
+    def forward_single(self, x: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """Compute scores and box distributions of one level."""
+        scores = self.gfl_cls(self.cls_convs(x, level))
+        return scores, self.gfl_reg(self.reg_convs(x, level))
