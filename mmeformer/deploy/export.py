@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export models to ONNX, CoreML and TensorFlow Lite; a file is written if it passed its check."""
+"""Export models to ONNX and other formats; a file is written if it passed its check."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from typing import Any
 from mmengine.config import Config
 
 from mmeformer.deploy import models
-from mmeformer.deploy.graphs import graph_class
+from mmeformer.deploy.graphs import TARGETS, graph_class
 from mmeformer.deploy.inputs import compare_inputs
 from mmeformer.deploy.metadata import export_metadata
 from mmeformer.files import replacing, write_bytes, write_text
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.tasks import BACKBONE, of_config
 
-SUFFIXES = {"onnx": ".onnx", "coreml": ".mlpackage", "tflite": ".tflite"}
+SUFFIXES = {
+    "onnx": ".onnx",
+    "coreml": ".mlpackage",
+    "tflite": ".tflite",
+    "executorch": ".pte",
+}
 
 REAL_IMAGES = 4
 
@@ -30,7 +35,7 @@ class Request:
     """Options of an export.
 
     Args:
-        target: ``"onnx"``, ``"coreml"`` or ``"tflite"``.
+        target: a key of :data:`SUFFIXES`.
         part: ``"model"``, or ``"backbone"`` for the bare backbone.
         size: (H, W) in pixels of all inputs; None for any size (ONNX only).
         batch: images per run. Without ``size``, any number.
@@ -60,14 +65,15 @@ class Request:
         if self.batch < 1:
             raise ValueError(f"--batch must be at least 1, but is {self.batch}")
         if self.target != "onnx" and self.size is None:
-            name = "CoreML" if self.target == "coreml" else "TensorFlow Lite"
+            name = TARGETS[self.target]
             raise ValueError(f"{name} models have a fixed size: give --size instead of --dynamic")
         if self.target == "coreml" and self.preprocessing and self.batch > 1:
             raise ValueError("CoreML takes one image at a time: --batch is for arrays of numbers")
-        if self.target == "onnx" and self.half:
-            raise ValueError("--fp16 is for CoreML and TensorFlow Lite; ONNX files are float32")
+        if self.half and self.target not in ("coreml", "tflite"):
+            name = TARGETS[self.target]
+            raise ValueError(f"--fp16 is for CoreML and TensorFlow Lite; {name} files are float32")
         if self.int8 and (self.target == "coreml" or self.half):
-            raise ValueError("--int8 is for ONNX and TensorFlow Lite, without --fp16")
+            raise ValueError("--int8 is for ONNX, TensorFlow Lite and ExecuTorch, without --fp16")
         if self.int8 and self.part == BACKBONE:
             raise ValueError("--int8 is for whole models: the backbone alone has no metric")
         if self.max_drop < 0:
@@ -151,6 +157,10 @@ def export(
             from mmeformer.deploy import litert
 
             comparison = litert.write(model, graph, metadata, real, draft, request.half)
+        elif request.target == "executorch":
+            from mmeformer.deploy import executorch
+
+            comparison = executorch.write(model, graph, metadata, real, draft)
         else:
             from mmeformer.deploy import coreml
 
