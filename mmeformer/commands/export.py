@@ -61,6 +61,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="POINTS",
         help="for --int8: largest drop of the test data's metric (default: 1 of 100 points)",
     )
+    parser.add_argument(
+        "--opset",
+        type=int,
+        choices=(17, 20),
+        default=17,
+        help="version of ONNX's operators; 20 has GELU as one, and needs onnxruntime 1.18 or later",
+    )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     cli.add_config_options(parser)
     args = cli.parse(parser, argv)
@@ -86,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
         half=args.fp16,
         int8=_images(args.int8),
         max_drop=args.max_drop,
+        opset=args.opset,
     )
     config = configs.load_config(args.config, args.cfg_options)
     path = export(config, args.checkpoint, args.out, request, images=args.images, force=args.force)

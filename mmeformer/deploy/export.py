@@ -43,6 +43,7 @@ class Request:
         half: CoreML in float16, or TensorFlow Lite with weights in float16.
         int8: quantize to 8 bits, calibrated on these images (not CoreML).
         max_drop: for ``int8``: largest drop of the metric in points of a hundred.
+        opset: ONNX only: version of its operators.
 
     Raises:
         ValueError: the options do not go together.
@@ -56,6 +57,7 @@ class Request:
     half: bool = False
     int8: tuple[Path, ...] = ()
     max_drop: float = 1.0
+    opset: int = 17
 
     def __post_init__(self) -> None:
         if self.target not in SUFFIXES or self.part not in ("model", BACKBONE):
@@ -76,6 +78,8 @@ class Request:
             raise ValueError("--int8 is for ONNX, TensorFlow Lite and ExecuTorch, without --fp16")
         if self.int8 and self.part == BACKBONE:
             raise ValueError("--int8 is for whole models: the backbone alone has no metric")
+        if self.opset != 17 and self.target != "onnx":
+            raise ValueError(f"--opset is for ONNX, not for {TARGETS[self.target]}")
         if self.max_drop < 0:
             raise ValueError(f"--max-drop must not be negative, but is {self.max_drop:g}")
 
@@ -152,7 +156,7 @@ def export(
         if request.target == "onnx":
             from mmeformer.deploy import onnx
 
-            comparison = onnx.write(model, graph, metadata, real, draft)
+            comparison = onnx.write(model, graph, metadata, real, draft, request.opset)
         elif request.target == "tflite":
             from mmeformer.deploy import litert
 
@@ -170,7 +174,10 @@ def export(
         comparison.report(report)
         comparison.raise_failures(out)
         if request.int8:
-            _quantize(draft, out, config, metadata, request, report)
+            method = None
+            if request.target == "executorch":
+                method = executorch.int8_method(model, graph, metadata)
+            _quantize(draft, out, config, metadata, request, report, method)
     write_text(sidecar, metadata.to_json() + "\n")
     return out
 
@@ -182,6 +189,7 @@ def _quantize(
     metadata: Metadata,
     request: Request,
     report: Callable[[str], None],
+    method: Any = None,
 ) -> None:
     """Replace a checked float32 file by one in 8 bits, or keep that under another name."""
     from mmeformer.deploy.quantize import MetricDropped, quantize
@@ -190,7 +198,7 @@ def _quantize(
         quantized = Path(folder) / out.name
         images = request.int8
         try:
-            quantize(draft, quantized, config, metadata, images, request.max_drop, report)
+            quantize(draft, quantized, config, metadata, images, request.max_drop, report, method)
         except MetricDropped as error:
             refused = out.with_name(f"{out.stem}.refused{out.suffix}")
             write_bytes(refused, quantized.read_bytes())
