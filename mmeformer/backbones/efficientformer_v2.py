@@ -14,6 +14,7 @@ from mmeformer.backbones.base import PyramidBackbone, Stage
 from mmeformer.layers.attention import TalkingHead, attend
 from mmeformer.layers.attention_bias import AttentionBias
 from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale
+from mmeformer.layers.graphs import in_export
 from mmeformer.registry import MODELS
 
 NUM_HEADS = 8
@@ -75,6 +76,8 @@ class MapAttention(nn.Module):
         size = x.shape[-2:]
         value_map = self.v(x)
         query, key, value = to_heads(self.q(x)), to_heads(self.k(x)), to_heads(value_map)
+        # In exported graphs a constant bias is part of the convolution, at no cost.
+        with_bias = in_export() and self.head_bias_keys is None
         out = attend(
             query,
             key,
@@ -83,12 +86,13 @@ class MapAttention(nn.Module):
             size,
             self.scale,
             mix_logits=self.talking_head1,
-            mix_attention=self.talking_head2.mix,
+            mix_attention=self.talking_head2 if with_bias else self.talking_head2.mix,
             with_cp=self.with_cp,
         )
-        # The second head's bias is the same for all queries and keys, so it multiplies the sum of
-        # the values.
-        out = out + self._head_bias(size) * value.sum(dim=2, keepdim=True)
+        if not with_bias:
+            # The second head's bias is the same for all queries and keys, so it multiplies the sum
+            # of the values.
+            out = out + self._head_bias(size) * value.sum(dim=2, keepdim=True)
         out = from_heads(out, size) + self.v_local(value_map)
         if self.halve:
             out = F.interpolate(out, scale_factor=2, mode="bilinear", align_corners=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export a trained model to ONNX, CoreML or TensorFlow Lite, checked against PyTorch.
+"""Export a trained model to ONNX, CoreML, TensorFlow Lite or ExecuTorch, checked against PyTorch.
 
 Examples:
     mmeformer export CONFIG CHECKPOINT --to onnx --size 512 512 --out model.onnx
@@ -8,6 +8,7 @@ Examples:
     mmeformer export CONFIG CHECKPOINT --to onnx --part backbone --size 224 224 --out s0.onnx
     mmeformer export CONFIG CHECKPOINT --to coreml --size 512 512 --fp16 --out model.mlpackage
     mmeformer export CONFIG CHECKPOINT --to tflite --size 512 512 --out model.tflite
+    mmeformer export CONFIG CHECKPOINT --to executorch --size 512 512 --out model.pte
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from mmeformer import configs
 from mmeformer.commands import cli
-from mmeformer.deploy.export import Request, export
+from mmeformer.deploy.export import SUFFIXES, Request, export
 from mmeformer.inference.inputs import find_sources
 
 
@@ -26,8 +27,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("config", help="config file, or its path below mmeformer's configs/")
     parser.add_argument("checkpoint", help="checkpoint of a model of this config")
-    parser.add_argument("--to", choices=["onnx", "coreml", "tflite"], required=True)
-    parser.add_argument("--out", required=True, help="file to write: .onnx, .mlpackage or .tflite")
+    parser.add_argument("--to", choices=list(SUFFIXES), required=True)
+    parser.add_argument(
+        "--out", required=True, help=f"file to write: {', '.join(SUFFIXES.values())}"
+    )
     parser.add_argument("--part", choices=["model", "backbone"], default="model")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="one input size, in px")
@@ -64,6 +67,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="inside",
         help="of detectors in ONNX: outside gives every box, and mmeformer.runtime does the NMS",
     )
+    parser.add_argument(
+        "--opset",
+        type=int,
+        choices=(17, 20),
+        default=17,
+        help="version of ONNX's operators; 20 has GELU as one, and needs onnxruntime 1.18 or later",
+    )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     cli.add_config_options(parser)
     args = cli.parse(parser, argv)
@@ -90,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
         int8=_images(args.int8),
         max_drop=args.max_drop,
         nms=args.nms == "inside",
+        opset=args.opset,
     )
     config = configs.load_config(args.config, args.cfg_options)
     path = export(config, args.checkpoint, args.out, request, images=args.images, force=args.force)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export models to ONNX, CoreML and TensorFlow Lite; a file is written if it passed its check."""
+"""Export models to ONNX and other formats; a file is written if it passed its check."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from typing import Any
 from mmengine.config import Config
 
 from mmeformer.deploy import models
-from mmeformer.deploy.graphs import graph_class
+from mmeformer.deploy.graphs import TARGETS, graph_class
 from mmeformer.deploy.inputs import compare_inputs
 from mmeformer.deploy.metadata import export_metadata
 from mmeformer.files import replacing, write_bytes, write_text
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.tasks import BACKBONE, of_config
 
-SUFFIXES = {"onnx": ".onnx", "coreml": ".mlpackage", "tflite": ".tflite"}
+SUFFIXES = {
+    "onnx": ".onnx",
+    "coreml": ".mlpackage",
+    "tflite": ".tflite",
+    "executorch": ".pte",
+}
 
 REAL_IMAGES = 4
 
@@ -30,7 +35,7 @@ class Request:
     """Options of an export.
 
     Args:
-        target: ``"onnx"``, ``"coreml"`` or ``"tflite"``.
+        target: a key of :data:`SUFFIXES`.
         part: ``"model"``, or ``"backbone"`` for the bare backbone.
         size: (H, W) in pixels of all inputs; None for any size (ONNX only).
         batch: images per run. Without ``size``, any number.
@@ -40,6 +45,7 @@ class Request:
         max_drop: for ``int8``: largest drop of the metric in points of a hundred.
         nms: of detectors: whether ONNX files do the NMS; else they give every box, and
             :mod:`mmeformer.runtime` does it.
+        opset: ONNX only: version of its operators.
 
     Raises:
         ValueError: the options do not go together.
@@ -54,6 +60,7 @@ class Request:
     int8: tuple[Path, ...] = ()
     max_drop: float = 1.0
     nms: bool = True
+    opset: int = 17
 
     def __post_init__(self) -> None:
         if self.target not in SUFFIXES or self.part not in ("model", BACKBONE):
@@ -63,18 +70,21 @@ class Request:
         if self.batch < 1:
             raise ValueError(f"--batch must be at least 1, but is {self.batch}")
         if self.target != "onnx" and self.size is None:
-            name = "CoreML" if self.target == "coreml" else "TensorFlow Lite"
+            name = TARGETS[self.target]
             raise ValueError(f"{name} models have a fixed size: give --size instead of --dynamic")
         if self.target == "coreml" and self.preprocessing and self.batch > 1:
             raise ValueError("CoreML takes one image at a time: --batch is for arrays of numbers")
-        if self.target == "onnx" and self.half:
-            raise ValueError("--fp16 is for CoreML and TensorFlow Lite; ONNX files are float32")
+        if self.half and self.target not in ("coreml", "tflite"):
+            name = TARGETS[self.target]
+            raise ValueError(f"--fp16 is for CoreML and TensorFlow Lite; {name} files are float32")
         if self.int8 and (self.target == "coreml" or self.half):
-            raise ValueError("--int8 is for ONNX and TensorFlow Lite, without --fp16")
+            raise ValueError("--int8 is for ONNX, TensorFlow Lite and ExecuTorch, without --fp16")
         if self.int8 and self.part == BACKBONE:
             raise ValueError("--int8 is for whole models: the backbone alone has no metric")
         if not self.nms and (self.target != "onnx" or self.part == BACKBONE):
             raise ValueError("--nms outside is for whole models in ONNX: other files have no NMS")
+        if self.opset != 17 and self.target != "onnx":
+            raise ValueError(f"--opset is for ONNX, not for {TARGETS[self.target]}")
         if self.max_drop < 0:
             raise ValueError(f"--max-drop must not be negative, but is {self.max_drop:g}")
 
@@ -153,11 +163,15 @@ def export(
         if request.target == "onnx":
             from mmeformer.deploy import onnx
 
-            comparison = onnx.write(model, graph, metadata, real, draft)
+            comparison = onnx.write(model, graph, metadata, real, draft, request.opset)
         elif request.target == "tflite":
             from mmeformer.deploy import litert
 
             comparison = litert.write(model, graph, metadata, real, draft, request.half)
+        elif request.target == "executorch":
+            from mmeformer.deploy import executorch
+
+            comparison = executorch.write(model, graph, metadata, real, draft)
         else:
             from mmeformer.deploy import coreml
 
@@ -167,7 +181,10 @@ def export(
         comparison.report(report)
         comparison.raise_failures(out)
         if request.int8:
-            _quantize(draft, out, config, metadata, request, report)
+            method = None
+            if request.target == "executorch":
+                method = executorch.int8_method(model, graph, metadata)
+            _quantize(draft, out, config, metadata, request, report, method)
     write_text(sidecar, metadata.to_json() + "\n")
     return out
 
@@ -179,6 +196,7 @@ def _quantize(
     metadata: Metadata,
     request: Request,
     report: Callable[[str], None],
+    method: Any = None,
 ) -> None:
     """Replace a checked float32 file by one in 8 bits, or keep that under another name."""
     from mmeformer.deploy.quantize import MetricDropped, quantize
@@ -187,7 +205,7 @@ def _quantize(
         quantized = Path(folder) / out.name
         images = request.int8
         try:
-            quantize(draft, quantized, config, metadata, images, request.max_drop, report)
+            quantize(draft, quantized, config, metadata, images, request.max_drop, report, method)
         except MetricDropped as error:
             refused = out.with_name(f"{out.stem}.refused{out.suffix}")
             write_bytes(refused, quantized.read_bytes())

@@ -73,6 +73,7 @@ def quantize(
     images: Sequence[Path],
     max_drop: float,
     report: Callable[[str], None],
+    method: tuple[dict[str, list[str]], Callable[..., None]] | None = None,
 ) -> None:
     """Quantize a checked float32 file: static, with weights per channel.
 
@@ -81,13 +82,16 @@ def quantize(
     than allowed, the group with the largest effect of its own returns to float32, and so on.
 
     Args:
-        source: exported ``.onnx`` or ``.tflite`` file.
+        source: exported ``.onnx``, ``.tflite`` or ``.pte`` file.
         out: file to write.
         config: has the test data and the metric.
         metadata: of the file.
         images: to calibrate the ranges of activations on.
         max_drop: largest drop of the metric in points of a hundred.
         report: called with each line of the table.
+
+        method: groups of layers, and the function that writes a file with some of them in 8 bits;
+            None takes those for the suffix of ``source``.
 
     Raises:
         MetricDropped: no quantized file keeps the metric; ``out`` is the best one.
@@ -96,7 +100,9 @@ def quantize(
     images = images[:: -(-len(images) // CALIBRATION_IMAGES)]
     groups: dict[str, list[str]]
     write: Callable[[Path, Path, Sequence[str], Iterator[dict[str, Any]]], None]
-    if source.suffix == SUFFIX:
+    if method is not None:
+        groups, write = method
+    elif source.suffix == SUFFIX:
         from mmeformer.deploy.litert import operator_groups, write_int8
 
         groups, write = operator_groups(source), write_int8
