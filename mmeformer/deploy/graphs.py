@@ -127,9 +127,9 @@ def graph_class(task: str, target: str, model: Any = None, nms: bool = True) -> 
 
     Args:
         task: a key of :func:`mmeformer.tasks.exports`.
+        target: a key of :data:`TARGETS`.
         model: chooses between the kinds of models of a task; None takes the usual one.
         nms: whether ONNX files do the NMS, where the operators exist.
-        target: a key of :data:`TARGETS`.
 
     Raises:
         ValueError: the target cannot express this task.
@@ -139,12 +139,12 @@ def graph_class(task: str, target: str, model: Any = None, nms: bool = True) -> 
         raise ValueError(
             f"--nms outside: exported files for {task} do no NMS that could be left out"
         )
-    graph = export.litert_graph or export.coreml_graph
+    for_phones = export.litert_graph or export.coreml_graph
     references = {
         "onnx": export.graph if nms else export.candidates_graph,
         "coreml": export.coreml_graph,
-        "tflite": graph,
-        "executorch": graph,
+        "tflite": for_phones,
+        "executorch": for_phones,
     }
     reference = references[target]
     if reference is None:
