@@ -125,22 +125,21 @@ class LiteTower(nn.Module):
 
     def forward(self, x: Tensor, level: int) -> Tensor:
         """(B, in_channels, H, W) of a level -> (B, channels, H, W)."""
-        for conv, norm in zip(self.convs, self.norms[level], strict=True):
+        norms: Any = self.norms[level]
+        for conv, norm in zip(self.convs, norms, strict=True):
             x = self.act(norm(conv(x)))
         return x
 
     def unshared(self) -> _LevelTowers:
         """The same for inference, with convolutions of each level's own to merge norms into."""
-        return _LevelTowers(
-            nn.Sequential(
-                *(
-                    copy.deepcopy(layer)
-                    for pair in zip(self.convs, norms, strict=True)
-                    for layer in (*pair, self.act)
-                )
-            )
-            for norms in self.norms
-        )
+        towers = []
+        norms: Any
+        for norms in self.norms:
+            layers: list[nn.Module] = []
+            for conv, norm in zip(self.convs, norms, strict=True):
+                layers += [conv, norm, self.act]
+            towers.append(copy.deepcopy(nn.Sequential(*layers)))
+        return _LevelTowers(towers)
 
 
 class _LevelTowers(nn.ModuleList):

@@ -139,11 +139,11 @@ def boxes_only(folder: Path, iterations: int = ITERATIONS, path: str = LIGHT_CUS
     As its users fill it in, but from scratch.
     """
     root = write_coco_dataset(folder / "coco", train=8, val=2, size=64)
-    for path in (root / "annotations").glob("*.json"):
-        content = json.loads(path.read_text())
+    for labels in (root / "annotations").glob("*.json"):
+        content = json.loads(labels.read_text())
         for annotation in content["annotations"]:
             del annotation["segmentation"]
-        path.write_text(json.dumps(content))
+        labels.write_text(json.dumps(content))
     classes = tuple(category["name"] for category in content["categories"])
     config = _training("detection", root, iterations, path)
     config.model.backbone.update(norm_eval=False, layer_scale_init_value=1.0, init_cfg=None)

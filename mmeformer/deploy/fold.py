@@ -45,9 +45,9 @@ def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Modu
     substitute(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if hasattr(child, "unshared"):
+            if (unshared := getattr(child, "unshared", None)) is not None:
                 # Convolutions that levels share, each with norms of its own.
-                setattr(module, name, child.unshared().eval().requires_grad_(False))
+                setattr(module, name, unshared().eval().requires_grad_(False))
     # Parents come before their children: in reverse, a child is folded before its parent uses it.
     for module in reversed(list(model.modules())):
         for absorbed, layer in _foldable_pairs(module):

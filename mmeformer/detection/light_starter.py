@@ -74,9 +74,7 @@ model = dict(
     backbone=dict({backbone}),
     neck=dict(in_channels={widths}[first:], out_channels=width),
     bbox_head=dict(
-        num_classes=len(classes),
-        in_channels=width,
-        feat_channels=width,
+        num_classes=len(classes), in_channels=width, feat_channels=width,
         anchor_generator=dict(strides=[4, 8, 16, 32][first:]),
     ),
 )

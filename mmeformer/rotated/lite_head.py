@@ -70,7 +70,9 @@ class RotatedLiteGFLHead(RotatedGFLHead):
         """See :meth:`RotatedGFLHead.forward`."""
         return multi_apply(self.forward_single, x, range(len(x)))
 
-    def forward_single(self, x: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    def forward_single(  # type: ignore[override]
+        self, x: Tensor, level: int
+    ) -> tuple[Tensor, Tensor]:
         """Compute scores and box distributions of one level."""
         scores = self.gfl_cls(self.cls_convs(x, level))
         return scores, self.gfl_reg(self.reg_convs(x, level))

@@ -26,7 +26,7 @@ def trained(tmp_path_factory, request):
     config = tiny.boxes_only(folder, path=request.param)
     config.work_dir = str(folder / "work")
     test_cfg = config.model.test_cfg
-    test_cfg.get("rcnn", test_cfg).update(score_thr=0.01, max_per_img=5)
+    test_cfg.get("rcnn", test_cfg).update(score_thr=0.001, max_per_img=5)
     path = folder / "boxes.py"
     config.dump(str(path))
     threads = torch.get_num_threads()
@@ -56,7 +56,7 @@ def test_boxes_are_learned_evaluated_exported_and_predicted(trained, tmp_path, c
     assert "bbox_mAP_50" in shown.out + shown.err and "segm" not in shown.out
 
     folder = Path(config.test_dataloader.dataset.data_root, "val2017")
-    arguments = [str(path), checkpoint, str(folder), "--score-thr", "0.01"]
+    arguments = [str(path), checkpoint, str(folder), "--score-thr", "0.001"]
     assert predict.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     written = json.loads((tmp_path / "out/predictions.json").read_text())
     assert written["annotations"]
@@ -85,7 +85,7 @@ def test_augmentation_and_tiles(trained, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "bbox_mAP_50" in shown.out + shown.err
     folder = Path(config.test_dataloader.dataset.data_root, "val2017")
-    arguments = [str(path), checkpoint, str(folder), "--score-thr", "0.01", "--window", "48"]
+    arguments = [str(path), checkpoint, str(folder), "--score-thr", "0.001", "--window", "48"]
     assert predict.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     written = json.loads((tmp_path / "out/predictions.json").read_text())
     assert written["annotations"]
