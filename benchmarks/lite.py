@@ -2,18 +2,19 @@
 """Choose the sizes of the light detectors, and compare them with RTMDet-tiny.
 
     python benchmarks/lite.py search --out work_dirs/lite
+    python benchmarks/lite.py needs --out work_dirs/lite
     python benchmarks/lite.py compare --out work_dirs/lite --minutes 3 \
-        --labeled nuclei data/nuclei 128 --halves ships data/dota 256
+        --labeled nuclei data/nuclei 64 --halves ships data/dota 96
 
 `search` builds candidates of widths, depths and strides and lists parameters, MACs and time in
-onnxruntime.
+onnxruntime. `needs` does so for one model of every kind.
 
 `compare` trains the light detectors, mmdet's RTMDet-tiny and Mask R-CNN from scratch on generated
 shapes and on folders of labeled images: the same data, augmentation, optimizer, processor time and
-seeds for all. Images are cut into tiles of a given side and resized to one input size. A folder of
-`--labeled` has its own split or gets one; of one of `--halves` every image is cut down the middle,
-the left half is for training. Models have no pretrained weights. Afterwards all models are timed in
-onnxruntime on images of the validation, whole, with NMS.
+seeds for all. Iterations are timed in turns, once, and their number is then fixed. Images are cut
+into tiles of a given side and resized to one input size. A folder of `--labeled` has its own split
+or gets one; of one of `--halves` every image is cut down the middle, the left half is for training.
+Afterwards all models are timed in onnxruntime on images of the validation, whole, with NMS.
 
 All inputs are small, so that many trainings fit into hours on one core: nothing here says anything
 about COCO. The folder gets results.json, and a second run continues where the first one stopped.
@@ -54,13 +55,12 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmeformer import configs
+from mmeformer import configs, tasks
 from mmeformer.deploy import models
 from mmeformer.deploy.fold import fold
-from mmeformer.deploy.graphs import Graph, cell_shifts
+from mmeformer.deploy.graphs import Graph, cell_shifts, graph_class
 from mmeformer.deploy.substitutes import substitute_for_graph
 from mmeformer.detection.dense_graph import DenseGraph
-from mmeformer.detection.graph import DetectionGraph
 from mmeformer.detection.starter import as_coco, inside
 from mmeformer.files import write_text
 from mmeformer.formats.find import read_folder
@@ -80,10 +80,12 @@ LITE = {
     "efficientformer_l1": "detection/gfl-lite_efficientformer-l1_pafpn_300e_coco-416x416.py",
 }
 REFERENCE = "RTMDet-tiny"
-SHAPES = dict(train=400, val=60, size=128, max_shapes=8, radii=((0.05, 0.08), (0.12, 0.24)))
+SHAPES = dict(train=400, val=80, size=96, max_shapes=6, radii=((0.07, 0.1), (0.15, 0.3)))
 """Of the generated images: half of the objects are small, half are large."""
 OVERLAP = 0.25
 """Of neighboring tiles of the training, as a share of their side."""
+TURNS = 2
+"""How often every training is timed."""
 LEAST = 50
 """Classes with fewer objects are left out: their AP would be noise."""
 FOUND = 100
@@ -141,8 +143,6 @@ MODELS: dict[str, Callable[[int, int, bool], dict]] = {
     "lite V1-L1": lambda classes, side, masks: lite("efficientformer_l1", classes, side),
     "Mask R-CNN V2-S0": mask_rcnn,
 }
-RATES = dict.fromkeys(MODELS, 1e-3)
-"""Learning rate of each model."""
 
 
 def set_test(model: dict, score_thr: float) -> None:
@@ -294,28 +294,69 @@ def build_config(name: str, data: Path, side: int, batch: int, rate: float) -> C
     return config
 
 
+def write_configs(sets: dict[str, Path], args: argparse.Namespace) -> dict[tuple[str, str], Path]:
+    """Write the training of every model on every data set; returns the files."""
+    files = {}
+    for data, folder in sets.items():
+        for name in args.models:
+            files[data, name] = place(args, data, name) / "config.py"
+            config = build_config(name, folder, args.side, args.batch, args.lr)
+            files[data, name].parent.mkdir(parents=True, exist_ok=True)
+            config.dump(files[data, name])
+    return files
+
+
+def place(args: argparse.Namespace, data: str, name: str) -> Path:
+    """Folder of a model on a data set."""
+    return args.out / data / name.replace(" ", "-")
+
+
+def seconds_per_iteration(
+    files: dict[tuple[str, str], Path], args: argparse.Namespace
+) -> dict[str, float]:
+    """Processor time of an iteration of every training, measured once for all seeds.
+
+    Trainings take turns and the fastest turn counts: processor time grows with what else the
+    machine does, and this way no model gets fewer iterations for it.
+    """
+    path = args.out / "seconds.json"
+    found: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+    missing = {pair: file for pair, file in files.items() if "|".join(pair) not in found}
+    turns: dict[str, list[float]] = {}
+    for _ in range(TURNS):
+        for pair, file in missing.items():
+            seconds, _ = recipes.seconds_per_iteration(str(file), place(args, *pair) / "timed", {})
+            turns.setdefault("|".join(pair), []).append(seconds)
+    found |= {name: min(values) for name, values in turns.items()}
+    write_text(path, json.dumps(found, indent=1))
+    return found
+
+
+def train(file: Path, folder: Path, seed: int, length: int) -> dict[str, Any]:
+    """Train with one seed for a number of iterations; returns what is kept of it."""
+    config = recipes.prepare(str(file), folder, seed, {})
+    recipes.set_length(config, length)
+    clock, metrics, _ = recipes.run(config)
+    return dict(metrics=metrics, minutes=clock.seconds / 60, length=length)
+
+
 def train_all(sets: dict[str, Path], args: argparse.Namespace) -> dict[str, dict]:
     """Train every model on every data set with every seed; returns all results by their keys."""
+    files = write_configs(sets, args)
+    seconds = seconds_per_iteration(files, args)
     path = args.out / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
     # Seeds outermost: what is there after an interruption is a fair comparison.
     for seed in range(args.seeds):
-        for data in sets:
-            for name in args.models:
-                key = f"{data}|{name}|{seed}|{args.minutes:g}"
-                if key in results:
-                    continue
-                folder = args.out / data / name.replace(" ", "-")
-                file = folder / "config.py"
-                rate = args.lr or RATES[name]
-                config = build_config(name, sets[data], args.side, args.batch, rate)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                config.dump(file)
-                result = recipes.train(str(file), folder / str(seed), seed, args.minutes, {})
-                results[key] = dict(result, lr=rate)
-                write_text(path, json.dumps(results, indent=1))
-                found = {k.removeprefix("coco/"): v for k, v in result["metrics"].items()}
-                print(key, result["length"], f"{result['minutes']:.2f} min", found, flush=True)
+        for (data, name), file in files.items():
+            key = f"{data}|{name}|{seed}|{args.minutes:g}"
+            if key in results:
+                continue
+            length = max(1, round(60 * args.minutes / seconds[f"{data}|{name}"]))
+            results[key] = train(file, place(args, data, name) / str(seed), seed, length)
+            write_text(path, json.dumps(results, indent=1))
+            found = {k.removeprefix("coco/"): v for k, v in results[key]["metrics"].items()}
+            print(key, length, f"{results[key]['minutes']:.2f} min", found, flush=True)
     return results
 
 
@@ -342,45 +383,47 @@ class RTMDetGraph(DenseGraph):
         return decoded.view(cells.shape[0], -1, 4)
 
 
-def build_graph(model: nn.Module, side: int) -> Graph:
+def build_graph(model: nn.Module, side: int, task: str = "detection") -> Graph:
     """The graph of a copy of a model whose norms and biases are constants."""
     ours = type(model.backbone).__module__.startswith("mmeformer.")
     folded = fold(model, (side, side) if ours else None)
     substitute_for_graph(folded)
-    return graph_of(folded)
+    graph = RTMDetGraph if isinstance(model, RTMDet) else graph_class(task, "onnx", folded)
+    made: Graph = graph(folded).eval()
+    made.raw_names = ()
+    return made
 
 
-def graph_of(model: nn.Module) -> Graph:
-    """The graph of a model as it is, with boxes after NMS."""
-    if hasattr(model, "roi_head"):
-        graph: Graph = DetectionGraph(model)
-    else:
-        graph = (RTMDetGraph if isinstance(model, RTMDet) else DenseGraph)(model)
-    graph.raw_names = ()
-    return graph.eval()
+def extra_inputs(graph: Graph, side: int) -> dict[str, Tensor]:
+    """Inputs beside an image of a side."""
+    known = dict(
+        image_size=torch.tensor([[side, side]], dtype=torch.float32),
+        output_size=torch.tensor([side, side]),
+    )
+    return {name: known[name] for name in graph.extra_inputs}
 
 
 def write_onnx(graph: Graph, side: int, path: Path) -> None:
     """Write a graph for one image of a side."""
-    inputs = torch.rand(1, 3, side, side), torch.tensor([[side, side]], dtype=torch.float32)
+    inputs = dict(image=torch.rand(1, 3, side, side), **extra_inputs(graph, side))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             graph,
-            inputs,
+            tuple(inputs.values()),
             str(path),
             dynamo=False,
             opset_version=17,
-            input_names=["image", "image_size"],
+            input_names=list(inputs),
             output_names=list(graph.output_names),
-            dynamic_axes={name: {0: "objects"} for name in graph.output_names},
+            dynamic_axes=graph.output_axes(any_size=False),
         )
 
 
-def feeds(images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """Inputs of the ONNX file for normalized images (3, H, W)."""
-    size = np.array([images[0].shape[1:]], np.float32)
-    return [{"image": image[None], "image_size": size} for image in images]
+def feeds(graph: Graph, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Inputs of the ONNX file for normalized images (3, side, side)."""
+    others = {k: v.numpy() for k, v in extra_inputs(graph, images[0].shape[1]).items()}
+    return [{"image": image[None], **others} for image in images]
 
 
 class _Reader(CalibrationDataReader):
@@ -445,12 +488,11 @@ def ratios(
     }
 
 
-def count(model: nn.Module, side: int) -> tuple[int, int]:
+def count(model: nn.Module, graph: Graph, side: int) -> tuple[int, int]:
     """Parameters, and multiply-accumulates for one image (with its proposals, if any)."""
-    graph = build_graph(model, side)
     image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        graph(image, torch.tensor([[side, side]]).float())
+        graph(image, *extra_inputs(graph, side).values())
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
@@ -478,7 +520,7 @@ def time_models(
     files, items = {}, {}
     with TemporaryDirectory() as text:
         for name in args.models:
-            folder = args.out / data / name.replace(" ", "-")
+            folder = place(args, data, name)
             weights = folder / str(seed) / WEIGHTS
             if not weights.is_file():
                 return None
@@ -486,12 +528,12 @@ def time_models(
             set_test(config.model, 0.05)
             model = models.build_model(copy.deepcopy(config))
             model.load_state_dict(torch.load(weights, weights_only=True)["state_dict"])
-            parameters, macs = count(model, side)
-            rows[name] = dict(parameters=parameters, macs=macs)
             graph = build_graph(model, side)
+            parameters, macs = count(model, graph, side)
+            rows[name] = dict(parameters=parameters, macs=macs)
             files[name] = Path(text, f"{name}.onnx")
             write_onnx(graph, side, files[name])
-            items[name] = feeds(images_of(config, model, side, 8))
+            items[name] = feeds(graph, images_of(config, model, side, 8))
         reference = REFERENCE if REFERENCE in files else args.models[0]
         for threads in args.threads:
             for name, found in ratios(files, items, reference, threads, args.rounds).items():
@@ -638,10 +680,10 @@ def search(args: argparse.Namespace) -> None:
         files: dict[str, dict[str, Path]] = {"fp32": {}, "int8": {}}
         items = {}
         for name, model in built_models.items():
-            parameters, macs = count(model, args.side)
-            rows[name] += [f"{parameters / 1e6:.2f}", f"{macs / 1e9:.2f}"]
             graph = build_graph(model, args.side)
-            items[name] = feeds(images)
+            parameters, macs = count(model, graph, args.side)
+            rows[name] += [f"{parameters / 1e6:.2f}", f"{macs / 1e9:.2f}"]
+            items[name] = feeds(graph, images)
             for kind in files:
                 files[kind][name] = Path(text, f"{name}.{kind}.onnx")
             write_onnx(graph, args.side, files["fp32"][name])
@@ -654,6 +696,55 @@ def search(args: argparse.Namespace) -> None:
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     print(table, flush=True)
     write_text(args.out / "search.md", table)
+
+
+# --- one model per need ---------------------------------------------------------------------------
+
+
+def needs(args: argparse.Namespace) -> None:
+    """Print a table of models for different needs, with random weights."""
+    head = ["need", "config", "side", "M parameters", "GMACs"]
+    head += [f"time, {n} thread{'s' * (n > 1)}" for n in args.threads]
+    rows, files, items = {}, {}, {}
+    rng = np.random.default_rng(0)
+    with TemporaryDirectory() as text:
+        for number, (need, path, side) in enumerate(NEEDS):
+            side = args.side or side
+            key = str(number)
+            config = configs.load_config(path)
+            torch.manual_seed(0)
+            model = models.build_model(config)
+            graph = build_graph(model, side, tasks.of_config(config).name)
+            parameters, macs = count(model, graph, side)
+            rows[key] = [need, Path(path).stem, f"{side}", f"{parameters / 1e6:.1f}"]
+            rows[key].append(f"{macs / 1e9:.1f}")
+            files[key] = Path(text, f"{key}.onnx")
+            write_onnx(graph, side, files[key])
+            image = rng.normal(size=(3, side, side)).astype(np.float32)
+            items[key] = feeds(graph, [image])
+        for threads in args.threads:
+            for key, found in ratios(files, items, "0", threads, args.rounds).items():
+                rows[key].append(f"{found[1]:.2f} ({found[0]:.0f} ms)")
+    lines = [head, ["---"] * len(head), *rows.values()]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    print(table, flush=True)
+    write_text(args.out / "needs.md", table)
+
+
+NEEDS = (
+    ("phone", LITE["efficientformerv2_s0"], 416),
+    ("CPU", LITE["efficientformer_l1"], 416),
+    ("GPU", "detection/gfl_efficientformerv2-s2_fpn_1x_coco.py", 640),
+    ("masks", "detection/mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py", 640),
+    (
+        "rotated, phone",
+        "rotated/rotated-gfl-lite-le135_efficientformerv2-s0_pafpn_1x_dota.py",
+        640,
+    ),
+    ("rotated", "rotated/rotated-gfl-le135_efficientformerv2-s0_fpn_1x_dota.py", 640),
+    ("segmentation", "segmentation/semantic-fpn_efficientformerv2-s0_40k_ade20k-512x512.py", 512),
+)
+"""Need, config and side of the input. The first one is the baseline of the times."""
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -671,13 +762,16 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    for work in (search, compare):
+    for work in (search, compare, needs):
         command = commands.add_parser(work.__name__, help=work.__doc__)
         command.set_defaults(work=work, shapes=SHAPES)
         command.add_argument("--out", type=Path, default=Path("work_dirs/lite"))
         command.add_argument("--threads", type=int, nargs="+", default=[1, 2])
         command.add_argument("--rounds", type=int, default=30, help="timed runs of every file")
-        command.add_argument("--side", type=int, default=416 if work is search else 128)
+        sides = {search: 416, compare: 96}
+        command.add_argument("--side", type=int, default=sides.get(work))
+        if work is needs:
+            continue
         if work is search:
             command.add_argument("--variants", nargs="+", choices=list(LITE), default=list(LITE))
             command.add_argument("--widths", type=int, nargs="+", default=[64, 96, 128, 160])
@@ -705,7 +799,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         command.add_argument("--seeds", type=int, default=3)
         command.add_argument("--batch", type=int, default=4)
-        command.add_argument("--lr", type=float, help="for all models")
+        command.add_argument("--lr", type=float, default=1e-3, help="of all models")
         command.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     args = parser.parse_args(argv)
     args.work(args)
