@@ -30,6 +30,8 @@ def to_heads(x: Tensor) -> Tensor:
 
 def from_heads(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """(B, heads, H * W, D) -> (B, heads * D, H, W), in channels last."""
+    if in_export():
+        return x.transpose(2, 3).flatten(1, 2).unflatten(2, size)  # one reordering, not two
     return x.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, size)
 
 

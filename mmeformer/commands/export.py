@@ -55,11 +55,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="8 bits, calibrated on these images or folders: 50 to 200 pictures like the test data",
     )
     parser.add_argument(
+        "--int8-dynamic",
+        action="store_true",
+        help="TensorFlow Lite with weights in 8 bits; ranges are measured in every run",
+    )
+    parser.add_argument(
         "--max-drop",
         type=float,
         default=1.0,
         metavar="POINTS",
-        help="for --int8: largest drop of the test data's metric (default: 1 of 100 points)",
+        help="for 8 bits: largest drop of the test data's metric (default: 1 of 100 points)",
     )
     parser.add_argument(
         "--nms",
@@ -98,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
         preprocessing=args.with_preprocessing,
         half=args.fp16,
         int8=_images(args.int8),
+        int8_dynamic=args.int8_dynamic,
         max_drop=args.max_drop,
         nms=args.nms == "inside",
         opset=args.opset,

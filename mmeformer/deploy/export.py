@@ -42,7 +42,9 @@ class Request:
         preprocessing: the graph takes images as they are read, and normalizes them.
         half: CoreML in float16, or TensorFlow Lite with weights in float16.
         int8: quantize to 8 bits, calibrated on these images (not CoreML).
-        max_drop: for ``int8``: largest drop of the metric in points of a hundred.
+        int8_dynamic: weights in 8 bits, and ranges of activations measured in every run (TensorFlow
+            Lite only).
+        max_drop: for both kinds of 8 bits: largest drop of the metric in points of a hundred.
         nms: of detectors: whether ONNX files do the NMS; else they give every box, and
             :mod:`mmeformer.runtime` does it.
         opset: ONNX only: version of its operators.
@@ -58,6 +60,7 @@ class Request:
     preprocessing: bool = False
     half: bool = False
     int8: tuple[Path, ...] = ()
+    int8_dynamic: bool = False
     max_drop: float = 1.0
     nms: bool = True
     opset: int = 17
@@ -79,7 +82,14 @@ class Request:
             raise ValueError(f"--fp16 is for CoreML and TensorFlow Lite; {name} files are float32")
         if self.int8 and (self.target == "coreml" or self.half):
             raise ValueError("--int8 is for ONNX, TensorFlow Lite and ExecuTorch, without --fp16")
-        if self.int8 and self.part == BACKBONE:
+        if self.int8_dynamic and self.target != "tflite":
+            raise ValueError(
+                "--int8-dynamic is for TensorFlow Lite: onnxruntime's convolutions with dynamic "
+                "ranges are slower than those in float32. --int8 IMAGES is for ONNX and ExecuTorch"
+            )
+        if self.int8_dynamic and (self.int8 or self.half):
+            raise ValueError("--int8-dynamic stands alone: without --int8 and --fp16")
+        if (self.int8 or self.int8_dynamic) and self.part == BACKBONE:
             raise ValueError("--int8 is for whole models: the backbone alone has no metric")
         if not self.nms and (self.target != "onnx" or self.part == BACKBONE):
             raise ValueError("--nms outside is for whole models in ONNX: other files have no NMS")
@@ -157,6 +167,8 @@ def export(
         preprocessing_in_graph=request.preprocessing,
     )
     real = [Path(image) for image in images] or models.sample_images(config, REAL_IMAGES)
+    if request.int8_dynamic and not real:
+        raise ValueError("--int8-dynamic is timed on a picture: give --images")
     if not real:
         report("no images of the test data here: checking on random ones alone")
     with replacing(out) as draft:
@@ -180,11 +192,14 @@ def export(
         compare_inputs(config, preprocess, metadata, real, comparison)
         comparison.report(report)
         comparison.raise_failures(out)
-        if request.int8:
-            method = None
-            if request.target == "executorch":
-                method = executorch.int8_method(model, graph, metadata)
-            _quantize(draft, out, config, metadata, request, report, method)
+        method = None
+        if request.int8_dynamic:
+            method = litert.dynamic_method(draft)
+        elif request.int8 and request.target == "executorch":
+            method = executorch.int8_method(model, graph, metadata)
+        if request.int8 or request.int8_dynamic:
+            pictures = request.int8 or real
+            _quantize(draft, out, config, metadata, pictures, request.max_drop, report, method)
     write_text(sidecar, metadata.to_json() + "\n")
     return out
 
@@ -194,18 +209,18 @@ def _quantize(
     out: Path,
     config: Config,
     metadata: Metadata,
-    request: Request,
+    images: Sequence[Path],
+    max_drop: float,
     report: Callable[[str], None],
-    method: Any = None,
+    method: Any,
 ) -> None:
     """Replace a checked float32 file by one in 8 bits, or keep that under another name."""
     from mmeformer.deploy.quantize import MetricDropped, quantize
 
     with TemporaryDirectory() as folder:
         quantized = Path(folder) / out.name
-        images = request.int8
         try:
-            quantize(draft, quantized, config, metadata, images, request.max_drop, report, method)
+            quantize(draft, quantized, config, metadata, images, max_drop, report, method)
         except MetricDropped as error:
             refused = out.with_name(f"{out.stem}.refused{out.suffix}")
             write_bytes(refused, quantized.read_bytes())

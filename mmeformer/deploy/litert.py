@@ -94,6 +94,10 @@ _WEIGHTS = (
 )
 """Operators with weights."""
 
+_WEIGHTS_IN_8_BITS = TensorQuantizationConfig(
+    num_bits=8, symmetric=True, granularity=QuantGranularity.CHANNELWISE
+)
+
 _QUANTIZED = (
     *_WEIGHTS,
     TFLOperationName.BATCH_MATMUL,
@@ -130,6 +134,30 @@ def operator_groups(path: Path) -> dict[str, list[str]]:
     return {kind.value: [kind.value] for kind in _QUANTIZED if kind in kinds}
 
 
+def dynamic_method(path: Path) -> tuple[dict[str, list[str]], Callable[..., None]]:
+    """Groups of operators with weights, and :func:`write_dynamic`; see ``quantize``."""
+    kinds = [kind.value for kind in _WEIGHTS]
+    groups = {name: group for name, group in operator_groups(path).items() if name in kinds}
+    return groups, write_dynamic
+
+
+def write_dynamic(
+    source: Path, out: Path, kinds: Sequence[str], feeds: Iterator[dict[str, Any]]
+) -> None:
+    """Write a file with the weights of these kinds in 8 bits; no ranges are measured.
+
+    LiteRT finds the range of each activation when it runs, and computes in 8 bits.
+    """
+    change = quantizer.Quantizer(str(source))
+    config = OpQuantizationConfig(
+        weight_tensor_config=_WEIGHTS_IN_8_BITS, compute_precision=ComputePrecision.INTEGER
+    )
+    for kind in kinds:
+        change.update_quantization_recipe(".*", TFLOperationName(kind), config)
+    with _quiet():
+        out.write_bytes(bytes(change.quantize().quantized_model))
+
+
 def write_int8(
     source: Path, out: Path, kinds: Sequence[str], feeds: Iterator[dict[str, Any]]
 ) -> None:
@@ -137,9 +165,7 @@ def write_int8(
     change = quantizer.Quantizer(str(source))
     config = OpQuantizationConfig(
         activation_tensor_config=TensorQuantizationConfig(num_bits=8, symmetric=False),
-        weight_tensor_config=TensorQuantizationConfig(
-            num_bits=8, symmetric=True, granularity=QuantGranularity.CHANNELWISE
-        ),
+        weight_tensor_config=_WEIGHTS_IN_8_BITS,
         compute_precision=ComputePrecision.INTEGER,
     )
     for kind in kinds:

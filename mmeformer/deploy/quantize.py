@@ -89,7 +89,6 @@ def quantize(
         images: to calibrate the ranges of activations on.
         max_drop: largest drop of the metric in points of a hundred.
         report: called with each line of the table.
-
         method: groups of layers, and the function that writes a file with some of them in 8 bits;
             None takes those for the suffix of ``source``.
 

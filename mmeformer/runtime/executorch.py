@@ -82,6 +82,17 @@ class ExecuTorchSession:
         return self._outputs
 
     def run(self, names: None, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """All outputs in order, given the inputs by name."""
+        """All outputs in order, given the inputs by name.
+
+        Raises:
+            ValueError: an input has another shape, or this ExecuTorch is for another PyTorch.
+        """
         image = self._torch.from_numpy(np.ascontiguousarray(inputs["image"]))
-        return [value.numpy() for value in self._forward.execute([image])]
+        try:
+            return [value.numpy() for value in self._forward.execute([image])]
+        except RuntimeError as error:
+            (reason, *_) = str(error).splitlines()
+            raise ValueError(
+                f"ExecuTorch cannot run this file ({reason}): install the version that was built "
+                f"for torch {self._torch.__version__}; see docs/deployment.md"
+            ) from error

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """8 bits: which layers, what it costs, and that too large a cost is refused."""
 
+import re
 from dataclasses import replace
 
 import cv2
@@ -103,10 +104,43 @@ def test_a_file_that_costs_too_much_is_refused(
     assert runtime.load(tmp_path / "small.refused.onnx").metadata.size == (64, 96)
 
 
+@pytest.mark.slow
+def test_weights_alone_in_8_bits(labeled, tmp_path, capsys, quiet_logging):
+    pytest.importorskip("litert_torch", reason="LiteRT's converter is not installed")
+    config, checkpoint, images = labeled
+    out = tmp_path / "small.tflite"
+    arguments = [config, checkpoint, "--to", "tflite", "--out", out, "--images", images[0]]
+    arguments += ["--size", 64, 96, "--with-preprocessing", "--int8-dynamic", "--max-drop", 60]
+    assert main([str(argument) for argument in arguments]) == 0
+    table = capsys.readouterr().out
+    assert "CONV_2D" in table and "BATCH_MATMUL" not in table
+    (plain,) = [line for line in table.splitlines() if line.startswith("float32")]
+    megabytes = float(re.search(r"([\d.]+) MB", plain)[1])
+    assert out.stat().st_size < 0.7e6 * megabytes
+    labels = runtime.load(out).predict(images[0]).labels
+    assert labels.shape == cv2.imread(str(images[0])).shape[:2] and len(np.unique(labels)) > 1
+
+
 @pytest.mark.parametrize(
     "request_, message",
     [
-        (dict(target="coreml", size=(64, 64)), "--int8 is for ONNX and TensorFlow Lite"),
+        (dict(target="onnx", size=(64, 64)), "--int8-dynamic is for TensorFlow Lite: onnxruntime"),
+        (dict(target="tflite", size=(64, 64), half=True), "--int8-dynamic stands alone"),
+        (dict(target="tflite", size=(64, 64), part="backbone"), "backbone alone has no metric"),
+    ],
+)
+def test_requests_without_calibration(request_, message):
+    with pytest.raises(ValueError, match=message):
+        Request(int8_dynamic=True, **request_)
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (
+            dict(target="coreml", size=(64, 64)),
+            "--int8 is for ONNX, TensorFlow Lite and ExecuTorch",
+        ),
         (dict(target="tflite", size=(64, 64), half=True), "without --fp16"),
         (dict(target="onnx", part="backbone"), "the backbone alone has no metric"),
         (dict(target="onnx", max_drop=-1.0), "--max-drop must not be negative, but is -1"),
