@@ -386,7 +386,9 @@ class Runner(MMEngineRunner):
         host = HostCopy() if self.writer is None else self.writer.host
         write = partial(
             self._write,
-            host.copy(state),
+            # Only its step changes the state of an optimizer, two thirds of a checkpoint with
+            # AdamW. The step waits for the copy (CheckpointHook), which the writer finishes.
+            host.copy(state, late="optimizer"),
             out_dir=out_dir,
             filename=filename,
             file_client_args=file_client_args,
@@ -394,6 +396,7 @@ class Runner(MMEngineRunner):
             after=after,
         )
         if self.writer is None:
+            host.finish()
             write()
         else:
             self.writer.start(write)
