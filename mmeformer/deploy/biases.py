@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +146,10 @@ def fix_biases(backbone: PyramidBackbone, image_size: tuple[int, int]) -> None:
     replace_modules(backbone, _SizeProbe, lambda _, probe: FixedBias(probe.source, probe.size))
     for module in backbone.modules():
         if isinstance(module, MapAttention) and module.head_bias_keys is not None:
-            rows, columns = module.attention_bias.size
+            fixed = cast(FixedBias, module.attention_bias)
+            rows, columns = fixed.size
             with torch.no_grad():
-                module.talking_head2.bias.mul_(module.head_bias_keys / (rows * columns))
+                cast(Tensor, module.talking_head2.bias).mul_(
+                    module.head_bias_keys / (rows * columns)
+                )
             module.head_bias_keys = None

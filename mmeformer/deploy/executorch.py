@@ -199,6 +199,8 @@ class MapNorm(nn.Module):
         width = norm.num_channels // self.groups
         self.register_buffer("mean", torch.full((self.groups, width, 1, 1), 1 / width))
         self.register_buffer("spread", torch.ones(norm.num_channels, 1, 1, 1))
+        self.weight: Tensor
+        self.bias: Tensor
         self.register_buffer("weight", norm.weight.detach()[:, None, None].clone())
         self.register_buffer("bias", norm.bias.detach()[:, None, None].clone())
 

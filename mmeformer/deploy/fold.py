@@ -117,7 +117,7 @@ def _scale_queries(attention: MapAttention | AttentionDownsample | TokenAttentio
             values.unflatten(0, (NUM_HEADS, -1))[:, :KEY_WIDTH].mul_(attention.scale)
     else:
         # A downsample's queries are two layers; see `query_in_one_convolution`.
-        last = attention.q if isinstance(attention.q, ConvNorm) else attention.q[-1]
+        last = attention.q[-1] if isinstance(attention.q, nn.Sequential) else attention.q
         if not isinstance(last.bn, nn.Identity):
             return  # a norm by the input's statistics would undo it
         last.conv.weight.mul_(attention.scale)

@@ -71,12 +71,15 @@ def test_a_file_in_8_bits_is_measured(labeled, onnx_file, tmp_path, capsys, quie
     quantized = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
     assert len(quantized) > 10
     zeros = {item.name: onnx.numpy_helper.to_array(item) for item in proto.graph.initializer}
-    assert not any(zeros[node.input[2]].any() for node in quantized)
+    assert {zeros[node.input[2]].dtype.name for node in quantized} == {"uint8"}
     (result,) = [line for line in table if line.startswith("all that are in 8 bits")]
-    assert 0 < float(result.split()[-3]) <= 60
-    (plain,) = [line for line in table if line.startswith("float32 has")]
+    drop = float(result.split()[-3])
+    assert 0 < drop <= 60
+    (small,) = [line for line in table if line.startswith("8 bits: mIoU")]
+    assert f"mIoU {100 - drop:.2f}, {out.stat().st_size / 1e6:.1f} MB" in small
+    (plain,) = [line for line in table if line.startswith("float32:")]
     float32 = onnx_file("segmentation", **FIXED)
-    assert f"{float32.stat().st_size / 1e6:.1f} MB" in plain
+    assert f"mIoU 100.00, {float32.stat().st_size / 1e6:.1f} MB" in plain
     assert out.stat().st_size < 0.6 * float32.stat().st_size
     predictor = runtime.load(out)
     assert replace(predictor.metadata, config="") == replace(
