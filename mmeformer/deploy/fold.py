@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from mmcv.cnn import ConvModule
@@ -117,7 +118,8 @@ def _scale_queries(attention: MapAttention | AttentionDownsample | TokenAttentio
             values.unflatten(0, (NUM_HEADS, -1))[:, :KEY_WIDTH].mul_(attention.scale)
     else:
         # A downsample's queries are two layers; see `query_in_one_convolution`.
-        last = attention.q[-1] if isinstance(attention.q, nn.Sequential) else attention.q
+        query: nn.Module = attention.q
+        last = cast(ConvNorm, query[-1] if isinstance(query, nn.Sequential) else query)
         if not isinstance(last.bn, nn.Identity):
             return  # a norm by the input's statistics would undo it
         last.conv.weight.mul_(attention.scale)
