@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from mmcv.cnn import ConvModule
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -123,7 +123,7 @@ def _scale_queries(attention: MapAttention | AttentionDownsample | TokenAttentio
         if not isinstance(last.bn, nn.Identity):
             return  # a norm by the input's statistics would undo it
         last.conv.weight.mul_(attention.scale)
-        last.conv.bias.mul_(attention.scale)
+        cast(Tensor, last.conv.bias).mul_(attention.scale)
     attention.scale = 1.0
 
 
