@@ -51,6 +51,8 @@ DEPLOY = [
 TRACK = ["trackers>=2.6,<3"]
 # Outside of "all" and of constraints.txt: they bring jax and transformers, or hundreds of MB.
 TARGETS = {
+    # 1.3 is built for torch 2.12, 1.4 for torch 2.13, and so on: others do not run its files.
+    "executorch": ["executorch>=1.3"],
     "litert": ["litert-torch>=0.10,<0.11", "ai-edge-litert>=2.3"],
     "openvino": ["openvino>=2025.0"],
 }

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare two recipes at the same processor time: which is better on which data set?
+"""Compare recipes at the same processor time: which is better on which data set?
 
     python benchmarks/recipes.py --minutes 20 --out work_dirs/recipes \
         --compare nuclei template_nuclei.py generated_nuclei.py \
         --compare streets template_streets.py generated_streets.py
 
-Each of the two configs of a comparison is trained with every seed. First a few iterations are
-timed; then the length of the training and the ends of its schedule are set so that the training
-takes the given processor time, without validation. Data are loaded in the process itself, so that
-their processor time counts too. The metric is that of the last validation, by the weights that a
-checkpoint would have (with EMA the averages).
+Each config of a comparison is trained with every seed; the first is the one to compare with. First
+a few iterations are timed; then the length of the training and the ends of its schedule are set so
+that the training takes the given processor time, without validation. Data are loaded in the process
+itself, so that their processor time counts too. The metric is that of the last validation, by the
+weights that a checkpoint would have (with EMA the averages).
 
 The folder gets results.json, and a second run continues where the first one stopped. The table is
 in Markdown: mean and standard deviation over the seeds, and the difference of the means.
@@ -88,19 +88,30 @@ def metric_of(path: str, options: dict | None) -> str:
     return configs.load_config(path, options).default_hooks.checkpoint.get("save_best") or "auto"
 
 
-def set_length(config: Config, length: int) -> None:
+def set_length(config: Config, length: int, epoch: int) -> None:
     """Train for this many epochs or iterations, with one validation at the end.
 
-    What ended with the training before ends with it now; warm-ups stay as they are.
+    What ended with the training before ends with it now, and what began or ended earlier (warm-ups)
+    keeps its share of the training, but 10 iterations at least.
+
+    Args:
+        config: is changed.
+        length: in the unit of the config.
+        epoch: iterations of an epoch.
     """
     plan = config.train_cfg
     key = "max_epochs" if "max_epochs" in plan else "max_iters"
     before = plan[key]
     plan.update({key: length, "val_interval": length})
+    per_unit = epoch if key == "max_epochs" else 1
     for scheduler in config.param_scheduler:
-        for name in ("end", "T_max"):
-            if scheduler.get(name) == before:
-                scheduler[name] = length
+        by_epoch = scheduler.get("by_epoch", True)
+        unit, least = (1, 1) if by_epoch else (per_unit, 10)
+        for name in ("begin", "end", "T_max"):
+            if scheduler.get(name) == before * unit:
+                scheduler[name] = length * unit
+            elif scheduler.get(name):
+                scheduler[name] = max(least, round(scheduler[name] * length / before))
         if milestones := scheduler.get("milestones"):
             scheduler.milestones = [max(1, round(m * length / before)) for m in milestones]
 
@@ -132,6 +143,7 @@ def seconds_per_iteration(path: str, folder: Path, options: dict | None) -> tupl
     config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=TIMED, val_interval=10**9)
     config.param_scheduler = []
     config.default_hooks.early_stopping = None
+    config.val_cfg = config.val_dataloader = config.val_evaluator = None
     clock, _, length = run(config)
     return (clock.marks[-1] - clock.marks[WARM - 1]) / (TIMED - WARM), length
 
@@ -142,7 +154,7 @@ def train(path: str, folder: Path, seed: int, minutes: float, options: dict | No
     config = prepare(path, folder, seed, options)
     by_epoch = "max_epochs" in config.train_cfg
     length = max(1, round(60 * minutes / step / (epoch if by_epoch else 1)))
-    set_length(config, length)
+    set_length(config, length, epoch)
     clock, metrics, _ = run(config)
     return dict(
         metrics=metrics,
@@ -184,11 +196,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--compare",
-        nargs=3,
+        nargs="+",
         action="append",
         required=True,
-        metavar=("NAME", "CONFIG", "OTHER"),
-        help="name of a data set and two configs for it; may be repeated",
+        metavar=("NAME", "CONFIG"),
+        help="name of a data set and two or more configs for it; may be repeated",
     )
     parser.add_argument("--minutes", type=float, default=20, help="processor time of a training")
     parser.add_argument("--seeds", type=int, default=3)
@@ -208,7 +220,7 @@ def main() -> None:
                     folder = args.out / name / Path(config).stem / str(seed)
                     results[key] = train(config, folder, seed, args.minutes, options)
                     write_text(path, json.dumps(results, indent=1))
-    metrics = {name: metric_of(first, options) for name, first, _ in args.compare}
+    metrics = {name: metric_of(first, options) for name, first, *_ in args.compare}
     chosen = {key: item for key, item in results.items() if key.endswith(f"|{args.minutes:g}")}
     print(table(chosen, args.compare, metrics))
 

@@ -21,6 +21,7 @@ _LAZY = {
     "EfficientFormerV2": "mmeformer.backbones",
     "VARIANTS": "mmeformer.variants",
     "load": "mmeformer.model",
+    "shipped_config": "mmeformer.paths",
 }
 
 __all__ = ["__version__", *_LAZY]

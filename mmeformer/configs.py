@@ -12,6 +12,10 @@ from mmengine.registry import DATASETS
 
 from mmeformer.files import refuse_url
 from mmeformer.paths import config_dir
+from mmeformer.without_onedl import drop_note
+
+# Here, as whatever reads a config imports this first, and the libraries that print the note later.
+drop_note()
 
 
 def load_config(path: str | Path, options: Mapping | None = None) -> Config:

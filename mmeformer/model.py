@@ -29,6 +29,7 @@ from mmeformer.errors import UserError
 from mmeformer.files import refuse_url
 from mmeformer.images import PLAIN, VIDEO_SUFFIXES, Reading, as_image, write_image
 from mmeformer.results import Classification, Detections, RotatedDetections, Segmentation
+from mmeformer.without_onedl import drop_note
 from mmeformer.work_dirs import choose_checkpoint, find_config
 
 SCORE_THR = 0.3
@@ -60,6 +61,7 @@ def load(
         CheckpointError: the checkpoint is damaged, refused, or not of this config's model.
         ValueError: an argument does not fit the model.
     """
+    drop_note()
     refuse_url(path, "model")
     path = Path(path)
     if not path.exists():

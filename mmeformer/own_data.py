@@ -108,6 +108,15 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
     variant = find_arch(request.arch)
     config = _target(request.out, folder)
     labels = config.with_name(f"{config.stem}_data")
+    unfinished = _unfinished(config)
+    if unfinished.exists():
+        # Of a process that was killed below.
+        _remove(labels, config, unfinished)
+    if config.exists():
+        raise UserError(
+            f"{config} exists; train it (mmeformer train {config.name}), or choose another name "
+            "with --out"
+        )
     if labels.exists():
         raise UserError(f"{labels} exists; remove it, or choose another name with --out")
     data = read_folder(
@@ -115,6 +124,7 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
     )
     task, starter = choose_task(data, request.task)
     _report_data(data, task, report)
+    write_text(unfinished, f"{config.name} is being made\n")
     try:
         data = starter.prepare(data, labels)
         plan = Plan(variant, _checkpoint(request.weights, variant), labels, *_machine())
@@ -123,10 +133,10 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
             plan = replace(plan, batch_size=_trial(config))
             write_text(config, text := config_text(data, starter, plan, config))
     except BaseException:
-        # Both were made here; a half-written set would stop the next try.
-        shutil.rmtree(labels, ignore_errors=True)
-        config.unlink(missing_ok=True)
+        # All were made here; a half-written set would stop the next try.
+        _remove(labels, config, unfinished)
         raise
+    unfinished.unlink()
     for note in data.notes:
         report(f"note: {note}")
     if plan.checkpoint is not None and "://" in plan.checkpoint:
@@ -140,6 +150,12 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
         steps, seconds = starter.steps(data, plan), _seconds(config)
         report(f"{steps} training steps of {seconds:.2g} s: {duration(steps * seconds)} here")
     return Made(config, errors)
+
+
+def made_before(request: Request) -> Path | None:
+    """The config that :func:`make` has made for this request, if it has."""
+    config = _target(request.out, Path(os.path.abspath(request.folder.expanduser())))
+    return config if config.exists() and not _unfinished(config).exists() else None
 
 
 def find_arch(arch: str) -> Variant:
@@ -199,17 +215,19 @@ def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -
     splits = [split for split in SPLITS if data.of_split(split)]
     sizes = ", ".join(f"{len(data.of_split(split))} {split}" for split in splits)
     weights = "None" if plan.checkpoint is None else repr_text(plan.checkpoint)
-    base = config_dir() / starter.template(data)
+    base = repr_text(starter.template(data))
+    # Beside the config, so both may be moved together.
+    labels = f"{{{{ fileDirname }}}}/{plan.labels.name}/"
     lines = [
         f"# Made by `mmeformer init` from {data.root} ({data.format}): {sizes} images.",
         f"# Check it: mmeformer check {config.name}    Train it: mmeformer train {config.name}",
-        f"_base_ = {repr_text(base.as_posix())}",
+        f'_base_ = __import__("mmeformer").shipped_config({base})',
         Setting(
             "data_root",
             repr_text(f"{(data.tiles or data.root).as_posix()}/"),
             "your images, only read" if data.tiles is None else "tiles of your images",
         ),
-        Setting("labels", repr_text(f"{plan.labels.as_posix()}/"), "made from your labels"),
+        Setting("labels", repr_text(labels), "made from your labels; beside this file"),
         Setting("classes", repr_names(data.classes), f"in training: {listed}{more}"),
         Setting("checkpoint", weights, "backbone weights; from scratch: init --weights none"),
         *starter.settings(data, plan),
@@ -240,8 +258,19 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _unfinished(config: Path) -> Path:
+    """A file that exists while a config and its labels are made."""
+    return config.with_name(f".{config.stem}.unfinished")
+
+
+def _remove(labels: Path, config: Path, unfinished: Path) -> None:
+    shutil.rmtree(labels, ignore_errors=True)
+    config.unlink(missing_ok=True)
+    unfinished.unlink(missing_ok=True)
+
+
 def _target(out: Path | None, folder: Path) -> Path:
-    """Path of the config, which does not exist and is not in the data."""
+    """Path of the config, which is not in the data."""
     name = re.sub(r"\W+", "_", folder.name).strip("_") or "my_config"
     target = Path(os.path.abspath((out or Path(f"{name}.py")).expanduser()))
     if target.suffix != ".py":
@@ -249,11 +278,6 @@ def _target(out: Path | None, folder: Path) -> Path:
     if target.is_relative_to(folder):
         raise UserError(
             f"{target} would be written into your data; choose another place with --out"
-        )
-    if target.exists():
-        raise UserError(
-            f"{target} exists; train it (mmeformer train {target.name}), or choose another name "
-            "with --out"
         )
     return target
 

@@ -3,6 +3,8 @@
 
 from pathlib import Path
 
+from mmeformer.version import __version__
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -32,6 +34,28 @@ def config_dir() -> Path:
         FileNotFoundError: the folder is missing; the message says how to fix it.
     """
     return _find("configs", _PACKAGE)
+
+
+def shipped_config(name: str) -> str:
+    """Path of a shipped config, for ``_base_`` in configs elsewhere.
+
+    mmengine evaluates ``_base_`` as an expression without the names of the config, so a config says
+    ``_base_ = __import__("mmeformer").shipped_config("detection/...py")``. It then finds its base
+    in a checkout and in a wheel, wherever either is.
+
+    Args:
+        name: path below ``configs/``.
+
+    Raises:
+        FileNotFoundError: this version has no such config.
+    """
+    path = config_dir() / name
+    if path.is_file():
+        return path.as_posix()
+    raise FileNotFoundError(
+        f"mmeformer {__version__} has no config {name}; set _base_ to another of {config_dir()}, "
+        "or write the config again with mmeformer init"
+    )
 
 
 def tools_dir() -> Path:

@@ -17,6 +17,8 @@ from mmeformer.rotated_boxes import corners, rotated_nms
 from mmeformer.windows import Window
 
 Array = NDArray[Any]
+SHOWN = 0.01
+"""Probability from which pictures name a class that is not the most likely one."""
 
 
 def category_id(label: int) -> int:
@@ -69,6 +71,11 @@ class Classification:
         """Indices of the ``count`` most likely classes, the best first; all if there are fewer."""
         order: list[int] = np.argsort(-self.scores, kind="stable")[:count].tolist()
         return order
+
+    def shown(self, count: int) -> list[int]:
+        """Those of the best that a picture names: the first, and others from :data:`SHOWN` on."""
+        first, *others = self.best(count)
+        return [first, *(label for label in others if self.scores[label] >= SHOWN)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -137,8 +137,9 @@ class Starter:
             ),
             Setting(
                 "averaging",
-                f"{min(0.02, 10 / max(steps, 1)):.2g}",
-                "momentum of the averaged weights (EMA): about the last tenth of the training",
+                "10",
+                "weights are averaged (EMA) over the last tenth of the training so far; 20: a "
+                "twentieth",
             ),
         ]
         return found
@@ -148,8 +149,8 @@ class Starter:
         lines = [
             "custom_hooks = [",
             "    *_base_.custom_hooks,",
-            '    dict(type="EMAHook", ema_type="MomentumAnnealingEMA", momentum=averaging, '
-            "update_buffers=True),",
+            '    dict(type="EMAHook", ema_type="MomentumAnnealingEMA", gamma=averaging, '
+            "momentum=0.0005, update_buffers=True),",
         ]
         if plan.gpu and (steps := self.steps(data, plan)) >= COMPILE_FROM:
             lines.append(f'    dict(type="mmeformer.CompileHook"),  # pays: {steps} iterations')

@@ -25,7 +25,8 @@ class Export:
             :mod:`mmeformer.runtime.decoders`.
         stretches: whether an image is stretched to the size of a fixed-size export; else it keeps
             its ratio and is padded.
-        litert_graph: the same for LiteRT (TensorFlow Lite); None takes that for CoreML.
+        litert_graph: the same for LiteRT (TensorFlow Lite) and ExecuTorch; None takes that for
+            CoreML.
         candidates_graph: the same for ONNX with NMS outside the file; None if it always is, or if
             there is none.
     """

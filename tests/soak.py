@@ -5,9 +5,9 @@
 ``pip install "mmeformer[all]"`` installs. The exit status is 1 if a figure is not as it should be.
 
 Kills: trainings of the tiny models, with validations, averaged weights, early stopping and the
-best model, are killed again and again, each in a new process: by SIGKILL, by SIGTERM (which
-saves), or by
-two SIGTERMs. In the end each has to be, bit for bit, what it is without kills.
+best model, are killed again and again, each in new processes (every third training has two):
+by SIGKILL (of all processes or one), by SIGTERM (which saves), or by two SIGTERMs. In the end each
+has to be, bit for bit, what it is without kills.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -31,13 +32,14 @@ import tiny
 import torch
 from mmengine.hooks import Hook
 
+from mmeformer.signals import PREEMPTED, before_errors, leave_on_signals
 from mmeformer.training import engine
-from mmeformer.training.preemption import PREEMPTED, StopRequest
+from mmeformer.training.preemption import StopRequest
 
 ITERATIONS = 8
 CHAIN = 5
 """Kills of a training before it may end."""
-KILL, STOP, TWICE = "SIGKILL", "SIGTERM", "SIGTERM twice"
+KILL, LONE, STOP, TWICE = "SIGKILL", "SIGKILL of one of two", "SIGTERM", "SIGTERM twice"
 
 
 class Kills:
@@ -55,25 +57,45 @@ class Kills:
         self.lost: list[str] = []
         self.wrong: list[str] = []
         self.runs = 0
-        self.whole: dict[str, float] = {}
-        """Seconds of a training without kills."""
+        self.whole: dict[tuple[str, int], float] = {}
+        """Seconds of a training without kills, by task and number of processes."""
 
-    def start(self, task: str, work_dir: Path) -> int:
-        """The process id of a training that goes on from the last checkpoint, or begins."""
+    def start(self, task: str, world: int, work_dir: Path) -> list[int]:
+        """The process ids of a training that goes on from the last checkpoint, or begins."""
         sys.stdout.flush()
-        child = os.fork()
-        if child:
-            return child
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(world):
+            child = os.fork()
+            if not child:
+                self.train(task, work_dir, rank, world, port)
+            children.append(child)
+        return children
+
+    def train(self, task: str, work_dir: Path, rank: int, world: int, port: int) -> None:
+        """Be a process of a training, to its end."""
         code = 1
         try:
+            leave_on_signals()
             # Two signals in a row are two, however short the time between them.
             StopRequest.SAME = 0
             torch.set_num_threads(1)
             log = os.open(work_dir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(world),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
             config = tiny.everything(task, self.folder / task, ITERATIONS)
-            tiny.train(config, work_dir, resume="auto")
+            launcher = "none" if world == 1 else "pytorch"
+            with before_errors():
+                tiny.train(config, work_dir, resume="auto", launcher=launcher)
             code = 0
         except SystemExit as leaving:
             code = leaving.code
@@ -83,51 +105,76 @@ class Kills:
             sys.stdout.flush()
             os._exit(code)
 
-    def prepare(self, task: str) -> None:
+    @staticmethod
+    def ends(children: list[int], wait: bool) -> dict[int, int]:
+        """Exit codes of those that have ended, or of all when they have."""
+        codes = {}
+        for child in children:
+            ended, status = os.waitpid(child, 0 if wait else os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        return codes
+
+    def prepare(self, task: str, world: int) -> None:
         """Train once without kills; data and imports are ready for the copies of this process."""
-        config = tiny.everything(task, self.folder / task, ITERATIONS)
-        config.work_dir = str(self.folder / f"{task}-imports")
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            engine.build_train_runner(config)
+        if world == 1:
+            config = tiny.everything(task, self.folder / task, ITERATIONS)
+            config.work_dir = str(self.folder / f"{task}-imports")
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                engine.build_train_runner(config)
         started = time.monotonic()
-        child = self.start(task, self.folder / f"{task}-unbroken")
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code != 0:
-            raise SystemExit(f"the training of {task} fails without kills: {code}")
-        self.whole[task] = time.monotonic() - started
+        children = self.start(task, world, self.folder / f"{task}-unbroken-{world}")
+        codes = self.ends(children, wait=True)
+        if any(codes.values()):
+            raise SystemExit(f"the training of {task} fails without kills: {codes}")
+        self.whole[task, world] = time.monotonic() - started
+
+    def kill(self, children: list[int], kind: str, pause: float) -> dict[int, int]:
+        """Exit codes of processes that get one or two signals."""
+        codes: dict[int, int] = {}
+        for _ in range(2 if kind == TWICE else 1):
+            left = [child for child in children if child not in codes]
+            if kind == LONE:
+                left = left[:1] if self.random.random() < 0.5 else left[-1:]
+            for child in left:
+                os.kill(child, signal.SIGKILL if kind in (KILL, LONE) else signal.SIGTERM)
+            if kind == TWICE:
+                time.sleep(pause)
+                codes |= self.ends([child for child in children if child not in codes], False)
+        return codes | self.ends([child for child in children if child not in codes], True)
 
     def run(self, task: str, deadline: float) -> None:
         """One training with some kills."""
+        world = 2 if self.runs % 3 == 2 else 1
         work_dir = self.folder / f"{task}-{self.runs}"
         self.runs += 1
         for _ in range(CHAIN):
-            kind = self.random.choice([KILL, KILL, STOP, TWICE])
-            child = self.start(task, work_dir)
+            kind = self.random.choice([KILL, LONE if world == 2 else KILL, STOP, TWICE])
+            children = self.start(task, world, work_dir)
             # The time of a training without kills: later ones are shorter, and may end by then.
-            time.sleep(self.random.uniform(0, self.whole[task]))
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if not ended:
-                os.kill(child, signal.SIGKILL if kind == KILL else signal.SIGTERM)
-                if kind == TWICE:
-                    time.sleep(self.random.uniform(0, 0.5))
-                    ended, status = os.waitpid(child, os.WNOHANG)
-                    if not ended:
-                        os.kill(child, signal.SIGTERM)
+            time.sleep(self.random.uniform(0, self.whole[task, world]))
+            codes = self.ends(children, wait=False)
+            left = [child for child in children if child not in codes]
+            if left:
                 self.counts[kind] += 1
-            if not ended:
-                _, status = os.waitpid(child, 0)
-            code = os.waitstatus_to_exitcode(status)
-            if code not in (0, PREEMPTED, -signal.SIGKILL, -signal.SIGTERM):
-                self.lost.append(self.told(work_dir, f"exit status {code} after {kind}"))
+                codes |= self.kill(left, kind, self.random.uniform(0, 0.5))
+            allowed = {0, PREEMPTED, -signal.SIGKILL, -signal.SIGTERM}
+            if kind == LONE:
+                # The other one fails.
+                allowed.add(1)
+            if not set(codes.values()) <= allowed:
+                found = list(codes.values())
+                self.lost.append(self.told(work_dir, f"exit status {found} after {kind}"))
                 return
-            if code == 0 or time.monotonic() > deadline:
+            if not any(codes.values()) or time.monotonic() > deadline:
                 break
-        code = os.waitstatus_to_exitcode(os.waitpid(self.start(task, work_dir), 0)[1])
-        if code != 0:
-            self.lost.append(self.told(work_dir, f"exit status {code} without a kill"))
+        codes = self.ends(self.start(task, world, work_dir), wait=True)
+        if any(codes.values()):
+            found = list(codes.values())
+            self.lost.append(self.told(work_dir, f"exit status {found} without a kill"))
             return
         name = f"iter_{ITERATIONS}.pth"
-        first, second = self.folder / f"{task}-unbroken", work_dir
+        first, second = self.folder / f"{task}-unbroken-{world}", work_dir
         try:
             tiny.assert_same_state(first / name, second / name)
             files = [sorted(path.name for path in at.glob("*.pth")) for at in (first, second)]
@@ -141,7 +188,7 @@ class Kills:
     def told(work_dir: Path, what: str) -> str:
         """What happened to a run, and what it said last."""
         lines = work_dir.with_suffix(".log").read_text(errors="replace").splitlines()
-        return "\n  ".join([f"{work_dir.name}: {what}. The end of its log:", *lines[-20:]])
+        return "\n  ".join([f"{work_dir.name}: {what}. The end of its log:", *lines[-200:]])
 
     @property
     def total(self) -> int:
@@ -274,7 +321,8 @@ def main() -> int:
         kills = Kills(folder, args.seed)
         deadline = started + 60 * args.minutes
         for task in tiny.SCORES:
-            kills.prepare(task)
+            for world in (1, 2):
+                kills.prepare(task, world)
         while kills.total < args.kills and time.monotonic() < deadline:
             for task in tiny.SCORES:
                 kills.run(task, deadline)

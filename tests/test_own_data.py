@@ -19,6 +19,7 @@ from mmeformer.detection import starter as detection_starter
 from mmeformer.errors import UserError
 from mmeformer.formats.tree import Options
 from mmeformer.labeled import MASKS, LabeledData, LabeledImage, LabeledObject
+from mmeformer.paths import config_dir
 from mmeformer.segmentation import starter as segmentation_starter
 from mmeformer.training import trial
 
@@ -86,7 +87,7 @@ def test_settings_are_alive(made, task, tmp_path):
         "learning_rate": ("0.5", lambda c: c.optim_wrapper.optimizer.lr, 0.5),
         "warmup_iters": ("7", lambda c: c.param_scheduler[0].end, 7),
         "optimizer_type": ('"AmpOptimWrapper"', lambda c: c.optim_wrapper.type, "AmpOptimWrapper"),
-        "averaging": ("0.5", lambda c: c.custom_hooks[-1].momentum, 0.5),
+        "averaging": ("30", lambda c: c.custom_hooks[-1].gamma, 30),
         "epochs": ("9", lambda c: (c.train_cfg.max_epochs, c.param_scheduler[1].end), (9, 9)),
         "max_iters": ("9", lambda c: (c.train_cfg.max_iters, c.param_scheduler[1].end), (9, 9)),
         "scale": ("(99, 88)", lambda c: c.test_dataloader.dataset.pipeline[1].scale, (99, 88)),
@@ -139,6 +140,24 @@ def test_config_is_short_and_says_why(made, task):
     assert all("  # " in line for name, line in reasons.items() if name != "_base_")
     assert "training steps of 0.5 s: about" in report
     assert str(root) in report and str(result.config) in report
+
+
+def test_config_can_be_moved(made, tmp_path):
+    """Config and labels in another folder, and a template that is found where the package is."""
+    result, _, _ = made["detection"]
+    shutil.copy(result.config, tmp_path)
+    labels = result.config.with_name("my_detection_data")
+    shutil.copytree(labels, tmp_path / labels.name)
+    config = configs.load_config(tmp_path / result.config.name)
+    assert Path(config.train_dataloader.dataset.ann_file) == tmp_path / labels.name / "train.json"
+    text = result.config.read_text()
+    assert str(labels) not in text and str(config_dir()) not in text
+    gone = tmp_path / "gone.py"
+    gone.write_text(text.replace("_custom.py", "_of_old.py"))
+    with pytest.raises(
+        ValueError, match="fpn_of_old.py; set _base_ to another of .* mmeformer init"
+    ):
+        configs.load_config(gone)
 
 
 @pytest.mark.parametrize("task", WRITERS)

@@ -105,6 +105,7 @@ def test_wheel_metadata(metadata):
         "rotated",
         "classification",
         "deploy",
+        "executorch",
         "litert",
         "openvino",
         "all",
@@ -224,7 +225,7 @@ def test_constraints_lie_in_the_ranges_of_the_package(python, metadata):
     pinned = pins(python)
     for line in metadata.get_all("Requires-Dist"):
         requirement = Requirement(line)
-        if any(f'extra == "{extra}"' in line for extra in ("litert", "openvino")):
+        if any(f'extra == "{extra}"' in line for extra in ("executorch", "litert", "openvino")):
             continue  # `make install` does not install them
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"{name} has no tested version for Python {python}"

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mmeformer.results import Detections, Mask, RotatedDetections, Segmentation, category_id
+from mmeformer.results import (
+    Classification,
+    Detections,
+    Mask,
+    RotatedDetections,
+    Segmentation,
+    category_id,
+)
 
 side = st.integers(1, 12)
 pixel_maps = st.tuples(side, side).flatmap(lambda shape: arrays(bool, shape))
@@ -118,3 +125,13 @@ def test_labels_have_colors_and_category_ids():
     found = Segmentation(np.array([[0, 1]], np.uint8))
     assert found.colors(palette).tolist() == [[[1, 2, 3], [40, 50, 60]]]
     assert category_id(np.int64(0)) == 1 and type(category_id(np.int64(0))) is int
+
+
+def test_pictures_name_likely_classes_only():
+    scores = np.array([0.009, 0.03, 0.95, 0.01, 0.001], np.float32)
+    assert Classification(scores).best(5) == [2, 1, 3, 0, 4]
+    assert Classification(scores).shown(5) == [2, 1, 3]
+    assert Classification(scores).shown(2) == [2, 1]
+    # The label of an image has score 1, all others 0; a lost model has no likely class at all.
+    assert Classification(np.eye(5, dtype=np.float32)[3]).shown(5) == [3]
+    assert Classification(np.full(200, 0.005, np.float32)).shown(5) == [0]

@@ -75,6 +75,11 @@ def network(task: str, path: str | None = None) -> Config:
         if "norm_cfg" in model.bbox_head:
             # A group of one channel has no variance on the coarsest map, which is one pixel large.
             model.bbox_head.norm_cfg = dict(type="GN", num_groups=4)
+        else:
+            # Without training, every distance is half of the largest: less than a small picture.
+            model.bbox_head.reg_max = 4
+            # After a few iterations too, the statistics are those of the data.
+            model.bbox_head.norm_cfg = dict(type="BN", momentum=0.9)
     return config
 
 

@@ -12,7 +12,7 @@ partition=$1 job=$2 config=$3
 shift 3
 gpus=${GPUS:-8}
 per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
-preempted=175 # mmeformer/training/preemption.py
+preempted=175 # mmeformer/signals.py
 resume=()
 [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || resume=(--resume)
 while :; do
@@ -24,10 +24,14 @@ while :; do
         --kill-on-bad-exit=1 --signal=USR1@120 ${SRUN_ARGS:-} \
         "${PYTHON:-python}" -u "$(dirname "$0")/train.py" "$config" --launcher slurm "$@" \
         ${resume[@]+"${resume[@]}"} || code=$?
-    [ "$code" -eq "$preempted" ] || exit "$code"
+    case $code in
+        # The last two: SIGUSR1 or SIGTERM before Python could handle it, or a second signal.
+        "$preempted" | 138 | 143) ;;
+        *) exit "$code" ;;
+    esac
     if [ -n "${SLURM_JOB_ID:-}" ]; then
         exec scontrol requeue "$SLURM_JOB_ID"
     fi
-    # The last --resume counts, and there is a checkpoint now that is newer than any other.
+    # The last --resume counts: the newest checkpoint, or what the one before it names.
     resume=(--resume)
 done

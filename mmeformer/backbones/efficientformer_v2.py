@@ -14,6 +14,7 @@ from mmeformer.backbones.base import PyramidBackbone, Stage
 from mmeformer.layers.attention import TalkingHead, attend
 from mmeformer.layers.attention_bias import AttentionBias
 from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale
+from mmeformer.layers.graphs import in_export
 from mmeformer.registry import MODELS
 
 NUM_HEADS = 8
@@ -29,6 +30,8 @@ def to_heads(x: Tensor) -> Tensor:
 
 def from_heads(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """(B, heads, H * W, D) -> (B, heads * D, H, W), in channels last."""
+    if in_export():
+        return x.transpose(2, 3).flatten(1, 2).unflatten(2, size)  # one reordering, not two
     return x.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, size)
 
 
@@ -75,6 +78,8 @@ class MapAttention(nn.Module):
         size = x.shape[-2:]
         value_map = self.v(x)
         query, key, value = to_heads(self.q(x)), to_heads(self.k(x)), to_heads(value_map)
+        # In exported graphs a constant bias is part of the convolution, at no cost.
+        with_bias = in_export() and self.head_bias_keys is None
         out = attend(
             query,
             key,
@@ -83,12 +88,13 @@ class MapAttention(nn.Module):
             size,
             self.scale,
             mix_logits=self.talking_head1,
-            mix_attention=self.talking_head2.mix,
+            mix_attention=self.talking_head2 if with_bias else self.talking_head2.mix,
             with_cp=self.with_cp,
         )
-        # The second head's bias is the same for all queries and keys, so it multiplies the sum of
-        # the values.
-        out = out + self._head_bias(size) * value.sum(dim=2, keepdim=True)
+        if not with_bias:
+            # The second head's bias is the same for all queries and keys, so it multiplies the sum
+            # of the values.
+            out = out + self._head_bias(size) * value.sum(dim=2, keepdim=True)
         out = from_heads(out, size) + self.v_local(value_map)
         if self.halve:
             out = F.interpolate(out, scale_factor=2, mode="bilinear", align_corners=False)

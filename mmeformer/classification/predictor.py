@@ -81,7 +81,7 @@ class ClassificationPredictor(Predictor[Classification]):
         picture, _ = at_picture_size(image)
         picture = np.ascontiguousarray(picture)
         unit = max(picture.shape[:2]) / 640
-        lines = [f"{result.scores[k]:.3f}  {self.classes[k]}" for k in result.best(BEST)]
+        lines = [f"{result.scores[k]:.3f}  {self.classes[k]}" for k in result.shown(BEST)]
         height = int(26 * unit)
         depth = min(height * len(lines) + height // 2, picture.shape[0])
         picture[:depth] = (picture[:depth] * 0.4).astype(np.uint8)

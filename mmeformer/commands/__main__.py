@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
+from mmeformer import signals
 from mmeformer.version import __version__
 
 _FOLDER = Path(__file__).parent
@@ -82,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         print(f"error: mmeformer has no command {name!r}; {hint}", file=sys.stderr)
         return 2
+    if name == "train":
+        signals.leave_on_signals()
     # Help and errors of argparse begin with this.
     sys.argv[0] = f"mmeformer {name}"
     return import_module(f"mmeformer.commands.{COMMANDS[name]}").main(arguments[1:])

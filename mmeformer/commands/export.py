@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export a trained model to ONNX, CoreML or TensorFlow Lite, checked against PyTorch.
+"""Export a trained model to ONNX, CoreML, TensorFlow Lite or ExecuTorch, checked against PyTorch.
 
 Examples:
     mmeformer export CONFIG CHECKPOINT --to onnx --size 512 512 --out model.onnx
@@ -8,6 +8,7 @@ Examples:
     mmeformer export CONFIG CHECKPOINT --to onnx --part backbone --size 224 224 --out s0.onnx
     mmeformer export CONFIG CHECKPOINT --to coreml --size 512 512 --fp16 --out model.mlpackage
     mmeformer export CONFIG CHECKPOINT --to tflite --size 512 512 --out model.tflite
+    mmeformer export CONFIG CHECKPOINT --to executorch --size 512 512 --out model.pte
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from mmeformer import configs
 from mmeformer.commands import cli
-from mmeformer.deploy.export import Request, export
+from mmeformer.deploy.export import SUFFIXES, Request, export
 from mmeformer.inference.inputs import find_sources
 
 
@@ -26,8 +27,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("config", help="config file, or its path below mmeformer's configs/")
     parser.add_argument("checkpoint", help="checkpoint of a model of this config")
-    parser.add_argument("--to", choices=["onnx", "coreml", "tflite"], required=True)
-    parser.add_argument("--out", required=True, help="file to write: .onnx, .mlpackage or .tflite")
+    parser.add_argument("--to", choices=list(SUFFIXES), required=True)
+    parser.add_argument(
+        "--out", required=True, help=f"file to write: {', '.join(SUFFIXES.values())}"
+    )
     parser.add_argument("--part", choices=["model", "backbone"], default="model")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="one input size, in px")
@@ -52,17 +55,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="8 bits, calibrated on these images or folders: 50 to 200 pictures like the test data",
     )
     parser.add_argument(
+        "--int8-dynamic",
+        action="store_true",
+        help="TensorFlow Lite with weights in 8 bits; ranges are measured in every run",
+    )
+    parser.add_argument(
         "--max-drop",
         type=float,
         default=1.0,
         metavar="POINTS",
-        help="for --int8: largest drop of the test data's metric (default: 1 of 100 points)",
+        help="for 8 bits: largest drop of the test data's metric (default: 1 of 100 points)",
     )
     parser.add_argument(
         "--nms",
         choices=["inside", "outside"],
         default="inside",
         help="of detectors in ONNX: outside gives every box, and mmeformer.runtime does the NMS",
+    )
+    parser.add_argument(
+        "--opset",
+        type=int,
+        choices=(17, 20),
+        default=17,
+        help="version of ONNX's operators; 20 has GELU as one, and needs onnxruntime 1.18 or later",
     )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     cli.add_config_options(parser)
@@ -88,8 +103,10 @@ def run(args: argparse.Namespace) -> None:
         preprocessing=args.with_preprocessing,
         half=args.fp16,
         int8=_images(args.int8),
+        int8_dynamic=args.int8_dynamic,
         max_drop=args.max_drop,
         nms=args.nms == "inside",
+        opset=args.opset,
     )
     config = configs.load_config(args.config, args.cfg_options)
     path = export(config, args.checkpoint, args.out, request, images=args.images, force=args.force)

@@ -19,7 +19,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cli.add_config(parser)
-    parser.add_argument("checkpoint", help="checkpoint, or exported .onnx or .tflite file")
+    parser.add_argument("checkpoint", help="checkpoint, or exported .onnx, .tflite or .pte file")
     parser.add_argument("--out", metavar="FILE.pkl", help="file for all predictions")
     parser.add_argument("--show-dir", metavar="FOLDER", help="folder for pictures of predictions")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")
@@ -31,7 +31,7 @@ def work(args: argparse.Namespace) -> None:
     """Evaluate."""
     config = cli.prepare_run(args)
     checkpoint = existing_checkpoint(args.checkpoint)
-    exported = checkpoint.endswith((".onnx", ".tflite"))
+    exported = checkpoint.endswith((".onnx", ".tflite", ".pte"))
     if exported:
         # Needs a runtime, which evaluating checkpoints does not.
         from mmeformer.deploy.evaluate import use_exported

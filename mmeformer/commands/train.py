@@ -12,9 +12,10 @@ Examples:
 """
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
-from mmeformer import own_data
+from mmeformer import own_data, signals
 from mmeformer.commands import cli
 from mmeformer.errors import UserError
 from mmeformer.training import engine
@@ -33,8 +34,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--resume",
         nargs="?",
         const="auto",
+        action="append",
         metavar="CHECKPOINT",
-        help="resume from a checkpoint; without a value from the latest in the work directory",
+        help="resume from a checkpoint; without a value from the latest in the work directory "
+        "(if there is none, from an earlier --resume CHECKPOINT of this command line)",
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision (on a GPU)")
     parser.add_argument(
@@ -61,6 +64,11 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def work(args: argparse.Namespace) -> int | None:
     """Train; returns the exit status."""
+    with signals.before_errors() if args.launcher != "none" else nullcontext():
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int | None:
     # Needs what prediction needs, which takes a moment to import.
     from mmeformer.report.build import after_training
 
@@ -70,15 +78,21 @@ def work(args: argparse.Namespace) -> int | None:
                 f"{args.config} is a folder; several processes need a config: run mmeformer init "
                 f"{args.config} first"
             )
-        made = own_data.make(own_data.Request(Path(args.config)), report=print)
-        if made.errors:
-            return 1
-        args.config = str(made.config)
+        request = own_data.Request(Path(args.config))
+        if args.resume and (config := own_data.made_before(request)):
+            args.config = str(config)
+        else:
+            made = own_data.make(request, report=print)
+            if made.errors:
+                return 1
+            args.config = str(made.config)
+    resume = args.resume or [None]
     runner = engine.build_train_runner(
         cli.prepare_run(args),
         amp=args.amp,
         auto_scale_lr=args.auto_scale_lr,
-        resume=args.resume,
+        resume=resume[-1],
+        resume_else=next((file for file in reversed(resume) if file != "auto"), None),
         deterministic=args.deterministic,
         launcher=args.launcher,
         trackers=args.log,

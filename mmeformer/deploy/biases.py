@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from mmeformer.backbones.base import PyramidBackbone
+from mmeformer.backbones.efficientformer_v2 import MapAttention
 from mmeformer.deploy.substitutes import replace_modules
 from mmeformer.layers.attention_bias import (
     AttentionBias,
@@ -142,3 +144,12 @@ def fix_biases(backbone: PyramidBackbone, image_size: tuple[int, int]) -> None:
     with torch.no_grad():
         backbone(weight.new_zeros(1, weight.shape[1], *image_size))
     replace_modules(backbone, _SizeProbe, lambda _, probe: FixedBias(probe.source, probe.size))
+    for module in backbone.modules():
+        if isinstance(module, MapAttention) and module.head_bias_keys is not None:
+            fixed = cast(FixedBias, module.attention_bias)
+            rows, columns = fixed.size
+            with torch.no_grad():
+                cast(Tensor, module.talking_head2.bias).mul_(
+                    module.head_bias_keys / (rows * columns)
+                )
+            module.head_bias_keys = None

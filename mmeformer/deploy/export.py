@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export models to ONNX, CoreML and TensorFlow Lite; a file is written if it passed its check."""
+"""Export models to ONNX and other formats; a file is written if it passed its check."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from typing import Any
 from mmengine.config import Config
 
 from mmeformer.deploy import models
-from mmeformer.deploy.graphs import graph_class
+from mmeformer.deploy.graphs import TARGETS, graph_class
 from mmeformer.deploy.inputs import compare_inputs
 from mmeformer.deploy.metadata import export_metadata
 from mmeformer.files import replacing, write_bytes, write_text
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.tasks import BACKBONE, of_config
 
-SUFFIXES = {"onnx": ".onnx", "coreml": ".mlpackage", "tflite": ".tflite"}
+SUFFIXES = {
+    "onnx": ".onnx",
+    "coreml": ".mlpackage",
+    "tflite": ".tflite",
+    "executorch": ".pte",
+}
 
 REAL_IMAGES = 4
 
@@ -30,16 +35,19 @@ class Request:
     """Options of an export.
 
     Args:
-        target: ``"onnx"``, ``"coreml"`` or ``"tflite"``.
+        target: a key of :data:`SUFFIXES`.
         part: ``"model"``, or ``"backbone"`` for the bare backbone.
         size: (H, W) in pixels of all inputs; None for any size (ONNX only).
         batch: images per run. Without ``size``, any number.
         preprocessing: the graph takes images as they are read, and normalizes them.
         half: CoreML in float16, or TensorFlow Lite with weights in float16.
         int8: quantize to 8 bits, calibrated on these images (not CoreML).
-        max_drop: for ``int8``: largest drop of the metric in points of a hundred.
+        int8_dynamic: weights in 8 bits, and ranges of activations measured in every run (TensorFlow
+            Lite only).
+        max_drop: for both kinds of 8 bits: largest drop of the metric in points of a hundred.
         nms: of detectors: whether ONNX files do the NMS; else they give every box, and
             :mod:`mmeformer.runtime` does it.
+        opset: ONNX only: version of its operators.
 
     Raises:
         ValueError: the options do not go together.
@@ -52,8 +60,10 @@ class Request:
     preprocessing: bool = False
     half: bool = False
     int8: tuple[Path, ...] = ()
+    int8_dynamic: bool = False
     max_drop: float = 1.0
     nms: bool = True
+    opset: int = 17
 
     def __post_init__(self) -> None:
         if self.target not in SUFFIXES or self.part not in ("model", BACKBONE):
@@ -63,18 +73,28 @@ class Request:
         if self.batch < 1:
             raise ValueError(f"--batch must be at least 1, but is {self.batch}")
         if self.target != "onnx" and self.size is None:
-            name = "CoreML" if self.target == "coreml" else "TensorFlow Lite"
+            name = TARGETS[self.target]
             raise ValueError(f"{name} models have a fixed size: give --size instead of --dynamic")
         if self.target == "coreml" and self.preprocessing and self.batch > 1:
             raise ValueError("CoreML takes one image at a time: --batch is for arrays of numbers")
-        if self.target == "onnx" and self.half:
-            raise ValueError("--fp16 is for CoreML and TensorFlow Lite; ONNX files are float32")
+        if self.half and self.target not in ("coreml", "tflite"):
+            name = TARGETS[self.target]
+            raise ValueError(f"--fp16 is for CoreML and TensorFlow Lite; {name} files are float32")
         if self.int8 and (self.target == "coreml" or self.half):
-            raise ValueError("--int8 is for ONNX and TensorFlow Lite, without --fp16")
-        if self.int8 and self.part == BACKBONE:
+            raise ValueError("--int8 is for ONNX, TensorFlow Lite and ExecuTorch, without --fp16")
+        if self.int8_dynamic and self.target != "tflite":
+            raise ValueError(
+                "--int8-dynamic is for TensorFlow Lite: onnxruntime's convolutions with dynamic "
+                "ranges are slower than those in float32. --int8 IMAGES is for ONNX and ExecuTorch"
+            )
+        if self.int8_dynamic and (self.int8 or self.half):
+            raise ValueError("--int8-dynamic stands alone: without --int8 and --fp16")
+        if (self.int8 or self.int8_dynamic) and self.part == BACKBONE:
             raise ValueError("--int8 is for whole models: the backbone alone has no metric")
         if not self.nms and (self.target != "onnx" or self.part == BACKBONE):
             raise ValueError("--nms outside is for whole models in ONNX: other files have no NMS")
+        if self.opset != 17 and self.target != "onnx":
+            raise ValueError(f"--opset is for ONNX, not for {TARGETS[self.target]}")
         if self.max_drop < 0:
             raise ValueError(f"--max-drop must not be negative, but is {self.max_drop:g}")
 
@@ -147,17 +167,23 @@ def export(
         preprocessing_in_graph=request.preprocessing,
     )
     real = [Path(image) for image in images] or models.sample_images(config, REAL_IMAGES)
+    if request.int8_dynamic and not real:
+        raise ValueError("--int8-dynamic is timed on a picture: give --images")
     if not real:
         report("no images of the test data here: checking on random ones alone")
     with replacing(out) as draft:
         if request.target == "onnx":
             from mmeformer.deploy import onnx
 
-            comparison = onnx.write(model, graph, metadata, real, draft)
+            comparison = onnx.write(model, graph, metadata, real, draft, request.opset)
         elif request.target == "tflite":
             from mmeformer.deploy import litert
 
             comparison = litert.write(model, graph, metadata, real, draft, request.half)
+        elif request.target == "executorch":
+            from mmeformer.deploy import executorch
+
+            comparison = executorch.write(model, graph, metadata, real, draft)
         else:
             from mmeformer.deploy import coreml
 
@@ -166,8 +192,14 @@ def export(
         compare_inputs(config, preprocess, metadata, real, comparison)
         comparison.report(report)
         comparison.raise_failures(out)
-        if request.int8:
-            _quantize(draft, out, config, metadata, request, report)
+        method = None
+        if request.int8_dynamic:
+            method = litert.dynamic_method(draft)
+        elif request.int8 and request.target == "executorch":
+            method = executorch.int8_method(model, graph, metadata)
+        if request.int8 or request.int8_dynamic:
+            pictures = request.int8 or real
+            _quantize(draft, out, config, metadata, pictures, request.max_drop, report, method)
     write_text(sidecar, metadata.to_json() + "\n")
     return out
 
@@ -177,17 +209,18 @@ def _quantize(
     out: Path,
     config: Config,
     metadata: Metadata,
-    request: Request,
+    images: Sequence[Path],
+    max_drop: float,
     report: Callable[[str], None],
+    method: Any,
 ) -> None:
     """Replace a checked float32 file by one in 8 bits, or keep that under another name."""
     from mmeformer.deploy.quantize import MetricDropped, quantize
 
     with TemporaryDirectory() as folder:
         quantized = Path(folder) / out.name
-        images = request.int8
         try:
-            quantize(draft, quantized, config, metadata, images, request.max_drop, report)
+            quantize(draft, quantized, config, metadata, images, max_drop, report, method)
         except MetricDropped as error:
             refused = out.with_name(f"{out.stem}.refused{out.suffix}")
             write_bytes(refused, quantized.read_bytes())

@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from mmcv.cnn import ConvModule
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmeformer.backbones.base import PyramidBackbone
-from mmeformer.backbones.efficientformer_v2 import MapAttention
+from mmeformer.backbones.efficientformer import KEY_WIDTH, NUM_HEADS, TokenAttention
+from mmeformer.backbones.efficientformer_v2 import AttentionDownsample, MapAttention
 from mmeformer.deploy.biases import fix_biases
 from mmeformer.deploy.substitutes import substitute
-from mmeformer.layers.blocks import LayerScale
+from mmeformer.layers.blocks import ConvNorm, LayerScale
 
 
 def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Module:
@@ -24,10 +26,10 @@ def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Modu
 
     Batch norms are merged into the convolutions before them (our own blocks, mmcv's ``ConvModule``
     of necks and heads, neighbors in ``nn.Sequential``), layer scales into the convolution or linear
-    layer before them; drop path is removed. Layer norms and group norms remain, because their
-    statistics depend on the input, and so does the layer scale of V1's pooling mixer, which is a
-    difference of two maps. Outputs agree with the model's in eval mode to 1e-5 of their largest
-    value.
+    layer before them, the scale of attention products into the layer of the queries; drop path is
+    removed. Layer norms and group norms remain, because their statistics depend on the input, and
+    so does the layer scale of V1's pooling mixer, which is a difference of two maps. Outputs agree
+    with the model's in eval mode to 1e-5 of their largest value.
 
     Args:
         model: is not changed.
@@ -59,6 +61,8 @@ def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Modu
         if isinstance(module, MapAttention):
             # The same for all keys of a query: the softmax cancels it.
             module.talking_head1.bias = None
+        if isinstance(module, (MapAttention, AttentionDownsample, TokenAttention)):
+            _scale_queries(module)
         for name, child in list(module.named_children()):
             if isinstance(child, DropPath):
                 setattr(module, name, nn.Identity())
@@ -104,6 +108,23 @@ def _merge(layer: nn.Conv2d | nn.Linear, part: _BatchNorm | LayerScale) -> nn.Mo
         if scaled.bias is not None:
             scaled.bias.mul_(part.gamma)
     return scaled
+
+
+@torch.no_grad()
+def _scale_queries(attention: MapAttention | AttentionDownsample | TokenAttention) -> None:
+    """Make the scale of the products part of the layer that gives the queries, in place."""
+    if isinstance(attention, TokenAttention):
+        for values in (attention.qkv.weight, attention.qkv.bias):
+            values.unflatten(0, (NUM_HEADS, -1))[:, :KEY_WIDTH].mul_(attention.scale)
+    else:
+        # A downsample's queries are two layers; see `query_in_one_convolution`.
+        query: nn.Module = attention.q
+        last = cast(ConvNorm, query[-1] if isinstance(query, nn.Sequential) else query)
+        if not isinstance(last.bn, nn.Identity):
+            return  # a norm by the input's statistics would undo it
+        last.conv.weight.mul_(attention.scale)
+        cast(Tensor, last.conv.bias).mul_(attention.scale)
+    attention.scale = 1.0
 
 
 def _fix_biases(model: nn.Module, image_size: tuple[int, int]) -> None:

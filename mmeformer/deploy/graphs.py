@@ -9,8 +9,10 @@ row in :mod:`mmeformer.tasks` names them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
@@ -21,8 +23,18 @@ from mmeformer.deploy import check
 from mmeformer.deploy.biases import GraphBias, replace_biases
 from mmeformer.deploy.fold import fold
 from mmeformer.deploy.substitutes import substitute_for_graph
+from mmeformer.images import as_image
+from mmeformer.runtime.images import prepare
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.variants import STRIDES
+
+TARGETS = {
+    "onnx": "ONNX",
+    "coreml": "CoreML",
+    "tflite": "TensorFlow Lite",
+    "executorch": "ExecuTorch",
+}
+"""Names of the targets, for messages."""
 
 
 class Graph(nn.Module):
@@ -115,7 +127,7 @@ def graph_class(task: str, target: str, model: Any = None, nms: bool = True) -> 
 
     Args:
         task: a key of :func:`mmeformer.tasks.exports`.
-        target: ``"onnx"``, ``"coreml"`` or ``"tflite"``.
+        target: a key of :data:`TARGETS`.
         model: chooses between the kinds of models of a task; None takes the usual one.
         nms: whether ONNX files do the NMS, where the operators exist.
 
@@ -127,14 +139,16 @@ def graph_class(task: str, target: str, model: Any = None, nms: bool = True) -> 
         raise ValueError(
             f"--nms outside: exported files for {task} do no NMS that could be left out"
         )
+    for_phones = export.litert_graph or export.coreml_graph
     references = {
         "onnx": export.graph if nms else export.candidates_graph,
         "coreml": export.coreml_graph,
-        "tflite": export.litert_graph or export.coreml_graph,
+        "tflite": for_phones,
+        "executorch": for_phones,
     }
     reference = references[target]
     if reference is None:
-        name = {"coreml": "CoreML", "tflite": "TensorFlow Lite"}[target]
+        name = TARGETS[target]
         raise ValueError(
             f"{name} has no operators to select boxes and masks: export models for {task} to ONNX, "
             f"or their --part backbone to {name}"
@@ -196,6 +210,54 @@ def compare_graphs(
             line = f"{largest[name]:.1e} of the numbers of {title} differ"
             ok = largest[name] <= labels_differ
         comparison.add(f"{name.removeprefix('raw_')}: {line}", ok)
+
+
+def examples(metadata: Metadata, images: Sequence[Path]) -> list[Tensor]:
+    """Inputs of a graph of a fixed size and batch: random images, then each of ``images``."""
+    assert metadata.size is not None and metadata.batch is not None
+    randoms = [check.random_image(*metadata.size, seed) for seed in range(metadata.batch)]
+    batches: list[list[Any]] = [randoms, *([image] * metadata.batch for image in images)]
+    return [
+        torch.from_numpy(
+            np.stack([prepare(as_image(i, metadata.reading), metadata).data for i in batch])
+        )
+        for batch in batches
+    ]
+
+
+def compare_session(
+    session: Any,
+    reference: Graph,
+    metadata: Metadata,
+    images: Sequence[Path],
+    runtime: str,
+    tolerance: float = check.RAW_TOLERANCE,
+    labels_differ: float = check.LABELS_DIFFER,
+) -> check.Comparison:
+    """Compare a file with the graph of the model as it was trained, number by number.
+
+    Args:
+        session: runs the file, which takes ``image`` as :class:`Normalize` with ``channels_last``.
+        reference: see :func:`compare_graphs`; without raw tensors.
+        metadata: of the file.
+        images: real images to compare on, beside random ones.
+        runtime: its name.
+        tolerance, labels_differ: see :func:`compare_graphs`.
+    """
+    names = [value.name for value in session.get_outputs()]
+    order = [names.index(name) for name in reference.output_names]
+
+    def run(image: Tensor) -> list[Tensor]:
+        found = session.run(None, {"image": image.numpy()})
+        return [torch.from_numpy(found[index]) for index in order]
+
+    comparison = check.Comparison(
+        f"compared with PyTorch on {metadata.batch} random and {len(images)} real images "
+        f"in {runtime}"
+    )
+    inputs = examples(metadata, images)
+    compare_graphs(run, reference, inputs, comparison, "the file", tolerance, labels_differ)
+    return comparison
 
 
 def _blank_padding(image: Tensor, image_size: Tensor) -> Tensor:

@@ -8,7 +8,11 @@ import onnx_ir
 from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import RewritePass
-from onnxscript.rewriter.rules.common import collapse_slice2_rule, collapse_slice_rule
+from onnxscript.rewriter.rules.common import (
+    collapse_slice2_rule,
+    collapse_slice_rule,
+    reshape_reshape_rule,
+)
 
 LARGEST_CONSTANT = 2**14
 """Numbers that a new constant may add to the file. Larger ones, such as attention biases, stay
@@ -36,7 +40,7 @@ def shorten(proto: onnx.ModelProto) -> onnx.ModelProto:
         )
         common.RemoveUnusedNodesPass()(model)
     for step in (
-        RewritePass([collapse_slice_rule, collapse_slice2_rule]),
+        RewritePass([collapse_slice_rule, collapse_slice2_rule, reshape_reshape_rule]),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(),
         common.CommonSubexpressionEliminationPass(),

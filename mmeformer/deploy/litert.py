@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import litert_torch
-import numpy as np
-import torch
 from ai_edge_quantizer import quantizer
 from ai_edge_quantizer.algorithm_manager import AlgorithmName
 from ai_edge_quantizer.qtyping import (
@@ -26,10 +24,8 @@ from ai_edge_quantizer.qtyping import (
 from ai_edge_quantizer.utils.tfl_flatbuffer_utils import TFL_OP_CODE_TO_NAME, read_model
 from torch import Tensor, nn
 
-from mmeformer.deploy.check import LABELS_DIFFER, RAW_TOLERANCE, Comparison, random_image
-from mmeformer.deploy.graphs import Graph, build_graph, compare_graphs
-from mmeformer.images import as_image
-from mmeformer.runtime.images import prepare
+from mmeformer.deploy.check import LABELS_DIFFER, RAW_TOLERANCE, Comparison
+from mmeformer.deploy.graphs import Graph, build_graph, compare_session, examples
 from mmeformer.runtime.litert import SIGNATURE, LiteRtSession
 from mmeformer.runtime.metadata import Metadata
 
@@ -72,36 +68,15 @@ def write(
     graph.raw_names = ()
     reference = graph_class(copy.deepcopy(model), graph.normalize).eval()
     reference.raw_names = ()
-    assert metadata.size is not None and metadata.batch is not None
-    randoms = [random_image(*metadata.size, seed) for seed in range(metadata.batch)]
-    batches: list[list[Any]] = [randoms, *([image] * metadata.batch for image in images)]
-    examples = [
-        torch.from_numpy(
-            np.stack([prepare(as_image(i, metadata.reading), metadata).data for i in batch])
-        )
-        for batch in batches
-    ]
+    inputs = examples(metadata, [])
     with _quiet():
-        litert_torch.convert(_Named(graph).eval(), sample_kwargs={"image": examples[0]}).export(
+        litert_torch.convert(_Named(graph).eval(), sample_kwargs={"image": inputs[0]}).export(
             str(path)
         )
         if half:
             halve_weights(path)
-    session = LiteRtSession(path)
-    order = [[value.name for value in session.get_outputs()].index(n) for n in graph.output_names]
-
-    def run(image: Tensor) -> list[Tensor]:
-        found = session.run(None, {"image": image.numpy()})
-        return [torch.from_numpy(found[index]) for index in order]
-
-    comparison = Comparison(
-        f"compared with PyTorch on {metadata.batch} random and {len(images)} real images in LiteRT"
-    )
-    tolerance, labels_differ = (
-        (HALF_TOLERANCE, HALF_TOLERANCE) if half else (RAW_TOLERANCE, LABELS_DIFFER)
-    )
-    compare_graphs(run, reference, examples, comparison, "the file", tolerance, labels_differ)
-    return comparison
+    tolerance = (HALF_TOLERANCE, HALF_TOLERANCE) if half else (RAW_TOLERANCE, LABELS_DIFFER)
+    return compare_session(LiteRtSession(path), reference, metadata, images, "LiteRT", *tolerance)
 
 
 @contextlib.contextmanager
@@ -118,6 +93,10 @@ _WEIGHTS = (
     TFLOperationName.FULLY_CONNECTED,
 )
 """Operators with weights."""
+
+_WEIGHTS_IN_8_BITS = TensorQuantizationConfig(
+    num_bits=8, symmetric=True, granularity=QuantGranularity.CHANNELWISE
+)
 
 _QUANTIZED = (
     *_WEIGHTS,
@@ -155,6 +134,30 @@ def operator_groups(path: Path) -> dict[str, list[str]]:
     return {kind.value: [kind.value] for kind in _QUANTIZED if kind in kinds}
 
 
+def dynamic_method(path: Path) -> tuple[dict[str, list[str]], Callable[..., None]]:
+    """Groups of operators with weights, and :func:`write_dynamic`; see ``quantize``."""
+    kinds = [kind.value for kind in _WEIGHTS]
+    groups = {name: group for name, group in operator_groups(path).items() if name in kinds}
+    return groups, write_dynamic
+
+
+def write_dynamic(
+    source: Path, out: Path, kinds: Sequence[str], feeds: Iterator[dict[str, Any]]
+) -> None:
+    """Write a file with the weights of these kinds in 8 bits; no ranges are measured.
+
+    LiteRT finds the range of each activation when it runs, and computes in 8 bits.
+    """
+    change = quantizer.Quantizer(str(source))
+    config = OpQuantizationConfig(
+        weight_tensor_config=_WEIGHTS_IN_8_BITS, compute_precision=ComputePrecision.INTEGER
+    )
+    for kind in kinds:
+        change.update_quantization_recipe(".*", TFLOperationName(kind), config)
+    with _quiet():
+        out.write_bytes(bytes(change.quantize().quantized_model))
+
+
 def write_int8(
     source: Path, out: Path, kinds: Sequence[str], feeds: Iterator[dict[str, Any]]
 ) -> None:
@@ -162,9 +165,7 @@ def write_int8(
     change = quantizer.Quantizer(str(source))
     config = OpQuantizationConfig(
         activation_tensor_config=TensorQuantizationConfig(num_bits=8, symmetric=False),
-        weight_tensor_config=TensorQuantizationConfig(
-            num_bits=8, symmetric=True, granularity=QuantGranularity.CHANNELWISE
-        ),
+        weight_tensor_config=_WEIGHTS_IN_8_BITS,
         compute_precision=ComputePrecision.INTEGER,
     )
     for kind in kinds:

@@ -23,12 +23,12 @@ from mmeformer.images import as_image
 from mmeformer.runtime.images import Prepared, normalize, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 
-OPSET = 17
-"""Has LayerNormalization (17) and half-pixel RoiAlign (16)."""
+OPSETS = (17, 20)
+"""17 has LayerNormalization and half-pixel RoiAlign (16); 20 has Gelu too, else five nodes."""
 
 OLDEST_RUNTIME = "1.15.0"
-"""The oldest onnxruntime that the files are tested with (``tests/deploy/test_oldest_runtime.py``).
-"""
+"""The oldest onnxruntime that files of opset 17 are tested with
+(``tests/deploy/test_oldest_runtime.py``)."""
 
 TRACED_SIZE = (64, 96)
 """Height and width of the example image of a graph for any size: small, and its sides differ."""
@@ -43,6 +43,7 @@ def write(
     metadata: Metadata,
     images: Sequence[Path],
     path: Path,
+    opset: int = OPSETS[0],
 ) -> check.Comparison:
     """Write an ONNX file and compare it with the model.
 
@@ -52,12 +53,13 @@ def write(
         metadata: kept in the file.
         images: real images to compare on, beside two random ones.
         path: of the file.
+        opset: version of ONNX's operators, one of :data:`OPSETS`.
 
     Raises:
         CheckFailed: the graph has operators that are not ONNX's own.
     """
     graph = build_graph(graph_class, model, metadata, channels_last=True)
-    trace(graph, metadata, path)
+    trace(graph, metadata, path, opset)
     proto = shorten(onnx.load(str(path)))
     if foreign := {node.domain for node in proto.graph.node} - {"", "ai.onnx"}:
         raise check.CheckFailed(f"the graph has operators of {sorted(foreign)}")
@@ -81,7 +83,7 @@ def write(
     return comparison
 
 
-def trace(graph: Graph, metadata: Metadata, path: Path) -> None:
+def trace(graph: Graph, metadata: Metadata, path: Path, opset: int = OPSETS[0]) -> None:
     """Write a graph to an ONNX file, without metadata."""
     inputs = example_inputs(graph, metadata)
     with torch.no_grad(), warnings.catch_warnings():
@@ -97,7 +99,7 @@ def trace(graph: Graph, metadata: Metadata, path: Path) -> None:
             tuple(inputs.values()),
             str(path),
             dynamo=False,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=list(inputs),
             output_names=[*graph.output_names, *graph.raw_names],
             dynamic_axes=_dynamic_axes(graph, metadata),

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import io
 import re
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from typing import Any
 import onnx
 from mmengine.config import Config
 from mmengine.runner import Runner
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QDQQuantizer, QuantType
+from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 
 from mmeformer import runtime, tasks
 from mmeformer.deploy.evaluate import use_exported
@@ -38,8 +39,8 @@ ALONE = 0.25
 CALIBRATION_IMAGES = 200
 """Of more images, every second or third is used, and so on."""
 
-ROUNDS = 15
-"""Runs that are timed."""
+ROUNDS = 30
+"""Runs of each file that are timed."""
 
 
 class MetricDropped(UserError, RuntimeError):
@@ -53,16 +54,29 @@ class Effect:
     Args:
         name: of the layers.
         layers: their number.
-        drop: of the metric, in points of a hundred.
-        size: of the file in bytes.
-        milliseconds: of a run on one thread, the median.
+        before: metrics of the float32 file, in points of a hundred.
+        after: metrics of the quantized file.
+        size: of the quantized file in bytes.
+        time: of the processor for a run, as a share of the float32 file's.
     """
 
     name: str
     layers: int
-    drop: float
+    before: dict[str, float]
+    after: dict[str, float]
     size: int
-    milliseconds: float
+    time: float
+
+    @property
+    def drop(self) -> float:
+        """Of the metric that falls most, in points of a hundred."""
+        return max(self.before[key] - value for key, value in self.after.items())
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name:34} {self.layers:6} {self.drop:6.2f} {self.size / 1e6:6.1f} "
+            f"{self.time:5.2f}"
+        )
 
 
 def quantize(
@@ -73,6 +87,7 @@ def quantize(
     images: Sequence[Path],
     max_drop: float,
     report: Callable[[str], None],
+    method: tuple[dict[str, list[str]], Callable[..., None]] | None = None,
 ) -> None:
     """Quantize a checked float32 file: static, with weights per channel.
 
@@ -81,13 +96,15 @@ def quantize(
     than allowed, the group with the largest effect of its own returns to float32, and so on.
 
     Args:
-        source: exported ``.onnx`` or ``.tflite`` file.
+        source: exported ``.onnx``, ``.tflite`` or ``.pte`` file.
         out: file to write.
         config: has the test data and the metric.
         metadata: of the file.
         images: to calibrate the ranges of activations on.
         max_drop: largest drop of the metric in points of a hundred.
-        report: called with each line of the table.
+        report: called with each line of the table, as soon as it is measured.
+        method: groups of layers, and the function that writes a file with some of them in 8 bits;
+            None takes those for the suffix of ``source``.
 
     Raises:
         MetricDropped: no quantized file keeps the metric; ``out`` is the best one.
@@ -96,12 +113,14 @@ def quantize(
     images = images[:: -(-len(images) // CALIBRATION_IMAGES)]
     groups: dict[str, list[str]]
     write: Callable[[Path, Path, Sequence[str], Iterator[dict[str, Any]]], None]
-    if source.suffix == SUFFIX:
+    if method is not None:
+        groups, write = method
+    elif source.suffix == SUFFIX:
         from mmeformer.deploy.litert import operator_groups, write_int8
 
         groups, write = operator_groups(source), write_int8
     else:
-        groups, write = layer_groups(onnx.load(str(source))), _write
+        groups, write = layer_groups(onnx.load(str(source))), _OnnxWriter()
     if not groups:
         raise ValueError(f"{source} has no layers to quantize")
     with TemporaryDirectory() as folder:
@@ -114,28 +133,43 @@ def quantize(
         measure = Measure(config, images[0], Path(folder))
         few, full = measure.metrics(plain_file, MEASURED_IMAGES), measure.metrics(plain_file)
 
-        def effect(name: str, layers: Sequence[str], whole: bool = False) -> Effect:
+        def effect(name: str, layers: Sequence[str], limit: int | None = MEASURED_IMAGES) -> Effect:
             feeds = (inputs for image in images for inputs in predictor.inputs(image))
             write(plain_file, trial, layers, feeds)
-            before, limit = (full, None) if whole else (few, MEASURED_IMAGES)
-            drop = max(before[key] - value for key, value in measure.metrics(trial, limit).items())
-            size, time = trial.stat().st_size, measure.milliseconds(trial)
-            return Effect(name, len(layers), drop, size, time)
+            return Effect(
+                name,
+                len(layers),
+                before=full if limit is None else few,
+                after=measure.metrics(trial, limit),
+                size=trial.stat().st_size,
+                time=measure.time_ratio(trial, plain_file),
+            )
 
-        size, time = plain_file.stat().st_size, measure.milliseconds(plain_file)
-        plain = Effect("float32", 0, 0.0, size, time)
-        alone = [effect(name, layers) for name, layers in groups.items()]
-        alone.sort(key=lambda group: group.drop)
+        report("8 bits: effect of each group of layers alone, on the metric, size and speed")
+        report(f"{'layers':34} {'number':>6} {'drop':>6} {'MB':>6} {'time':>5}")
+        alone = []
+        for name, layers in groups.items():
+            alone.append(effect(name, layers))
+            stays = alone[-1].drop > ALONE * max_drop
+            report(f"{alone[-1]}{'  stays in float32' if stays else ''}")
+        # Of two groups that cost the same, the one that saves less returns to float32 first.
+        alone.sort(key=lambda group: (group.drop, group.size))
         chosen = [group for group in alone if group.drop <= ALONE * max_drop] or alone[:1]
         while True:
             layers = [layer for group in chosen for layer in groups[group.name]]
-            result = effect("all that are in 8 bits", layers, whole=True)
+            result = effect("all that are in 8 bits", layers, limit=None)
+            report(str(result))
             if result.drop <= max_drop or len(chosen) == 1:
                 break
-            chosen.pop()
+            report(f"{chosen.pop().name} returns to float32")
         shutil.copy(trial, out)
-    for line in _table(plain, alone, {group.name for group in chosen}, result):
-        report(line)
+    report("drop in points of a hundred; time of the processor as a share of float32's")
+    for name, metrics, size in (
+        ("float32", result.before, source.stat().st_size),
+        ("8 bits", result.after, result.size),
+    ):
+        values = ", ".join(f"{key} {value:.2f}" for key, value in metrics.items())
+        report(f"{name}: {values}, {size / 1e6:.1f} MB")
     if result.drop > max_drop:
         raise MetricDropped(
             f"the metric falls by {result.drop:.2f} points in 8 bits, more than --max-drop "
@@ -220,26 +254,39 @@ class _Reader(CalibrationDataReader):
         return next(self._feeds, None)
 
 
-def _write(source: Path, out: Path, layers: Sequence[str], feeds: Iterator[dict[str, Any]]) -> None:
-    """Write a file whose ``layers`` are quantized, as QDQ nodes, with its metadata."""
-    # It advises to run another program before.
-    logging.disable(logging.WARNING)
-    try:
-        quantize_static(
-            str(source),
-            str(out),
-            _Reader(feeds),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(LAYERS),
-            nodes_to_quantize=list(layers),
+class _OnnxWriter:
+    """Writes files with quantized layers, as QDQ nodes; ranges are measured once."""
+
+    def __init__(self) -> None:
+        self._ranges: TensorsData | None = None
+
+    def __call__(
+        self, source: Path, out: Path, layers: Sequence[str], feeds: Iterator[dict[str, Any]]
+    ) -> None:
+        """Write ``out``: ``source`` with these layers in 8 bits, and its metadata."""
+        if self._ranges is None:
+            with TemporaryDirectory() as folder:
+                augmented = Path(folder) / "augmented.onnx"
+                calibrator = create_calibrator(source, list(LAYERS), str(augmented))
+                calibrator.collect_data(_Reader(feeds))
+                self._ranges = calibrator.compute_data()
+        quantizer = QDQQuantizer(
+            onnx.load(str(source)),
             per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            # TensorRT takes no zero points.
-            extra_options=dict(ActivationSymmetric=True, WeightSymmetric=True),
+            reduce_range=False,
+            weight_qType=QuantType.QInt8,
+            # onnxruntime computes products of int8 and int8 on a processor three times slower than
+            # those of uint8 and int8, and zero points halve the error of values that are mostly
+            # positive, as those after a GELU.
+            activation_qType=QuantType.QUInt8,
+            tensors_range=self._ranges,
+            nodes_to_quantize=list(layers),
+            nodes_to_exclude=[],
+            op_types_to_quantize=list(LAYERS),
+            extra_options=dict(WeightSymmetric=True),
         )
-    finally:
-        logging.disable(logging.NOTSET)
+        quantizer.quantize_model()
+        quantizer.model.save_model_to_file(str(out))
 
 
 class Measure:
@@ -262,7 +309,9 @@ class Measure:
             self._runners[limit] = self._runner(file, limit)
         runner = self._runners[limit]
         runner.model.load(str(file))
-        found = runner.test()
+        # The COCO metric prints its table.
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = runner.test()
         # Goals beyond 1 are percent.
         points = {
             key: found[key] * (1 if goal > 1 else 100)
@@ -287,31 +336,18 @@ class Measure:
         use_exported(config, str(file))
         return engine.build_test_runner(config, None)
 
-    def milliseconds(self, file: Path) -> float:
-        """Median time of a run on one thread."""
-        predictor = runtime.load(file, 1)
-        (inputs, *_) = predictor.inputs(self.image)
-        times = []
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            predictor.session.run(None, inputs)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times) * 1000
+    def time_ratio(self, file: Path, other: Path) -> float:
+        """Processor time of a run on one thread, as a share of the other file's.
 
-
-def _table(
-    plain: Effect, alone: Sequence[Effect], chosen: set[str], result: Effect
-) -> Iterator[str]:
-    yield "8 bits: effect of each group of layers alone, on the metric, size and speed"
-    yield f"{'layers':34} {'number':>6} {'drop':>6} {'MB':>6} {'time':>5}"
-    for effect in (*alone, result):
-        kept = effect is result or effect.name in chosen
-        ratio = effect.milliseconds / plain.milliseconds
-        yield (
-            f"{effect.name:34} {effect.layers:6} {effect.drop:6.2f} {effect.size / 1e6:6.1f} "
-            f"{ratio:5.2f}{'' if kept else '  stays in float32'}"
-        )
-    yield (
-        f"float32 has {plain.size / 1e6:.1f} MB; drop in points of a hundred, time as a share of "
-        f"float32's ({plain.milliseconds:.1f} ms) on one thread"
-    )
+        The files take turns, and other programs that run meanwhile do not count.
+        """
+        predictors = [runtime.load(path, 1) for path in (file, other)]
+        (inputs, *_) = predictors[0].inputs(self.image)
+        times = [0.0, 0.0]
+        for turn in range(ROUNDS + 1):
+            for place, predictor in enumerate(predictors):
+                start = time.process_time()
+                predictor.session.run(None, inputs)
+                if turn:  # the first run also allocates
+                    times[place] += time.process_time() - start
+        return times[0] / times[1]

@@ -70,10 +70,19 @@ class GraphPoolBlock(FoldedPoolBlock):
     convolutions. In PyTorch these take several times longer.
     """
 
+    share: Tensor
+    rest: Tensor
+
+    def __init__(self, block: PoolBlock | FoldedPoolBlock) -> None:
+        super().__init__(block)
+        # Constants: some converters take no weights that are computed in the graph.
+        self.register_buffer("share", self.ls1.gamma.detach()[:, None, None, None].clone())
+        self.register_buffer("rest", 1 - self.share)
+
     def mix(self, x: Tensor, means: Tensor) -> Tensor:
         """See :meth:`FoldedPoolBlock.mix`."""
-        share, groups = self.ls1.gamma[:, None, None, None], x.shape[1]
-        return F.conv2d(means, share, groups=groups) + F.conv2d(x, 1 - share, groups=groups)
+        groups = x.shape[1]
+        return F.conv2d(means, self.share, groups=groups) + F.conv2d(x, self.rest, groups=groups)
 
 
 def query_in_one_convolution(query: LocalGlobalQuery) -> nn.Sequential:

@@ -81,7 +81,7 @@ class Tracker:
         tracked = self._tracker.update(boxes)
         # The library counts from 0, and -1 is no track.
         ids = np.zeros(len(found), np.int64)
-        if len(tracked):
+        if len(tracked) and tracked.tracker_id is not None:
             ids[tracked.data["index"]] = tracked.tracker_id + 1
         return replace(found, track_ids=ids)
 

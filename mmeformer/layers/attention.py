@@ -102,8 +102,9 @@ def attend(
     Returns:
         (B, heads, Nq, V).
     """
-    # Scale the query, not the products, which are far more numbers.
-    query, key = query * scale, key.transpose(2, 3)
+    key = key.transpose(2, 3)
+    if scale != 1:  # else it is part of the layer before
+        query = query * scale  # not the products, which are far more numbers
     if in_export():
         return mix_attention(mix_logits(query @ key + bias(size)).softmax(dim=-1)) @ value
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # see TalkingHead

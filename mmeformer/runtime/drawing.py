@@ -82,7 +82,7 @@ def _(result: Segmentation, picture: Array, classes: Sequence[str], colors: Arra
 @_draw.register
 def _(result: Classification, picture: Array, classes: Sequence[str], colors: Array) -> None:
     scale = max(0.4, max(picture.shape[:2]) / 1000)
-    for row, label in enumerate(result.best(BEST), start=1):
+    for row, label in enumerate(result.shown(BEST), start=1):
         text, place = f"{result.scores[label]:.3f} {classes[label]}", (4, int(30 * scale * row))
         for ink, thickness in ((0, 3), (255, 1)):
             font = cv2.FONT_HERSHEY_SIMPLEX

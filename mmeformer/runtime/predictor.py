@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mmeformer import tasks
 from mmeformer.files import refuse_url
 from mmeformer.images import Image, as_image
-from mmeformer.runtime import litert
+from mmeformer.runtime import executorch, litert
 from mmeformer.runtime.decoders import Result, merge_patches
 from mmeformer.runtime.images import Prepared, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
@@ -36,6 +36,12 @@ class Session(Protocol):
         """All outputs in order, given the inputs by name."""
 
 
+RUNTIMES: dict[str, tuple[str, Callable[[Path, int], Session]]] = {
+    litert.SUFFIX: ("LiteRT", litert.LiteRtSession),
+    executorch.SUFFIX: ("ExecuTorch", executorch.ExecuTorchSession),
+}
+"""Runtimes other than onnxruntime: suffix of their files -> name, session of path and threads."""
+
 WINDOWS_AT_ONCE = 4
 """Windows of a large image per run, if the batch is free."""
 
@@ -52,23 +58,26 @@ def load(
     """Load a file that ``tools/export.py`` wrote.
 
     Args:
-        path: an ``.onnx`` file, whose metadata is inside, or a ``.tflite`` file, which LiteRT runs
-            and whose metadata is in the JSON file beside it.
-        threads: per operator; 0 lets the runtime choose, or takes the number of ``options``.
+        path: an ``.onnx`` file, whose metadata is inside; a ``.tflite`` file, which LiteRT runs and
+            whose metadata is in the JSON file beside it; or a ``.pte`` file, which ExecuTorch runs.
+        threads: per operator; 0 lets the runtime choose, or takes the number of ``options``. In
+            ExecuTorch, the number of all loaded files.
         providers: of onnxruntime, each a name or a pair of name and settings; None takes the CPU.
         options: of onnxruntime's session.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a file that mmeformer exported, or this onnxruntime does not have, or cannot
-            start, one of the providers; or LiteRT is not installed, or was given providers.
+            start, one of the providers; or another runtime is not installed, or was given
+            providers.
     """
     refuse_url(path, "model")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"model {path} does not exist")
-    if path.suffix == litert.SUFFIX and (providers or options):
-        raise ValueError(f"{path} runs in LiteRT: providers and options are of onnxruntime")
+    if path.suffix in RUNTIMES and (providers or options):
+        name, _ = RUNTIMES[path.suffix]
+        raise ValueError(f"{path} runs in {name}: providers and options are of onnxruntime")
     wanted = list(providers or ["CPUExecutionProvider"])
     session = _start(path, threads, wanted, options)
     loaded = Predictor(session, Metadata.from_json(_metadata_text(path, session), path))
@@ -96,8 +105,9 @@ def _start(
     providers: Sequence[str | tuple[str, dict[str, Any]]],
     options: onnxruntime.SessionOptions | None,
 ) -> Any:
-    if path.suffix == litert.SUFFIX:
-        return litert.LiteRtSession(path, threads)
+    if path.suffix in RUNTIMES:
+        _, session_of = RUNTIMES[path.suffix]
+        return session_of(path, threads)
     names = [item if isinstance(item, str) else item[0] for item in providers]
     known = onnxruntime.get_available_providers()
     if missing := [name for name in names if name not in known]:

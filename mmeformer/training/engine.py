@@ -31,6 +31,7 @@ def build_train_runner(
     amp: bool = False,
     auto_scale_lr: bool = False,
     resume: str | None = None,
+    resume_else: str | None = None,
     launcher: str = "none",
     trackers: Sequence[str] | None = None,
     deterministic: bool = False,
@@ -41,7 +42,9 @@ def build_train_runner(
         config: with ``work_dir`` set.
         amp: mixed precision (on a GPU).
         auto_scale_lr: scale the learning rate to the actual batch size.
-        resume: ``"auto"`` for the latest checkpoint of the work directory, or a file.
+        resume: ``"auto"`` for the latest checkpoint of the work directory, or a file. If there is
+            no checkpoint, the run starts from ``resume_else`` or the config's ``load_from``.
+        resume_else: a file to resume from if ``"auto"`` finds no checkpoint.
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
         trackers: programs that record the training, see
             :func:`mmeformer.training.trackers.add_trackers`.
@@ -62,7 +65,11 @@ def build_train_runner(
                 "scaling the learning rate needs auto_scale_lr.base_batch_size in the config"
             )
         config.auto_scale_lr.enable = True
+    load_else = None
     if resume is not None:
+        if resume == "auto":
+            load_else = config.get("load_from")
+            resume_else = resume_else and existing_checkpoint(resume_else)
         config.resume = True
         config.load_from = None if resume == "auto" else existing_checkpoint(resume)
     if missing := [key for key in TRAINING_KEYS if not config.get(key)]:
@@ -76,7 +83,9 @@ def build_train_runner(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     prepare_device(config, launcher)
     safe_load.install()
-    return Runner.from_cfg(config)
+    runner = Runner.from_cfg(config)
+    runner.resume_else, runner.load_else = resume_else, load_else
+    return runner
 
 
 def build_test_runner(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stop a training on a signal of the scheduler, with a checkpoint to resume from.
 
-Slurm (``--signal``), spot machines and Kubernetes announce that they take a machine away by SIGTERM
-or SIGUSR1. The training then saves a checkpoint and exits with :data:`PREEMPTED`.
+The training saves a checkpoint and exits with :data:`~mmeformer.signals.PREEMPTED`. Before the
+first iteration there is nothing to save, and the process ends at once.
 """
 
 from __future__ import annotations
@@ -21,17 +21,12 @@ from typing import Any
 import torch
 from mmengine.dist import all_reduce, get_world_size
 
-PREEMPTED = 175
-"""Exit status of a run that was stopped by a signal and has saved a checkpoint.
-
-That of a temporary failure (75, ``sysexits.h``) plus 100: srun returns the highest status of its
-tasks, where 128 + N means that signal N killed one.
-"""
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+from mmeformer import signals
+from mmeformer.signals import PREEMPTED, SIGNALS
 
 
 class Preempted(SystemExit):
-    """The run stops because of a signal; the exit status is :data:`PREEMPTED`."""
+    """The run stops because of a signal; the exit status is that of ``PREEMPTED``."""
 
     def __init__(self) -> None:
         super().__init__(PREEMPTED)
@@ -45,7 +40,8 @@ class StopRequest:
     """Context manager that notes signals instead of ending the process.
 
     The first signal is a request, which the training asks for after every iteration. A second one
-    ends the process at once, as if it was not handled.
+    ends the process at once, as if it was not handled. A request that nobody has asked for before
+    the end of the training is then sent again.
     """
 
     SAME = 1.0
@@ -55,32 +51,50 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: str | None = None
         """Name of the signal that arrived."""
-        self.trained = False
-        """Whether there is something to save. Until then a signal ends the run at once."""
         self.interrupted = False
         """Whether an evaluation was cut short."""
         self._time = 0.0
         self._evaluating = False
+        self._raised = False
+        """Whether a signal has ended an evaluation by an exception."""
         self._handlers: dict[int, Any] = {}
+        self._process = 0
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is something to save. Until then a signal ends the run at once."""
+        return signals.trained
+
+    @trained.setter
+    def trained(self, value: bool) -> None:
+        signals.trained = value
 
     def __enter__(self) -> StopRequest:
+        self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._handlers[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, error, trace) -> None:
+        self.trained = False
         for number, handler in self._handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        if kind is None and self.signal is not None:
+            os.kill(os.getpid(), signal.Signals[self.signal])
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A data worker, which is about to ignore signals.
+            return
         if not self.trained:
-            raise Preempted
+            signals.leave(number)
         if self.signal is None:
             self.signal = signal.Signals(number).name
             self._time = time.monotonic()
             if self._evaluating:
+                self._raised = True
                 raise _Interrupted
         elif time.monotonic() - self._time >= self.SAME:
             signal.signal(number, signal.SIG_DFL)
@@ -102,7 +116,10 @@ class StopRequest:
                 finally:
                     # A signal may arrive up to here.
                     self._evaluating = False
-            except _Interrupted:
+            except BaseException as error:
+                # The signal, or what the evaluation has made of it.
+                if not (isinstance(error, _Interrupted) or self._raised):
+                    raise
                 self.interrupted = True
                 return {}
             return scores

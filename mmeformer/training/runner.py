@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mmengine.dist import broadcast_object_list, is_main_process, master_only
+from mmengine.dist import broadcast_object_list, get_world_size, is_main_process, master_only
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.errors import CheckpointError, TrainingError
+from mmeformer.signals import PREEMPTED
 from mmeformer.training.data import GuardedDataset
 from mmeformer.training.hooks import (
     CheckMetricsHook,
@@ -30,7 +31,7 @@ from mmeformer.training.hooks import (
     UnreadableFilesHook,
 )
 from mmeformer.training.loops import EpochBasedTrainLoop, IterBasedTrainLoop
-from mmeformer.training.preemption import StopRequest, deaf_worker
+from mmeformer.training.preemption import Preempted, StopRequest, deaf_worker
 from mmeformer.training.progress import ProgressHook, is_for_terminals
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
 from mmeformer.training.record import TrainingDataHook
@@ -39,6 +40,7 @@ from mmeformer.training.saving import (
     PreemptionHook,
     checkpoint_hook,
     find_nonfinite,
+    last_checkpoint,
     named_checkpoint,
     newest_resumable,
     read_resumable,
@@ -85,6 +87,10 @@ class Runner(MMEngineRunner):
     """Notes signals; None before and after a training."""
     config_text = ""
     """The config as Python code, for checkpoints."""
+    resume_else: str | None = None
+    """What to resume from if the work directory has no checkpoints; None for nothing."""
+    load_else: str | None = None
+    """Weights to start from if there is nothing to resume from; None for none."""
     _fine_tuning = False
     _stamps: ClassVar[set[str]] = set()
     # Attributes of mmengine's Runner.
@@ -207,7 +213,8 @@ class Runner(MMEngineRunner):
         Raises:
             CheckpointError: there are checkpoints, but none is complete.
             TrainingError: the run cannot go on; the message says why.
-            Preempted: a signal has stopped the run; there is a checkpoint.
+            Preempted: a signal has stopped the run; there is a checkpoint. A signal before the
+                first iteration ends the process (:func:`mmeformer.signals.leave`).
         """
         if self._resume:
             self._find_start()
@@ -221,6 +228,15 @@ class Runner(MMEngineRunner):
             with Writer(self.logger, hook.stop_on_error) as self.writer:
                 with StopRequest() as self.stop:
                     return super().train()
+        except RuntimeError as error:
+            if get_world_size() == 1 or self.stop is None or self.stop.signal is None:
+                raise
+            # A process that got the signal before its first iteration has left the others alone.
+            self.logger.warning(
+                f"stopped by {self.stop.signal}, while another process had ended ({error}). "
+                f"{last_checkpoint(self)} Continue with --resume (exit status {PREEMPTED})"
+            )
+            raise Preempted from error
         finally:
             self.writer = self.stop = None
             for hook in self.hooks:
@@ -234,6 +250,8 @@ class Runner(MMEngineRunner):
             newest: tuple[str | Path, dict] | None
             if self._load_from is None:
                 newest = newest_resumable(self.work_dir)
+                if newest is None and self.resume_else is not None:
+                    newest = self.resume_else, read_resumable(self.resume_else)
             else:
                 newest = self._load_from, read_resumable(self._load_from)
             if newest is not None:
@@ -246,6 +264,7 @@ class Runner(MMEngineRunner):
                 f"no checkpoint in {self.work_dir} to resume from: starting from the beginning"
             )
             self._resume = False
+            self._load_from = self.load_else
             return
         self._load_from = path
         if seed is not None and seed != self._randomness_cfg.get("seed"):
@@ -367,7 +386,9 @@ class Runner(MMEngineRunner):
         host = HostCopy() if self.writer is None else self.writer.host
         write = partial(
             self._write,
-            host.copy(state),
+            # Only its step changes the state of an optimizer, two thirds of a checkpoint with
+            # AdamW. The step waits for the copy (CheckpointHook), which the writer finishes.
+            host.copy(state, late="optimizer"),
             out_dir=out_dir,
             filename=filename,
             file_client_args=file_client_args,
@@ -375,6 +396,7 @@ class Runner(MMEngineRunner):
             after=after,
         )
         if self.writer is None:
+            host.finish()
             write()
         else:
             self.writer.start(write)

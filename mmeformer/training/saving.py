@@ -28,7 +28,8 @@ from mmengine.runner.checkpoint import save_checkpoint
 from mmeformer.checkpoints import safe_load
 from mmeformer.errors import CheckpointError
 from mmeformer.files import is_draft, write_bytes, write_text
-from mmeformer.training.preemption import PREEMPTED, Preempted, anywhere
+from mmeformer.signals import PREEMPTED
+from mmeformer.training.preemption import Preempted, anywhere
 from mmeformer.training.schedule import wrappers
 from mmeformer.training.writer import NotWritten
 from mmeformer.work_dirs import POINTER
@@ -158,6 +159,12 @@ class CheckpointHook(MMEngineCheckpointHook):
         """Remove the files that a killed run left unfinished."""
         super().before_train(runner)
         self._saved_at = time.monotonic()
+        for item in wrappers(runner.optim_wrapper):
+            item.optimizer.register_step_pre_hook(partial(_wait_for_copy, runner))
+        resumed = Path(runner._load_from) if runner._resume and runner._load_from else None
+        if resumed is not None and resumed.parent == Path(self.out_dir):
+            # A validation that is repeated now adds its scores to it.
+            self._saved = resumed.name, runner.epoch, runner.iter
         if is_main_process():
             for folder in {Path(self.out_dir), Path(runner.work_dir)}:
                 for path in folder.glob(".*"):
@@ -350,6 +357,12 @@ class CheckpointHook(MMEngineCheckpointHook):
     def _remove(self, path: str) -> None:
         if self.file_backend.isfile(path):
             self.file_backend.remove(path)
+
+
+def _wait_for_copy(runner: Runner, *step) -> None:
+    """Let an optimizer change its state only when no copy is being made of it."""
+    if runner.writer is not None:
+        runner.writer.copied.wait()
 
 
 class PreemptionHook(Hook):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -27,38 +28,54 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._memory: dict[tuple, Tensor] = {}
+        self._late: list[tuple[Tensor, Tensor]] = []
+        """Memory, and the tensors that :meth:`finish` copies into it."""
 
-    def copy(self, tree: Any) -> Any:
+    def copy(self, tree: Any, late: str | None = None) -> Any:
         """A copy whose tensors have PyTorch's default memory format; the one before is invalid.
 
         Args:
             tree: tensors in mappings, lists and tuples; anything else is not copied.
+            late: key of the tree's entry whose large tensors are copied by :meth:`finish`, until
+                when they must not change.
         """
-        copied = self._copy(tree, ())
+        self._late = []
+        copied = self._copy(tree, (), late)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copied
 
-    def _copy(self, tree: Any, path: tuple) -> Any:
+    def finish(self) -> None:
+        """Copy what is left to copy."""
+        for memory, tensor in self._late:
+            memory.copy_(tensor, non_blocking=True)
+        self._late = []
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def _copy(self, tree: Any, path: tuple, late: str | None) -> Any:
         if isinstance(tree, Tensor):
-            return self._copy_tensor(tree.detach(), path)
+            return self._copy_tensor(tree.detach(), path, path[:1] == (late,))
         if isinstance(tree, Mapping):
             # As it is: PyTorch's state_dict has an attribute with versions of modules.
             copied = copy.copy(tree)
             for key, value in tree.items():
-                copied[key] = self._copy(value, (*path, key))  # type: ignore[index]
+                copied[key] = self._copy(value, (*path, key), late)  # type: ignore[index]
             return copied
         if type(tree) in (list, tuple):
-            return type(tree)(self._copy(item, (*path, i)) for i, item in enumerate(tree))
+            return type(tree)(self._copy(item, (*path, i), late) for i, item in enumerate(tree))
         return tree
 
-    def _copy_tensor(self, tensor: Tensor, path: tuple) -> Tensor:
+    def _copy_tensor(self, tensor: Tensor, path: tuple, late: bool) -> Tensor:
         if tensor.layout != torch.strided or tensor.nbytes <= self.SMALL:
             return tensor.cpu().clone(memory_format=torch.contiguous_format)
         memory = self._memory.get(path)
         if memory is None or (memory.shape, memory.dtype) != (tensor.shape, tensor.dtype):
             memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._memory[path] = memory
+        if late:
+            self._late.append((memory, tensor))
+            return memory
         return memory.copy_(tensor, non_blocking=True)
 
 
@@ -80,6 +97,9 @@ class Writer:
         self.stop_on_error = stop_on_error
         self.host = HostCopy()
         """Memory for what is being written."""
+        self.copied = threading.Event()
+        """Set while nothing is left to copy."""
+        self.copied.set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future | None = None
         self._failed: NotWritten | None = None
@@ -102,9 +122,20 @@ class Writer:
             self._thread.shutdown()
 
     def start(self, job: Callable[[], None]) -> None:
-        """Run a job when the one before is complete, whose error this may raise."""
+        """Finish the copy and run a job when the one before is complete.
+
+        Both in the thread. This may raise the error of the job before.
+        """
         self.wait()
-        self._job = self._thread.submit(job)
+        self.copied.clear()
+        self._job = self._thread.submit(self._run, job)
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            self.host.finish()
+        finally:
+            self.copied.set()
+        job()
 
     def wait(self) -> None:
         """Wait for the job; its error is raised or logged."""

@@ -2,6 +2,7 @@
 """ONNX files contain nothing that is known beforehand, and only what others can read."""
 
 import copy
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -11,8 +12,10 @@ from tiny import ARCH
 from trained_like import trained_like
 
 from mmeformer.backbones import EfficientFormerV2
+from mmeformer.backbones.efficientformer_v2 import MapAttention
 from mmeformer.deploy import lean
 from mmeformer.deploy import onnx as onnx_export
+from mmeformer.deploy.export import Request
 from mmeformer.deploy.graphs import BackboneGraph, build_graph
 from mmeformer.runtime.metadata import KEY, Metadata
 from mmeformer.variants import STRIDES
@@ -109,6 +112,34 @@ def test_the_results_are_the_same_to_the_last_bit(tmp_path):
     ]
     for ours, theirs in zip(*results, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_opset_20_has_gelu_as_one_node(tmp_path):
+    model, metadata = backbone((64, 96))
+    # The bias of the second talking head becomes part of its convolution, scaled for this size.
+    for module in model.modules():
+        if isinstance(module, MapAttention):
+            module.head_bias_keys = 5
+    image = np.random.default_rng(0).normal(size=(1, 3, 64, 96)).astype(np.float32)
+    kinds, results = [], []
+    for opset in onnx_export.OPSETS:
+        path = tmp_path / f"{opset}.onnx"
+        onnx_export.write(model, BackboneGraph, metadata, [], path, opset).raise_failures(path)
+        proto = onnx.load(str(path))
+        assert [item.version for item in proto.opset_import] == [opset]
+        kinds.append(Counter(node.op_type for node in proto.graph.node))
+        assert not set(kinds[-1]) & {"ReduceSum", "Slice", "Split"}
+        results.append(onnxruntime.InferenceSession(str(path)).run(None, {"image": image}))
+    assert kinds[0]["Erf"] == kinds[1]["Gelu"] > 10 and not kinds[1]["Erf"]
+    # Nothing scales: scales are part of layers.
+    assert kinds[1]["Mul"] == 0
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * np.abs(ours).max())
+
+
+def test_the_opset_is_of_onnx():
+    with pytest.raises(ValueError, match="--opset is for ONNX, not for TensorFlow Lite"):
+        Request("tflite", size=(64, 64), opset=20)
 
 
 @pytest.mark.parametrize("resize", ["displacement", "matrix"])

@@ -22,8 +22,6 @@ from mmeformer.runtime.images import prepare
 def light(tmp_path_factory):
     """The light detector, small, with spread scores."""
     config = small_config("detection", LIGHT)
-    # Distances of random weights are near the middle: less than half of the picture.
-    config.model.bbox_head.reg_max = 4
     folder = tmp_path_factory.mktemp("light")
     return Trained(config, save_trained(config, folder), folder)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """8 bits: which layers, what it costs, and that too large a cost is refused."""
 
+import re
 from dataclasses import replace
 
 import cv2
@@ -70,12 +71,15 @@ def test_a_file_in_8_bits_is_measured(labeled, onnx_file, tmp_path, capsys, quie
     quantized = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
     assert len(quantized) > 10
     zeros = {item.name: onnx.numpy_helper.to_array(item) for item in proto.graph.initializer}
-    assert not any(zeros[node.input[2]].any() for node in quantized)
+    assert {zeros[node.input[2]].dtype.name for node in quantized} == {"uint8"}
     (result,) = [line for line in table if line.startswith("all that are in 8 bits")]
-    assert 0 < float(result.split()[-3]) <= 60
-    (plain,) = [line for line in table if line.startswith("float32 has")]
+    drop = float(result.split()[-3])
+    assert 0 < drop <= 60
+    (small,) = [line for line in table if line.startswith("8 bits: mIoU")]
+    assert f"mIoU {100 - drop:.2f}, {out.stat().st_size / 1e6:.1f} MB" in small
+    (plain,) = [line for line in table if line.startswith("float32:")]
     float32 = onnx_file("segmentation", **FIXED)
-    assert f"{float32.stat().st_size / 1e6:.1f} MB" in plain
+    assert f"mIoU 100.00, {float32.stat().st_size / 1e6:.1f} MB" in plain
     assert out.stat().st_size < 0.6 * float32.stat().st_size
     predictor = runtime.load(out)
     assert replace(predictor.metadata, config="") == replace(
@@ -103,10 +107,43 @@ def test_a_file_that_costs_too_much_is_refused(
     assert runtime.load(tmp_path / "small.refused.onnx").metadata.size == (64, 96)
 
 
+@pytest.mark.slow
+def test_weights_alone_in_8_bits(labeled, tmp_path, capsys, quiet_logging):
+    pytest.importorskip("litert_torch", reason="LiteRT's converter is not installed")
+    config, checkpoint, images = labeled
+    out = tmp_path / "small.tflite"
+    arguments = [config, checkpoint, "--to", "tflite", "--out", out, "--images", images[0]]
+    arguments += ["--size", 64, 96, "--with-preprocessing", "--int8-dynamic", "--max-drop", 60]
+    assert main([str(argument) for argument in arguments]) == 0
+    table = capsys.readouterr().out
+    assert "CONV_2D" in table and "BATCH_MATMUL" not in table
+    (plain,) = [line for line in table.splitlines() if line.startswith("float32")]
+    megabytes = float(re.search(r"([\d.]+) MB", plain)[1])
+    assert out.stat().st_size < 0.7e6 * megabytes
+    labels = runtime.load(out).predict(images[0]).labels
+    assert labels.shape == cv2.imread(str(images[0])).shape[:2] and len(np.unique(labels)) > 1
+
+
 @pytest.mark.parametrize(
     "request_, message",
     [
-        (dict(target="coreml", size=(64, 64)), "--int8 is for ONNX and TensorFlow Lite"),
+        (dict(target="onnx", size=(64, 64)), "--int8-dynamic is for TensorFlow Lite: onnxruntime"),
+        (dict(target="tflite", size=(64, 64), half=True), "--int8-dynamic stands alone"),
+        (dict(target="tflite", size=(64, 64), part="backbone"), "backbone alone has no metric"),
+    ],
+)
+def test_requests_without_calibration(request_, message):
+    with pytest.raises(ValueError, match=message):
+        Request(int8_dynamic=True, **request_)
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (
+            dict(target="coreml", size=(64, 64)),
+            "--int8 is for ONNX, TensorFlow Lite and ExecuTorch",
+        ),
         (dict(target="tflite", size=(64, 64), half=True), "without --fp16"),
         (dict(target="onnx", part="backbone"), "the backbone alone has no metric"),
         (dict(target="onnx", max_drop=-1.0), "--max-drop must not be negative, but is -1"),

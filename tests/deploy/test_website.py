@@ -177,8 +177,8 @@ def test_objects_are_those_of_the_runtime(tmp_path, task):
 
 BROWSER = """
 import { chromium } from "playwright-core";
-const [url, picture, executablePath] = process.argv.slice(2);
-const browser = await chromium.launch({ executablePath, args: ["--no-sandbox"] });
+const [url, picture, executablePath, camera, ...args] = process.argv.slice(2);
+const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", ...args] });
 const page = await browser.newPage({ viewport: { width: 1100, height: 760 } });
 const problems = [], hosts = new Set();
 page.on("console", (m) => ["error", "warning"].includes(m.type()) && problems.push(m.text()));
@@ -188,6 +188,17 @@ page.on("request", (request) => hosts.add(new URL(request.url()).host));
 await page.goto(url);
 const done = () => window.mmeformer?.shown || document.body.dataset.state === "failed";
 await page.waitForFunction(done, null, { timeout: 300000 });
+const frames = [];
+if (camera) {
+  await page.click("#camera");
+  while (frames.length < 3) {
+    await page.evaluate(() => { window.before = window.mmeformer.shown; });
+    const another = () => window.mmeformer.shown !== window.before;
+    await page.waitForFunction(another, null, { timeout: 300000 });
+    frames.push(await page.evaluate(() => window.mmeformer.shown.picture.width));
+  }
+  await page.click("#camera");
+}
 await page.screenshot({ path: picture });
 const found = await page.evaluate(() => {
   const { shown, device } = window.mmeformer;
@@ -195,16 +206,18 @@ const found = await page.evaluate(() => {
   if (result?.labels) result.labels = Array.from(result.labels);
   result?.objects?.forEach((object) => delete object.mask);
   return { result, device, isolated: crossOriginIsolated, state: document.body.dataset.state,
-    list: document.getElementById("list").innerText };
+    list: document.getElementById("list").innerText, filming: Boolean(window.mmeformer.camera),
+    header: document.querySelector("header").innerText };
 });
-console.log(JSON.stringify({ ...found, problems, hosts: [...hosts].filter(Boolean) }));
+console.log(JSON.stringify({ ...found, frames, problems, hosts: [...hosts].filter(Boolean) }));
 await browser.close();
 """
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """``browser(site)``: opens a served site in a headless Chromium; what it shows."""
+    """``browser(site)``: opens a served site in a headless Chromium; what it shows, after three
+    frames of the camera if there is one."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None or shutil.which("npm") is None:
         pytest.skip("Chromium or Node.js is not installed")
@@ -216,12 +229,13 @@ def browser(tmp_path_factory):
         pytest.skip("npm cannot fetch playwright-core")
     (folder / "browser.mjs").write_text(BROWSER)
 
-    def show(site: Path) -> dict:
+    def show(site: Path, *arguments: str, camera: bool = False) -> dict:
         with website.server(site) as server:
             thread = threading.Thread(target=server.serve_forever)
             thread.start()
             address = f"http://127.0.0.1:{server.server_port}/"
             command = ["node", "browser.mjs", address, site.parent / "shown.png", chromium]
+            command += ["camera" if camera else "", *arguments]
             try:
                 done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             finally:
@@ -235,33 +249,73 @@ def browser(tmp_path_factory):
     return show
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["segmentation", "detection", "rotated"])
-def test_a_browser_finds_what_the_runtime_finds(onnx_file, browser, tmp_path, task):
-    model = onnx_file(task, size=None, preprocessing=task == "detection")
-    image = random_image(64, 64, 3)  # needs no resizing, which browser and OpenCV round differently
-    example = tmp_path / "example.png"
-    cv2.imwrite(str(example), image)
-    site = website.build(model, tmp_path / "site", example=example)
-    found = browser(site)
-    # Headless, there is no GPU.
-    assert set(found["problems"]) <= {"No available adapters."} and found["state"] == "ready"
-    assert found["device"] == "wasm" and found["isolated"] and found["list"]
-    expected = runtime.load(model).predict(image)
-    if task == "segmentation":
-        labels = np.array(found["result"]["labels"]).reshape(64, 64)
+def assert_same(found: dict, expected) -> None:
+    """What a page found on a picture is the runtime's result."""
+    result = found["result"]
+    if result["kind"] == "regions":
+        labels = np.reshape(result["labels"], expected.labels.shape)
         assert (labels != expected.labels).mean() < 1e-3
         return
-    objects = found["result"]["objects"]
-    boxes, scores = (np.array([one[key] for one in objects]) for key in ("box", "score"))
-    labels = np.array([one["label"] for one in objects])
-    if task == "detection":
+    if result["kind"] == "classes":
+        np.testing.assert_allclose(result["scores"], expected.scores, atol=1e-4)
+        return
+    boxes, scores = (np.array([one[key] for one in result["objects"]]) for key in ("box", "score"))
+    labels = np.array([one["label"] for one in result["objects"]])
+    if boxes.shape[1] == 4:
         ours = runtime.Detections(boxes, scores, labels, (64, 64))
     else:
         ours = runtime.RotatedDetections(boxes, scores, labels)
     assert len(match(expected, ours)) >= 0.99 * max(len(expected.boxes), len(boxes)) >= 5
-    shown = cv2.imread(str(tmp_path / "shown.png"))
+
+
+@pytest.fixture(scope="module")
+def site(onnx_file, browser, tmp_path_factory):
+    """``site(task)``: a page of a small model with an example, and what the runtime finds there."""
+
+    def make(task: str) -> tuple[Path, object]:
+        model = onnx_file(task, size=None, preprocessing=task == "detection")
+        image = random_image(64, 64, 3)  # no resizing, which browser and OpenCV round differently
+        example = tmp_path_factory.mktemp(task) / "example.png"
+        cv2.imwrite(str(example), image)
+        built = website.build(model, example.parent / "site", example=example)
+        return built, runtime.load(model).predict(image)
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", list(tasks.TASKS))
+def test_a_browser_finds_what_the_runtime_finds(site, browser, task):
+    folder, expected = site(task)
+    found = browser(folder)
+    # Headless, there is no GPU.
+    assert set(found["problems"]) <= {"No available adapters."} and found["state"] == "ready"
+    assert found["device"] == "wasm" and found["isolated"] and found["list"]
+    assert "on the processor" in found["header"] and "no WebGPU" in found["header"]
+    assert_same(found, expected)
+    shown = cv2.imread(str(folder.parent / "shown.png"))
     assert shown.shape[:2] == (760, 1100) and len(np.unique(shown.reshape(-1, 3), axis=0)) > 50
+
+
+@pytest.mark.slow
+def test_a_browser_runs_the_model_on_its_gpu(site, browser):
+    folder, expected = site("segmentation")
+    # SwiftShader, which Chromium brings, computes what a GPU would.
+    found = browser(folder, "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
+    assert found["problems"] == [] and found["state"] == "ready"
+    assert found["device"] == "webgpu" and "on the GPU (WebGPU)" in found["header"]
+    assert_same(found, expected)
+
+
+@pytest.mark.slow
+def test_a_browser_runs_the_model_on_its_camera(site, browser):
+    folder, _ = site("segmentation")
+    fake = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+    found = browser(folder, *fake, camera=True)
+    assert set(found["problems"]) <= {"No available adapters."} and found["state"] == "ready"
+    # Chromium's camera is larger than the example.
+    assert len(found["frames"]) == 3 and found["frames"][-1] > 64
+    assert not found["filming"] and found["list"]
 
 
 @pytest.fixture

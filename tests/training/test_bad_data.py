@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from mmeformer.synthetic.masks import write_mask_dataset
+from mmeformer.synthetic.shapes import write_coco_dataset
 from mmeformer.training import engine
 from mmeformer.training.hooks import UnreadableFilesHook
 
@@ -82,6 +83,34 @@ def training(folder, wrapped, share, size):
     return config
 
 
+def nested(folder, size):
+    """One epoch of boxes over ``size`` images inside all wrappers at once, and a validation."""
+    root = folder / "large"
+    config = tiny.boxes_only(folder, iterations=size // 8)
+    config.train_cfg.val_interval = size // 8
+    config.default_hooks.checkpoint.interval = size
+    loader = config.train_dataloader
+    for each in (loader, config.val_dataloader):
+        each.dataset.data_root = str(root)
+    config.val_evaluator.ann_file = str(root / "annotations/instances_val2017.json")
+    loader.batch_size = 8
+    load, transform = loader.dataset.pipeline[:2], loader.dataset.pipeline[2:]
+    loader.dataset.pipeline = load
+    halves = [copy.deepcopy(loader.dataset) for _ in range(2)]
+    for half, numbers in zip(halves, (range(size // 2), range(size // 2, size)), strict=True):
+        half.indices = list(numbers)
+    balanced = [
+        dict(type="ClassBalancedDataset", dataset=half, oversample_thr=1e-3) for half in halves
+    ]
+    joined = dict(type="ConcatDataset", datasets=balanced)
+    loader.dataset = dict(
+        type="MultiImageMixDataset",
+        dataset=dict(type="RepeatDataset", dataset=joined, times=2),
+        pipeline=[dict(type="Mosaic", img_scale=(64, 64)), *transform],
+    )
+    return config
+
+
 def run(config, work_dir, damage):
     """Train; files are damaged after they were listed. (losses, scores, files left out, log)"""
     config.work_dir = str(work_dir)
@@ -93,9 +122,11 @@ def run(config, work_dir, damage):
     runner.train()
     (hook,) = (hook for hook in runner.hooks if isinstance(hook, UnreadableFilesHook))
     (rows,) = work_dir.glob("*/vis_data/scalars.json")
-    scores = [row for row in map(json.loads, rows.read_text().splitlines()) if "mIoU" in row]
+    (*_, last) = map(json.loads, rows.read_text().splitlines())
+    scores = {name: last[name] for name in last if "mIoU" in name or "bbox_mAP" in name}
+    assert scores
     (log,) = work_dir.glob("*/*.log")
-    return recorder.losses, scores[-1]["mIoU"], hook.found, log.read_text()
+    return recorder.losses, scores, hook.found, log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -109,12 +140,26 @@ def run(config, work_dir, damage):
 )
 def test_training_is_that_without_the_damaged_files(tmp_path, size, count, share, wrapped):
     root = write_mask_dataset(tmp_path / "large", train=size, val=4, size=64)
+    config = training(tmp_path, wrapped, share, size)
+    assert_same_without_damaged(config, tmp_path, root / "images/training", size, count)
+
+
+@pytest.mark.slow
+def test_mosaics_of_nested_data_sets_are_those_without_the_damaged_files(tmp_path):
+    """Each sample is made of four images, of which any may be replaced."""
+    root = write_coco_dataset(tmp_path / "large", train=2000, val=4, size=64)
+    config = nested(tmp_path, 2000)
+    assert_same_without_damaged(config, tmp_path, root / "train2017", 2000, 20)
+
+
+def assert_same_without_damaged(config, folder, images, size, count):
+    """Train with damaged images, and on the same data without them."""
     kinds = list(DAMAGES)
     bad = {
-        root / "images/training" / f"{number:06d}.png": kinds[index % 12]
+        images / f"{number:06d}.png": kinds[index % 12]
         for index, number in enumerate(range(3, size, size // count)[:count])
     }
-    config = training(tmp_path, wrapped, share, size)
+    before = {path: path.read_bytes() for path in bad}
 
     def damage():
         for path, kind in bad.items():
@@ -124,8 +169,7 @@ def test_training_is_that_without_the_damaged_files(tmp_path, size, count, share
         for path in bad:
             path.unlink(missing_ok=True)
 
-    before = {path: path.read_bytes() for path in bad}
-    losses, score, found, log = run(config, tmp_path / "damaged", damage)
+    losses, score, found, log = run(copy.deepcopy(config), folder / "damaged", damage)
     assert len(losses) == size // 8 and np.isfinite(list(losses.values())).all()
     assert sorted(found) == sorted(map(str, bad))
     for path in bad:
@@ -135,8 +179,7 @@ def test_training_is_that_without_the_damaged_files(tmp_path, size, count, share
     for path, data in before.items():
         path.write_bytes(data)
     # The same data without these files, whatever was in their places.
-    config = training(tmp_path, wrapped, share, size)
-    absent, same_score, _, _ = run(config, tmp_path / "absent", remove)
+    absent, same_score, _, _ = run(copy.deepcopy(config), folder / "absent", remove)
     assert tiny.equal(losses, absent) and score == same_score
 
 

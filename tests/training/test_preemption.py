@@ -1,24 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals of a scheduler stop a run with a checkpoint, from which it goes on as if unbroken."""
 
+import ctypes
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from mmengine.hooks import RuntimeInfoHook
+from mmseg.models import EncoderDecoder
+from yapf.yapflib import yapf_api
 
-from mmeformer import files
+from mmeformer import configs, files, signals
+from mmeformer.commands import train
 from mmeformer.paths import tools_dir
-from mmeformer.training import preemption
-from mmeformer.training.preemption import PREEMPTED, StopRequest
+from mmeformer.report import build
+from mmeformer.signals import PREEMPTED
+from mmeformer.training import engine, preemption, saving
+from mmeformer.training.data import GuardedDataset
+from mmeformer.training.preemption import StopRequest
 
 pytestmark = pytest.mark.forks
+ROOT = Path(__file__).parents[2]
 
 
 def send(number=signal.SIGTERM):
@@ -193,18 +205,243 @@ def test_second_signal_stops_at_once(folder, tmp_path, monkeypatch):
 def test_what_launchers_pass_on_is_the_same_signal(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(preemption.time, "monotonic", lambda: clock[0])
+    arrived = []
+    monkeypatch.setattr(preemption.os, "kill", lambda process, number: arrived.append(number))
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
-        # Before the first iteration there is nothing to save.
-        with pytest.raises(SystemExit) as leaving:
-            send()()
-        assert leaving.value.code == PREEMPTED
         stop.trained = True
-        send(signal.SIGUSR1)()
+        signal.raise_signal(signal.SIGUSR1)
         clock[0] += 0.9
-        send()()
-        assert stop.signal == "SIGUSR1"
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == "SIGUSR1" and not arrived
     assert signal.getsignal(signal.SIGTERM) is before
+    # Nobody has asked for it: it comes again, to those who handle it after the training.
+    assert arrived == [signal.SIGUSR1]
+
+
+def at_first_call(owner, name, action):
+    """Perform ``action`` before the first call of a function."""
+    original, calls = getattr(owner, name), []
+
+    def replacement(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == 1:
+            action()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, replacement)
+
+
+def format_config(action):
+    """While mmengine formats the config for its log, where it catches everything."""
+    at_first_call(
+        RuntimeInfoHook, "before_run", lambda: at_first_call(yapf_api, "FormatCode", action)
+    )
+
+
+def drop_object(action):
+    """In ``__del__``, where Python drops exceptions, at the first batch."""
+
+    class Dropped:
+        def __del__(self):
+            action()
+
+    at_first_call(GuardedDataset, "__getitem__", lambda: Dropped() and None)
+
+
+BEFORE = {
+    "config is read": lambda action: at_first_call(configs, "load_config", action),
+    "runner is built": lambda action: at_first_call(engine.Runner, "from_cfg", action),
+    "config is formatted": format_config,
+    "data are loaded": drop_object,
+    "first iteration": lambda action: at_first_call(EncoderDecoder, "loss", action),
+    "report is written": lambda action: at_first_call(build, "write", action),
+}
+"""Moments at which nothing is trained."""
+
+
+def command(config, work_dir, prepare, *options):
+    """Exit codes of the command for a config, and what it writes to standard error."""
+    config.dump(work_dir.with_suffix(".py"))
+
+    def run(rank):
+        errors = os.open(work_dir.with_suffix(f".{rank}.txt"), os.O_WRONLY | os.O_CREAT)
+        os.dup2(errors, 2)
+        sys.stderr = sys.__stderr__ = os.fdopen(2, "w")
+        signals.leave_on_signals()
+        prepare(rank)
+        sys.exit(
+            train.main(
+                [str(work_dir.with_suffix(".py")), "--work-dir", str(work_dir), *map(str, options)]
+            )
+        )
+
+    world = 2 if "pytorch" in options else 1
+    codes = tiny.fork(run, world)
+    texts = [work_dir.with_suffix(f".{rank}.txt").read_text() for rank in range(world)]
+    return codes, texts
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(name, marks=[] if name == "config is formatted" else pytest.mark.slow)
+        for name in BEFORE
+    ],
+)
+def test_nothing_is_lost_while_nothing_is_trained(folder, tmp_path, moment):
+    config = tiny.segmentation(folder, iterations=2)
+    if moment != "report is written":
+        config.report = None
+    codes, (text,) = command(config, tmp_path / "run", lambda rank: BEFORE[moment](send()))
+    assert codes == [PREEMPTED] and "Traceback" not in text
+    assert "stopped by SIGTERM while nothing was trained: nothing is lost" in text
+    trained = moment == "report is written"
+    assert (tmp_path / "run/iter_2.pth").is_file() == trained
+    if trained:
+        codes, _ = command(config, tmp_path / "run", lambda rank: None, "--resume")
+        assert codes == [0] and (tmp_path / "run/report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["gloo starts", *BEFORE])
+def test_two_processes_leave_while_nothing_is_trained(folder, tmp_path, moment):
+    """Each at its own time; who waits for one that has left gets an error, and then its signal."""
+    config = tiny.segmentation(folder, iterations=2)
+
+    def later():
+        threading.Timer(1, send()).start()
+
+    def prepare(rank):
+        if rank == 0 and moment in ("config is read", "runner is built"):
+            # It waits for the other one in a call of C++, for up to half an hour.
+            at_first_call(torch.distributed, "init_process_group", later)
+        elif rank == 1 and moment == "gloo starts":
+            at_first_call(torch.distributed, "init_process_group", send())
+        elif rank == 1 and moment != "report is written":
+            BEFORE[moment](send())
+        else:
+            signals.time = SimpleNamespace(sleep=lambda seconds: send()())
+            if moment == "gloo starts":
+                at_first_call(torch.distributed, "init_process_group", send())
+            elif moment == "report is written":
+                BEFORE[moment](send())
+
+    codes, texts = command(config, tmp_path / "run", prepare, "--launcher", "pytorch")
+    assert codes == [PREEMPTED, 0 if moment == "report is written" else PREEMPTED]
+    assert "nothing is lost" in texts[0] and "Traceback" not in texts[1]
+
+
+@pytest.mark.slow
+def test_process_whose_peer_has_left_stops_too(folder, tmp_path):
+    """One has trained and waits; the other got the signal before its first iteration ended."""
+    config = tiny.segmentation(folder, iterations=4)
+
+    def prepare(rank):
+        name = "after_train_iter"
+        if rank == 1:
+            at_first_call(saving.CheckpointHook, name, lambda: os._exit(PREEMPTED))
+        else:
+            after = saving.CheckpointHook.after_train_iter
+
+            def replacement(self, runner, *args, **kwargs):
+                runner.stop.trained = True
+                send()()
+                after(self, runner, *args, **kwargs)
+
+            saving.CheckpointHook.after_train_iter = replacement
+
+    codes, texts = command(config, tmp_path / "run", prepare, "--launcher", "pytorch")
+    assert codes == [PREEMPTED] * 2 and "Traceback" not in texts[0]
+    log = next((tmp_path / "run").glob("*/*.log")).read_text()
+    assert "stopped by SIGTERM, while another process had ended" in log
+
+
+def test_process_that_waits_in_c_leaves_too():
+    """Python's handlers do not run there."""
+
+    def run(rank):
+        signals.leave_on_signals()
+        library = ctypes.CDLL(None)
+        mutex = ctypes.create_string_buffer(64)
+        threading.Timer(0.2, send()).start()
+        library.pthread_mutex_lock(mutex)
+        library.pthread_mutex_lock(mutex)
+
+    assert tiny.fork(run, timeout=30) == [PREEMPTED]
+
+
+def test_evaluation_may_wrap_what_interrupts_it():
+    def evaluate(results):
+        try:
+            send()()
+            raise AssertionError("not interrupted")
+        except BaseException as error:
+            raise SyntaxError("while it was formatted") from error
+
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        stop.trained = True
+        assert stop.interruptible(evaluate)([]) == {} and stop.interrupted
+        raise KeyboardInterrupt  # else the signal would be sent again
+
+
+@pytest.mark.parametrize("entry", [["tools/train.py"], ["-m", "mmeformer.commands", "train"]])
+def test_handlers_come_before_the_imports(tmp_path, entry):
+    """The signal arrives when torch is imported."""
+    (tmp_path / "usercustomize.py").write_text("")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    entry = [str(tools_dir() / "train.py")] if entry[0].endswith(".py") else entry
+    done = subprocess.run(
+        [sys.executable, *entry, "config.py"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == PREEMPTED and done.stderr.startswith("stopped by SIGUSR1")
+
+
+@pytest.mark.slow
+def test_signals_at_any_call(folder, tmp_path):
+    """At calls of Python functions drawn at random from a whole run: nothing differs in the end."""
+    config = tiny.everything("segmentation", folder)
+    counted = tmp_path / "calls.txt"
+
+    def run(work_dir, at=None, **kwargs):
+        def one(rank):
+            calls = 0
+
+            def count(frame, event, argument):
+                nonlocal calls
+                calls += event == "call"
+                if calls == at and event == "call":
+                    sys.setprofile(None)
+                    send()()
+
+            signals.leave_on_signals()
+            sys.setprofile(count)
+            tiny.train(config, work_dir, **kwargs)
+            sys.setprofile(None)
+            counted.write_text(str(calls))
+
+        return tiny.fork(one, timeout=120)
+
+    assert run(tmp_path / "unbroken") == [0]
+    total = int(counted.read_text())
+    draw = random.Random(total)
+    for number in range(10):
+        work_dir = tmp_path / str(number)
+        at = draw.randrange(1, total)
+        assert run(work_dir, at=at) == [PREEMPTED], f"call {at} of {total}"
+        assert run(work_dir, resume="auto") == [0]
+        tiny.assert_same_state(tmp_path / "unbroken/iter_4.pth", work_dir / "iter_4.pth")
 
 
 @pytest.mark.slow

@@ -21,9 +21,9 @@ from mmengine.hooks import Hook
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from mmeformer.errors import CheckpointError
+from mmeformer.signals import PREEMPTED
 from mmeformer.training import engine, loops
 from mmeformer.training.loops import total_batch_size
-from mmeformer.training.preemption import PREEMPTED
 from mmeformer.training.randomness import PositionSampler
 
 

@@ -10,7 +10,12 @@ import pytest
 import tiny
 import torch
 from mmengine.hooks import EarlyStoppingHook, Hook
+from mmengine.optim import AmpOptimWrapper
+from mmengine.optim.optimizer import amp_optimizer_wrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from mmseg.evaluation import IoUMetric
 
+from mmeformer.training import engine
 from mmeformer.training.saving import hook_states, restore_hooks
 
 
@@ -58,14 +63,20 @@ def test_killed_run_becomes_what_it_would_have(tmp_path, task, world):
 
 @pytest.mark.forks
 @pytest.mark.slow
-def test_validation_that_a_kill_cut_off_is_made_up_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [1, 2])
+def test_validation_that_a_kill_cut_off_is_made_up_for(tmp_path, monkeypatch, number):
+    """The first of two, or that at the end of the training."""
     config = tiny.everything("segmentation", tmp_path)
     tiny.train(config, tmp_path / "unbroken")
 
     def run(rank):
-        monkeypatch.setattr(
-            "mmseg.evaluation.IoUMetric.compute_metrics", lambda self, results: kill()
-        )
+        plain, calls = IoUMetric.compute_metrics, []
+
+        def compute(self, results):
+            calls.append(results)
+            return plain(self, results) if len(calls) < number else kill()
+
+        monkeypatch.setattr(IoUMetric, "compute_metrics", compute)
         tiny.train(config, tmp_path / "killed")
 
     assert tiny.fork(run) == [-signal.SIGKILL]
@@ -86,6 +97,38 @@ def test_early_stopped_run_stays_stopped(tmp_path, monkeypatch):
     assert tiny.train(config, tmp_path / "run", resume="auto") == {}
     config.custom_hooks[-1].patience = 9
     assert sorted(tiny.train(config, tmp_path / "run", resume="auto")) == [6, 7]
+
+
+class CpuAmp(AmpOptimWrapper):
+    """mmengine's wrapper of mixed precision with PyTorch's scaler for the CPU."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.loss_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+
+
+@pytest.mark.slow
+@pytest.mark.forks
+def test_scaler_of_mixed_precision_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(amp_optimizer_wrapper, "is_cuda_available", lambda: True)
+    monkeypatch.setitem(OPTIM_WRAPPERS._module_dict, "CpuAmp", CpuAmp)
+    config = tiny.segmentation(tmp_path, 8)
+    config.optim_wrapper.type = "CpuAmp"
+    config.default_hooks.checkpoint.max_keep_ckpts = -1
+    tiny.train(config, tmp_path / "unbroken")
+
+    def scaler(name):
+        return torch.load(tmp_path / name, weights_only=False)["optimizer"]["loss_scaler"]
+
+    kept, end = scaler("unbroken/iter_4.pth"), scaler("unbroken/iter_8.pth")
+    # It doubles every three steps: a new one would be at 2^11 after the last four.
+    assert (kept["scale"], kept["_growth_tracker"]) == (2.0**11, 1)
+    assert (end["scale"], end["_growth_tracker"]) == (2.0**12, 2)
+    codes = tiny.fork(lambda rank: tiny.train(config, tmp_path / "killed", at={5: kill}))
+    assert codes == [-signal.SIGKILL]
+    assert scaler("killed/iter_4.pth") == kept
+    assert sorted(tiny.train(config, tmp_path / "killed", resume="auto")) == [4, 5, 6, 7]
+    tiny.assert_same_state(tmp_path / "unbroken/iter_8.pth", tmp_path / "killed/iter_8.pth")
 
 
 class Counting(Hook):
@@ -127,3 +170,22 @@ def test_hooks_get_their_own_states_back():
         runner.train_loop.stop_training
         and "stopped early (b 0.25, 3 validations ago)" in warnings[0]
     )
+
+
+@pytest.mark.slow
+def test_without_a_checkpoint_the_run_starts_from_what_it_was_given(tmp_path):
+    """It was killed before its first one: from ``load_from``, or an earlier ``--resume FILE``."""
+    config = tiny.segmentation(tmp_path, 2)
+    tiny.train(config, tmp_path / "before")
+    before = str(tmp_path / "before/iter_2.pth")
+    config.randomness.seed = 5
+    config.load_from = before
+    expected = tiny.train(config, tmp_path / "tuned")
+    assert tiny.equal(expected, tiny.train(config, tmp_path / "again", resume="auto"))
+    config.load_from = None
+    assert not tiny.equal(expected, tiny.train(config, tmp_path / "plain", resume="auto"))
+    config.train_cfg.max_iters = 3
+    config.work_dir = str(tmp_path / "longer")
+    runner = engine.build_train_runner(config, resume="auto", resume_else=before)
+    runner.train()
+    assert runner.iter == 3 and runner.seed == 1

@@ -40,6 +40,18 @@ class TestCopy:
         assert first.data_ptr() == second.data_ptr() and second.sum() == 5000
         assert host.copy(dict(a=torch.ones(6000)))["a"].sum() == 6000
 
+    def test_a_part_is_copied_later(self):
+        tree = dict(a=torch.zeros(5000), late=[torch.zeros(5000), torch.tensor(0.0)])
+        host = HostCopy()
+        copied = host.copy(tree, late="late")
+        for tensor in (tree["a"], *tree["late"]):
+            tensor.fill_(1)
+        host.finish()
+        for tensor in (tree["a"], *tree["late"]):
+            tensor.fill_(2)
+        assert copied["a"].sum() == 0 and copied["late"][1] == 0
+        assert copied["late"][0].eq(1).all()
+
     def test_has_the_default_memory_format(self):
         weight = torch.randn(8, 4, 16, 16).to(memory_format=torch.channels_last)
         copied = HostCopy().copy([weight])[0]
@@ -173,3 +185,28 @@ def test_checkpoints_by_time(tmp_path, monkeypatch):
 def test_time_between_checkpoints_must_be_positive(minutes):
     with pytest.raises(ValueError, match="minutes of CheckpointHook must be positive or None"):
         CheckpointHook(minutes=minutes)
+
+
+def test_step_of_the_optimizer_waits_for_the_copy_of_its_state(tmp_path, monkeypatch):
+    """The copy is made when the next step is about to begin: no sooner, and no later."""
+    config = tiny.segmentation(tmp_path, iterations=3)
+    config.default_hooks.checkpoint.max_keep_ckpts = 2
+    tiny.train(config, tmp_path / "plain")
+    at_step, wait, finish = threading.Event(), saving._wait_for_copy, HostCopy.finish
+    seen = []
+
+    def reach(runner, *step):
+        if runner.iter == 2:
+            seen.append(runner.writer.copied.is_set())
+            at_step.set()
+        wait(runner, *step)
+
+    def finish_late(self):
+        assert at_step.wait(60)
+        finish(self)
+
+    monkeypatch.setattr(saving, "_wait_for_copy", reach)
+    monkeypatch.setattr(HostCopy, "finish", finish_late)
+    tiny.train(config, tmp_path / "late")
+    assert seen == [False]
+    tiny.assert_same_state(tmp_path / "plain/iter_2.pth", tmp_path / "late/iter_2.pth")

@@ -44,11 +44,12 @@ async function hasWebGpu() {
   }
 }
 
-async function start(wanted) {
+// `reason`: why it does not run on the GPU, if that is known already.
+async function start(wanted, reason = "") {
   document.body.dataset.state = "loading";
   say("Loading the model ...");
+  element("runs").textContent = "";
   const devices = wanted === "auto" ? ["webgpu", "wasm"] : [wanted];
-  let reason = "";
   for (const device of devices) {
     if (device === "webgpu" && !(await hasWebGpu())) {
       reason = "this browser has no WebGPU";
@@ -67,8 +68,13 @@ async function start(wanted) {
       if (!model.ok) throw new Error(`model.onnx: ${model.status} ${model.statusText}`);
       state.session = await ort.InferenceSession.create(await model.arrayBuffer(), {
         executionProviders: device === "webgpu" ? ["webgpu", "wasm"] : ["wasm"],
+        logSeverityLevel: 3, // errors: that some nodes run on the processor is as it should be
       });
       Object.assign(state, { ort, device });
+      const { numThreads } = ort.env.wasm;
+      const facts = [`${numThreads} thread${numThreads > 1 ? "s" : ""}`, reason].filter(Boolean);
+      element("runs").textContent =
+        device === "webgpu" ? ", on the GPU (WebGPU)" : `, on the processor (${facts.join("; ")})`;
       document.body.dataset.state = "ready";
       say("Ready.");
       return;
@@ -123,6 +129,17 @@ async function infer(picture) {
   const results = [];
   for (const place of places) results.push(await runOnce(crop(picture, place, size)));
   return merged(places, results, state.meta);
+}
+
+// With "the fastest that works", a GPU that fails at work gives way to the processor.
+async function inferAnywhere(picture) {
+  try {
+    return await infer(picture);
+  } catch (error) {
+    if (state.device !== "webgpu" || element("device").value !== "auto") throw error;
+    await start("wasm", `the GPU failed: ${error.message}`);
+    return infer(picture);
+  }
 }
 
 // --- drawing -------------------------------------------------------------------------------------
@@ -283,7 +300,7 @@ async function show(source) {
   drawing.drawImage(source, 0, 0, surface.width, surface.height);
   const picture = fromCanvas(drawing.getImageData(0, 0, surface.width, surface.height));
   const begin = performance.now();
-  const result = await infer(picture);
+  const result = await inferAnywhere(picture);
   state.shown = { picture, result, milliseconds: performance.now() - begin };
   draw();
 }
@@ -330,9 +347,14 @@ async function toggleCamera() {
     return say(`The camera did not start: ${error.message}`);
   }
   element("camera").setAttribute("aria-pressed", "true");
-  while (state.camera) {
-    await show(video);
-    await new Promise(requestAnimationFrame);
+  try {
+    while (state.camera) {
+      await show(video);
+      await new Promise(requestAnimationFrame);
+    }
+  } catch (error) {
+    stopCamera();
+    say(error.message);
   }
   return undefined;
 }
