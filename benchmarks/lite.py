@@ -17,7 +17,8 @@ or gets one; of one of `--halves` every image is cut down the middle, the left h
 Afterwards all models are timed in onnxruntime on images of the validation, whole, with NMS.
 
 All inputs are small, so that many trainings fit into hours on one core: nothing here says anything
-about COCO. The folder gets results.json, and a second run continues where the first one stopped.
+about COCO. The folder gets results.json, and a second run continues where the first one stopped;
+`--seeds 0` prints what is there.
 """
 
 from __future__ import annotations
@@ -230,6 +231,9 @@ def write_data(args: argparse.Namespace) -> dict[str, Path]:
 # --- trainings ------------------------------------------------------------------------------------
 
 
+WEIGHTS = "weights.pth"
+
+
 @HOOKS.register_module(force=True)
 class KeepWeights(Hook):
     """Writes the weights of the finished model into the work directory."""
@@ -237,9 +241,6 @@ class KeepWeights(Hook):
     def after_train(self, runner) -> None:
         """Write them."""
         torch.save(dict(state_dict=runner.model.state_dict()), Path(runner.work_dir, WEIGHTS))
-
-
-WEIGHTS = "weights.pth"
 
 
 def build_config(name: str, data: Path, side: int, batch: int, rate: float) -> Config:
@@ -559,12 +560,13 @@ def comparison_table(sets: Sequence[str], args: argparse.Namespace, results: dic
     """All results as a Markdown table."""
     head = ["data", "model", "M parameters", "GMACs", "iterations", "CPU min", "AP", "AP50"]
     head += ["AP small", "AP medium"]
-    runs_of = [(side, n) for side in args.time_sides or [args.side] for n in args.threads]
+    sides = args.time_sides or [args.side]
+    runs_of = [(side, n) for side in sides for n in args.threads]
     head += [f"time at {side} px, {n} thread{'s' * (n > 1)}" for side, n in runs_of]
     head += [f"against {REFERENCE}"]
     lines = [head, ["---"] * len(head)]
     for data in sets:
-        timed = {side: time_models(data, side, args) for side, _ in runs_of}
+        timed = {side: time_models(data, side, args) for side in sides}
         means: dict[str, float] = {}
         for name in args.models:
             start, end = f"{data}|{name}|", f"|{args.minutes:g}"
@@ -572,7 +574,7 @@ def comparison_table(sets: Sequence[str], args: argparse.Namespace, results: dic
             if not runs:
                 continue
             row = [data, name, "", ""]
-            if found := timed[runs_of[0][0]]:
+            if found := timed[sides[0]]:
                 row[2] = f"{found[name]['parameters'] / 1e6:.2f}"
                 row[3] = f"{found[name]['macs'] / 1e9:.2f}"
             row.append(f"{statistics.mean(run['length'] for run in runs):.0f}")

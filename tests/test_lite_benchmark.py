@@ -86,6 +86,7 @@ def test_verdict(benchmark, gain, ratio, reached):
 @pytest.mark.slow
 def test_comparison(benchmark, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "SHAPES", dict(train=8, val=4, size=SIDE))
+    monkeypatch.setattr(benchmark, "TURNS", 1)
     names = ["RTMDet-tiny", "lite V2-S0", "Mask R-CNN V2-S0"]
     options = ["--out", str(tmp_path), "--side", str(SIDE), "--minutes", "0.01", "--seeds", "1"]
     options += ["--threads", "1", "--rounds", "2", "--batch", "2", "--models", *names]
@@ -93,10 +94,14 @@ def test_comparison(benchmark, tmp_path, monkeypatch, capsys):
     first = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert [key.split("|")[1] for key in results] == names
-    assert all(item["length"] >= 1 and item["minutes"] > 0 for item in results.values())
+    seconds = json.loads((tmp_path / "seconds.json").read_text())
+    assert set(seconds) == {f"shapes|{name}" for name in names}
+    for key, item in results.items():
+        expected = max(1, round(0.6 / seconds["|".join(key.split("|")[:2])]))
+        assert item["length"] == expected and item["minutes"] > 0
     table = (tmp_path / "comparison.md").read_text()
-    assert table in first and table.count("| 1.00 (") == 1 and table.count("% of") == 0
-    assert table.count("goal ") == 2
+    # Both are told for the two that are compared with RTMDet, whose time is 1.
+    assert table in first and table.count("goal ") == 2 and "| 1.00 (" in table
     # A second run trains nothing, and what it reads is what it prints.
     kept = copy.deepcopy(results)
     benchmark.main(["compare", *options])
