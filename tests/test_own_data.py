@@ -506,12 +506,37 @@ def test_growth_that_the_first_steps_do_not_tell():
     assert trial.largest_batch(lambda size: size**2, free=100, limit=32) == 8
 
 
+@pytest.mark.parametrize(
+    ("text", "small"),
+    [
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_only_missing_memory_makes_a_batch_smaller(text, small):
+    def peak(size):
+        if size > 2:
+            raise RuntimeError(text)
+        return size
+
+    if small:
+        assert trial.largest_batch(peak, free=100, limit=8) == 2
+    else:
+        with pytest.raises(RuntimeError, match="must match"):
+            trial.largest_batch(peak, free=100, limit=8)
+
+
 def test_trial_steps(made, tmp_path):
     """The real step of a trial, on the CPU."""
     config = tiny.network("detection", str(made["detection"][0].config))
     config.optim_wrapper.type = "AmpOptimWrapper"
     found = trial.Trial(config, torch.device("cpu"))
     before = [parameter.clone() for parameter in found.model.parameters()]
+    found.fill_optimizer()
+    trained = [parameter for parameter in found.model.parameters() if parameter.requires_grad]
+    assert all("exp_avg" in found.optimizer.optimizer.state[item] for item in trained)
+    assert all(item.grad is None or not item.grad.any() for item in trained)
     assert math.isfinite(found.step(3)) and found.images == len(
         json.loads(
             (made["detection"][0].config.with_name("my_detection_data") / "train.json").read_text()

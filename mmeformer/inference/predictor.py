@@ -140,6 +140,8 @@ class Predictor(ABC, Generic[Result]):
                 )
             raise ValueError(f"mask format {mask_format!r} must be {' or '.join(cls.mask_formats)}")
         cls.set_visualizer(config.visualizer)
+        # Pictures are arrays here; the backends would begin another run of a tracker.
+        config.visualizer.vis_backends = None
 
         inferencer_class = new_class("Inferencer", (StrictInferencer, cls.inferencer_class))
         inferencer = inferencer_class(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run exported models with only numpy, OpenCV and onnxruntime: no PyTorch, no OpenMMLab.
 
-TensorFlow Lite files need LiteRT (``ai-edge-litert``) too.
+TensorFlow Lite files need LiteRT (``ai-edge-litert``) too, and ExecuTorch files ``executorch``,
+which brings PyTorch.
 
 .. code-block:: python
 

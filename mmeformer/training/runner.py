@@ -23,7 +23,7 @@ from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.errors import CheckpointError, TrainingError
 from mmeformer.signals import PREEMPTED
-from mmeformer.training.data import GuardedDataset
+from mmeformer.training.data import GuardedDataset, leaves
 from mmeformer.training.hooks import (
     CheckMetricsHook,
     LossCheckHook,
@@ -324,7 +324,23 @@ class Runner(MMEngineRunner):
                     "the config has changed since the checkpoint and applies from here on: "
                     f"{', '.join(changes)}"
                 )
+        self._warn_of_caches()
         self._warn_if_finished(filename)
+
+    def _warn_of_caches(self) -> None:
+        """Say if an augmentation uses earlier images, which no checkpoint keeps."""
+        caches = {
+            type(transform).__name__
+            for leaf in leaves(self.train_loop.dataloader.dataset)
+            for transform in getattr(getattr(leaf, "pipeline", None), "transforms", ())
+            if hasattr(transform, "results_cache")  # of mmdet's CachedMosaic and CachedMixUp
+        }
+        if caches:
+            self.logger.warning(
+                f"{', '.join(sorted(caches))} mix images that were read before the interruption, "
+                "and start without them: this run goes on as well as an unbroken one, but not with "
+                "the same numbers"
+            )
 
     def _warn_if_finished(self, filename: str) -> None:
         loop = self.train_loop

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -17,6 +18,11 @@ TRACKERS = {
     "clearml": "ClearMLVisBackend",
 }
 """Backends of mmengine by the name of the package they need."""
+MLFLOW_STORE = "sqlite:///mlflow.db"
+"""Where MLflow records if ``MLFLOW_TRACKING_URI`` names nothing else: its own default since 3.7.
+
+mmengine would name a folder in place of it, which MLflow refuses since then.
+"""
 DEFAULT = "tensorboard"
 """The tracker that is used if it is installed and none is named."""
 NONE = "none"
@@ -52,6 +58,9 @@ def add_trackers(config: Config, names: Sequence[str] | None = None) -> None:
     known = {str(backend["type"]).rpartition(".")[2] for backend in backends}
     for name in names:
         if TRACKERS[name] not in known:
-            backends.append(dict(type=TRACKERS[name]))
+            backend = dict(type=TRACKERS[name])
+            if name == "mlflow":
+                backend["tracking_uri"] = os.environ.get("MLFLOW_TRACKING_URI") or MLFLOW_STORE
+            backends.append(backend)
     visualizer.vis_backends = backends
     config.visualizer = visualizer

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 
@@ -26,16 +27,29 @@ FEWEST_STEPS = 8
 def measure_batch(config: Config) -> int:
     """Largest power of two, up to :data:`LARGEST`, whose training step fits into the free memory.
 
-    Builds model and training data of a config from scratch, and steps on the first images.
+    Builds model and training data of a config from scratch, and steps on the first images. What a
+    training of several GPUs needs beside (a copy of the gradients), averaged weights, and larger
+    images must fit into the rest.
 
     Args:
         config: of a training; stays as it is.
     """
     trial = Trial(config, torch.device("cuda"))
+    try:
+        trial.fill_optimizer()
+        trial.step(1)  # cuDNN and cuBLAS get their workspaces.
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return 1
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] * SPARE
+    # What this process holds counts in the peaks too.
+    free = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) * SPARE
     limit = min(LARGEST, max(1, trial.images // FEWEST_STEPS))
-    return largest_batch(trial.peak, free, limit)
+    batch = largest_batch(trial.peak, free, limit)
+    del trial
+    torch.cuda.empty_cache()
+    return batch
 
 
 def measure_seconds(config: Config) -> float:
@@ -59,33 +73,43 @@ def largest_batch(peak: Callable[[int], float], free: float, limit: int) -> int:
     Memory grows with the batch, so two small steps tell where to try; a step of that size decides.
 
     Args:
-        peak: memory in bytes of a step with a batch; raises ``torch.OutOfMemoryError``.
+        peak: memory in bytes of a step with a batch; raises an error as PyTorch does if it does
+            not fit; see :func:`is_out_of_memory`.
         free: memory in bytes.
         limit: largest batch.
     """
 
-    def fits(batch: int) -> bool:
+    def needed(batch: int) -> float:
         try:
-            return peak(batch) <= free
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return False
+            return peak(batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return math.inf
 
     batch = 1
     while batch * 2 <= limit:
         batch *= 2
     if batch > 2:
-        try:
-            first, second = peak(1), peak(2)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+        first, second = needed(1), needed(2)
+        if math.isinf(second):
             return 1
         each = max(second - first, 1.0)
         while batch > 1 and first + each * (batch - 1) > free:
             batch //= 2
-    while batch > 1 and not fits(batch):
+    while batch > 1 and needed(batch) > free:
         batch //= 2
     return batch
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch, CUDA, cuBLAS or cuDNN got no memory; only the first has a class for that."""
+    text = str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "out of memory" in text
+        or "ALLOC_FAILED" in text
+    )
 
 
 class Trial:
@@ -123,8 +147,18 @@ class Trial:
         self.optimizer.update_params(loss)
         return float(loss.detach())
 
+    def fill_optimizer(self) -> None:
+        """Let the optimizer allocate its state, which the first steps of AMP may skip."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.optimizer.step()
+        self.optimizer.zero_grad()
+
     def peak(self, batch: int) -> float:
-        """Memory of a step in bytes."""
+        """Memory in bytes that PyTorch takes from the GPU for a step, with that of the model."""
+        # Else the peak begins at what a larger step before has left in PyTorch's cache.
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         self.step(batch)
         return float(torch.cuda.max_memory_reserved(self.device))

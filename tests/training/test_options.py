@@ -96,7 +96,8 @@ def test_tensorboard_if_it_is_installed(installed):
     assert backends(config) == ["LocalVisBackend"]
 
 
-def test_named_trackers(installed):
+def test_named_trackers(installed, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     installed |= {"wandb", "mlflow", "clearml"}
     config = settings("LocalVisBackend", "mmengine.WandbVisBackend")
     trackers.add_trackers(config, ["wandb", "mlflow", "clearml"])
@@ -108,6 +109,10 @@ def test_named_trackers(installed):
     config = Config(dict())
     trackers.add_trackers(config, ["mlflow"])
     assert backends(config) == ["LocalVisBackend", "MLflowVisBackend"]
+    assert config.visualizer.vis_backends[1].tracking_uri == "sqlite:///mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    trackers.add_trackers(config := Config(dict()), ["mlflow"])
+    assert config.visualizer.vis_backends[1].tracking_uri == "http://server:5000"
 
 
 def test_missing_packages_are_one_line(installed, config, tmp_path, monkeypatch, capsys):

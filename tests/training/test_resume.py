@@ -415,6 +415,18 @@ def test_schedule_that_follows_scores_stays(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_images_mixed_from_a_cache_are_said(folder, tmp_path):
+    config = without_validation(tiny.boxes_only(folder, 2))
+    pipeline = config.train_dataloader.dataset.pipeline
+    mosaic = dict(type="mmdet.CachedMosaic", img_scale=(64, 64), max_cached_images=4)
+    pipeline.insert(-1, mosaic)
+    _, lines = run(config, tmp_path)
+    assert "CachedMosaic" not in lines
+    config.train_cfg.max_iters = 3
+    _, lines = run(config, tmp_path, resume="auto")
+    assert "CachedMosaic mix images that were read before the interruption" in lines
+
+
 def test_other_optimizer_is_an_error(folder, tmp_path):
     run(by_iteration(folder, 2), tmp_path)
     config = by_iteration(folder, 4)
