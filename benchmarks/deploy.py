@@ -181,16 +181,22 @@ def metric(case: Case, path: Path) -> str:
     return " / ".join(f"{value:.1f}" for value in found.values())
 
 
-def take_turns(predictors: Sequence[runtime.Predictor], image: Path, rounds: int) -> list[float]:
-    """Least milliseconds of a run of each, turn by turn: other programs slow down all alike."""
+def take_turns(
+    predictors: Sequence[runtime.Predictor], image: Path, rounds: int, threads: int
+) -> list[float]:
+    """Least milliseconds of a run of each, turn by turn.
+
+    On one thread they are the processor's, so that other programs count little.
+    """
+    clock = time.process_time if threads == 1 else time.perf_counter
     inputs = [next(iter(predictor.inputs(image))) for predictor in predictors]
     times: list[list[float]] = [[] for _ in predictors]
     for turn in range(rounds + 2):
         for place, predictor in enumerate(predictors):
-            start = time.perf_counter()
+            start = clock()
             predictor.session.run(None, inputs[place])
             if turn >= 2:
-                times[place].append(time.perf_counter() - start)
+                times[place].append(clock() - start)
     return [min(values) * 1000 for values in times]
 
 
@@ -224,7 +230,7 @@ def measure(
     runs = [(row, t) for row, t in zip(rows, targets, strict=True) if row[2] == "yes"]
     for place, count in enumerate(threads):
         predictors = [target.load(files[target.name], count) for _, target in runs if target.load]
-        times = take_turns(predictors, case.images[0], rounds)
+        times = take_turns(predictors, case.images[0], rounds, count)
         for (row, _), milliseconds in zip(runs, times, strict=True):
             row[6 + place] = f"{milliseconds / times[0]:.2f} ({milliseconds:.1f} ms)"
     return rows
