@@ -39,6 +39,8 @@ _HORIZONTAL, _FLOATING = 2, 3
 _KINDS = {1: "u", 2: "i", 3: "f"}
 # Decoded as unsigned or floating point numbers of that many bits, whatever they mean.
 _CARRIERS = {8: 1, 16: 1, 32: 3, 64: 3}
+DAMAGED = (struct.error, KeyError, IndexError, OverflowError, ZeroDivisionError)
+"""Errors of reading a directory that is not right."""
 
 
 class Tiff:
@@ -55,7 +57,9 @@ class Tiff:
         self.data = data
         try:
             self._read()
-        except (struct.error, KeyError, IndexError, OverflowError) as error:
+            for tag in (COMPRESSION, PLANAR, PREDICTOR, TILE_WIDTH):
+                self._one(tag, 1)
+        except DAMAGED as error:
             raise ValueError(f"the directory of the TIFF file is damaged ({error!r})") from None
 
     def _read(self) -> None:
@@ -142,8 +146,14 @@ class Tiff:
         """Decode some bands, numbered from 0: (H, W, len(bands)), as they are stored.
 
         Raises:
-            ValueError: OpenCV cannot decode them.
+            ValueError: OpenCV cannot decode them, or the directory is damaged.
         """
+        try:
+            return self._read_bands(bands)
+        except DAMAGED as error:
+            raise ValueError(f"the directory of the TIFF file is damaged ({error!r})") from None
+
+    def _read_bands(self, bands: list[int]) -> NDArray[Any]:
         if self.bits not in _CARRIERS or not self.kind or self.has_coded_colors:
             raise ValueError(
                 f"bands of {self.bits or 'several numbers of'} bits in compression "

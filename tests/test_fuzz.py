@@ -6,7 +6,10 @@ Checkpoints are in checkpoints/test_damage.py, values of annotations in detectio
 """
 
 import json
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -102,6 +105,20 @@ def test_pictures(path, data):
         test_pictures.contents = pictures(path.parent)
     image = read_picture(path, data.draw(damaged(test_pictures.contents)))
     assert image is None or image.size > 0
+
+
+@pytest.mark.parametrize("tag", [259, 284, 317, 322])
+def test_pictures_found_earlier(path, tag):
+    """An entry of a TIFF directory that is read late, of a type that does not exist."""
+    content = bytearray(pictures(path.parent)[-1])
+    place = int.from_bytes(content[4:8], "little")
+    count = int.from_bytes(content[place : place + 2], "little")
+    entries = [place + 2 + 12 * index for index in range(count)]
+    tags = [int.from_bytes(content[entry : entry + 2], "little") for entry in entries]
+    # One that it has, or the last in place of one that it has not.
+    entry = entries[tags.index(tag)] if tag in tags else entries[-1]
+    content[entry : entry + 4] = tag.to_bytes(2, "little") + bytes(2)
+    assert read_picture(path, bytes(content)) is None
 
 
 JSON = st.recursive(
@@ -244,3 +261,13 @@ def test_weights_found_earlier(path, data):
     content = read_weights(path, data)
     # The last has weights, none, and text of another program.
     assert content is None or content == {}
+
+
+@pytest.mark.slow
+def test_inputs_guided_by_coverage():
+    """Two minutes by atheris, where it is installed (see tests/guided_fuzz.py)."""
+    pytest.importorskip("atheris")
+    script = Path(__file__).with_name("guided_fuzz.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.rstrip().endswith("nothing found")
