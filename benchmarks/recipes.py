@@ -91,8 +91,8 @@ def metric_of(path: str, options: dict | None) -> str:
 def set_length(config: Config, length: int, epoch: int) -> None:
     """Train for this many epochs or iterations, with one validation at the end.
 
-    What ended with the training before ends with it now, and what began or ended earlier (warm-ups)
-    keeps its share of the training, but 10 iterations at least.
+    What ended with the training before ends with it now. What began or ended earlier (warm-ups)
+    keeps its share of the training, but not more than a tenth of it, and 10 iterations at least.
 
     Args:
         config: is changed.
@@ -111,7 +111,8 @@ def set_length(config: Config, length: int, epoch: int) -> None:
             if scheduler.get(name) == before * unit:
                 scheduler[name] = length * unit
             elif scheduler.get(name):
-                scheduler[name] = max(least, round(scheduler[name] * length / before))
+                share = min(round(scheduler[name] * length / before), length * unit // 10)
+                scheduler[name] = max(least, share)
         if milestones := scheduler.get("milestones"):
             scheduler.milestones = [max(1, round(m * length / before)) for m in milestones]
 

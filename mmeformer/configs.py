@@ -62,6 +62,8 @@ def _reason(error: Exception) -> str:
 def _missing_config(path: Path) -> str:
     from difflib import get_close_matches
 
+    if path.with_suffix(".py").is_file():
+        return f"config {path} does not exist; did you mean {path.with_suffix('.py')}?"
     names = {
         file.name: file.relative_to(config_dir())
         for file in config_dir().rglob("*.py")

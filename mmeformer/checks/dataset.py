@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,13 +130,16 @@ def draw_samples(dataset: BaseDataset, config: Config, target: Path) -> int:
                 labels.gt_instances.bboxes = labels.gt_instances.bboxes.tensor
             picture = Path(folder, "picture.png")
             image = sample["inputs"].permute(1, 2, 0).numpy()
-            visualizer.add_datasample(
-                "sample",
-                np.ascontiguousarray(image[..., ::-1]),
-                labels,
-                draw_pred=False,
-                out_file=str(picture),
-            )
+            with warnings.catch_warnings():
+                # Crops and random sizes cut objects; what is outside in the labels is a finding.
+                warnings.filterwarnings("ignore", message=".* is out of bounds, the drawn ")
+                visualizer.add_datasample(
+                    "sample",
+                    np.ascontiguousarray(image[..., ::-1]),
+                    labels,
+                    draw_pred=False,
+                    out_file=str(picture),
+                )
             tiles.append(_tile(read_image(picture)))
     if tiles:
         write_bytes(target, cv2.imencode(".png", _grid(tiles))[1].tobytes())

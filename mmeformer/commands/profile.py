@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -76,6 +77,13 @@ def run(args: argparse.Namespace) -> tuple[Profile, dict]:
     metadata = Metadata(
         task, __version__, args.config, (0.0,) * 3, (1.0,) * 3, True, size=size, batch=args.batch
     )
+    if "compile" in args.modes:
+        print(
+            "measuring; torch.compile takes minutes first, without it: --modes "
+            + " ".join(mode for mode in args.modes if mode != "compile"),
+            file=sys.stderr,
+            flush=True,
+        )
     found = profile(
         model,
         metadata,
