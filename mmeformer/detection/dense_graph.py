@@ -64,7 +64,9 @@ class _GFLGraph(Graph):
         """
         head = self.model.bbox_head
         stride = head.prior_generator.strides[level]
-        expected = head.integral(distances.flatten(0, 1)) * stride[0]
+        # The head's own `Integral` multiplies by a vector, which CoreML has no layer for.
+        bins = distances.reshape(-1, 4, head.reg_max + 1).softmax(-1)
+        expected = (bins * head.integral.project).sum(-1) * stride[0]
         shifts = cell_shifts(size, stride, distances)[cells.flatten()]
         points = self.first_points[level] + shifts
         decoded: Tensor = head.bbox_coder.decode(points, expected)
