@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,14 @@ import executorch.data.bin
 import torch
 import torch.nn.functional as F
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-    XNNPACKQuantizer,
-    get_symmetric_quantization_config,
-)
 from executorch.devtools.backend_debug.delegation_info import DelegationInfo, get_delegation_info
 from executorch.exir import to_edge_transform_and_lower
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from mmeformer.deploy.check import Comparison
 from mmeformer.deploy.graphs import Graph, build_graph, compare_session, examples
 from mmeformer.deploy.substitutes import replace_modules
-from mmeformer.layers.attention import TalkingHead
 from mmeformer.runtime.executorch import OUTPUTS, ExecuTorchSession
 from mmeformer.runtime.metadata import KEY, Metadata
 
@@ -111,60 +105,6 @@ def delegation(info: DelegationInfo) -> str:
     if others:
         line += "; others: " + ", ".join(f"{count} {name}" for name, count in others.items())
     return line
-
-
-# --- 8 bits ---------------------------------------------------------------------------------------
-
-
-def layer_groups(graph: nn.Module) -> dict[str, list[str]]:
-    """Names of all convolutions and linear layers of a graph, by group."""
-    layers = {
-        name: module
-        for name, module in graph.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
-    }
-    groups: dict[str, list[str]] = {}
-    for index, (name, layer) in enumerate(layers.items()):
-        if index == 0:
-            group = "first layer"
-        elif isinstance(layer, TalkingHead):
-            group = "talking heads"
-        elif "backbone." not in name:
-            group = "neck and heads"
-        elif isinstance(layer, nn.Conv2d) and layer.groups > 1:
-            group = "backbone, depthwise"
-        else:
-            group = "backbone"
-        groups.setdefault(group, []).append(name)
-    return groups
-
-
-def int8_method(
-    model: nn.Module, graph_class: Callable[..., Graph], metadata: Metadata
-) -> tuple[dict[str, list[str]], Callable[..., None]]:
-    """Groups of layers of a model, and the function that writes a file with some of them in 8 bits.
-
-    See :func:`mmeformer.deploy.quantize.quantize`. Arguments as in :func:`write`. A file is made
-    from the model, not from another file.
-    """
-    graph = make_graph(model, graph_class, metadata)
-    example = (examples(metadata, [])[0],)
-
-    def write_int8(
-        source: Path, out: Path, layers: Sequence[str], feeds: Iterator[dict[str, Any]]
-    ) -> None:
-        quantizer = XNNPACKQuantizer()
-        for layer in layers:
-            config = get_symmetric_quantization_config(is_per_channel=True)
-            quantizer.set_module_name(layer, config)
-        prepared = prepare_pt2e(torch.export.export(graph, example).module(), quantizer)
-        with torch.no_grad():
-            for inputs in feeds:
-                prepared(torch.from_numpy(inputs["image"]))
-        quantized = convert_pt2e(prepared)
-        lower(torch.export.export(quantized, example), graph.output_names, metadata, out)
-
-    return layer_groups(graph), write_int8
 
 
 # --- operators that XNNPACK does not have, in those that it has -----------------------------------

@@ -80,12 +80,12 @@ class Request:
         if self.half and self.target not in ("coreml", "tflite"):
             name = TARGETS[self.target]
             raise ValueError(f"--fp16 is for CoreML and TensorFlow Lite; {name} files are float32")
-        if self.int8 and (self.target == "coreml" or self.half):
-            raise ValueError("--int8 is for ONNX, TensorFlow Lite and ExecuTorch, without --fp16")
+        if self.int8 and (self.target not in ("onnx", "tflite") or self.half):
+            raise ValueError("--int8 is for ONNX and TensorFlow Lite, without --fp16")
         if self.int8_dynamic and self.target != "tflite":
             raise ValueError(
                 "--int8-dynamic is for TensorFlow Lite: onnxruntime's convolutions with dynamic "
-                "ranges are slower than those in float32. --int8 IMAGES is for ONNX and ExecuTorch"
+                "ranges are slower than those in float32. --int8 IMAGES is for ONNX"
             )
         if self.int8_dynamic and (self.int8 or self.half):
             raise ValueError("--int8-dynamic stands alone: without --int8 and --fp16")
@@ -195,8 +195,6 @@ def export(
         method = None
         if request.int8_dynamic:
             method = litert.dynamic_method(draft)
-        elif request.int8 and request.target == "executorch":
-            method = executorch.int8_method(model, graph, metadata)
         if request.int8 or request.int8_dynamic:
             pictures = request.int8 or real
             _quantize(draft, out, config, metadata, pictures, request.max_drop, report, method)

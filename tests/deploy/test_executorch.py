@@ -134,25 +134,6 @@ def test_rotated_boxes_are_those_of_the_onnx_file(target, trained, onnx_file, pi
     assert not comparison.failures and len(pairs[0][0].boxes) >= 5
 
 
-@pytest.mark.slow
-def test_8_bits(target, tmp_path):
-    model, metadata = backbone(EfficientFormerV2)
-    groups, write = target.int8_method(model, BackboneGraph, metadata)
-    assert {"first layer", "talking heads", "backbone", "backbone, depthwise"} == set(groups)
-    # Two blocks with two heads each, in both stages with attention.
-    assert len(groups["first layer"]) == 1 and len(groups["talking heads"]) == 4
-    image = torch.randn(1, 3, *SIZE)
-    path, layers = tmp_path / "model.pte", [*groups["backbone"], *groups["backbone, depthwise"]]
-    write(None, path, layers, iter([{"image": image.numpy()}]))
-    parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
-    assert path.stat().st_size < 0.7 * parameters
-    found = runtime.load(path).session.run(None, {"image": image.numpy()})
-    with torch.no_grad():
-        expected = model(image)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert 1e-4 < check.relative_difference(ours, theirs.numpy()) < 0.3
-
-
 class TestBadInput:
     def test_requests(self):
         with pytest.raises(ValueError, match="ExecuTorch models have a fixed size"):

@@ -142,7 +142,7 @@ def test_requests_without_calibration(request_, message):
     [
         (
             dict(target="coreml", size=(64, 64)),
-            "--int8 is for ONNX, TensorFlow Lite and ExecuTorch",
+            "--int8 is for ONNX and TensorFlow Lite",
         ),
         (dict(target="tflite", size=(64, 64), half=True), "without --fp16"),
         (dict(target="onnx", part="backbone"), "the backbone alone has no metric"),
