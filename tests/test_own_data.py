@@ -284,6 +284,26 @@ class TestNothingIsWrittenOver:
             make(root, tmp_path / "a.py")
         assert (tmp_path / existing).read_text() == "precious"
 
+    def test_what_a_killed_process_left_is_made_again(self, tmp_path, monkeypatch):
+        root = sets.write_dota(tmp_path / "data")
+        request = own_data.Request(root, tmp_path / "a.py", weights=own_data.SCRATCH)
+
+        class Killed(BaseException):
+            pass
+
+        def kill(*args):
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(own_data, "config_text", kill)
+            patch.setattr(own_data, "_remove", lambda *paths: None)
+            with pytest.raises(Killed):
+                make(root, tmp_path / "a.py")
+        assert (tmp_path / "a_data").is_dir() and own_data.made_before(request) is None
+        made, _ = make(root, tmp_path / "a.py")
+        assert own_data.made_before(request) == made.config
+        assert not list(tmp_path.glob(".a*"))
+
     def test_never_in_the_data(self, tmp_path, monkeypatch):
         root = sets.write_dota(tmp_path / "data")
         monkeypatch.chdir(root)

@@ -486,8 +486,9 @@ class TestScripts:
         )
         return done.returncode, calls.read_text().splitlines()
 
-    def test_slurm_job_is_requeued(self, tmp_path):
-        code, calls = self.run_slurm(tmp_path, [PREEMPTED], SLURM_JOB_ID="17")
+    @pytest.mark.parametrize("ended", [PREEMPTED, 128 + signal.SIGUSR1, 128 + signal.SIGTERM])
+    def test_slurm_job_is_requeued(self, tmp_path, ended):
+        code, calls = self.run_slurm(tmp_path, [ended], SLURM_JOB_ID="17")
         assert code == 0 and calls[1:] == ["scontrol requeue 17"]
         assert "--signal=USR1@" in calls[0] and calls[0].endswith("--work-dir there")
 
