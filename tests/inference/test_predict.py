@@ -253,6 +253,15 @@ def test_models_are_folded(predictors):
         assert not any(parameter.requires_grad for parameter in predictor.model.parameters())
 
 
+def test_predictions_are_no_run_of_a_tracker(place, tmp_path):
+    """ClearML begins a run as soon as its backend is built; so predictors build none."""
+    config = configs.load_config(place / "detection.py")
+    config.visualizer.vis_backends = [dict(type="ClearMLVisBackend", save_dir=str(tmp_path))]
+    predictor = load_predictor(config, str(place / "detection.pth"))
+    assert predictor.inferencer.visualizer._vis_backends == {}
+    assert len(config.visualizer.vis_backends) == 1 and not any(tmp_path.iterdir())
+
+
 def test_score_threshold_of_the_model(place, predictors):
     for task in ("detection", "rotated"):
         image = scene(128, 96, 1)
