@@ -105,6 +105,7 @@ def test_wheel_metadata(metadata):
         "rotated",
         "classification",
         "deploy",
+        "track",
         "executorch",
         "litert",
         "openvino",

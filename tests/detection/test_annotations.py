@@ -264,4 +264,5 @@ def test_metric_and_data_set_must_read_the_same_file(tmp_path):
     copied.write_bytes((labels / "instances_val2017.json").read_bytes())
     config.val_evaluator.ann_file = str(copied)
     runner = engine.build_train_runner(Config(config.copy().to_dict()))
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     runner.call_hook("before_train")

@@ -25,6 +25,7 @@ def start(config, work_dir, command="train"):
     runner.call_hook("before_run")
     if command == "train":
         runner.train_loop  # noqa: B018
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         runner.call_hook("before_train")
     else:
         runner.test_loop  # noqa: B018
