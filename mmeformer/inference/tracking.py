@@ -23,6 +23,8 @@ BEGIN_SCORE = 0.3
 """Objects below this score continue a track but begin none."""
 LOST = 30
 """Frames, at 30 per second, after which a track that finds no object ends."""
+SAME = 0.8
+"""Overlap (IoU) from which two boxes of a frame, of different classes, are one object."""
 
 Objects = TypeVar("Objects", Detections, RotatedDetections)
 
@@ -68,7 +70,11 @@ class Tracker:
         )
 
     def update(self, found: Objects) -> Objects:
-        """The objects of the next frame with their ``track_ids``."""
+        """The objects of the next frame with their ``track_ids``.
+
+        Of boxes at one place, which detectors give if they are not sure of the class, only the
+        surest has an id; else the boxes of an object would take turns.
+        """
         import supervision
 
         boxes = supervision.Detections(
@@ -78,6 +84,7 @@ class Tracker:
             # The tracker returns the objects in an order of its own.
             data={"index": np.arange(len(found))},
         )
+        boxes = boxes.with_nms(SAME, class_agnostic=True)
         tracked = self._tracker.update(boxes)
         # The library counts from 0, and -1 is no track.
         ids = np.zeros(len(found), np.int64)

@@ -16,6 +16,7 @@ from mmeformer.errors import UserError
 from mmeformer.inference import Settings, run
 from mmeformer.inference.inputs import find_sources
 from mmeformer.inference.predictor import Predictor
+from mmeformer.inference.tracking import Tracker
 from mmeformer.results import Detections, RotatedDetections
 
 HAS_TRACKERS = importlib.util.find_spec("trackers") is not None
@@ -124,6 +125,20 @@ def test_ids_stay_while_objects_pass_each_other(tmp_path, rotated):
         assert len(set(dark[1:])) == len(set(light[1:])) == 1
         assert {dark[1], light[1]} == {1, 2}
     assert ids["c.png", 1] == [None]
+
+
+@needs_trackers
+def test_a_second_guess_at_the_class_has_no_id():
+    tracker = Tracker(fps=30)
+    for frame in range(6):
+        left = 10 + 4 * frame
+        boxes = np.array([[left, 10, left + 30, 40], [left + 1, 10, left + 31, 40]], np.float32)
+        order = [0, 1] if frame % 2 else [1, 0]
+        scores = np.array([0.7, 0.6], np.float32)
+        found = Detections(boxes[order], scores[order], np.array([0, 1])[order], (64, 64))
+        ids = tracker.update(found).track_ids[order]
+        # A track begins with the second frame.
+        assert ids.tolist() == [1 if frame else 0, 0]
 
 
 @needs_trackers
