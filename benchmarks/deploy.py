@@ -28,7 +28,7 @@ from mmengine.config import Config
 from mmeformer import configs, runtime, tasks
 from mmeformer.deploy import models
 from mmeformer.deploy.check import Comparison, random_image
-from mmeformer.deploy.export import Request, export
+from mmeformer.deploy.export import SUFFIXES, Request, export
 from mmeformer.deploy.graphs import graph_class
 from mmeformer.errors import UserError
 from mmeformer.files import write_text
@@ -93,6 +93,7 @@ TARGETS = (
     Target("litert", dict(target="tflite"), runtime.load),
     Target("litert float16", dict(target="tflite", half=True), runtime.load),
     Target("litert int8", dict(target="tflite", int8=True), runtime.load),
+    Target("executorch", dict(target="executorch"), runtime.load),
     Target("coreml float16", dict(target="coreml", half=True), None),
 )
 
@@ -151,7 +152,7 @@ def write_file(case: Case, target: Target, folder: Path) -> Path:
             raise ValueError("no trained weights or test data: 8 bits cannot be measured")
         options.update(int8=tuple(case.calibration))
     request = Request(**options, **case.request)
-    suffix = {"onnx": ".onnx", "tflite": ".tflite", "coreml": ".mlpackage"}[request.target]
+    suffix = SUFFIXES[request.target]
     return export(
         Config(case.config.copy().to_dict(), filename=case.config.filename),
         case.checkpoint,

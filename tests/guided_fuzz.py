@@ -23,6 +23,9 @@ import torch
 
 from mmeformer.rotated.dota import read_labels
 
+GRACE = 120
+"""Seconds to import, and to end."""
+
 
 def read_dota(path, data):
     """Labels or None; asserts that errors are for users."""
@@ -85,10 +88,15 @@ def main():
     failed = []
     for name in readers:
         print(f"--- {name}", flush=True)
-        seconds = str(max(1, args.seconds // len(readers)))
-        command = [sys.executable, __file__, "--reader", name, "--seconds", seconds]
-        if code := subprocess.run(command).returncode:
-            failed.append(f"{name}: exit status {code}; its last lines name the input")
+        seconds = max(1, args.seconds // len(readers))
+        command = [sys.executable, __file__, "--reader", name, "--seconds", str(seconds)]
+        try:
+            code = subprocess.run(command, timeout=seconds + GRACE).returncode
+        except subprocess.TimeoutExpired:
+            failed.append(f"{name}: did not end {GRACE} s after its time")
+        else:
+            if code:
+                failed.append(f"{name}: exit status {code}; its last lines name the input")
     print("\n".join(failed) or "nothing found")
     return 1 if failed else 0
 
