@@ -50,6 +50,8 @@ _KINDS = {
     MASKS: "a class for each pixel",
     FOLDERS: "a class for each image",
 }
+LONG = 3 * 3600
+"""Seconds from which a training is long."""
 _SHOWN = 20
 """Classes that the report lists."""
 
@@ -148,7 +150,7 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
     errors = sum(finding.severity == ERROR for finding in findings)
     if not errors:
         steps, seconds = starter.steps(data, plan), _seconds(config)
-        report(f"{steps} training steps of {seconds:.2g} s: {duration(steps * seconds)} here")
+        report(training_time(steps, seconds, config))
     return Made(config, errors)
 
 
@@ -332,6 +334,14 @@ def _seconds(config: Path) -> float:
 
     with _quiet():
         return measure_seconds(configs.load_config(config))
+
+
+def training_time(steps: int, seconds: float, config: Path) -> str:
+    """How long a training takes, and how to make a long one shorter."""
+    text = f"{steps} training steps of {seconds:.2g} s: {duration(steps * seconds)} here"
+    if steps * seconds > LONG:
+        text += f" (shorter: fewer epochs or smaller images in {config.name})"
+    return text
 
 
 def duration(seconds: float) -> str:

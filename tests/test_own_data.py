@@ -142,6 +142,15 @@ def test_config_is_short_and_says_why(made, task):
     assert str(root) in report and str(result.config) in report
 
 
+def test_long_trainings_can_be_made_shorter():
+    assert own_data.training_time(100, 0.5, Path("a/b.py")) == (
+        "100 training steps of 0.5 s: about 1 minute here"
+    )
+    assert own_data.training_time(4480, 20, Path("a/b.py")).endswith(
+        "about 25 hours here (shorter: fewer epochs or smaller images in b.py)"
+    )
+
+
 def test_config_can_be_moved(made, tmp_path):
     """Config and labels in another folder, and a template that is found where the package is."""
     result, _, _ = made["detection"]
