@@ -5,7 +5,7 @@ _base_ = "gfl-lite_efficientformerv2-s0_pafpn_300e_coco-416x416.py"
 data_root = "data/quickstart-shapes/"
 classes = ("circle", "rectangle", "triangle", "star")
 size = (128, 128)
-max_iters = 450
+max_iters = 500
 
 # From scratch: train the batch norms, start with large layer scales.
 model = dict(
