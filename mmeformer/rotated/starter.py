@@ -23,7 +23,6 @@ from mmeformer.starter import (
     backbone,
     enlarged,
     epochs_for,
-    nearest,
     object_sizes,
     round_up,
     sides_of,
@@ -87,7 +86,11 @@ class RotatedStarter(Starter):
         return replace(data, notes=[*data.notes, note])
 
     def settings(self, data: LabeledData, plan: Plan) -> list[Setting]:
-        """See the base class."""
+        """See the base class.
+
+        Anchors stay as published (4 strides): by ATSS, smaller ones move objects to coarser
+        levels.
+        """
         images = data.of_split("train")
         long, short = sides_of(images)
         small = float(np.percentile(object_sizes(data), 10))
@@ -95,7 +98,6 @@ class RotatedStarter(Starter):
         factor = 1.0 if patched else min(max(1.0, min(2.0, SMALL / small)), PATCH / long)
         side = PATCH if patched else min(round_up(long * factor), PATCH)
         kind = f"patches of {PATCH} px of images of" if patched else "images are"
-        anchor = nearest(small * factor / 8, (2, 3, 4))
         samples = self.samples(data)
         return [
             Setting(
@@ -103,11 +105,6 @@ class RotatedStarter(Starter):
                 str((side, side)),
                 f"{kind} {long} x {short} px, a tenth of the objects below {small:.0f} px: "
                 f"{enlarged(factor)}",
-            ),
-            Setting(
-                "anchor_scale",
-                str(anchor),
-                f"smallest anchors {8 * anchor} px, small objects {small * factor:.0f} px",
             ),
             Setting(
                 "epochs",
@@ -141,7 +138,7 @@ BODY = """\
 model = dict(
     backbone=dict({backbone}),
     neck=dict({neck}),
-    bbox_head=dict(num_classes=len(classes), anchor_generator=dict(scales=[anchor_scale])),
+    bbox_head=dict(num_classes=len(classes)),
 )
 train_pipeline = _base_.train_pipeline
 train_pipeline[3].scale = size
