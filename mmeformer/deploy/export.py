@@ -10,7 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import onnxruntime
 from mmengine.config import Config
+from packaging.version import Version
 
 from mmeformer.deploy import models
 from mmeformer.deploy.graphs import TARGETS, graph_class
@@ -27,6 +29,8 @@ SUFFIXES = {
     "executorch": ".pte",
 }
 
+QUANTIZER = "1.19"
+"""Oldest onnxruntime that quantizes; older ones run the files."""
 REAL_IMAGES = 4
 
 
@@ -153,6 +157,9 @@ def export(
         if not Path(image).is_file():
             raise FileNotFoundError(f"image {image} does not exist")
 
+    if request.int8 and request.target == "onnx":
+        _require_quantizer()
+
     task = request.task(config)
     # First without the model, which takes time to build, for what the target cannot do at all.
     graph_class(task, request.target, nms=request.nms)
@@ -200,6 +207,14 @@ def export(
             _quantize(draft, out, config, metadata, pictures, request.max_drop, report, method)
     write_text(sidecar, metadata.to_json() + "\n")
     return out
+
+
+def _require_quantizer() -> None:
+    if Version(onnxruntime.__version__) < Version(QUANTIZER):
+        raise ValueError(
+            f"--int8 needs onnxruntime {QUANTIZER} or newer, and {onnxruntime.__version__} is "
+            "installed: pip install -U onnxruntime"
+        )
 
 
 def _quantize(

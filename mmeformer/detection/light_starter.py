@@ -25,6 +25,8 @@ LONG, SHORT = 1333, 800
 """Largest size of images, in pixels, where small objects need it."""
 SMALL = 16
 """Side in pixels of objects that the levels from stride 8 on still find well: two cells."""
+WIDE = 256
+"""Channels of the last stage from which neck and head are wider too, as in the COCO configs."""
 BATCH = 8
 """Images per step without a GPU: neck and head have batch norms, also in fine-tuning."""
 
@@ -40,7 +42,7 @@ def settings(data: LabeledData, plan: Plan) -> list[Setting]:
     scale = (min(round_up(long * factor), LONG), min(round_up(short * factor), SHORT))
     size = small * factor
     stride = 4 if round(size) < SMALL else 8
-    wide = plan.variant.architecture.widths[0] > 32 or plan.variant.arch == "s2"
+    wide = plan.variant.architecture.widths[-1] > WIDE
     return [
         Setting(
             "scale",

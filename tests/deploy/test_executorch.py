@@ -60,9 +60,11 @@ class TestForms:
         for norm in norms:
             nn.init.normal_(norm.weight)
             nn.init.normal_(norm.bias)
-        close(target.TokenNorm(norms[0])(tokens), norms[0](tokens))
-        for norm in norms[1:]:
-            close(target.MapNorm(norm)(maps), norm(maps))
+        ours = [target.TokenNorm(norms[0])(tokens), *(target.MapNorm(n)(maps) for n in norms[1:])]
+        for found, norm, x in zip(ours, norms, (tokens, maps, maps), strict=True):
+            expected = norm(x)
+            assert found.shape == expected.shape
+            close(found, expected)
 
     def test_operators(self, target):
         aten, forms = torch.ops.aten, target.EQUAL_FORMS

@@ -124,6 +124,13 @@ def test_weights_alone_in_8_bits(labeled, tmp_path, capsys, quiet_logging):
     assert labels.shape == cv2.imread(str(images[0])).shape[:2] and len(np.unique(labels)) > 1
 
 
+def test_an_old_onnxruntime_is_named(labeled, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("onnxruntime.__version__", "1.18.1")
+    assert export(labeled, tmp_path / "model.onnx", labeled[2], 1) == 1
+    assert "--int8 needs onnxruntime 1.19 or newer, and 1.18.1" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "request_, message",
     [

@@ -77,8 +77,10 @@ class Detector(nn.Module):
         self.backbone = backbone
         self.neck = None
 
-    def test_step(self, data):
+    def predict(self, data):
         return self.backbone(data)
+
+    test_step = predict
 
 
 class Augmented(BaseTTAModel):
