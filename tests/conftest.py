@@ -2,6 +2,8 @@
 """Fixtures that several test modules share."""
 
 import logging
+import shutil
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,18 @@ logging.getLogger("torch.__trace").propagate = True
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("repeatable")
+
+
+def pytest_sessionstart(session):
+    """Say in one line that the disk is nearly full, where else every later test would fail."""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < 3:
+        pytest.exit(
+            f"only {free:.1f} GB are free in {folder}, and the tests write up to 3 GB there: "
+            "free some, or choose another folder with TMPDIR",
+            returncode=4,
+        )
 
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
