@@ -88,7 +88,7 @@ def metric_of(path: str, options: dict | None) -> str:
     return configs.load_config(path, options).default_hooks.checkpoint.get("save_best") or "auto"
 
 
-def set_length(config: Config, length: int, epoch: int) -> None:
+def set_length(config: Config, length: int, epoch: int = 1) -> None:
     """Train for this many epochs or iterations, with one validation at the end.
 
     What ended with the training before ends with it now. What began or ended earlier (warm-ups)
@@ -97,7 +97,7 @@ def set_length(config: Config, length: int, epoch: int) -> None:
     Args:
         config: is changed.
         length: in the unit of the config.
-        epoch: iterations of an epoch.
+        epoch: iterations of an epoch; of no matter to a training of iterations.
     """
     plan = config.train_cfg
     key = "max_epochs" if "max_epochs" in plan else "max_iters"
