@@ -23,13 +23,17 @@ SIDE = 224
 """Side of the images of the published recipe, in pixels."""
 SMALLEST = 64
 """Smaller inputs leave no map at stride 32."""
+LARGEST_ZOOM = 1.3
+"""Random crops are enlarged at most this much beyond the whole image: more only blurs them."""
+SMALLEST_CROP = 0.3
+"""Of an image's area, where images are large enough for it."""
 
 
 class ClassificationStarter(Starter):
     """See the base class."""
 
     base_batch = 32
-    rates = (2e-4, 5e-4)
+    rates = (2e-4, 1e-3)
 
     def template(self, data: LabeledData) -> str:
         """See the base class."""
@@ -52,9 +56,14 @@ class ClassificationStarter(Starter):
             why = "about their size, at most as published"
         else:
             side, why = SIDE, "as the weights were trained"
+        published = side * 8 // 7
+        resize = published if short >= published else max(side, short)
+        least = max(SMALLEST_CROP, (min(side, short) / (LARGEST_ZOOM * short)) ** 2)
+        zoom = f"enlarged at most {max(1.0, side / (least**0.5 * short)):.2g} times"
         return [
             Setting("crop", str(side), f"images are {long} x {short} px; {why}"),
-            Setting("resize", str(side * 8 // 7), "shorter side of test images before the crop"),
+            Setting("resize", str(resize), "shorter side of test images before the crop"),
+            Setting("smallest_crop", f"{least:.2g}", f"of the area of a training image; {zoom}"),
             Setting(
                 "epochs",
                 str(epochs_for(len(images))),
@@ -91,7 +100,7 @@ model = dict(
     ),
 )
 train_pipeline = _base_.train_pipeline
-train_pipeline[1].scale = crop
+train_pipeline[1].update(scale=crop, crop_ratio_range=(smallest_crop, 1.0))
 test_pipeline = _base_.test_pipeline
 test_pipeline[1].scale = resize
 test_pipeline[2].crop_size = crop

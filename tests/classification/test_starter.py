@@ -54,15 +54,38 @@ def test_it_trains(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "weights", "crop"),
-    [(40, None, "64"), (100, None, "128"), (900, None, "224"), (40, "timm://x", "224")],
+    ("size", "weights", "crop", "resize", "least", "zoom"),
+    [
+        (40, None, "64", "64", "0.59", "2.1"),
+        (64, None, "64", "64", "0.59", "1.3"),
+        (100, None, "128", "128", "0.59", "1.7"),
+        (240, None, "224", "240", "0.52", "1.3"),
+        (900, None, "224", "256", "0.3", "1"),
+        (40, "timm://x", "224", "224", "0.59", "7.3"),
+    ],
 )
-def test_size(size, weights, crop):
+def test_size(size, weights, crop, resize, least, zoom):
     images = [LabeledImage(Path(f"{i}.png"), size, size, label=0, split="train") for i in range(9)]
     data = LabeledData("folders", Path("/data"), FOLDERS, ("a", "b"), images)
     plan = starter.Plan(own_data.find_arch("s0"), weights, Path("/labels"), None, 2)
-    found = {item.name: item.value for item in STARTER.settings(data, plan)}
+    settings = {item.name: item for item in STARTER.settings(data, plan)}
+    found = {name: item.value for name, item in settings.items()}
     assert found["crop"] == crop and found["epochs"] == "200"
+    assert (found["resize"], found["smallest_crop"]) == (resize, least)
+    assert settings["smallest_crop"].reason.endswith(f"; enlarged at most {zoom} times")
+
+
+def test_crops_reach_the_training(config):
+    loaded = configs.load_config(config)
+    training, testing = (
+        loader.dataset.pipeline for loader in (loaded.train_dataloader, loaded.val_dataloader)
+    )
+    assert training[1].crop_ratio_range == (loaded.smallest_crop, 1.0)
+    assert (training[1].scale, testing[1].scale, testing[2].crop_size) == (
+        loaded.crop,
+        loaded.resize,
+        loaded.crop,
+    )
 
 
 @pytest.mark.parametrize(
