@@ -155,7 +155,8 @@ def test_shared_rooms_do_not_import_each_other(edges):
 
 
 def test_only_tools_import_commands(edges):
-    rooms = {room_of(module) for module in edges} - {"commands"}
+    # `python -m mmeformer` is the command.
+    rooms = {room_of(module) for module in edges} - {"commands", "__main__"}
     assert crossings(edges, rooms, lambda room: room != "commands") == []
     for folder in ("benchmarks", "configs"):
         for path in (ROOT / folder).rglob("*.py"):

@@ -34,6 +34,17 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_package_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "mmeformer", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == f"mmeformer {__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
