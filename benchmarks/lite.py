@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose the sizes of the light detectors, and compare them with RTMDet-tiny.
 
-    python benchmarks/lite.py search --out work_dirs/lite
+    python benchmarks/lite.py search --out work_dirs/lite --iterations 300
     python benchmarks/lite.py needs --out work_dirs/lite
     python benchmarks/lite.py compare --out work_dirs/lite --minutes 3 \
         --labeled nuclei data/nuclei 64 --halves ships data/dota 96
 
 `search` builds candidates of widths, depths and strides and lists parameters, MACs and time in
-onnxruntime. `needs` does so for one model of every kind.
+onnxruntime; with `--iterations` it also trains each for so many, on the data of `compare`. `needs`
+lists one model of every kind.
 
 `compare` trains the light detectors, mmdet's RTMDet-tiny and Mask R-CNN from scratch on generated
 shapes and on folders of labeled images: the same data, augmentation, optimizer, processor time and
@@ -341,24 +342,37 @@ def train(file: Path, folder: Path, seed: int, length: int) -> dict[str, Any]:
     return dict(metrics=metrics, minutes=clock.seconds / 60, length=length)
 
 
-def train_all(sets: dict[str, Path], args: argparse.Namespace) -> dict[str, dict]:
-    """Train every model on every data set with every seed; returns all results by their keys."""
+def train_all(
+    sets: dict[str, Path], args: argparse.Namespace, iterations: int | None = None
+) -> dict[str, dict]:
+    """Train every model on every data set with every seed; returns all results by their keys.
+
+    Args:
+        sets: folders by name.
+        args: of the command line.
+        iterations: of each training; default: as many as take ``args.minutes``.
+    """
     files = write_configs(sets, args)
-    seconds = seconds_per_iteration(files, args)
+    seconds = {} if iterations else seconds_per_iteration(files, args)
     path = args.out / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
     # Seeds outermost: what is there after an interruption is a fair comparison.
     for seed in range(args.seeds):
         for (data, name), file in files.items():
-            key = f"{data}|{name}|{seed}|{args.minutes:g}"
+            key = f"{data}|{name}|{seed}|{budget(args, iterations)}"
             if key in results:
                 continue
-            length = max(1, round(60 * args.minutes / seconds[f"{data}|{name}"]))
+            length = iterations or max(1, round(60 * args.minutes / seconds[f"{data}|{name}"]))
             results[key] = train(file, place(args, data, name) / str(seed), seed, length)
             write_text(path, json.dumps(results, indent=1))
             found = {k.removeprefix("coco/"): v for k, v in results[key]["metrics"].items()}
             print(key, length, f"{results[key]['minutes']:.2f} min", found, flush=True)
     return results
+
+
+def budget(args: argparse.Namespace, iterations: int | None) -> str:
+    """End of the keys of results: minutes, or iterations."""
+    return f"{iterations} iterations" if iterations else f"{args.minutes:g}"
 
 
 # --- exported files -------------------------------------------------------------------------------
@@ -556,6 +570,23 @@ def verdict(gain: float, ratio: float) -> str:
     return "goal missed"
 
 
+def aps(
+    results: dict, data: str, name: str, end: str, key: str = "mAP"
+) -> tuple[str, float | None]:
+    """An AP of a model on a data set, in points: mean and deviation of its seeds as text, and mean.
+
+    Empty and None without trainings, and where there are no objects of that size.
+    """
+    start = f"{data}|{name}|"
+    runs = [v for k, v in results.items() if k.startswith(start) and k.endswith(f"|{end}")]
+    values = [100 * run["metrics"][f"coco/bbox_{key}"] for run in runs]
+    # COCO's code gives -1 where there are no such objects.
+    if not values or statistics.mean(values) < 0:
+        return "", None
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}", statistics.mean(values)
+
+
 def comparison_table(sets: Sequence[str], args: argparse.Namespace, results: dict) -> str:
     """All results as a Markdown table."""
     head = ["data", "model", "M parameters", "GMACs", "iterations", "CPU min", "AP", "AP50"]
@@ -580,12 +611,9 @@ def comparison_table(sets: Sequence[str], args: argparse.Namespace, results: dic
             row.append(f"{statistics.mean(run['length'] for run in runs):.0f}")
             row.append(f"{statistics.mean(run['minutes'] for run in runs):.1f}")
             for key in ("mAP", "mAP_50", "mAP_s", "mAP_m"):
-                values = [100 * run["metrics"][f"coco/bbox_{key}"] for run in runs]
-                # COCO's code gives -1 where there are no such objects.
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                mean = statistics.mean(values)
-                row.append("" if mean < 0 else f"{mean:.1f} ± {spread:.1f}")
-                if key == "mAP":
+                text, mean = aps(results, data, name, budget(args, None), key)
+                row.append(text)
+                if key == "mAP" and mean is not None:
                     means[name] = mean
             for side, threads in runs_of:
                 at = timed[side]
@@ -637,10 +665,10 @@ def candidates(
     return list(dict.fromkeys(found))
 
 
-def build_candidate(
+def candidate(
     variant: str, width: int, blocks: int, layers: int, finest: int, classes: int, side: int
-) -> nn.Module:
-    """A light detector with random weights."""
+) -> dict:
+    """A light detector of other sizes."""
     model = lite(variant, classes, side)
     channels = list(VARIANTS[variant].architecture.widths)
     if finest == 4:
@@ -649,16 +677,28 @@ def build_candidate(
         model.bbox_head.anchor_generator.strides = [4, 8, 16, 32]
     model.neck.update(out_channels=width, num_csp_blocks=blocks)
     model.bbox_head.update(in_channels=width, feat_channels=width, stacked_convs=layers)
-    set_test(model, 0.05)
-    return built(model)
+    return model
 
 
 def built(model: dict) -> nn.Module:
-    """A model of a config's `model`, with random weights."""
+    """A model of a config's `model`, with random weights and the limits of a deployed one."""
+    set_test(model, 0.05)
     torch.manual_seed(0)
     config = configs.load_config(BASE)
     config.model = model
     return models.build_model(config)
+
+
+def learned(choices: Sequence[tuple], args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Train candidates; returns the APs of each by data set, mean and deviation of the seeds."""
+    names = {"-".join(map(str, choice)): choice for choice in choices}
+    for name, choice in names.items():
+        MODELS[name] = lambda classes, side, masks, choice=choice: candidate(*choice, classes, side)
+    args = argparse.Namespace(**{**vars(args), "side": args.train_side, "models": list(names)})
+    sets = write_data(args)
+    results = train_all(sets, args, args.iterations)
+    end = budget(args, args.iterations)
+    return {name: {data: aps(results, data, name, end)[0] for data in sets} for name in names}
 
 
 def search(args: argparse.Namespace) -> None:
@@ -668,15 +708,14 @@ def search(args: argparse.Namespace) -> None:
     head += [f"{kind}, {n} thread{'s' * (n > 1)}" for kind, n in kinds]
     rng = np.random.default_rng(0)
     images = [rng.normal(size=(3, args.side, args.side)).astype(np.float32) for _ in range(4)]
-    reference = rtmdet(args.classes)
-    set_test(reference, 0.05)
-    built_models = {REFERENCE: built(reference)}
+    built_models = {REFERENCE: built(rtmdet(args.classes))}
     rows = {REFERENCE: [REFERENCE, "96", "1", "2", "8 to 32"]}
     choices = [c for name in args.variants for c in candidates(name, args.widths, args.depths)]
+    found = learned(choices, args) if args.iterations else {}
     for choice in choices:
         variant, width, blocks, layers, finest = choice
         name = "-".join(map(str, choice))
-        built_models[name] = build_candidate(*choice, args.classes, args.side)
+        built_models[name] = built(candidate(*choice, args.classes, args.side))
         rows[name] = [variant, str(width), str(blocks), str(layers), f"{finest} to 32"]
     with TemporaryDirectory() as text:
         files: dict[str, dict[str, Path]] = {"fp32": {}, "int8": {}}
@@ -691,9 +730,13 @@ def search(args: argparse.Namespace) -> None:
             write_onnx(graph, args.side, files["fp32"][name])
             write_int8(files["fp32"][name], files["int8"][name], items[name])
         for kind, threads in kinds:
-            found = ratios(files[kind], items, REFERENCE, threads, args.rounds)
-            for name, (milliseconds, ratio) in found.items():
+            timed = ratios(files[kind], items, REFERENCE, threads, args.rounds)
+            for name, (milliseconds, ratio) in timed.items():
                 rows[name].append(f"{ratio:.2f} ({milliseconds:.1f} ms)")
+    sets = list(next(iter(found.values()), {}))
+    head += [f"AP, {data}" for data in sets]
+    for name, row in rows.items():
+        row += [found.get(name, {}).get(data, "") for data in sets]
     lines = [head, ["---"] * len(head), *rows.values()]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     print(table, flush=True)
@@ -758,6 +801,17 @@ def depth(text: str) -> tuple[int, int]:
     return int(blocks), int(layers)
 
 
+def add_training_options(command: argparse.ArgumentParser) -> None:
+    """Options of the data sets and the trainings."""
+    for option in ("--labeled", "--halves"):
+        command.add_argument(
+            option, nargs=3, action="append", default=[], metavar=("NAME", "FOLDER", "TILE")
+        )
+    command.add_argument("--seeds", type=int)
+    command.add_argument("--batch", type=int, default=4)
+    command.add_argument("--lr", type=float, default=1e-3, help="of all models")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(
@@ -771,10 +825,16 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--threads", type=int, nargs="+", default=[1, 2])
         command.add_argument("--rounds", type=int, default=30, help="timed runs of every file")
         sides = {search: 416, compare: 96}
-        command.add_argument("--side", type=int, default=sides.get(work))
+        command.add_argument("--side", type=int, default=sides.get(work), help="of inputs, px")
         if work is needs:
             continue
+        add_training_options(command)
         if work is search:
+            command.set_defaults(seeds=1)
+            command.add_argument(
+                "--iterations", type=int, default=0, help="of trainings; 0: train nothing"
+            )
+            command.add_argument("--train-side", type=int, default=96, help="of trainings, px")
             command.add_argument("--variants", nargs="+", choices=list(LITE), default=list(LITE))
             command.add_argument("--widths", type=int, nargs="+", default=[64, 96, 128, 160])
             command.add_argument(
@@ -784,24 +844,18 @@ def main(argv: list[str] | None = None) -> None:
                 default=[(1, 1), (1, 3), (2, 2)],
                 metavar="BLOCKS,LAYERS",
             )
-            command.add_argument("--classes", type=int, default=80)
+            command.add_argument("--classes", type=int, default=80, help="of timed models")
             continue
+        command.set_defaults(seeds=3)
+        command.add_argument(
+            "--minutes", type=float, default=3, help="processor time of a training"
+        )
         command.add_argument(
             "--time-sides",
             type=int,
             nargs="+",
             help="of inputs that are timed, px; the first counts (default: --side)",
         )
-        for option in ("--labeled", "--halves"):
-            command.add_argument(
-                option, nargs=3, action="append", default=[], metavar=("NAME", "FOLDER", "TILE")
-            )
-        command.add_argument(
-            "--minutes", type=float, default=3, help="processor time of a training"
-        )
-        command.add_argument("--seeds", type=int, default=3)
-        command.add_argument("--batch", type=int, default=4)
-        command.add_argument("--lr", type=float, default=1e-3, help="of all models")
         command.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     args = parser.parse_args(argv)
     args.work(args)

@@ -24,6 +24,10 @@ COMPILE_FROM = 20_000
 WIDE_LINE = 100
 
 
+USUAL_SIDE = 512
+"""Side of the samples that the default batch is meant for, in pixels."""
+
+
 class Setting(NamedTuple):
     """One line of a config: name, value as Python writes it, and why."""
 
@@ -87,9 +91,17 @@ class Starter:
         """The rest of the config, which follows from the settings."""
         raise NotImplementedError
 
+    def sample_size(self, data: LabeledData) -> tuple[int, int]:
+        """Width and height of a training sample, in pixels."""
+        raise NotImplementedError
+
     def default_batch(self, data: LabeledData) -> int:
-        """Images per step where no GPU has measured them."""
-        return self.base_batch
+        """Images per step where no GPU has measured them: up to four times as many small ones.
+
+        A step of them takes no longer, and batch norms see as many pixels.
+        """
+        width, height = self.sample_size(data)
+        return self.base_batch * max(1, min(4, USUAL_SIDE**2 // (width * height)))
 
     # --- what the tasks share ---------------------------------------------------------------------
 
@@ -110,7 +122,7 @@ class Starter:
         if plan.batch_size is not None:
             why = f"per GPU; measured on {plan.gpu}: the largest that fits, up to 32"
         else:
-            why = "images per step; a default that suits a CPU"
+            why = "images per step; a default that suits a CPU and their size"
         workers = min(8, plan.cores) if plan.gpu else min(2, max(1, plan.cores - 1))
         rate = self.rates[plan.checkpoint is None]
         start = "from scratch" if plan.checkpoint is None else "from pretrained weights"
@@ -233,6 +245,11 @@ def object_sizes(data: LabeledData, split: str = "train") -> np.ndarray:
                 area = item.box[2] * item.box[3]
             sizes.append(math.sqrt(max(area, 0.0)))
     return np.array(sizes or [32.0])
+
+
+def smallest(data: LabeledData) -> float:
+    """Size below which a tenth of the training objects are, in pixels."""
+    return float(np.percentile(object_sizes(data), 10))
 
 
 def enlarged(factor: float) -> str:

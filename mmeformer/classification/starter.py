@@ -47,6 +47,10 @@ class ClassificationStarter(Starter):
                 write_text(folder / f"{split}.txt", "".join(rows))
         return data
 
+    def default_batch(self, data: LabeledData) -> int:
+        """See the base class; the same for all sizes."""
+        return self.base_batch
+
     def settings(self, data: LabeledData, plan: Plan) -> list[Setting]:
         """See the base class."""
         images = data.of_split("train")

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from mmeformer.labeled import LabeledData
 from mmeformer.starter import (
     Plan,
@@ -12,9 +10,9 @@ from mmeformer.starter import (
     backbone,
     enlarged,
     epochs_for,
-    object_sizes,
     round_up,
     sides_of,
+    smallest,
 )
 from mmeformer.variants import find_variant
 
@@ -35,7 +33,7 @@ def settings(data: LabeledData, plan: Plan) -> list[Setting]:
     """The settings of the light detector alone."""
     images = data.of_split("train")
     long, short = sides_of(images)
-    small = float(np.percentile(object_sizes(data), 10))
+    small = smallest(data)
     # Enlarged, or reduced less, if small objects need it.
     factor = min(max(SMALL / small, min(1.0, SIDE / long)), 2.0)
     factor = min(factor, LONG / long, SHORT / short)

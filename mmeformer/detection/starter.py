@@ -35,10 +35,10 @@ from mmeformer.starter import (
     enlarged,
     epochs_for,
     nearest,
-    object_sizes,
     relative_to,
     round_up,
     sides_of,
+    smallest,
 )
 from mmeformer.variants import find_variant
 from mmeformer.windows import Window, crop, windows
@@ -67,7 +67,18 @@ class DetectionStarter(Starter):
 
     def default_batch(self, data: LabeledData) -> int:
         """See the base class."""
-        return self.base_batch if data.kind == POLYGONS else light_starter.BATCH
+        return super().default_batch(data) if data.kind == POLYGONS else light_starter.BATCH
+
+    def _enlargement(self, data: LabeledData) -> float:
+        """How much images are enlarged (for objects below ``SMALL`` pixels) or reduced."""
+        long, short = sides_of(data.of_split("train"))
+        return min(max(1.0, min(2.0, SMALL / smallest(data))), LONG / long, SHORT / short)
+
+    def sample_size(self, data: LabeledData) -> tuple[int, int]:
+        """See the base class; of images with outlines."""
+        long, short = sides_of(data.of_split("train"))
+        factor = self._enlargement(data)
+        return min(round_up(long * factor), LONG), min(round_up(short * factor), SHORT)
 
     def prepare(self, data: LabeledData, folder: Path) -> LabeledData:
         """Write one COCO file per split; huge images with small objects are cut into tiles."""
@@ -82,7 +93,7 @@ class DetectionStarter(Starter):
 
     def _tiled(self, data: LabeledData, folder: Path) -> LabeledData:
         long, short = sides_of(data.of_split("train"))
-        small = float(np.percentile(object_sizes(data), 10))
+        small = smallest(data)
         fit = min(LONG / long, SHORT / short)
         if fit >= 1 or fit * small >= TINY:
             return data
@@ -100,9 +111,9 @@ class DetectionStarter(Starter):
             return light_starter.settings(data, plan)
         images = data.of_split("train")
         long, short = sides_of(images)
-        small = float(np.percentile(object_sizes(data), 10))
-        factor = min(max(1.0, min(2.0, SMALL / small)), LONG / long, SHORT / short)
-        scale = (min(round_up(long * factor), LONG), min(round_up(short * factor), SHORT))
+        small = smallest(data)
+        factor = self._enlargement(data)
+        scale = self.sample_size(data)
         anchor = nearest(small * factor / 4, (2, 4, 8))
         ratios = self._ratios(images)
         wide = "also long" if len(ratios) > 3 else "usual"

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from mmeformer.checks.findings import WARNING, Finding
 from mmeformer.errors import UserError
 from mmeformer.files import write_text
@@ -23,9 +21,9 @@ from mmeformer.starter import (
     backbone,
     enlarged,
     epochs_for,
-    object_sizes,
     round_up,
     sides_of,
+    smallest,
 )
 from mmeformer.variants import find_variant
 from mmeformer.windows import windows
@@ -85,6 +83,19 @@ class RotatedStarter(Starter):
         )
         return replace(data, notes=[*data.notes, note])
 
+    def _enlargement(self, data: LabeledData) -> float:
+        """How much images are enlarged, for objects below ``SMALL`` pixels."""
+        if is_cut(data):
+            return 1.0
+        long, _ = sides_of(data.of_split("train"))
+        return min(max(1.0, min(2.0, SMALL / smallest(data))), PATCH / long)
+
+    def sample_size(self, data: LabeledData) -> tuple[int, int]:
+        """See the base class."""
+        long, _ = sides_of(data.of_split("train"))
+        side = PATCH if is_cut(data) else min(round_up(long * self._enlargement(data)), PATCH)
+        return side, side
+
     def settings(self, data: LabeledData, plan: Plan) -> list[Setting]:
         """See the base class.
 
@@ -93,18 +104,16 @@ class RotatedStarter(Starter):
         """
         images = data.of_split("train")
         long, short = sides_of(images)
-        small = float(np.percentile(object_sizes(data), 10))
         patched = is_cut(data)
-        factor = 1.0 if patched else min(max(1.0, min(2.0, SMALL / small)), PATCH / long)
-        side = PATCH if patched else min(round_up(long * factor), PATCH)
+        side, _ = self.sample_size(data)
         kind = f"patches of {PATCH} px of images of" if patched else "images are"
         samples = self.samples(data)
         return [
             Setting(
                 "size",
                 str((side, side)),
-                f"{kind} {long} x {short} px, a tenth of the objects below {small:.0f} px: "
-                f"{enlarged(factor)}",
+                f"{kind} {long} x {short} px, a tenth of the objects below "
+                f"{smallest(data):.0f} px: {enlarged(self._enlargement(data))}",
             ),
             Setting(
                 "epochs",
@@ -173,7 +182,7 @@ auto_scale_lr = dict(base_batch_size=batch_size)
 def is_cut(data: LabeledData) -> bool:
     """Whether images are cut: they are huge, or resized to a patch their objects are too small."""
     long, _ = sides_of(data.of_split("train"))
-    small = float(np.percentile(object_sizes(data), 10))
+    small = smallest(data)
     return long > HUGE or (long > PATCH and small * PATCH / long < SMALL)
 
 

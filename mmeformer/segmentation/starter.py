@@ -110,16 +110,26 @@ class SegmentationStarter(Starter):
         """See the base class."""
         return max(FEWEST, super().steps(data, plan))
 
+    def _scale(self, data: LabeledData) -> tuple[int, int]:
+        """Longer and shorter side that images are resized to, in pixels."""
+        long, short = sides_of(data.of_split("train"))
+        factor = min(1.0, LARGEST / long)
+        return int(long * factor), int(short * factor)
+
+    def sample_size(self, data: LabeledData) -> tuple[int, int]:
+        """See the base class."""
+        side = min(CROP, max(32, self._scale(data)[1] // 32 * 32))
+        return side, side
+
     def settings(self, data: LabeledData, plan: Plan) -> list[Setting]:
         """See the base class."""
         images = data.of_split("train")
         long, short = sides_of(images)
-        factor = min(1.0, LARGEST / long)
-        scale = (int(long * factor), int(short * factor))
-        side = min(CROP, max(32, scale[1] // 32 * 32))
+        scale = self._scale(data)
+        side, _ = self.sample_size(data)
         steps = self.steps(data, plan)
         epochs = epochs_for(len(images))
-        shown = "as they are" if factor == 1 else f"resized to {scale[0]} px"
+        shown = "as they are" if scale[0] == long else f"resized to {scale[0]} px"
         return [
             Setting("scale", str(scale), f"images are {long} x {short} px: {shown}"),
             Setting(
