@@ -129,6 +129,7 @@ class LiteTower(nn.Module):
         mmdet's heads call this after their own, whose deviation of 0.01 is far below it: from
         scratch, the 25 weights of a depthwise channel then learn slowly.
         """
+        conv: Any
         for conv in self.convs:
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
 
