@@ -141,16 +141,24 @@ def detection(folder: Path, iterations: int = ITERATIONS) -> Config:
 
 
 def boxes_only(folder: Path, iterations: int = ITERATIONS, path: str = LIGHT_CUSTOM) -> Config:
-    """A template for data with boxes only, on shapes of 64 px without masks.
-
-    As its users fill it in, but from scratch.
-    """
+    """A template for data with boxes only, on shapes of 64 px without masks."""
     root = write_coco_dataset(folder / "coco", train=8, val=2, size=64)
     for labels in (root / "annotations").glob("*.json"):
         content = json.loads(labels.read_text())
         for annotation in content["annotations"]:
             del annotation["segmentation"]
         labels.write_text(json.dumps(content))
+    return own_data(root, iterations, path)
+
+
+def with_masks(folder: Path, iterations: int = ITERATIONS) -> Config:
+    """The template of the light detector with masks, on shapes of 64 px."""
+    return own_data(write_coco_dataset(folder / "coco", train=8, val=2, size=64), iterations)
+
+
+def own_data(root: Path, iterations: int, path: str = LIGHT_MASKS) -> Config:
+    """A template on a data set, as its users fill it in, but from scratch."""
+    content = json.loads((root / "annotations/instances_train2017.json").read_text())
     classes = tuple(category["name"] for category in content["categories"])
     config = _training("detection", root, iterations, path)
     config.model.backbone.update(norm_eval=False, layer_scale_init_value=1.0, init_cfg=None)
