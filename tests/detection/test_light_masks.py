@@ -99,7 +99,9 @@ def trained(tmp_path_factory):
     config.work_dir = str(folder / "work")
     config.model.test_cfg.update(score_thr=0.001, max_per_img=5)
     config.default_hooks.checkpoint.interval = 24
-    config.optim_wrapper.optimizer.lr = 2e-3
+    config.optim_wrapper.optimizer.lr = 5e-3
+    config.train_dataloader.batch_size = 8
+    config.model.backbone.drop_path_rate = 0.0
     path = folder / "masks.py"
     config.dump(str(path))
     threads = torch.get_num_threads()
