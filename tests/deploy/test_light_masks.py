@@ -32,17 +32,24 @@ def small(light):
     return Trained(copy.deepcopy(light.config), light.checkpoint, light.folder)
 
 
+def made(light, picture, folder, **request):
+    """(file, lines of its check)."""
+    lines: list[str] = []
+    own = Trained(copy.deepcopy(light.config), light.checkpoint, light.folder)
+    return exported(own, picture, lines=lines, folder=folder, **request), lines
+
+
 @pytest.fixture(scope="module")
-def files(light, picture, tmp_path_factory):
-    """NMS inside for any size, outside for one size and two images; with their checks' lines."""
-    made = {}
-    fixed = dict(size=(64, 96), batch=2, preprocessing=True)
-    for name, request in (("inside", {}), ("outside", dict(nms=False, **fixed))):
-        lines: list[str] = []
-        own = Trained(copy.deepcopy(light.config), light.checkpoint, light.folder)
-        folder = tmp_path_factory.mktemp(name)
-        made[name] = (exported(own, picture, lines=lines, folder=folder, **request), lines)
-    return made
+def inside(light, picture, tmp_path_factory):
+    """NMS in the file, for any size."""
+    return made(light, picture, tmp_path_factory.mktemp("inside"))
+
+
+@pytest.fixture(scope="module")
+def outside(light, picture, tmp_path_factory):
+    """NMS in the runtime, for two images of one size."""
+    request = dict(size=(64, 96), batch=2, preprocessing=True, nms=False)
+    return made(light, picture, tmp_path_factory.mktemp("outside"), **request)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +83,9 @@ def theirs(light):
 SIZES = ((48, 64), (75, 100), (200, 90), (64, 64))
 
 
-@pytest.mark.parametrize("name", ["inside", "outside"])
-def test_masks_are_those_of_mmdet(files, theirs, name):
-    path, lines = files[name]
+@pytest.mark.parametrize("name", ["inside", pytest.param("outside", marks=pytest.mark.slow)])
+def test_masks_are_those_of_mmdet(theirs, name, request):
+    path, lines = request.getfixturevalue(name)
     assert any("detections match" in line and "masks" in line for line in lines), lines
     predictor = runtime.load(path)
     visible, worst = 0, 1.0
@@ -97,16 +104,20 @@ def test_masks_are_those_of_mmdet(files, theirs, name):
     assert visible >= 40 and worst >= 0.99
 
 
-def test_outputs(files):
-    inside, outside = (runtime.load(files[name][0]) for name in ("inside", "outside"))
-    assert inside.output_names == ["boxes", "scores", "labels", "image_index", "mask_logits"]
-    shapes = {output.name: output.shape for output in outside.session.get_outputs()}
+def test_outputs(inside):
+    names = runtime.load(inside[0]).output_names
+    assert names == ["boxes", "scores", "labels", "image_index", "mask_logits"]
+
+
+@pytest.mark.slow
+def test_outputs_before_nms(outside):
+    shapes = {value.name: value.shape for value in runtime.load(outside[0]).session.get_outputs()}
     assert shapes["mask_features"] == [2, 10, 8, 12] and shapes["kernels1"] == [2, 24, 169]
 
 
-def test_an_image_without_objects(files, tmp_path):
+def test_an_image_without_objects(inside, tmp_path):
     path = tmp_path / "strict.onnx"
-    model = onnx.load(str(files["inside"][0]))
+    model = onnx.load(str(inside[0]))
     (nms,) = (node for node in model.graph.node if node.op_type == "NonMaxSuppression")
     for value in model.graph.initializer:
         if value.name == nms.input[4]:
@@ -116,19 +127,19 @@ def test_an_image_without_objects(files, tmp_path):
     assert len(found) == 0 and found.masks().shape == (0, 64, 64)
 
 
-def test_candidates_of_one_input_are_chosen_by_the_runtime(small, files):
+def test_candidates_of_one_input_are_chosen_by_the_runtime(small, inside):
     """The graph for LiteRT and CoreML in PyTorch, decoded by the runtime, against the ONNX file."""
-    inside = runtime.load(files["inside"][0])
+    file = runtime.load(inside[0])
     model = models.build_model(small.config, small.checkpoint)
     graph = graph_class("detection", "tflite", model)(model).eval()
     image = check.random_image(50, 60, 0)
-    item = prepare(image, inside.metadata)
+    item = prepare(image, file.metadata)
     with torch.no_grad():
         outputs = graph(torch.from_numpy(item.data)[None])
     named = {name: value.numpy() for name, value in zip(graph.output_names, outputs, strict=True)}
-    (ours,) = decoders.decode_detections([item], named, inside.metadata)
+    (ours,) = decoders.decode_detections([item], named, file.metadata)
     comparison = check.Comparison("")
-    check.compare_detections([(inside.predict(image), ours)], comparison)
+    check.compare_detections([(file.predict(image), ours)], comparison)
     assert not comparison.failures and len(ours.boxes) >= 5, comparison.lines
 
 

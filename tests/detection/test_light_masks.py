@@ -127,13 +127,17 @@ def test_masks_are_learned(trained):
     assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6])
 
 
-def test_masks_are_checked_evaluated_exported_and_predicted(trained, tmp_path, capsys):
-    config, path, checkpoint = trained
+def test_masks_are_checked_and_evaluated(trained, capsys):
+    _, path, checkpoint = trained
     assert check_dataset.main([str(path)]) == 0, capsys.readouterr()
     assert test.main([str(path), checkpoint, "--tta"]) == 0
     shown = capsys.readouterr()
     assert "bbox_mAP_50" in shown.out + shown.err and "segm_mAP_50" in shown.out + shown.err
 
+
+@pytest.mark.slow
+def test_masks_are_predicted_and_exported(trained, tmp_path, capsys):
+    config, path, checkpoint = trained
     folder = Path(config.test_dataloader.dataset.data_root, "val2017")
     arguments = [str(path), checkpoint, str(folder), "--score-thr", "0.001"]
     assert predict.main([*arguments, "--out", str(tmp_path / "out")]) == 0
