@@ -1,8 +1,8 @@
-# Your own COCO-format data with masks, with the light detector for phones and CPUs: copy this file and
-# change the three lines below. Mask R-CNN, which `mmeformer init` takes for data with masks:
-# mask-rcnn_..._custom.py; for data with boxes only use gfl-lite_..._custom.py. From a config of
-# `mmeformer init` take data_root, classes and checkpoint, and the paths of its labels (train_data,
-# val_data, test_data and both evaluators).
+# Your own COCO-format data with masks, with the light detector for phones and CPUs: copy this file
+# and change the three lines below. Mask R-CNN: mask-rcnn_..._custom.py; for data with boxes only use
+# gfl-lite_..._custom.py. `mmeformer init` makes a config of Mask R-CNN. To train this detector on
+# the files that it wrote, set classes and data_root as there, `ann_file` of the three data sets and
+# of both evaluators to its train.json and val.json, and `data_prefix=dict(img="")`.
 _base_ = "rtmdet-ins-lite_efficientformerv2-s0_pafpn_300e_coco-640x640.py"
 
 # ---- always changed -------------------------------------------------------------------------
