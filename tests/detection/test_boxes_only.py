@@ -2,7 +2,6 @@
 """Data with boxes but no masks, with the templates for it: from the checker to the runtime."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,11 +92,9 @@ def test_augmentation_and_tiles(trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("template", [tiny.LIGHT_CUSTOM, tiny.FASTER_RCNN_CUSTOM, tiny.LIGHT_MASKS])
+@pytest.mark.parametrize("template", [tiny.LIGHT_CUSTOM, tiny.FASTER_RCNN_CUSTOM])
 def test_a_tiny_detector_learns_its_images(tmp_path, template):
-    masks = template == tiny.LIGHT_MASKS
-    make = tiny.with_masks if masks else partial(tiny.boxes_only, path=template)
-    config = make(tmp_path, iterations=200)
+    config = tiny.boxes_only(tmp_path, iterations=200, path=template)
     config.work_dir = str(tmp_path / "work")
     config.train_dataloader.batch_size = 8
     config.model.backbone.drop_path_rate = 0.0
@@ -114,5 +111,3 @@ def test_a_tiny_detector_learns_its_images(tmp_path, template):
     checkpoint = Path(config.work_dir, "last_checkpoint").read_text().strip()
     metrics = engine.build_test_runner(config, checkpoint).test()
     assert metrics["coco/bbox_mAP_50"] > 0.6
-    assert metrics.get("coco/segm_mAP_50", 1) > 0.5
-    assert masks == ("coco/segm_mAP_50" in metrics)
