@@ -41,6 +41,7 @@ QUICKSTARTS = {
 }
 LIGHT = "detection/gfl-lite_efficientformerv2-s0_pafpn_quickstart.py"
 LIGHT_CUSTOM = "detection/gfl-lite_efficientformerv2-s0_pafpn_custom.py"
+LIGHT_MASKS = "detection/rtmdet-ins-lite_efficientformerv2-s0_pafpn_custom.py"
 FASTER_RCNN_CUSTOM = "detection/faster-rcnn_efficientformerv2-s0_fpn_custom.py"
 ITERATIONS = 8
 
@@ -77,7 +78,8 @@ def network(task: str, path: str | None = None) -> Config:
             model.bbox_head.norm_cfg = dict(type="GN", num_groups=4)
         else:
             # Without training, every distance is half of the largest: less than a small picture.
-            model.bbox_head.reg_max = 4
+            if "reg_max" in model.bbox_head:
+                model.bbox_head.reg_max = 4
             # After a few iterations too, the statistics are those of the data.
             model.bbox_head.norm_cfg = dict(type="BN", momentum=0.9)
     return config
@@ -139,16 +141,24 @@ def detection(folder: Path, iterations: int = ITERATIONS) -> Config:
 
 
 def boxes_only(folder: Path, iterations: int = ITERATIONS, path: str = LIGHT_CUSTOM) -> Config:
-    """A template for data with boxes only, on shapes of 64 px without masks.
-
-    As its users fill it in, but from scratch.
-    """
+    """A template for data with boxes only, on shapes of 64 px without masks."""
     root = write_coco_dataset(folder / "coco", train=8, val=2, size=64)
     for labels in (root / "annotations").glob("*.json"):
         content = json.loads(labels.read_text())
         for annotation in content["annotations"]:
             del annotation["segmentation"]
         labels.write_text(json.dumps(content))
+    return own_data(root, iterations, path)
+
+
+def with_masks(folder: Path, iterations: int = ITERATIONS) -> Config:
+    """The template of the light detector with masks, on shapes of 64 px."""
+    return own_data(write_coco_dataset(folder / "coco", train=8, val=2, size=64), iterations)
+
+
+def own_data(root: Path, iterations: int, path: str = LIGHT_MASKS) -> Config:
+    """A template on a data set, as its users fill it in, but from scratch."""
+    content = json.loads((root / "annotations/instances_train2017.json").read_text())
     classes = tuple(category["name"] for category in content["categories"])
     config = _training("detection", root, iterations, path)
     config.model.backbone.update(norm_eval=False, layer_scale_init_value=1.0, init_cfg=None)
@@ -292,8 +302,15 @@ def save_trained(config: Config, folder: Path, seed: int = 0) -> str:
     with torch.no_grad():
         for name, module in model.named_modules():
             outputs = ("rpn_cls", "rpn_reg", "fc_cls", "fc_reg", "gfl_cls", "gfl_reg", "fc")
-            if name.rpartition(".")[2] in (*outputs, "conv_logits", "conv_seg"):
+            masks = ("conv_logits", "conv_seg", "rtm_kernel", "projection")
+            if name.rpartition(".")[2] in (*outputs, "rtm_cls", "rtm_reg", *masks):
                 nn.init.normal_(module.weight, std=1.5 * module.weight[0].numel() ** -0.5)
+            if name.endswith("rtm_reg"):
+                # Distances below zero are cut off.
+                nn.init.ones_(module.bias)
+            elif name.endswith("rtm_kernel"):
+                # Products of three layers and the features: with less, masks are empty or full.
+                module.weight.mul_(4)
     path = folder / "trained.pth"
     meta = dict(dataset_meta=dict(config.test_dataloader.dataset.metainfo))
     torch.save(dict(state_dict=model.state_dict(), meta=meta), path)

@@ -181,8 +181,8 @@ def quantize(
 def layer_groups(proto: onnx.ModelProto) -> dict[str, list[str]]:
     """Names of the nodes of all layers, by group.
 
-    The first and the last layers, talking heads and products of two activations (in attention) are
-    groups of their own; so are depthwise and other layers of each part of the model.
+    The first and the last layers, talking heads and products of two activations (in attention and
+    elsewhere) are groups of their own; so are depthwise and other layers of each part of the model.
     """
     nodes = proto.graph.node
     constants = {item.name for item in proto.graph.initializer}
@@ -209,7 +209,8 @@ def layer_groups(proto: onnx.ModelProto) -> dict[str, list[str]]:
         elif node.op_type == "Conv" and not softmaxes.isdisjoint([node.input[0], *node.output]):
             group = "talking heads"
         elif not any(name in constants for name in node.input):
-            group = "attention products"
+            # Those of masks, with weights of each object's own, lose far more than attention.
+            group = "attention products" if "/backbone/" in node.name else "other products"
         else:
             group = _part(node.name)
             if any(item.name == "group" and item.i > 1 for item in node.attribute):

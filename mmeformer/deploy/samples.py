@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,24 @@ def predict_instances(model: Any, image: Tensor, metainfo: dict[str, Any]) -> In
     """Predict with a detector's own ``predict``; arguments as in ``Graph.predict``."""
     (sample,) = model.predict(image, [DetDataSample(metainfo=metainfo)], rescale=True)
     return sample.pred_instances
+
+
+@dataclass(frozen=True)
+class _WholeMasks(Detections):
+    """Detections with masks (N, H, W) of the size of the image, as mmdet predicts them."""
+
+    whole: np.ndarray | None = None
+
+    def masks(self) -> np.ndarray:
+        assert self.whole is not None
+        return self.whole
+
+
+def predict_detections(model: Any, image: Tensor, metainfo: dict[str, Any]) -> Detections:
+    """Predict upright boxes, and masks if the model has them; arguments as above."""
+    found = predict_instances(model, image, metainfo)
+    masks = found.masks.numpy() if "masks" in found else None
+    return _WholeMasks(*arrays(found), metainfo["ori_shape"], whole=masks)
 
 
 def arrays(found: InstanceData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from mmeformer.detection.assigner import BboxOverlaps2D, MaxIoUAssigner
 from mmeformer.detection.coco import CocoDataset
 from mmeformer.detection.coder import DeltaXYWHBBoxCoder
 from mmeformer.detection.lite_head import LiteGFLHead
+from mmeformer.detection.lite_mask_head import LiteRTMDetInsHead
 from mmeformer.detection.metric import CocoMetric
 from mmeformer.detection.roi_heads import FCNMaskHead, Shared2FCBBoxHead, SingleRoIExtractor
 from mmeformer.detection.rpn_head import RPNHead
@@ -21,6 +22,7 @@ __all__ = [
     "InstanceTTAModel",
     "LiteGFLHead",
     "LitePAFPN",
+    "LiteRTMDetInsHead",
     "MaxIoUAssigner",
     "RPNHead",
     "RandomSampler",

@@ -53,7 +53,7 @@ class CocoDataset(CheckedDataset, MMDetCocoDataset):
         return self._findings(content, self.ann_file, limit, decode)
 
     def _findings(self, content, path: str, limit: int | None, decode: bool) -> list[Finding]:
-        return check_coco(
+        findings = check_coco(
             content,
             path,
             self.data_prefix["img"],
@@ -64,6 +64,26 @@ class CocoDataset(CheckedDataset, MMDetCocoDataset):
             decode=decode,
             reading=self.reading,
         )
+        return [*self._unread_masks(content, path), *findings]
+
+    def _unread_masks(self, content: Any, path: str) -> list[Finding]:
+        """An error if the pipeline reads outlines only, but masks are run lengths."""
+        if not is_coco(content) or not any(
+            getattr(step, "with_mask", False) and not getattr(step, "poly2mask", True)
+            for step in self.pipeline.transforms
+        ):
+            return []
+        count = sum(
+            isinstance(item, dict)
+            and isinstance(item.get("segmentation"), dict)
+            and not item.get("iscrowd")
+            for item in content.get("annotations", [])
+        )
+        message = (
+            f"has {count} masks as run lengths, which LoadAnnotations with poly2mask=False ignores "
+            "with their objects; set poly2mask=True in the pipeline"
+        )
+        return [Finding(ERROR, "mask as run lengths", path, message)] if count else []
 
     def COCOAPI(self, path: str) -> Annotations:  # noqa: N802 (overrides mmdet's attribute)
         """Open and check an annotation file; mmdet's ``load_data_list`` calls this."""

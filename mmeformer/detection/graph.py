@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision
 from mmdet.models import dense_heads
@@ -29,17 +27,6 @@ from mmeformer.runtime import Detections
 
 NO_LIMIT = 2**31 - 1
 """More boxes than any image has."""
-
-
-@dataclass(frozen=True)
-class _WholeMasks(Detections):
-    """Detections with masks (N, H, W) of the size of the image, as mmdet predicts them."""
-
-    whole: np.ndarray | None = None
-
-    def masks(self) -> np.ndarray:
-        assert self.whole is not None
-        return self.whole
 
 
 class DetectionGraph(Graph):
@@ -188,9 +175,7 @@ class DetectionGraph(Graph):
     @staticmethod
     def predict(model: Any, image: Tensor, metainfo: dict[str, Any]) -> Detections:
         """See :meth:`Graph.predict`."""
-        found = samples.predict_instances(model, image, metainfo)
-        masks = found.masks.numpy() if "masks" in found else None
-        return _WholeMasks(*samples.arrays(found), metainfo["ori_shape"], whole=masks)
+        return samples.predict_detections(model, image, metainfo)
 
 
 def _decode(coder: coders.DeltaXYWHBBoxCoder, anchors: Tensor, deltas: Tensor) -> Tensor:
@@ -231,8 +216,8 @@ def _check_supported(model: Any) -> None:
     name = type(model).__name__
     require(
         isinstance(model, TwoStageDetector),
-        f"{name} is neither a two-stage detector of mmdet nor GFL; only Mask R-CNN, Faster R-CNN "
-        "and GFL can be exported and profiled whole",
+        f"{name} is neither a two-stage detector of mmdet nor GFL nor RTMDet-Ins; only Mask R-CNN, "
+        "Faster R-CNN, GFL and RTMDet-Ins can be exported and profiled whole",
     )
     rpn: Any = getattr(model, "rpn_head", None)
     roi: Any = getattr(model, "roi_head", None)

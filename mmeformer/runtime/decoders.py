@@ -24,6 +24,7 @@ from mmeformer.results import (
     Segmentation,
 )
 from mmeformer.runtime.images import Prepared
+from mmeformer.runtime.masks import dynamic_masks, masks_of_maps
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.windows import Window
 
@@ -65,26 +66,40 @@ def decode_detections(
 ) -> list[Detections]:
     """Boxes (N, 4) and masks (N, S, S) of the whole batch, after NMS, or boxes of every level.
 
-    Does the NMS of boxes of every level.
+    Does the NMS of boxes of every level, and computes their masks.
     """
     suppressed = "boxes" in outputs
+    features = outputs.get("mask_features")
     if not suppressed:
         outputs = _candidates(batch, outputs, metadata)
     results = []
-    for item, own in _by_image(batch, outputs, metadata):
+    for index, (item, own) in enumerate(_by_image(batch, outputs, metadata)):
         if not suppressed:
             kept = _suppressed(own["boxes"], own["scores"], own["labels"], metadata)
             own = {name: value[kept] for name, value in own.items()}
+            if features is not None:
+                own["mask_logits"] = dynamic_masks(own["kernels"], features[index])
         boxes = own["boxes"] / np.array(_scale_factors(item)[::-1] * 2, np.float32)
-        masks = None
-        if "masks" in own:
-            assert metadata.mask_threshold is not None, "the export of a model with masks has one"
-            masks = tuple(
-                Mask.from_scores(scores, box, metadata.mask_threshold, item.original)
-                for scores, box in zip(own["masks"], boxes, strict=True)
-            )
+        masks = _masks(own, boxes, item, metadata)
         results.append(Detections(boxes, own["scores"], own["labels"], item.original, masks))
     return results
+
+
+def _masks(
+    own: Outputs, boxes: NDArray[Any], item: Prepared, metadata: Metadata
+) -> tuple[Mask, ...] | None:
+    """Masks of an image's objects: from a grid over each box, or from a map of the whole input."""
+    threshold = metadata.mask_threshold
+    if threshold is None:
+        return None
+    if "masks" in own:
+        return tuple(
+            Mask.from_scores(scores, box, threshold, item.original)
+            for scores, box in zip(own["masks"], boxes, strict=True)
+        )
+    rows, columns = item.data.shape[:2] if metadata.preprocessing_in_graph else item.data.shape[1:]
+    full = (rows, columns)
+    return masks_of_maps(own["mask_logits"], threshold, full, item.size, item.original)
 
 
 def decode_rotated(
@@ -106,17 +121,21 @@ def decode_rotated(
 def _candidates(batch: Sequence[Prepared], levels: Outputs, metadata: Metadata) -> Outputs:
     """Choose from ``scores{i}`` (B, N_i, C) and ``boxes{i}`` (B, N_i, 4 or 5) of the levels i.
 
+    With masks, ``kernels{i}`` (B, N_i, P) are those of the boxes.
+
     Upright boxes are clipped to the image, and empty ones left out; of rotated boxes the center is.
 
     Returns:
-        ``boxes``, ``scores``, ``labels`` and ``image_index``, as graphs with operators for that.
+        ``boxes``, ``scores``, ``labels`` and ``image_index``, as graphs with operators for that;
+        with masks, ``kernels`` of the same boxes.
     """
+    masks = "kernels0" in levels
     chosen: dict[str, list[NDArray[Any]]] = {
-        name: [] for name in ("boxes", "scores", "labels", "image_index")
+        name: [] for name in ("boxes", "scores", "labels", "image_index", *["kernels"] * masks)
     }
     for index, item in enumerate(batch):
         height, width = item.size
-        for level in range(len(levels) // 2):
+        for level in range(sum(name.startswith("scores") for name in levels)):
             scores = levels[f"scores{level}"][index]
             best = np.argsort(-scores, axis=None, kind="stable")[: metadata.candidates]
             best = best[scores.flat[best] > (metadata.score_threshold or 0)]
@@ -131,6 +150,8 @@ def _candidates(batch: Sequence[Prepared], levels: Outputs, metadata: Metadata) 
             chosen["scores"].append(scores.flat[best])
             chosen["labels"].append(best % scores.shape[1])
             chosen["image_index"].append(np.full(len(best), index))
+            if masks:
+                chosen["kernels"].append(levels[f"kernels{level}"][index][best // scores.shape[1]])
     return {name: np.concatenate(values) for name, values in chosen.items()}
 
 

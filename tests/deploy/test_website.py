@@ -136,11 +136,17 @@ def outputs_of(task: str) -> dict[str, np.ndarray]:
 
 
 @needs_node
-@pytest.mark.parametrize("task", ["detection", "rotated"])
-def test_objects_are_those_of_the_runtime(tmp_path, task):
+@pytest.mark.parametrize("kind", ["detection", "rotated", "maps"])
+def test_objects_are_those_of_the_runtime(tmp_path, kind):
+    task = "detection" if kind == "maps" else kind
     metadata = replace(METADATA, task=task)
     item = prepare(pixels(50, 70), metadata)
     outputs = outputs_of(task)
+    if kind == "maps":
+        # Of the whole input, at stride 8; some are empty.
+        maps = np.random.default_rng(1).normal(0, 1, (len(outputs.pop("masks")), 12, 16))
+        maps[::3, 4:] = maps[::4] = -9
+        outputs["mask_logits"] = maps.astype(np.float32)
     (expected,) = tasks.load(metadata.export.decoder)([item], outputs, metadata)
     tensors = {
         name: dict(dims=value.shape, data=value.ravel().tolist()) for name, value in outputs.items()
@@ -158,7 +164,7 @@ def test_objects_are_those_of_the_runtime(tmp_path, task):
         dict(
             tensors=tensors,
             meta=page(metadata),
-            item=dict(size=item.size, original=item.original),
+            item=dict(size=item.size, original=item.original, input=item.data.shape[1:]),
         ),
     )
     assert len(found) == len(expected.boxes) > 10

@@ -25,6 +25,7 @@ FULL = {
     "faster-rcnn_efficientformerv2-s0_fpn_custom.py",
     "gfl-lite_efficientformerv2-s0_pafpn_custom.py",
     "gfl-lite_efficientformerv2-s0_pafpn_quickstart.py",
+    "rtmdet-ins-lite_efficientformerv2-s0_pafpn_custom.py",
 }
 
 
@@ -87,7 +88,7 @@ def test_config_agrees_with_the_table(name):
         assert resize == ("RandomResize" if "ms-" in name else "Resize")
 
 
-LITE = [name for name in CONFIGS if name.startswith("gfl-lite") and "_coco" in name]
+LITE = [name for name in CONFIGS if "-lite_" in name and "_coco" in name]
 # Other sizes of images.
 SAME_MODEL |= {name: name.replace("416x416", "640x640") for name in LITE if "416" in name}
 
@@ -104,6 +105,10 @@ def test_light_config_agrees_with_its_name(name):
     assert config.custom_hooks[-1].switch_pipeline == config.last_pipeline
     model = config.model
     assert model.neck.out_channels == model.bbox_head.in_channels == model.bbox_head.feat_channels
+    masks = name.startswith("rtmdet-ins")
+    pipelines += (config.test_pipeline, *config.tta_pipeline[1].transforms)
+    loads = [s for steps in pipelines for s in steps if s.type == "LoadAnnotations"]
+    assert [step.get("with_mask", False) for step in loads] == [masks] * 4
 
 
 def without_masks(value):
@@ -168,7 +173,7 @@ def test_trains_a_step_and_predicts(name):
         head, num_classes = "roi_head.bbox_head", config.model.roi_head.bbox_head.num_classes
     model = MODELS.build(config.model)
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
-    masks = name.startswith("mask-rcnn")
+    masks = name.startswith(("mask-rcnn", "rtmdet-ins"))
     assert one_stage or masks == model.roi_head.with_mask
     model.train()
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
@@ -179,7 +184,7 @@ def test_trains_a_step_and_predicts(name):
     moved = [k for k, v in model.named_parameters() if not torch.equal(v, before[k])]
     assert any(k.startswith("backbone.stem") for k in moved)
     assert any(k.startswith(head) for k in moved)
-    assert any(k.startswith("roi_head.mask_head") for k in moved) == masks
+    assert any("_head.mask_head" in k for k in moved) == masks
 
     model.eval()
     with torch.no_grad():

@@ -206,8 +206,10 @@ def test_other_backbones(arch, tmp_path, monkeypatch):
     ]
 
 
-def test_every_norm_is_merged_into_a_convolution():
-    config = tiny.network("detection", tiny.LIGHT)
+@pytest.mark.parametrize("path", [tiny.LIGHT, tiny.LIGHT_MASKS])
+def test_every_norm_is_merged_into_a_convolution(path):
+    config = tiny.network("detection", path)
+    configs.drop_pretrained(config.model)
     init_default_scope("mmdet")
     model = MODELS.build(config.model)
     x = torch.randn(2, 3, 64, 64)

@@ -414,7 +414,8 @@ async function main() {
   await start("auto");
   const kind = kindOf(state.session.outputNames);
   element("score-row").hidden = kind !== "objects";
-  const boxesAlone = kind === "objects" && !state.session.outputNames.includes("masks");
+  const masks = state.session.outputNames.some((name) => name.startsWith("mask"));
+  const boxesAlone = kind === "objects" && !masks;
   element("blend-row").hidden = kind === "classes" || boxesAlone;
   const threshold = Math.max(0.3, meta.score_threshold ?? 0);
   element("score").min = meta.score_threshold ?? 0;

@@ -63,6 +63,7 @@ function objects(outputs, prepared, meta) {
     const object = { score, label: Number(outputs.labels.data[i]) };
     object.box = numbers === 5 ? rescaled(box, scale) : box.map((v, k) => v / scale[1 - (k % 2)]);
     if (outputs.masks) object.mask = maskOf(outputs.masks, i, object.box, prepared, meta);
+    if (outputs.mask_logits) object.mask = maskOfMap(outputs.mask_logits, i, prepared, meta);
     found.push(object);
   }
   if (numbers !== 5) return found;
@@ -113,6 +114,62 @@ function maskOf(masks, index, box, prepared, meta) {
     }
   }
   return { x: x0, y: y0, width, height, pixels };
+}
+
+// The same from logits on a map of the whole input, as mmeformer/runtime/masks.py.
+function maskOfMap({ dims, data }, index, prepared, meta) {
+  const [rows, columns] = dims.slice(1);
+  const map = data.subarray(index * rows * columns, (index + 1) * rows * columns);
+  const limit = Math.log(meta.mask_threshold / (1 - meta.mask_threshold));
+  const empty = { x: 0, y: 0, width: 0, height: 0, pixels: new Uint8Array(0) };
+  const [down, across] = [0, 1].map((axis) => taps(dims[1 + axis], axis, prepared));
+  // Only near cells above the limit can pixels be.
+  const used = [new Set(), new Set()];
+  map.forEach((value, i) => {
+    if (value <= limit) return;
+    used[0].add(Math.floor(i / columns));
+    used[1].add(i % columns);
+  });
+  const [y0, y1, x0, x1] = [down, across].flatMap((axis, i) => {
+    const near = axis.map((cells) => cells.some(([cell]) => used[i].has(cell)));
+    return [near.indexOf(true), near.lastIndexOf(true) + 1];
+  });
+  if (y0 < 0 || x0 < 0) return empty;
+  const [height, width] = [y1 - y0, x1 - x0];
+  const wide = new Float32Array(rows * width);
+  for (let y = 0; y < rows; y++) {
+    for (let x = 0; x < width; x++) {
+      for (const [cell, weight] of across[x0 + x]) {
+        wide[y * width + x] += weight * map[y * columns + cell];
+      }
+    }
+  }
+  const pixels = new Uint8Array(width * height);
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      let value = 0;
+      for (const [cell, weight] of down[y0 + y]) value += weight * wide[cell * width + x];
+      pixels[y * width + x] = value > limit ? 1 : 0;
+    }
+  }
+  return { x: x0, y: y0, width, height, pixels };
+}
+
+// For every pixel of the picture along an axis, cells of a map and their weights: the map is resized
+// to the input, that to the picture.
+function taps(cells, axis, { input, size, original }) {
+  const linear = (count, places) =>
+    Array.from({ length: count }, (_, i) => {
+      const position = ((i + 0.5) * places) / count - 0.5;
+      const clipped = Math.min(Math.max(position, 0), places - 1);
+      const low = Math.min(Math.floor(clipped), places - 1);
+      return [[low, low + 1 - clipped], [Math.min(low + 1, places - 1), clipped - low]];
+    });
+  const fine = linear(input[axis], cells);
+  const scale = size[axis] / original[axis];
+  return linear(Math.ceil(input[axis] * (1 / scale)), input[axis])
+    .slice(0, original[axis])
+    .map((pair) => pair.flatMap(([i, share]) => fine[i].map(([cell, w]) => [cell, share * w])));
 }
 
 // Corners of a rotated box, in turn around it.

@@ -1,0 +1,4 @@
+_base_ = [
+    "../_base_/models/rtmdet-ins-lite_efficientformerv2.py",
+    "../_base_/detection_lite_masks_640.py",
+]
