@@ -23,6 +23,7 @@ def test_head_gives_maps_of_every_level():
     init_default_scope("mmdet")
     head = MODELS.build(config)
     head.init_weights()
+    assert tiny.has_usual_variance(head.cls_convs, head.reg_convs, head.kernel_convs)
     levels = tuple(torch.randn(2, tiny.WIDTH, 16 // 2**i, 8 // 2**i) for i in range(3))
     scores, distances, kernels, features = head(levels)
     for level, maps in enumerate(zip(scores, distances, kernels, strict=True)):
@@ -119,6 +120,7 @@ def quiet(quiet_logging):
     """Commands in one process."""
 
 
+@pytest.mark.slow
 def test_masks_are_learned(trained):
     (log,) = Path(trained[0].work_dir).glob("*/vis_data/scalars.json")
     rows = map(json.loads, log.read_text().splitlines())
@@ -127,6 +129,7 @@ def test_masks_are_learned(trained):
     assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6])
 
 
+@pytest.mark.slow
 def test_masks_are_checked_and_evaluated(trained, capsys):
     _, path, checkpoint = trained
     assert check_dataset.main([str(path)]) == 0, capsys.readouterr()
