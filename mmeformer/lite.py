@@ -123,16 +123,6 @@ class LiteTower(nn.Module):
         )
         self.act = build_activation_layer(act_cfg)
 
-    def init_weights(self) -> None:
-        """Initialize convolutions to keep the variance (arXiv 1502.01852).
-
-        mmdet's heads call this after their own, whose deviation of 0.01 is far below it: from
-        scratch, the 25 weights of a depthwise channel then learn slowly.
-        """
-        conv: Any
-        for conv in self.convs:
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-
     def forward(self, x: Tensor, level: int) -> Tensor:
         """(B, in_channels, H, W) of a level -> (B, channels, H, W)."""
         norms: Any = self.norms[level]

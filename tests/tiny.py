@@ -455,12 +455,3 @@ def assert_same_state(first: Path, second: Path) -> None:
     left, right = contents
     assert left.keys() == right.keys()
     assert [key for key in left if not same(left[key], right[key])] == []
-
-
-def has_usual_variance(*towers) -> bool:
-    """Whether the convolutions of light towers keep the variance: deviation sqrt(2 / fan in)."""
-    return all(
-        0.8 < float(conv.weight.detach().std()) / (2 / conv.weight[0].numel()) ** 0.5 < 1.25
-        for tower in towers
-        for conv in tower.convs
-    )

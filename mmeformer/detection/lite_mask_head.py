@@ -94,8 +94,6 @@ class LiteRTMDetInsHead(RTMDetInsHead):
     def init_weights(self) -> None:
         """Initialize as mmdet; distances begin at one stride, as none can fall below zero."""
         super().init_weights()
-        for tower in (self.cls_convs, self.reg_convs, self.kernel_convs):
-            tower.init_weights()
         nn.init.ones_(self.rtm_reg.bias)
 
     def forward(

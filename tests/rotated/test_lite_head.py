@@ -36,8 +36,6 @@ def test_layers_alone_differ_from_the_plain_head():
     assert RotatedLiteGFLHead.loss_by_feat is RotatedGFLHead.loss_by_feat
     assert RotatedLiteGFLHead.predict_by_feat is RotatedGFLHead.predict_by_feat
     torch.manual_seed(0)
-    light.init_weights()
-    assert tiny.has_usual_variance(light.cls_convs, light.reg_convs)
     levels = [torch.randn(2, tiny.WIDTH, side, side) for side in (8, 4, 2)]
     scores, logits = light(levels)
     bins = 5 * (light.reg_max + 1)
