@@ -62,7 +62,7 @@ from mmeformer.deploy import models
 from mmeformer.deploy.fold import fold
 from mmeformer.deploy.graphs import Graph, cell_shifts, graph_class
 from mmeformer.deploy.substitutes import substitute_for_graph
-from mmeformer.detection.dense_graph import DenseGraph
+from mmeformer.detection.dense_graph import DenseGraph, is_dense
 from mmeformer.detection.starter import as_coco, inside
 from mmeformer.files import write_text
 from mmeformer.formats.find import read_folder
@@ -403,7 +403,8 @@ def build_graph(model: nn.Module, side: int, task: str = "detection") -> Graph:
     ours = type(model.backbone).__module__.startswith("mmeformer.")
     folded = fold(model, (side, side) if ours else None)
     substitute_for_graph(folded)
-    graph = RTMDetGraph if isinstance(model, RTMDet) else graph_class(task, "onnx", folded)
+    plain = isinstance(model, RTMDet) and not is_dense(model)
+    graph = RTMDetGraph if plain else graph_class(task, "onnx", folded)
     made: Graph = graph(folded).eval()
     made.raw_names = ()
     return made
@@ -780,6 +781,11 @@ NEEDS = (
     ("phone", LITE["efficientformerv2_s0"], 416),
     ("CPU", LITE["efficientformer_l1"], 416),
     ("GPU", "detection/gfl_efficientformerv2-s2_fpn_1x_coco.py", 640),
+    (
+        "masks, phone or CPU",
+        "detection/rtmdet-ins-lite_efficientformerv2-s0_pafpn_300e_coco-640x640.py",
+        640,
+    ),
     ("masks", "detection/mask-rcnn_efficientformerv2-s0_fpn_1x_coco.py", 640),
     (
         "rotated, phone",
