@@ -24,6 +24,8 @@ COMPILE_FROM = 20_000
 WIDE_LINE = 100
 
 
+LARGEST_RATE = 2e-3
+"""Learning rate of the quickstarts, which train from scratch in few iterations."""
 USUAL_SIDE = 512
 """Side of the samples that the default batch is meant for, in pixels."""
 
@@ -73,7 +75,7 @@ class Starter:
 
     kinds: tuple[str, ...] = ()
     base_batch: int = 2
-    rates: tuple[float, float] = (1e-4, 5e-4)
+    rates: tuple[float, float] = (1e-4, 1e-3)
 
     def template(self, data: LabeledData) -> str:
         """The shipped config to inherit, below ``configs/``."""
@@ -132,7 +134,7 @@ class Starter:
             Setting("num_workers", str(workers), f"processes that load images; {plan.cores} cores"),
             Setting(
                 "learning_rate",
-                f"{rate:g} * (batch_size / {self.base_batch}) ** 0.5",
+                f"min({LARGEST_RATE:g}, {rate:g} * (batch_size / {self.base_batch}) ** 0.5)",
                 f"{start}; root of the batch (AdamW: arXiv 2205.10287)",
             ),
             Setting(

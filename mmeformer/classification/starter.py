@@ -33,7 +33,7 @@ class ClassificationStarter(Starter):
     """See the base class."""
 
     base_batch = 32
-    rates = (2e-4, 1e-3)
+    rates = (2e-4, 2e-3)
 
     def template(self, data: LabeledData) -> str:
         """See the base class."""

@@ -40,7 +40,6 @@ class RotatedStarter(Starter):
     """See the base class."""
 
     kinds = (POLYGONS, BOXES)
-    rates = (1e-4, 1e-3)
 
     def template(self, data: LabeledData) -> str:
         """See the base class."""

@@ -54,7 +54,7 @@ class SegmentationStarter(Starter):
 
     kinds = (POLYGONS, BOXES, CORNERS)
     base_batch = 4
-    rates = (2e-4, 5e-4)
+    rates = (2e-4, 1e-3)
 
     def template(self, data: LabeledData) -> str:
         """See the base class."""
