@@ -18,8 +18,17 @@ from mmeformer import configs, own_data, starter, tasks
 from mmeformer.detection import starter as detection_starter
 from mmeformer.errors import UserError
 from mmeformer.formats.tree import Options
-from mmeformer.labeled import MASKS, LabeledData, LabeledImage, LabeledObject
+from mmeformer.labeled import (
+    BOXES,
+    CORNERS,
+    MASKS,
+    POLYGONS,
+    LabeledData,
+    LabeledImage,
+    LabeledObject,
+)
 from mmeformer.paths import config_dir
+from mmeformer.rotated import starter as rotated_starter
 from mmeformer.segmentation import starter as segmentation_starter
 from mmeformer.training import trial
 
@@ -410,13 +419,31 @@ def test_gpu_changes_precision_batch_and_workers():
     plan = dataclasses.replace(PLAN, gpu="H100", cores=64, batch_size=16)
     found = values(detection_starter.STARTER.common(data, plan))
     assert found["optimizer_type"] == '"AmpOptimWrapper"' and found["batch_size"] == "16"
-    assert found["num_workers"] == "8" and found["learning_rate"].endswith(
-        "(batch_size / 2) ** 0.5"
-    )
+    assert found["num_workers"] == "8"
+    assert found["learning_rate"] == "min(0.002, 0.0001 * (batch_size / 2) ** 0.5)"
     assert "CompileHook" not in detection_starter.STARTER.hooks(data, plan)
     many = data_of(256, 256, (40, 40), count=30_000)
     assert "CompileHook" in detection_starter.STARTER.hooks(many, plan)
     assert "CompileHook" not in detection_starter.STARTER.hooks(many, PLAN)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "side", "batch"),
+    [
+        (detection_starter, POLYGONS, 128, 8),
+        (detection_starter, POLYGONS, 320, 4),
+        (detection_starter, POLYGONS, 640, 2),
+        (detection_starter, BOXES, 128, 8),
+        (rotated_starter, CORNERS, 128, 8),
+        (rotated_starter, CORNERS, 1024, 2),
+        (segmentation_starter, MASKS, 128, 16),
+        (segmentation_starter, MASKS, 512, 4),
+    ],
+)
+def test_small_images_come_in_larger_batches(task, kind, side, batch):
+    """Up to four times as many as of 512 px."""
+    data = data_of(side, side, (40, 40), kind=kind)
+    assert task.STARTER.default_batch(data) == batch
 
 
 @pytest.mark.parametrize(
