@@ -369,10 +369,11 @@ def train(config: Config, work_dir: Path, resume=None, at=None, launcher="none")
     return recorder.losses
 
 
-def fork(function, world_size: int = 1, timeout: float = 60) -> list[int]:
+def fork(function, world_size: int = 1, timeout: float = 300) -> list[int]:
     """Run ``function(rank)`` in processes over gloo; their exit codes (negative: the signal).
 
-    They are copies of this process, which spares them its imports.
+    They are copies of this process, which spares them its imports. The limit is for those that
+    hang: on a busy machine four iterations of two processes can take a minute.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ from ai_edge_quantizer.qtyping import (
     TensorQuantizationConfig,
     TFLOperationName,
 )
-from ai_edge_quantizer.utils.tfl_flatbuffer_utils import TFL_OP_CODE_TO_NAME, read_model
+from ai_edge_quantizer.utils.tfl_flatbuffer_utils import (
+    TFL_OP_CODE_TO_NAME,
+    get_op_scope,
+    read_model,
+)
 from torch import Tensor, nn
 
 from mmeformer.deploy.check import LABELS_DIFFER, RAW_TOLERANCE, Comparison
@@ -108,6 +113,9 @@ _QUANTIZED = (
 )
 
 
+_FIRST = "first layer"
+
+
 def halve_weights(path: Path) -> None:
     """Store the weights of a float32 file in float16, in place."""
     change = quantizer.Quantizer(str(path))
@@ -123,28 +131,65 @@ def halve_weights(path: Path) -> None:
     path.write_bytes(bytes(change.quantize().quantized_model))
 
 
-def operator_groups(path: Path) -> dict[str, list[str]]:
-    """Kinds of operators of a file that can be quantized, each a group of its own."""
+def operator_groups(
+    path: Path, kinds: Sequence[TFLOperationName] = _QUANTIZED
+) -> dict[str, list[str]]:
+    """Operators of a file that can be quantized, as ``KIND SCOPE``, by group.
+
+    The first convolution and the talking heads are groups of their own. Other layers with weights
+    are in groups by their place in the model, depthwise ones apart; operators without weights are
+    in groups by kind. A scope is what the quantizer's patterns match: the names of an operator's
+    outputs.
+    """
     model = read_model(str(path))
-    kinds = {
-        TFL_OP_CODE_TO_NAME.get(code.builtinCode)
-        for code in model.operatorCodes
-        if code.builtinCode in TFL_OP_CODE_TO_NAME
-    }
-    return {kind.value: [kind.value] for kind in _QUANTIZED if kind in kinds}
+    groups: dict[str, list[str]] = {}
+    for subgraph in model.subgraphs:
+        for item in subgraph.operators:
+            kind = TFL_OP_CODE_TO_NAME.get(model.operatorCodes[item.opcodeIndex].builtinCode)
+            if kind not in kinds:
+                continue
+            scope = get_op_scope(item, subgraph.tensors)
+            if kind not in _WEIGHTS:
+                group = kind.value
+            elif _FIRST not in groups:
+                group = _FIRST
+            else:
+                group = _place(scope)
+                if kind == TFLOperationName.DEPTHWISE_CONV_2D:
+                    group += ", depthwise"
+            groups.setdefault(group, []).append(f"{kind.value} {scope}")
+    return groups
+
+
+def _place(scope: str) -> str:
+    """Part of the model that a layer belongs to, by the path of its module."""
+    if "TalkingHead" in scope:
+        return "talking heads"
+    stage = re.search(r"\.(?:Stem_stem|Stage_(\d+))[/;]", scope)
+    if stage:
+        return "stem" if stage[1] is None else f"stage {int(stage[1]) + 1}"
+    part = re.search(r"Graph_source/(?:[\w.]+_model/)?[\w.]+\.[A-Za-z0-9]+_(\w+)[/;]", scope)
+    return part[1] if part else "other layers"
 
 
 def dynamic_method(path: Path) -> tuple[dict[str, list[str]], Callable[..., None]]:
     """Groups of operators with weights, and :func:`write_dynamic`; see ``quantize``."""
-    kinds = [kind.value for kind in _WEIGHTS]
-    groups = {name: group for name, group in operator_groups(path).items() if name in kinds}
-    return groups, write_dynamic
+    return operator_groups(path, _WEIGHTS), write_dynamic
+
+
+def _choose(
+    change: quantizer.Quantizer, operators: Sequence[str], config: OpQuantizationConfig
+) -> None:
+    """Let a quantizer change these operators, named as by :func:`operator_groups`."""
+    for operator in operators:
+        kind, scope = operator.split(" ", 1)
+        change.update_quantization_recipe(f"^{re.escape(scope)}$", TFLOperationName(kind), config)
 
 
 def write_dynamic(
-    source: Path, out: Path, kinds: Sequence[str], feeds: Iterator[dict[str, Any]]
+    source: Path, out: Path, operators: Sequence[str], feeds: Iterator[dict[str, Any]]
 ) -> None:
-    """Write a file with the weights of these kinds in 8 bits; no ranges are measured.
+    """Write a file with the weights of these operators in 8 bits; no ranges are measured.
 
     LiteRT finds the range of each activation when it runs, and computes in 8 bits.
     """
@@ -152,24 +197,22 @@ def write_dynamic(
     config = OpQuantizationConfig(
         weight_tensor_config=_WEIGHTS_IN_8_BITS, compute_precision=ComputePrecision.INTEGER
     )
-    for kind in kinds:
-        change.update_quantization_recipe(".*", TFLOperationName(kind), config)
+    _choose(change, operators, config)
     with _quiet():
         out.write_bytes(bytes(change.quantize().quantized_model))
 
 
 def write_int8(
-    source: Path, out: Path, kinds: Sequence[str], feeds: Iterator[dict[str, Any]]
+    source: Path, out: Path, operators: Sequence[str], feeds: Iterator[dict[str, Any]]
 ) -> None:
-    """Write a file whose operators of these kinds are quantized; inputs and outputs stay."""
+    """Write a file in which these operators are quantized; inputs and outputs stay."""
     change = quantizer.Quantizer(str(source))
     config = OpQuantizationConfig(
         activation_tensor_config=TensorQuantizationConfig(num_bits=8, symmetric=False),
         weight_tensor_config=_WEIGHTS_IN_8_BITS,
         compute_precision=ComputePrecision.INTEGER,
     )
-    for kind in kinds:
-        change.update_quantization_recipe(".*", TFLOperationName(kind), config)
+    _choose(change, operators, config)
     with _quiet():
         # An iterator would be used up when it is counted.
         ranges = change.calibrate({SIGNATURE: list(feeds)})

@@ -108,15 +108,24 @@ def test_a_file_that_costs_too_much_is_refused(
 
 
 @pytest.mark.slow
-def test_weights_alone_in_8_bits(labeled, tmp_path, capsys, quiet_logging):
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_tensorflow_lite_in_8_bits(labeled, tmp_path, capsys, quiet_logging, dynamic):
+    """Layers are chosen by their place; what has no weights, only with measured ranges."""
     pytest.importorskip("litert_torch", reason="LiteRT's converter is not installed")
     config, checkpoint, images = labeled
     out = tmp_path / "small.tflite"
     arguments = [config, checkpoint, "--to", "tflite", "--out", out, "--images", images[0]]
-    arguments += ["--size", 64, 96, "--with-preprocessing", "--int8-dynamic", "--max-drop", 60]
+    arguments += ["--size", 64, 96, "--with-preprocessing", "--max-drop", 60]
+    arguments += ["--int8-dynamic"] if dynamic else ["--int8", *images]
     assert main([str(argument) for argument in arguments]) == 0
     table = capsys.readouterr().out
-    assert "CONV_2D" in table and "BATCH_MATMUL" not in table
+    numbers = {
+        match[1]: int(match[2])
+        for match in re.finditer(r"^(\S.*?) {2,}(\d+) +-?[\d.]+ +[\d.]+ +[\d.]+", table, re.M)
+    }
+    assert numbers["first layer"] == 1 and numbers["stage 3"] > numbers["stage 1"] > 1
+    assert {"stem", "talking heads", "stage 4, depthwise", "neck"} <= set(numbers)
+    assert ("BATCH_MATMUL" in numbers) == (not dynamic)
     (plain,) = [line for line in table.splitlines() if line.startswith("float32")]
     megabytes = float(re.search(r"([\d.]+) MB", plain)[1])
     assert out.stat().st_size < 0.7e6 * megabytes
