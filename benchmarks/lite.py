@@ -40,6 +40,7 @@ from typing import Any
 import cv2
 import mmdet
 import numpy as np
+import onnx
 import onnxruntime
 import recipes
 import torch
@@ -61,6 +62,7 @@ from mmeformer import configs, tasks
 from mmeformer.deploy import models
 from mmeformer.deploy.fold import fold
 from mmeformer.deploy.graphs import Graph, cell_shifts, graph_class
+from mmeformer.deploy.lean import shorten
 from mmeformer.deploy.substitutes import substitute_for_graph
 from mmeformer.detection.dense_graph import DenseGraph, is_dense
 from mmeformer.detection.starter import as_coco, inside
@@ -420,7 +422,7 @@ def extra_inputs(graph: Graph, side: int) -> dict[str, Tensor]:
 
 
 def write_onnx(graph: Graph, side: int, path: Path) -> None:
-    """Write a graph for one image of a side."""
+    """Write a graph for one image of a side, shortened as exported files are."""
     inputs = dict(image=torch.rand(1, 3, side, side), **extra_inputs(graph, side))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -434,6 +436,7 @@ def write_onnx(graph: Graph, side: int, path: Path) -> None:
             output_names=list(graph.output_names),
             dynamic_axes=graph.output_axes(any_size=False),
         )
+    onnx.save(shorten(onnx.load(path)), path)
 
 
 def feeds(graph: Graph, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:

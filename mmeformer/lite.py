@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Neck and towers of light detectors, from depthwise-separable convolutions.
+"""Neck and tower of light detectors.
 
 Shared by detection and rotated detection; needs mmdet.
 """
@@ -28,8 +28,9 @@ class LitePAFPN(CSPNeXtPAFPN):
     """mmdet's ``CSPNeXtPAFPN`` with depthwise-separable convolutions and one width for all levels.
 
     A 1x1 convolution brings every level of the backbone to ``out_channels``; features then pass
-    from coarse to fine and back (PAFPN), through one CSP layer per step. mmdet's own neck takes the
-    widths of the backbone in place of one width.
+    from coarse to fine and back (PAFPN), through one CSP layer per step, whose outputs are the
+    levels. mmdet's neck has another convolution behind each, and takes the widths of the backbone
+    in place of one width.
 
     Source: RTMDet (arXiv 2212.07784, section 3.2) for the neck, PicoDet (arXiv 2111.00902,
     section 3.2, CSP-PAN) for depthwise convolutions and one width.
@@ -68,6 +69,8 @@ class LitePAFPN(CSPNeXtPAFPN):
             ConvModule(channels, out_channels, 1, norm_cfg=norm_cfg, act_cfg=act_cfg)
             for channels in in_channels
         )
+        # The convolutions of a tower follow.
+        self.out_convs = nn.ModuleList(nn.Identity() for _ in in_channels)
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Levels (B, in_channels[i], H_i, W_i) -> levels (B, out_channels, H_i, W_i).
@@ -80,19 +83,19 @@ class LitePAFPN(CSPNeXtPAFPN):
 
 
 class LiteTower(nn.Module):
-    """Depthwise-separable convolutions shared by all levels, with norms of each level's own.
+    """3x3 convolutions shared by all levels, with norms of each level's own.
 
     Levels differ in their statistics, so a batch norm that all share would be wrong in inference.
+    From scratch, convolutions over all channels learn much faster than depthwise-separable ones,
+    and one tower for all predictions as much as one for each (docs/light.md).
 
     Source: RTMDet (arXiv 2212.07784, section 3.2: shared convolutions, separate batch norms).
 
     Args:
         in_channels: of each level.
         channels: of the tower.
-        depth: number of layers: depthwise convolution, norm, activation, 1x1 convolution, norm,
-            activation.
+        depth: number of layers: convolution, norm, activation.
         levels: number of levels.
-        kernel_size: of the depthwise convolutions.
         norm_cfg, act_cfg: configs of norms and activations.
     """
 
@@ -102,23 +105,16 @@ class LiteTower(nn.Module):
         channels: int,
         depth: int,
         levels: int,
-        kernel_size: int,
         norm_cfg: dict,
         act_cfg: dict,
     ) -> None:
         super().__init__()
-        self.convs = nn.ModuleList()
-        widths = []
-        for index in range(depth):
-            width = in_channels if index == 0 else channels
-            padding = kernel_size // 2
-            self.convs += [
-                nn.Conv2d(width, width, kernel_size, padding=padding, groups=width, bias=False),
-                nn.Conv2d(width, channels, 1, bias=False),
-            ]
-            widths += [width, channels]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(in_channels if index == 0 else channels, channels, 3, padding=1, bias=False)
+            for index in range(depth)
+        )
         self.norms = nn.ModuleList(
-            nn.ModuleList(build_norm_layer(norm_cfg, width)[1] for width in widths)
+            nn.ModuleList(build_norm_layer(norm_cfg, channels)[1] for _ in range(depth))
             for _ in range(levels)
         )
         self.act = build_activation_layer(act_cfg)

@@ -310,7 +310,8 @@ def save_trained(config: Config, folder: Path, seed: int = 0) -> str:
                 nn.init.ones_(module.bias)
             elif name.endswith("rtm_kernel"):
                 # Products of three layers and the features: with less, masks are empty or full.
-                module.weight.mul_(4)
+                # What all locations share would make them alike.
+                module.weight.sub_(module.weight.mean(dim=1, keepdim=True)).mul_(40)
     path = folder / "trained.pth"
     meta = dict(dataset_meta=dict(config.test_dataloader.dataset.metainfo))
     torch.save(dict(state_dict=model.state_dict(), meta=meta), path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Light GFL head: mmdet's with depthwise-separable convolutions."""
+"""Light GFL head: mmdet's with one tower for classes and boxes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ __all__ = ["LiteGFLHead"]
 class LiteGFLHead(GFLHead):
     """mmdet's ``GFLHead`` with other layers; targets, losses and predictions are mmdet's.
 
-    Two :class:`mmeformer.lite.LiteTower` and two 1x1 convolutions, shared by all levels.
+    One :class:`mmeformer.lite.LiteTower` and two 1x1 convolutions, shared by all levels.
+
+    Source: PicoDet (arXiv 2111.00902) for features that classes and boxes share.
 
     Args:
         num_classes: number of classes, without background.
         in_channels: channels of each level of the neck.
-        feat_channels: channels of the towers.
-        stacked_convs: layers per tower.
-        kernel_size: of the depthwise convolutions.
-        norm_cfg, act_cfg: configs of the towers' norms and activations.
+        feat_channels: channels of the tower.
+        stacked_convs: layers of the tower.
+        norm_cfg, act_cfg: configs of the tower's norms and activations.
         kwargs: all others of mmdet's ``GFLHead``.
     """
 
@@ -37,35 +38,29 @@ class LiteGFLHead(GFLHead):
         num_classes: int,
         in_channels: int,
         stacked_convs: int = 2,
-        kernel_size: int = 5,
         norm_cfg: dict = NORM,
         act_cfg: dict = ACTIVATION,
         **kwargs: Any,
     ) -> None:
-        self.kernel_size = kernel_size
         self.act_cfg = act_cfg
         super().__init__(
             num_classes, in_channels, stacked_convs=stacked_convs, norm_cfg=norm_cfg, **kwargs
         )
 
     def _init_layers(self) -> None:
-        """Build the towers, the two predictors and the factor of each level's distances."""
+        """Build the tower, the two predictors and the factor of each level's distances."""
         if self.num_base_priors != 1:
             raise ValueError(
                 f"anchor_generator must give one anchor per location, not {self.num_base_priors}"
             )
         levels = self.prior_generator.num_levels
-        self.cls_convs, self.reg_convs = (
-            LiteTower(
-                self.in_channels,
-                self.feat_channels,
-                self.stacked_convs,
-                levels,
-                self.kernel_size,
-                self.norm_cfg,
-                self.act_cfg,
-            )
-            for _ in range(2)
+        self.tower = LiteTower(
+            self.in_channels,
+            self.feat_channels,
+            self.stacked_convs,
+            levels,
+            self.norm_cfg,
+            self.act_cfg,
         )
         self.gfl_cls = nn.Conv2d(self.feat_channels, self.cls_out_channels, 1)
         self.gfl_reg = nn.Conv2d(self.feat_channels, 4 * (self.reg_max + 1), 1)
@@ -85,6 +80,5 @@ class LiteGFLHead(GFLHead):
 
     def forward_single(self, x: Tensor, scale: Scale, level: int) -> tuple[Tensor, Tensor]:
         """Compute both maps of one level; shapes as in :meth:`forward`."""
-        scores = self.gfl_cls(self.cls_convs(x, level))
-        distances = scale(self.gfl_reg(self.reg_convs(x, level))).float()
-        return scores, distances
+        x = self.tower(x, level)
+        return self.gfl_cls(x), scale(self.gfl_reg(x)).float()

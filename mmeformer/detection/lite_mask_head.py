@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Light RTMDet-Ins head, for boxes and masks: mmdet's with depthwise-separable convolutions."""
+"""Light RTMDet-Ins head, for boxes and masks: mmdet's with one tower for all predictions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["LiteRTMDetInsHead"]
 class LiteRTMDetInsHead(RTMDetInsHead):
     """mmdet's ``RTMDetInsHead`` with other layers; targets, losses and predictions are mmdet's.
 
-    Three :class:`mmeformer.lite.LiteTower` and 1x1 convolutions, shared by all levels, give each
+    A :class:`mmeformer.lite.LiteTower` and 1x1 convolutions, shared by all levels, give each
     location its scores, its distances to the four edges of a box, and the weights of three small
     1x1 convolutions. These turn features that all objects of an image share, at the finest stride,
     and the position relative to the location into the object's mask.
@@ -30,10 +30,9 @@ class LiteRTMDetInsHead(RTMDetInsHead):
     Args:
         num_classes: number of classes, without background.
         in_channels: channels of each level of the neck.
-        feat_channels: channels of the towers and of the shared features' layers.
-        stacked_convs: layers per tower.
+        feat_channels: channels of the tower and of the shared features' layers.
+        stacked_convs: layers of the tower.
         mask_convs: layers of the shared features.
-        kernel_size: of the depthwise convolutions.
         norm_cfg, act_cfg: configs of norms and activations.
         kwargs: all others of mmdet's ``RTMDetInsHead``.
     """
@@ -44,13 +43,11 @@ class LiteRTMDetInsHead(RTMDetInsHead):
         in_channels: int,
         stacked_convs: int = 2,
         mask_convs: int = 4,
-        kernel_size: int = 5,
         norm_cfg: dict = NORM,
         act_cfg: dict = ACTIVATION,
         **kwargs: Any,
     ) -> None:
         self.mask_convs = mask_convs
-        self.kernel_size = kernel_size
         super().__init__(
             num_classes,
             in_channels,
@@ -65,25 +62,22 @@ class LiteRTMDetInsHead(RTMDetInsHead):
     def _init_layers(self) -> None:
         """Build mmdet's layers, then put light ones in place of its 3x3 convolutions."""
         super()._init_layers()
-        self.cls_convs, self.reg_convs, self.kernel_convs = (
-            LiteTower(
-                self.in_channels,
-                self.feat_channels,
-                self.stacked_convs,
-                len(self.prior_generator.strides),
-                self.kernel_size,
-                self.norm_cfg,
-                self.act_cfg,
-            )
-            for _ in range(3)
+        del self.cls_convs, self.reg_convs, self.kernel_convs
+        self.tower = LiteTower(
+            self.in_channels,
+            self.feat_channels,
+            self.stacked_convs,
+            len(self.prior_generator.strides),
+            self.norm_cfg,
+            self.act_cfg,
         )
         self.mask_head.stacked_convs = nn.Sequential(
             *(
                 DepthwiseSeparableConvModule(
                     self.in_channels if index == 0 else self.feat_channels,
                     self.feat_channels,
-                    self.kernel_size,
-                    padding=self.kernel_size // 2,
+                    5,
+                    padding=2,
                     norm_cfg=self.norm_cfg,
                     act_cfg=self.act_cfg,
                 )
@@ -115,7 +109,7 @@ class LiteRTMDetInsHead(RTMDetInsHead):
 
     def forward_single(self, x: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the three maps of one level; shapes as in :meth:`forward`."""
-        scores = self.rtm_cls(self.cls_convs(x, level))
-        distances = self.scales[level](self.rtm_reg(self.reg_convs(x, level))).float().relu()
-        kernels = self.rtm_kernel(self.kernel_convs(x, level))
-        return scores, distances * self.prior_generator.strides[level][0], kernels
+        x = self.tower(x, level)
+        distances = self.scales[level](self.rtm_reg(x)).float().relu()
+        distances = distances * self.prior_generator.strides[level][0]
+        return self.rtm_cls(x), distances, self.rtm_kernel(x)

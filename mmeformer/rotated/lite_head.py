@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Light GFL head for rotated boxes: with depthwise-separable convolutions."""
+"""Light GFL head for rotated boxes: with one tower for classes and boxes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ __all__ = ["RotatedLiteGFLHead"]
 class RotatedLiteGFLHead(RotatedGFLHead):
     """:class:`RotatedGFLHead` with other layers; targets, losses and predictions are the same.
 
-    Two :class:`mmeformer.lite.LiteTower` and two 1x1 convolutions, shared by all levels.
+    One :class:`mmeformer.lite.LiteTower` and two 1x1 convolutions, shared by all levels.
 
     Args:
         num_classes: number of classes, without background.
         in_channels: channels of each level of the neck.
-        feat_channels: channels of the towers.
-        stacked_convs: layers per tower.
-        kernel_size: of the depthwise convolutions.
-        norm_cfg, act_cfg: configs of the towers' norms and activations.
+        feat_channels: channels of the tower.
+        stacked_convs: layers of the tower.
+        norm_cfg, act_cfg: configs of the tower's norms and activations.
         kwargs: all others of :class:`RotatedGFLHead`.
     """
 
@@ -38,33 +37,29 @@ class RotatedLiteGFLHead(RotatedGFLHead):
         in_channels: int,
         feat_channels: int = 96,
         stacked_convs: int = 2,
-        kernel_size: int = 5,
         norm_cfg: dict = NORM,
         act_cfg: dict = ACTIVATION,
         **kwargs: Any,
     ) -> None:
-        self.kernel_size = kernel_size
         self.act_cfg = act_cfg
         super().__init__(
             num_classes, in_channels, feat_channels, stacked_convs, norm_cfg=norm_cfg, **kwargs
         )
 
     def _init_layers(self) -> None:
-        """Build the towers and the two predictors."""
+        """Build the tower and the two predictors."""
         super()._init_layers()
-        self.gfl_cls = nn.Conv2d(self.feat_channels, self.cls_out_channels, 1)
-        self.gfl_reg = nn.Conv2d(self.feat_channels, 5 * (self.reg_max + 1), 1)
-
-    def _tower(self) -> LiteTower:
-        return LiteTower(
+        del self.cls_convs, self.reg_convs
+        self.tower = LiteTower(
             self.in_channels,
             self.feat_channels,
             self.stacked_convs,
             self.prior_generator.num_levels,
-            self.kernel_size,
             self.norm_cfg or NORM,
             self.act_cfg,
         )
+        self.gfl_cls = nn.Conv2d(self.feat_channels, self.cls_out_channels, 1)
+        self.gfl_reg = nn.Conv2d(self.feat_channels, 5 * (self.reg_max + 1), 1)
 
     def forward(self, x: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         """See :meth:`RotatedGFLHead.forward`."""
@@ -74,5 +69,5 @@ class RotatedLiteGFLHead(RotatedGFLHead):
         self, x: Tensor, level: int
     ) -> tuple[Tensor, Tensor]:
         """Compute scores and box distributions of one level."""
-        scores = self.gfl_cls(self.cls_convs(x, level))
-        return scores, self.gfl_reg(self.reg_convs(x, level))
+        x = self.tower(x, level)
+        return self.gfl_cls(x), self.gfl_reg(x)

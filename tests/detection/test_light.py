@@ -45,7 +45,7 @@ def test_neck_has_one_width_at_the_size_of_every_level(channels):
 
 def test_tower_is_its_equation():
     torch.manual_seed(0)
-    tower = LiteTower(8, 12, 2, 3, kernel_size=5, norm_cfg=NORM, act_cfg=ACTIVATION)
+    tower = LiteTower(8, 12, 2, 3, norm_cfg=NORM, act_cfg=ACTIVATION)
     for x in pyramid((8, 8, 8)):
         for level in range(3):
             tower(x, level)  # running statistics of its own
@@ -53,21 +53,17 @@ def test_tower_is_its_equation():
     x = torch.randn(2, 8, 9, 7)
     for level in range(3):
         expected = x
-        norms = iter(tower.norms[level])
-        for index in range(0, 4, 2):
-            depthwise, pointwise = tower.convs[index].weight, tower.convs[index + 1].weight
-            for weight, groups in ((depthwise, len(depthwise)), (pointwise, 1)):
-                expected = F.conv2d(expected, weight, padding=weight.shape[-1] // 2, groups=groups)
-                norm = next(norms)
-                mean, std = norm.running_mean, (norm.running_var + norm.eps).sqrt()
-                expected = (expected - mean[:, None, None]) / std[:, None, None]
-                expected = expected * norm.weight[:, None, None] + norm.bias[:, None, None]
-                expected = expected.clamp(min=0)
+        for conv, norm in zip(tower.convs, tower.norms[level], strict=True):
+            expected = F.conv2d(expected, conv.weight, padding=1)
+            mean, std = norm.running_mean, (norm.running_var + norm.eps).sqrt()
+            expected = (expected - mean[:, None, None]) / std[:, None, None]
+            expected = expected * norm.weight[:, None, None] + norm.bias[:, None, None]
+            expected = expected.clamp(min=0)
         torch.testing.assert_close(tower(x, level), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_levels_share_convolutions_and_have_statistics_of_their_own():
-    tower = LiteTower(8, 8, 1, 2, kernel_size=3, norm_cfg=NORM, act_cfg=ACTIVATION)
+    tower = LiteTower(8, 8, 2, 2, norm_cfg=NORM, act_cfg=ACTIVATION)
     before = [norm.running_mean.clone() for level in tower.norms for norm in level]
     tower(torch.randn(2, 8, 8, 8) + 3, 1)
     after = [norm.running_mean for level in tower.norms for norm in level]
@@ -75,7 +71,7 @@ def test_levels_share_convolutions_and_have_statistics_of_their_own():
         *[True] * 2,
         *[False] * 2,
     ]
-    assert sum(p.numel() for p in tower.convs.parameters()) == 8 * 9 + 8 * 8
+    assert sum(p.numel() for p in tower.convs.parameters()) == 2 * 9 * 8 * 8
 
 
 def heads():
@@ -94,7 +90,7 @@ def heads():
     )
     settings.update(shared, stacked_convs=1)
     light = MODELS.build(settings)
-    plain = {k: v for k, v in settings.items() if k not in ("type", "kernel_size", "act_cfg")}
+    plain = {k: v for k, v in settings.items() if k not in ("type", "act_cfg")}
     plain["norm_cfg"] = dict(type="BN")
     return light, GFLHead(**plain)
 

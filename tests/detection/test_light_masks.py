@@ -33,8 +33,9 @@ def test_head_gives_maps_of_every_level():
     assert features.shape == (2, 8, 16, 8)
     sum(x.square().sum() for x in (*scores, *distances, *kernels, features)).backward()
     assert not [name for name, p in head.named_parameters() if p.grad is None]
-    # All convolutions over several pixels are depthwise.
-    spatial = [m for m in head.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size[0] > 1]
+    # The shared features are made by depthwise convolutions.
+    layers = [m for m in head.mask_head.modules() if isinstance(m, torch.nn.Conv2d)]
+    spatial = [conv for conv in layers if conv.kernel_size[0] > 1]
     assert spatial and all(conv.groups == conv.in_channels for conv in spatial)
 
 

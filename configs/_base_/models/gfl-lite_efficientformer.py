@@ -1,5 +1,5 @@
-# A light GFL with EfficientFormer V1 (L1): a narrow PAFPN and a head of depthwise-separable
-# convolutions, strides 8 to 32. Targets, losses and decoding are GFL's. Widths and depths:
+# A light GFL with EfficientFormer V1 (L1): a narrow PAFPN and one tower of 3x3 convolutions for
+# classes and boxes, strides 8 to 32. Targets, losses and decoding are GFL's. Widths and depths:
 # `neck.out_channels` = `bbox_head.in_channels`, `neck.num_csp_blocks`, `bbox_head.feat_channels`,
 # `bbox_head.stacked_convs`, `bbox_head.reg_max`. With stride 4, for small objects:
 # `backbone.out_indices=(0, 1, 2, 3)`, all widths of the variant in `neck.in_channels`, and

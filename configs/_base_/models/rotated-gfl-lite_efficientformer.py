@@ -1,5 +1,5 @@
-# The light rotated detector with EfficientFormer V1 (L1): a narrow PAFPN and a head of
-# depthwise-separable convolutions, strides 8 to 32. Targets, losses and decoding are those of
+# The light rotated detector with EfficientFormer V1 (L1): a narrow PAFPN and one tower of
+# 3x3 convolutions for classes and boxes, strides 8 to 32. Targets, losses and decoding are those of
 # rotated-gfl_efficientformer.py, layers those of gfl-lite_efficientformer.py.
 _base_ = "rotated-gfl_efficientformer.py"
 model = dict(

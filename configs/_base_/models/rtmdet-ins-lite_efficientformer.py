@@ -1,6 +1,6 @@
 # The light detector with masks, with EfficientFormer V1 (L1): backbone and neck of
 # gfl-lite_efficientformer.py, and a head for boxes and masks (RTMDet-Ins, arXiv 2212.07784, section
-# 3.4) of depthwise-separable convolutions. Targets, losses and decoding are mmdet's. Source of the
+# 3.4) with one tower of 3x3 convolutions. Targets, losses and decoding are mmdet's. Source of the
 # settings: mmdet's configs/rtmdet/rtmdet-ins_l_8xb32-300e_coco.py.
 _base_ = "gfl-lite_efficientformer.py"
 model = dict(
