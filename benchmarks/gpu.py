@@ -6,7 +6,9 @@
     python benchmarks/gpu.py --parts detectors --archs s0 --tasks rotated
 
 Prints Markdown and, with ``--out``, writes JSON. Each number is the median of ``--rounds`` timings
-between two synchronizations; memory is what the call adds to the allocated memory at its peak.
+between two synchronizations; memory is what the call adds to the allocated memory at its peak. "GPU
+ms" is the time of all kernels of one call: where it is far below the time, the GPU waits for the
+host to launch them, and a faster processor would help.
 Weights are random (norms fit the image), but the same for all ways of one table. Without a GPU all
 parts run at small sizes, as a test of this program: such times mean nothing.
 
@@ -42,7 +44,9 @@ from mmengine.utils import import_modules_from_strings
 from random_batches import random_batch
 from reference_way import ReferenceWay
 from torch import nn
+from torch.autograd import DeviceType
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.profiler import ProfilerActivity, profile
 
 from mmeformer import configs
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
@@ -51,6 +55,8 @@ from mmeformer.files import write_text
 from mmeformer.synthetic.shapes import write_coco_dataset
 from mmeformer.training import device as training_device
 from mmeformer.training import engine
+from mmeformer.training.cuda_graphs import Recorded
+from mmeformer.training.optim import update_in_few_kernels
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -84,6 +90,7 @@ class Row:
         part, work: which table, and which baseline within it.
         way: what was measured.
         ms: median time in milliseconds.
+        gpu_ms: sum of the times of the kernels of one call; None without a GPU.
         mib: peak memory beyond what was allocated before.
         ratio: of ``ms`` to the baseline of the same work; None for the baseline.
         goal: largest ratio to reach.
@@ -96,6 +103,7 @@ class Row:
     way: str
     ms: float
     mib: float
+    gpu_ms: float | None = None
     ratio: float | None = None
     goal: float | None = None
     memory_ratio: float | None = None
@@ -180,6 +188,7 @@ class Bench:
                 request.way,
                 1e3 * statistics.median(times),
                 peak / 2**20,
+                kernel_time(request.call) if GPU else None,
                 goal=request.goal,
                 compile_s=self.compile_s.get(id(request)),
             ),
@@ -205,6 +214,20 @@ def synchronize() -> None:
     """Wait for the GPU."""
     if GPU:
         torch.cuda.synchronize()
+
+
+def kernel_time(call: Callable[[], object]) -> float:
+    """Milliseconds of all kernels of a call."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        synchronize()
+    events = profiler.events() or []
+    kernels = [
+        event
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return sum(event.device_time_total for event in kernels) / 1e3
 
 
 def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager:
@@ -295,6 +318,10 @@ def training(bench: Bench) -> None:
             eager_goal, compiled_goal = goals[dtype]
             ours = build(arch, bias_grid=grid(shape[2:]))
             run("as it comes", step_of(ours, images, dtype), eager_goal)
+            if GPU:
+                ours = build(arch, bias_grid=grid(shape[2:]))
+                ours.forward = Recorded(ours)
+                run("CUDA graphs", step_of(ours, images, dtype))
             ours = compiled(build(arch, bias_grid=grid(shape[2:])))
             run("compiled", step_of(ours, images, dtype), compiled_goal, compiled=True)
 
@@ -390,6 +417,7 @@ def build_detector(task: str, backbone: str, **optimizer: object) -> tuple[nn.Mo
     model = model.to(DEVICE).train()
     fit_norms(model.backbone, torch.randn(2, 3, *size, device=DEVICE))
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    update_in_few_kernels(wrapper.optimizer)
     classes = 150 if task == "segmentation" else 15 if task == "rotated" else 80
     batch = random_batch(task, 4 if GPU else 2, size, objects, classes)
     return model, wrapper, batch
@@ -416,6 +444,10 @@ def detectors(bench: Bench) -> None:
         run("ResNet-50", train_step_of(*build_detector(task, "resnet50")), baseline=True)
         for arch in bench.archs:
             run(NAMES[arch], train_step_of(*build_detector(task, arch)), 0.9)
+            if GPU:
+                model, wrapper, batch = build_detector(task, arch)
+                model.backbone.forward = Recorded(model.backbone)
+                run(f"{NAMES[arch]}, CUDA graphs", train_step_of(model, wrapper, batch), 0.9)
             model, wrapper, batch = build_detector(task, arch)
             compiled(model.backbone)
             step = train_step_of(model, wrapper, batch)
@@ -447,6 +479,9 @@ def settings(bench: Bench) -> None:
             run("cudnn_benchmark", with_setting(cudnn, "benchmark"))
         plain = build_detector(task, "s0", foreach=True)
         run("optimizer not fused", train_step_of(*plain))
+        model, wrapper, batch = build_detector(task, "s0")
+        del wrapper.optimizer.step  # that of `update_in_few_kernels`
+        run("optimizer updates each parameter by itself", train_step_of(model, wrapper, batch))
 
 
 class Clock(Hook):
@@ -541,8 +576,8 @@ def markdown(rows: list[Row]) -> Iterator[str]:
     """One table per part."""
     for part in dict.fromkeys(row.part for row in rows):
         yield f"**{part}**\n"
-        yield "| | | ms | ratio | goal | MiB | ratio | compiled in |"
-        yield "|---|---|---|---|---|---|---|---|"
+        yield "| | | ms | ratio | goal | GPU ms | MiB | ratio | compiled in |"
+        yield "|---|---|---|---|---|---|---|---|---|"
         for row in rows:
             if row.part == part:
                 met = row.ratio is None or row.goal is None or row.ratio <= row.goal
@@ -550,6 +585,7 @@ def markdown(rows: list[Row]) -> Iterator[str]:
                     f"{row.ms:.1f}",
                     "" if row.ratio is None else f"{row.ratio:.2f}" + ("" if met else " (missed)"),
                     "" if row.goal is None else f"{row.goal:.2f}",
+                    "" if row.gpu_ms is None else f"{row.gpu_ms:.1f}",
                     f"{row.mib:.0f}",
                     "" if row.memory_ratio is None else f"{row.memory_ratio:.2f}",
                     "" if row.compile_s is None else f"{row.compile_s:.0f} s",

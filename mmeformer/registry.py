@@ -49,7 +49,11 @@ HOOKS = Registry(
     "hook",
     parent=MMENGINE_HOOKS,
     scope="mmeformer",
-    locations=["mmeformer.training.hooks", "mmeformer.training.compile"],
+    locations=[
+        "mmeformer.training.hooks",
+        "mmeformer.training.compile",
+        "mmeformer.training.cuda_graphs",
+    ],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor",

@@ -213,9 +213,7 @@ class PyramidBackbone(BaseModule):
             x = stage(x, self.with_cp and self.training)
             if index in self.out_indices:
                 name = str(index)
-                # PyTorch's group norm of channels last crashes on a CPU if only its parameters need
-                # gradients (2.12).
-                outputs.append(self.norms[name](x.contiguous()) if name in self.norms else x)
+                outputs.append(self.norms[name](x) if name in self.norms else x)
         return tuple(outputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PyramidBackbone:

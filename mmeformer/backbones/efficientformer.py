@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmeformer.backbones.base import PyramidBackbone, Stage, run_block
 from mmeformer.layers.attention import attend
 from mmeformer.layers.attention_bias import AttentionBias
-from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale
+from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale, MapNorm, average_neighbors
 from mmeformer.registry import MODELS
 
 NUM_HEADS = 8
@@ -25,7 +25,7 @@ class Pooling(nn.Module):
     """3 x 3 average pooling (without padding) minus the input: (B, C, H, W) -> the same shape."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False) - x
+        return average_neighbors(x) - x
 
 
 class PoolBlock(nn.Module):
@@ -167,7 +167,7 @@ class EfficientFormer(PyramidBackbone):
     ) -> None:
         super().__init__(arch, **kwargs)
         for index in self.out_indices if pyramid_norms else ():
-            self.norms[str(index)] = nn.GroupNorm(1, self.architecture.widths[index])
+            self.norms[str(index)] = MapNorm(self.architecture.widths[index])
 
     def build_stage(
         self, index: int, in_width: int | None, drop_path: list[float], layer_scale: float

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mmeformer.backbones.efficientformer import PoolBlock
 from mmeformer.backbones.efficientformer_v2 import LocalGlobalQuery
-from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale
+from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale, average_neighbors
+from mmeformer.layers.graphs import in_graph
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -35,6 +36,38 @@ class InplaceGelu(nn.Module):
         return torch.ops.aten.gelu_(x)
 
 
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution that adds its bias in the same kernel on a GPU: a product of matrices.
+
+    Behind a convolution of cuDNN, PyTorch adds the bias in a pass of its own, which takes up to
+    three times as long as the convolution.
+    """
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> PointwiseConv:
+        """The same convolution, with the same weights."""
+        bias = conv.bias is not None
+        made = cls(conv.in_channels, conv.out_channels, 1, bias=bias, device="meta")
+        made.weight, made.bias = conv.weight, conv.bias
+        return made.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cuda" or in_graph():
+            return super().forward(x)
+        return self.as_product(x)
+
+    def as_product(self, x: Tensor) -> Tensor:
+        """The convolution as a product of matrices, in channels last."""
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(
+            0, 3, 1, 2
+        )
+
+
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    """Whether a convolution computes each position by itself, from all channels."""
+    return (conv.kernel_size, conv.stride, conv.groups) == ((1, 1), (1, 1), 1)
+
+
 class FoldedPoolBlock(nn.Module):
     """A :class:`PoolBlock` without drop path, whose mixer is one pass over the map and its means.
 
@@ -53,7 +86,7 @@ class FoldedPoolBlock(nn.Module):
         self.ls1, self.mlp, self.ls2 = block.ls1, block.mlp, block.ls2
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mix(x, F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False))
+        x = self.mix(x, average_neighbors(x))
         return x + self.ls2(self.mlp(x))
 
     def mix(self, x: Tensor, means: Tensor) -> Tensor:
@@ -98,8 +131,11 @@ def substitute(model: nn.Module) -> None:
     replace_modules(model, PoolBlock, lambda _, block: FoldedPoolBlock(block))
     replace_modules(model, LocalGlobalQuery, lambda _, query: query_in_one_convolution(query))
     for module in model.modules():
-        if isinstance(module, ConvNorm) and isinstance(module.act, nn.GELU):
-            module.act = InplaceGelu()
+        if isinstance(module, ConvNorm):
+            if isinstance(module.act, nn.GELU):
+                module.act = InplaceGelu()
+            if is_pointwise(module.conv):
+                module.conv = PointwiseConv.of(module.conv)
 
 
 def substitute_for_graph(model: nn.Module) -> None:

@@ -52,7 +52,9 @@ class TalkingHead(nn.Conv2d):
         if in_export():
             return super().forward(x)
         x = self.mix(x)
-        return x if self.bias is None else x + self.bias[:, None, None, None]
+        if self.bias is None:
+            return x
+        return x + self.bias[:, None, None, None].to(x.dtype)  # under autocast the bias is float32
 
 
 class Bias(Protocol):
@@ -71,6 +73,18 @@ class Bias(Protocol):
 def unchanged(x: Tensor) -> Tensor:
     """No talking head."""
     return x
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Softmax of the last dimension, in the type of the logits.
+
+    Autocast would write the large matrix in float32, only to cast it for the next product. The
+    kernels compute in float32 in either case.
+    """
+    if logits.dtype in (torch.float32, torch.float64):
+        return logits.softmax(dim=-1)
+    with torch.autocast(logits.device.type, enabled=False):
+        return logits.softmax(dim=-1)
 
 
 def attend(
@@ -110,8 +124,10 @@ def attend(
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # see TalkingHead
 
     def attend_to_all_keys(query: Tensor, bias: Tensor) -> Tensor:
-        attention = mix_logits(query @ key + bias[:, None]).softmax(dim=-1)
-        return mix_attention(attention) @ value
+        logits = query @ key
+        # Under autocast the bias is float32, and would make the large matrix float32 as well.
+        logits = mix_logits(logits + bias[:, None].to(logits.dtype))
+        return mix_attention(softmax(logits)) @ value
 
     step = _queries_per_chunk(query, key, -(-size[1] // query_stride), with_cp)
     if step is None:

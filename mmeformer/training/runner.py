@@ -31,6 +31,7 @@ from mmeformer.training.hooks import (
     UnreadableFilesHook,
 )
 from mmeformer.training.loops import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmeformer.training.optim import update_in_few_kernels
 from mmeformer.training.preemption import Preempted, StopRequest, deaf_worker
 from mmeformer.training.progress import ProgressHook, is_for_terminals
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
@@ -48,7 +49,7 @@ from mmeformer.training.saving import (
     training_state,
     write_checkpoint,
 )
-from mmeformer.training.schedule import Schedule
+from mmeformer.training.schedule import Schedule, wrappers
 from mmeformer.training.writer import HostCopy, Writer
 
 OUR_LOOPS = {
@@ -198,6 +199,13 @@ class Runner(MMEngineRunner):
                 self.register_hook(guard())
         if ProgressHook.is_wanted():
             self.register_hook(ProgressHook())
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        """mmengine's, whose steps launch few kernels."""
+        wrapper = super().build_optim_wrapper(optim_wrapper)
+        for item in wrappers(wrapper):
+            update_in_few_kernels(item.optimizer)
+        return wrapper
 
     def scale_lr(self, optim_wrapper, auto_scale_lr=None) -> None:
         """mmengine's scaling; also of the base learning rate, which the log shows."""

@@ -12,6 +12,8 @@ from mmeformer.deploy.substitutes import (
     FoldedPoolBlock,
     GraphPoolBlock,
     InplaceGelu,
+    PointwiseConv,
+    is_pointwise,
     query_in_one_convolution,
     substitute_for_graph,
 )
@@ -71,3 +73,29 @@ def test_a_folded_copy_leaves_its_input_alone(small_variant):
     # Nor does a later call change what an earlier one gave.
     for level, again in zip(first, folded(image), strict=True):
         assert torch.equal(level, again)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_product_of_matrices_is_a_pointwise_convolution(bias):
+    conv = nn.Conv2d(3, 5, 1, bias=bias).double()
+    product = PointwiseConv.of(conv)
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64).to(memory_format=torch.channels_last)
+    assert not x.is_contiguous()
+    found = product.as_product(x)
+    torch.testing.assert_close(found, conv(x))
+    torch.testing.assert_close(product(x), conv(x))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_pointwise_convolutions_are_found(small_variant):
+    assert is_pointwise(nn.Conv2d(4, 4, 1))
+    for other in (
+        dict(kernel_size=3),
+        dict(kernel_size=1, stride=2),
+        dict(kernel_size=1, groups=4),
+    ):
+        assert not is_pointwise(nn.Conv2d(4, 4, **other))
+    folded = fold(build_backbone(small_variant))
+    kinds = {type(m) for m in folded.modules() if isinstance(m, nn.Conv2d) and is_pointwise(m)}
+    assert PointwiseConv in kinds and nn.Conv2d not in kinds

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from helpers import build_backbone
+from launches import Launches
 from mmengine.optim import build_optim_wrapper
 from samples import random_sample
 from trained_like import trained_like
@@ -16,6 +17,8 @@ from trained_like import trained_like
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.deploy import fold, models
 from mmeformer.training import device as training_device
+from mmeformer.training.cuda_graphs import Recorded
+from mmeformer.training.optim import update_in_few_kernels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -183,6 +186,57 @@ def test_compiled_equals_eager(family):
         ):
             if theirs.grad.abs().max() > 1e-5:
                 assert relative(ours.grad, theirs.grad) < 5e-3, name
+
+
+@pytest.mark.parametrize("family", ["v1", "v2"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_cuda_graphs_equal_eager_training(family, dtype):
+    """Several steps, whose weights and statistics change; another size in between runs eagerly."""
+    eager = tiny_backbone(family).cuda().train()
+    recorded = copy.deepcopy(eager)
+    recorded.forward = Recorded(recorded)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (eager, recorded)]
+    for step, width in enumerate((128, 128, 160, 128)):
+        image = torch.randn(2, 3, 96, width, generator=torch.Generator().manual_seed(step)).cuda()
+        outputs = []
+        for model, optimizer in zip((eager, recorded), optimizers, strict=True):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
+                levels = model(image)
+            outputs.append([level.detach().clone() for level in levels])
+            sum(level.float().square().mean() for level in levels).backward()
+            optimizer.step()
+        for ours, theirs in zip(outputs[1], outputs[0], strict=True):
+            assert ours.dtype == theirs.dtype
+            assert relative(ours, theirs) < (0.05 if dtype else 1e-3)
+    tensors = recorded.state_dict()
+    for name, theirs in eager.state_dict().items():
+        if theirs.is_floating_point() and theirs.abs().max() > 1e-3:
+            assert relative(tensors[name], theirs) < (0.1 if dtype else 1e-2), name
+    recorded.eval()
+    with torch.no_grad():
+        for ours, theirs in zip(recorded(image), eager.eval()(image), strict=True):
+            assert relative(ours, theirs) < 0.1
+
+
+def test_a_step_updates_all_parameters_in_few_kernels():
+    _, model = task_model("detection")
+    model = model.cuda()
+    settings = dict(
+        optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05, fused=True),
+        paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
+    )
+    optimizer = build_optim_wrapper(model, settings).optimizer
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    counts = []
+    for prepare in (lambda _: None, update_in_few_kernels):
+        prepare(optimizer)
+        optimizer.step()
+        with Launches() as launches:
+            optimizer.step()
+        counts.append(launches.operators["_fused_adamw_"])
+    assert counts[0] == len(optimizer.param_groups) > 100 and counts[1] == 2
 
 
 def test_a_forward_pass_never_waits_for_the_gpu():

@@ -158,3 +158,23 @@ def test_attention_in_exported_graphs_is_the_same(stride):
     traced = torch.jit.trace(run, (query, key, value), check_trace=False)
     torch.testing.assert_close(traced(query, key, value), expected)
     assert "_convolution" in str(traced.graph)
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_the_matrix_is_never_float32_under_autocast(heads):
+    query, key, value, bias, mixes = operands(1)
+    expected = plain(query, key, value, bias, mixes) if heads else None
+    query, key, value = (x.float() for x in (query, key, value))
+    bias.float()
+    seen = []
+
+    def watch(x, mix=None):
+        seen.append(x.dtype)
+        return x if mix is None else mix.float()(x)
+
+    functions = [lambda x, mix=mix: watch(x, mix if heads else None) for mix in mixes]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(query, key, value, bias, 1, functions, with_cp=False)
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    if heads:
+        torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.05)

@@ -3,9 +3,18 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from mmeformer.layers.blocks import ConvMlp, keep_statistics, run_checkpointed
+from mmeformer.layers.blocks import (
+    ConvMlp,
+    MapNorm,
+    average_by_convolution,
+    average_neighbors,
+    keep_statistics,
+    normalize_map,
+    run_checkpointed,
+)
 
 
 def mlp(**norm):
@@ -55,3 +64,49 @@ def test_statistics_are_taken_in_again_after_an_error():
         layer(torch.zeros(1))
     layer(torch.randn(2, 3, 4, 4).double())
     assert all(norm.running_mean.any() for norm in (layer.fc1.bn, layer.mid.bn, layer.fc2.bn))
+
+
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 4, 1, 1), (1, 2, 1, 6), (2, 2, 2, 1)])
+def test_average_of_neighbors_on_a_gpu_is_the_same(shape, layout):
+    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    found, expected = average_by_convolution(x), average_neighbors(x)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, weights)[0] for y in (found, expected)))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 4, 1, 2)])
+def test_norm_of_a_map_on_a_gpu_is_the_same(shape, layout):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64) * 3 + 5
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    norm = MapNorm(shape[1]).double()
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    inputs = (x, norm.weight, norm.bias)
+    found, expected = normalize_map(*inputs, norm.eps), norm(x)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=layout)
+    weights = torch.randn_like(expected)
+    for pair in zip(
+        *(torch.autograd.grad(y, inputs, weights) for y in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(*pair)
+
+
+def test_norm_of_a_half_precise_map_sums_in_float32():
+    torch.manual_seed(0)
+    x = (torch.randn(1, 8, 64, 64) + 20).bfloat16()
+    norm = MapNorm(8)
+    expected = F.group_norm(x.float(), 1)
+    found = normalize_map(x, norm.weight.bfloat16(), norm.bias.bfloat16(), norm.eps)
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.01, atol=0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = normalize_map(x, norm.weight, norm.bias, norm.eps)
+    assert found.dtype is torch.float32  # as from PyTorch's norm
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.optim.optimizer import amp_optimizer_wrapper
 from torch import nn
 
-from mmeformer.training.optim import layer_index
+from mmeformer.training.optim import join_groups, layer_index, update_in_few_kernels
 
 
 class Model(nn.Module):
@@ -129,3 +129,80 @@ def test_other_clipping_stays_that_of_mmengine():
     assert wrapper.clip_func is nn.utils.clip_grad_norm_
     with pytest.raises(ValueError, match="clip_factor must be positive"):
         build_optim_wrapper(model, dict(**settings, clip_grad=dict(type="agc", clip_factor=0)))
+
+
+# --- few kernels ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD"])
+def test_steps_of_joined_groups_equal_those_of_mmengine(kind):
+    """Weights, groups and states stay the same while rates change."""
+    settings = dict(
+        optimizer=dict(type=kind, lr=0.1, weight_decay=0.05),
+        paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, bias_lr_mult=2.0),
+    )
+    states = []
+    for few in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+        optimizer = build_optim_wrapper(model, dict(settings)).optimizer
+        assert len(optimizer.param_groups) == 6
+        if few:
+            update_in_few_kernels(optimizer)
+            update_in_few_kernels(optimizer)
+        for _ in range(4):
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.9
+            optimizer.zero_grad()
+            model(torch.randn(2, 3, 5, 5)).square().mean().backward()
+            optimizer.step()
+            assert len(optimizer.param_groups) == 6
+        states.append((model.state_dict(), optimizer.state_dict()))
+    (weights, state), (others, other) = states
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value)
+    assert state["param_groups"] == other["param_groups"]
+    assert sorted(state["state"]) == sorted(other["state"])
+    for key, values in state["state"].items():
+        for name, value in values.items():
+            torch.testing.assert_close(other["state"][key][name], value)
+
+
+def test_groups_join_where_their_settings_are_equal():
+    tensors = [torch.zeros(1) for _ in range(4)]
+    groups = [
+        dict(params=[tensors[0]], lr=0.1, betas=(0.9, 0.99), decay_mult=0.0),
+        dict(params=[tensors[1]], lr=0.2, betas=(0.9, 0.99)),
+        dict(params=[tensors[2], tensors[3]], lr=0.1, betas=(0.9, 0.99)),
+    ]
+    joined = join_groups(groups, ["lr", "betas"])
+    assert [[id(p) for p in group["params"]] for group in joined] == [
+        [id(tensors[0]), id(tensors[2]), id(tensors[3])],
+        [id(tensors[1])],
+    ]
+    assert len(groups[0]["params"]) == 1
+
+
+def test_a_step_sees_joined_groups_and_puts_them_back_after_an_error(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+    optimizer = torch.optim.SGD([dict(params=[p]) for p in model.parameters()], lr=0.1)
+    seen = []
+
+    def step(closure=None):
+        seen.append(len(optimizer.param_groups))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, closure=None: step(closure))
+    update_in_few_kernels(optimizer)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert seen == [1] and len(optimizer.param_groups) == 4
+
+
+def test_unknown_optimizers_stay_as_they_are():
+    class Own(torch.optim.AdamW):
+        """Might write into its groups."""
+
+    optimizer = Own(nn.Linear(1, 1).parameters())
+    update_in_few_kernels(optimizer)
+    assert "step" not in vars(optimizer)

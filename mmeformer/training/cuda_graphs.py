@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Record the training passes of the backbone as CUDA graphs, with one line of a config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from mmeformer.registry import HOOKS
+from mmeformer.training.schedule import wrappers
+
+Levels = tuple[Tensor, ...]
+
+
+@HOOKS.register_module()
+class CudaGraphHook(Hook):
+    """Replay forward and backward pass of the backbone as CUDA graphs, for batches of one size.
+
+    ``custom_hooks = [*_base_.custom_hooks, dict(type="mmeformer.CudaGraphHook")]``. A backbone
+    launches hundreds of short kernels, for which the host often takes longer than the GPU; a graph
+    launches all of them at once. Unlike compilation it needs no time at the start and changes no
+    number. The first batch decides about the size; batches of other sizes, such as those of a
+    detector with images of many sizes, run as before. The graph keeps the memory of all maps.
+
+    Without a GPU, with several processes and with accumulated gradients nothing is recorded, and
+    the log says so.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Record in the first iteration."""
+        reason = None
+        if not torch.cuda.is_available():
+            reason = "there is no GPU"
+        elif is_model_wrapper(runner.model):
+            reason = "there are several processes"
+        elif any(item._accumulative_counts > 1 for item in wrappers(runner.optim_wrapper)):
+            reason = "gradients are accumulated (optim_wrapper.accumulative_counts)"
+        elif getattr(runner.model, "backbone", None) is None:
+            reason = f"{type(runner.model).__name__} has no backbone"
+        if reason is not None:
+            print_log(f"no CUDA graphs: {reason}", runner.logger)
+            return
+        backbone = runner.model.backbone
+        if not isinstance(getattr(backbone, "forward", None), Recorded):
+            backbone.forward = Recorded(backbone)
+
+
+class Recorded:
+    """The forward pass of a backbone, which is recorded when it trains for the first time.
+
+    Args:
+        backbone: takes images (B, 3, H, W) and returns its levels.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+        self.eager: Callable[[Tensor], Levels] = backbone.forward
+        self.replay: Callable[[Tensor], Levels] | None = None
+        self.recorded: tuple[object, ...] | None = None
+
+    def __call__(self, images: Tensor) -> Levels:
+        if not (self.backbone.training and torch.is_grad_enabled()) or images.requires_grad:
+            return self.eager(images)
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        key = (images.shape, images.dtype, images.is_contiguous(), autocast)
+        if self.recorded is None:
+            self.recorded = key
+            self.replay = record(self.backbone, self.eager, images)
+            print_log(
+                f"the backbone's passes are replayed as CUDA graphs for batches of "
+                f"{' x '.join(map(str, images.shape))}",
+                "current",
+            )
+        if self.replay is None or key != self.recorded:
+            return self.eager(images)
+        return self.replay(images)
+
+
+def record(
+    backbone: nn.Module, eager: Callable[[Tensor], Levels], images: Tensor
+) -> Callable[[Tensor], Levels]:
+    """Record forward and backward pass for images like these; weights and statistics stay.
+
+    Args:
+        backbone: in training mode, on a GPU.
+        eager: its forward pass.
+        images: (B, 3, H, W).
+
+    Returns:
+        A function that replays both passes for images of this size. Its results are overwritten by
+        its next call.
+    """
+    buffers = [buffer.clone() for buffer in backbone.buffers()]
+    random = torch.cuda.get_rng_state(images.device)
+    replaced = backbone.__dict__.pop("forward", None)
+    backbone.forward = eager
+    try:
+        # Autocast keeps its casts until the context ends, which a graph cannot know.
+        with torch.autocast(
+            "cuda",
+            torch.get_autocast_dtype("cuda"),
+            enabled=torch.is_autocast_enabled("cuda"),
+            cache_enabled=False,
+        ):
+            torch.cuda.make_graphed_callables(backbone, (images.detach().clone(),))
+        replay = backbone.forward
+    finally:
+        if replaced is not None:
+            backbone.forward = replaced
+        with torch.no_grad():
+            for buffer, before in zip(backbone.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        torch.cuda.set_rng_state(random, images.device)
+    return replay
