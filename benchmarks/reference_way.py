@@ -4,8 +4,8 @@
 Weights and results are the same (up to rounding), but the computation is that of
 snap-research/EfficientFormer downstream (``detection/`` and ``segmentation/``). The bias matrix is
 expanded and resized by bicubic interpolation in every forward pass. The logits of all queries are
-one tensor; scale, bias and talking heads (as convolutions) take a pass each. Maps are NCHW, and
-nothing is folded or recomputed.
+one tensor; scale, bias and talking heads (as convolutions) take a pass each. Pooling and the norms
+of whole maps are PyTorch's on every device. Maps are NCHW, and nothing is folded or recomputed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmeformer.backbones import efficientformer, efficientformer_v2
 from mmeformer.layers.attention import TalkingHead
 from mmeformer.layers.attention_bias import AttentionBias
+from mmeformer.layers.blocks import MapNorm
 
 
 def attend(
@@ -40,6 +41,11 @@ def attend(
     if mix_attention is not None:
         attention = mix_attention(attention)
     return attention @ value
+
+
+def average_neighbors(x):
+    """:func:`mmeformer.layers.blocks.average_neighbors` by PyTorch's pooling."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def mix(head, x):
@@ -66,6 +72,8 @@ class ReferenceWay(nn.Module):
         with (
             patch.object(efficientformer, "attend", attend),
             patch.object(efficientformer_v2, "attend", attend),
+            patch.object(efficientformer, "average_neighbors", average_neighbors),
+            patch.object(MapNorm, "forward", nn.GroupNorm.forward),
             patch.object(efficientformer_v2, "from_heads", from_heads),
             patch.object(TalkingHead, "mix", mix),
             patch.object(TalkingHead, "forward", nn.Conv2d.forward),

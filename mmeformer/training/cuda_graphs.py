@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from unittest.mock import patch
 
 import torch
 from mmengine.hooks import Hook
@@ -101,12 +103,18 @@ def record(
     replaced = backbone.__dict__.pop("forward", None)
     backbone.forward = eager
     try:
-        # Autocast keeps its casts until the context ends, which a graph cannot know.
-        with torch.autocast(
-            "cuda",
-            torch.get_autocast_dtype("cuda"),
-            enabled=torch.is_autocast_enabled("cuda"),
-            cache_enabled=False,
+        with (
+            # Autocast keeps its casts until the context ends, which a graph cannot know.
+            torch.autocast(
+                "cuda",
+                torch.get_autocast_dtype("cuda"),
+                enabled=torch.is_autocast_enabled("cuda"),
+                cache_enabled=False,
+            ),
+            # Other threads, such as those that load images into pinned memory, go on meanwhile.
+            patch.object(
+                torch.cuda, "graph", partial(torch.cuda.graph, capture_error_mode="thread_local")
+            ),
         ):
             torch.cuda.make_graphed_callables(backbone, (images.detach().clone(),))
         replay = backbone.forward
