@@ -574,6 +574,12 @@ def verdict(gain: float, ratio: float) -> str:
     return "goal missed"
 
 
+def seeds(results: dict, data: str, name: str, end: str) -> list[dict[str, Any]]:
+    """The trainings of a model on a data set; ``end`` as :func:`budget` has it."""
+    start, end = f"{data}|{name}|", f"|{end}"
+    return [run for key, run in results.items() if key.startswith(start) and key.endswith(end)]
+
+
 def aps(
     results: dict, data: str, name: str, end: str, key: str = "mAP"
 ) -> tuple[str, float | None]:
@@ -581,8 +587,7 @@ def aps(
 
     Empty and None without trainings, and where there are no objects of that size.
     """
-    start = f"{data}|{name}|"
-    runs = [v for k, v in results.items() if k.startswith(start) and k.endswith(f"|{end}")]
+    runs = seeds(results, data, name, end)
     values = [100 * run["metrics"][f"coco/bbox_{key}"] for run in runs]
     # COCO's code gives -1 where there are no such objects.
     if not values or statistics.mean(values) < 0:
@@ -604,8 +609,7 @@ def comparison_table(sets: Sequence[str], args: argparse.Namespace, results: dic
         timed = {side: time_models(data, side, args) for side in sides}
         means: dict[str, float] = {}
         for name in args.models:
-            start, end = f"{data}|{name}|", f"|{args.minutes:g}"
-            runs = [v for k, v in results.items() if k.startswith(start) and k.endswith(end)]
+            runs = seeds(results, data, name, budget(args, None))
             if not runs:
                 continue
             row = [data, name, "", ""]

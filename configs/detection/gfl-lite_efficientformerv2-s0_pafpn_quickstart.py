@@ -5,7 +5,7 @@ _base_ = "gfl-lite_efficientformerv2-s0_pafpn_300e_coco-416x416.py"
 data_root = "data/quickstart-shapes/"
 classes = ("circle", "rectangle", "triangle", "star")
 size = (128, 128)
-max_iters = 500
+max_iters = 550
 
 # From scratch: train the batch norms, start with large layer scales.
 model = dict(
@@ -80,7 +80,7 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type="CosineAnnealingLR", by_epoch=False, begin=50, end=max_iters, eta_min=1e-5),
 ]
-optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=10, norm_type=2))
+optim_wrapper = dict(optimizer=dict(lr=5e-3), clip_grad=dict(max_norm=10, norm_type=2))
 # `tools/train.py --auto-scale-lr` scales the learning rate, which is for this batch size.
 auto_scale_lr = dict(base_batch_size=8)
 log_processor = dict(by_epoch=False)
