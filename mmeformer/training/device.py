@@ -20,12 +20,13 @@ FUSED = ("Adam", "AdamW", "SGD")
 def prepare_device(config: Config, launcher: str) -> None:
     """Adapt a config to the machine, in place, so that it runs on GPUs, clusters and a plain CPU.
 
-    With a GPU: see :func:`use_gpu`. Without one, processes communicate over gloo (the process group
+    The optimizer is fused (:func:`fuse_optimizer`). With a GPU: see :func:`use_gpu`. Without one, processes communicate over gloo (the process group
     is created here, as mmengine's own start needs a CUDA device), batch norms are not synchronized
     (PyTorch has no CPU kernel for it), and mixed precision becomes full precision with a message in
     the log.
     """
     config.launcher = launcher
+    fuse_optimizer(config)
     if torch.cuda.is_available():
         use_gpu(config, torch.cuda.is_bf16_supported(including_emulation=False))
         return
@@ -59,11 +60,23 @@ def prepare_device(config: Config, launcher: str) -> None:
         atexit.register(_leave_process_group)
 
 
+def fuse_optimizer(config: Config) -> None:
+    """Let PyTorch's optimizers update all weights in a few kernels, unless the config chooses.
+
+    On a CPU a step takes a fifth of the time (``mmeformer.training.optim`` joins the groups).
+    """
+    wrapper = config.get("optim_wrapper") or ConfigDict()
+    if wrapper.get("optimizer", {}).get("type") in FUSED and not {"foreach", "fused"} & set(
+        wrapper.optimizer
+    ):
+        wrapper.optimizer.fused = True
+
+
 def use_gpu(config: Config, bf16: bool) -> None:
     """Set what trains faster on a GPU, in place, where the config says nothing else.
 
-    Images are loaded into pinned memory, the optimizer updates all weights in a few kernels
-    (``fused``), and AMP computes in bfloat16 instead of float16, which needs no loss scaling.
+    Images are loaded into pinned memory, and AMP computes in bfloat16 instead of float16, which
+    needs no loss scaling.
 
     Args:
         config: of a training or a test.
@@ -73,10 +86,6 @@ def use_gpu(config: Config, bf16: bool) -> None:
         if config.get(name):
             config[name].setdefault("pin_memory", True)
     wrapper = config.get("optim_wrapper") or ConfigDict()
-    if wrapper.get("optimizer", {}).get("type") in FUSED and not {"foreach", "fused"} & set(
-        wrapper.optimizer
-    ):
-        wrapper.optimizer.fused = True
     if wrapper.get("type") == "AmpOptimWrapper" and bf16 and "dtype" not in wrapper:
         wrapper.dtype = "bfloat16"
         if wrapper.get("loss_scale", "dynamic") == "dynamic":

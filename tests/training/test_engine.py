@@ -157,7 +157,7 @@ class TestGpuSettings:
         config = configs.load_config(f"{V2_S0.replace('s0', 's2')}_amp-1x_coco.py")
         device.use_gpu(config, bf16=True)
         wrapper = config.optim_wrapper
-        assert wrapper.optimizer.fused and wrapper.dtype == "bfloat16" and wrapper.loss_scale == 1.0
+        assert wrapper.dtype == "bfloat16" and wrapper.loss_scale == 1.0
         assert config.train_dataloader.pin_memory and config.val_dataloader.pin_memory
 
     def test_float16_keeps_its_loss_scaling(self):
@@ -168,14 +168,24 @@ class TestGpuSettings:
     def test_what_the_config_says_stays(self):
         options = {
             "optim_wrapper.dtype": "float16",
-            "optim_wrapper.optimizer.foreach": True,
             "train_dataloader.pin_memory": False,
         }
         config = configs.load_config(f"{V2_S0.replace('s0', 's2')}_amp-1x_coco.py", options)
         device.use_gpu(config, bf16=True)
         wrapper = config.optim_wrapper
         assert wrapper.dtype == "float16" and wrapper.loss_scale == "dynamic"
-        assert "fused" not in wrapper.optimizer and not config.train_dataloader.pin_memory
+        assert not config.train_dataloader.pin_memory
+
+
+@pytest.mark.parametrize("options, fused", [({}, True), ({"foreach": True}, None)])
+def test_optimizers_are_fused_unless_the_config_chooses(options, fused):
+    config = configs.load_config(f"{V2_S0}_1x_coco.py")
+    config.optim_wrapper.optimizer.update(options)
+    device.fuse_optimizer(config)
+    assert config.optim_wrapper.optimizer.get("fused") is fused
+    config.optim_wrapper.optimizer = dict(type="Adadelta")
+    device.fuse_optimizer(config)
+    assert "fused" not in config.optim_wrapper.optimizer
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is tested is the way without a GPU")
