@@ -20,10 +20,10 @@ FUSED = ("Adam", "AdamW", "SGD")
 def prepare_device(config: Config, launcher: str) -> None:
     """Adapt a config to the machine, in place, so that it runs on GPUs, clusters and a plain CPU.
 
-    The optimizer is fused (:func:`fuse_optimizer`). With a GPU: see :func:`use_gpu`. Without one, processes communicate over gloo (the process group
-    is created here, as mmengine's own start needs a CUDA device), batch norms are not synchronized
-    (PyTorch has no CPU kernel for it), and mixed precision becomes full precision with a message in
-    the log.
+    The optimizer is fused (:func:`fuse_optimizer`). With a GPU: see :func:`use_gpu`. Without one,
+    processes communicate over gloo (the process group is created here, as mmengine's own start
+    needs a CUDA device), batch norms are not synchronized (PyTorch has no CPU kernel for it), and
+    mixed precision becomes full precision with a message in the log.
     """
     config.launcher = launcher
     fuse_optimizer(config)
