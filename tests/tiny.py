@@ -338,8 +338,17 @@ def exported(trained, picture, name="model.onnx", lines=None, folder=None, **req
 # --- runs ----------------------------------------------------------------------------------------
 
 
+def kill() -> None:
+    """Leave no time for anything."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Recorder(Hook):
-    """Keeps the loss of every iteration, and calls ``at[iteration]`` before one begins."""
+    """Keeps the loss of every iteration, and calls ``at[iteration]`` before one begins.
+
+    ``kill`` comes after what is being written by then, so that tests know the last checkpoint,
+    however slow the disk is.
+    """
 
     def __init__(self, at=None) -> None:
         self.losses: dict[int, float] = {}
@@ -347,6 +356,8 @@ class Recorder(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         if runner.iter in self.at:
+            if self.at[runner.iter] is kill:
+                runner.writer.wait()
             self.at[runner.iter]()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:

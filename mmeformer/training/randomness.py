@@ -153,7 +153,8 @@ def seed_all(*numbers: int, gpu: bool = True) -> None:
     first, second = np.random.SeedSequence(numbers).generate_state(2, np.uint32).tolist()
     random.seed(first)
     np.random.seed(second)
-    if gpu:
+    # Without a GPU, `torch.manual_seed` would note a traceback of every call, for later.
+    if gpu and torch.accelerator.is_available():
         torch.manual_seed(first << 32 | second)
     else:
         torch.default_generator.manual_seed(first << 32 | second)

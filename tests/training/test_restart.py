@@ -21,10 +21,6 @@ from mmeformer.training.saving import newest_resumable
 pytestmark = pytest.mark.forks
 
 
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def at_call(number: int, action):
     """A function that performs ``action`` at its ``number``-th call and else what it replaces."""
     calls = [0]
@@ -48,25 +44,25 @@ def write_half(self, content):
 
 def write_half_and_kill(self, content):
     write_half(self, content)
-    kill()
+    tiny.kill()
 
 
 def rename_and_kill(draft, target):
     os.replace(draft, target)
-    kill()
+    tiny.kill()
 
 
 # The function replaced, at which of its calls, by what; the iterations that were then done for
 # good. Each save moves two files to their names: the checkpoint, then `last_checkpoint`.
 MOMENTS = {
     "half of the second checkpoint written": (Path, "write_bytes", 2, write_half_and_kill, 2),
-    "written, but not yet renamed": (files, "_move", 3, lambda *_: kill(), 2),
+    "written, but not yet renamed": (files, "_move", 3, lambda *_: tiny.kill(), 2),
     "renamed, but not yet named as the last": (files, "_move", 3, rename_and_kill, 2),
     "named as the last, old one still there": (
         saving.CheckpointHook,
         "_remove",
         1,
-        lambda *_: kill(),
+        lambda *_: tiny.kill(),
         4,
     ),
 }
@@ -134,7 +130,9 @@ def test_killed_while_saving(folder, uninterrupted, tmp_path, monkeypatch, momen
 )
 def test_killed_between_steps(folder, uninterrupted, tmp_path, task, workers):
     config = tiny.ALL_TASKS[task](folder)
-    assert tiny.fork(lambda rank: tiny.train(config, tmp_path, at={5: kill})) == [-signal.SIGKILL]
+    assert tiny.fork(lambda rank: tiny.train(config, tmp_path, at={5: tiny.kill})) == [
+        -signal.SIGKILL
+    ]
     # Neither the number of workers nor a validation in between changes what is drawn.
     config.train_dataloader.num_workers = workers
     config.train_cfg.val_interval = 6
@@ -157,7 +155,7 @@ def test_epochs_with_batches_by_aspect_ratio(folder, tmp_path, by_epoch, killed_
     config.default_hooks.checkpoint.update(by_epoch=by_epoch, interval=1 if by_epoch else 2)
     expected = tiny.train(config, tmp_path / "uninterrupted")
     assert sorted(expected) == list(range(8))
-    tiny.fork(lambda rank: tiny.train(config, tmp_path / "killed", at={killed_at: kill}))
+    tiny.fork(lambda rank: tiny.train(config, tmp_path / "killed", at={killed_at: tiny.kill}))
     losses = tiny.train(config, tmp_path / "killed", resume="auto")
     assert sorted(losses) == list(range(done, 8))
     assert tiny.equal(expected, losses)
@@ -180,7 +178,7 @@ def test_two_processes(folder, tmp_path, task):
         return {int(iteration): loss for iteration, loss in content.items()}
 
     assert run(tmp_path / "uninterrupted") == [0, 0]
-    assert run(tmp_path / "killed", at={4: kill}) == [-signal.SIGKILL] * 2
+    assert run(tmp_path / "killed", at={4: tiny.kill}) == [-signal.SIGKILL] * 2
     assert run(tmp_path / "killed", resume="auto") == [0, 0]
     for rank in (0, 1):
         resumed = losses(tmp_path / "killed", rank)

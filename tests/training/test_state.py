@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint holds all that a run has become: resumed equals unbroken, bit for bit."""
 
-import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +16,6 @@ from mmseg.evaluation import IoUMetric
 
 from mmeformer.training import engine
 from mmeformer.training.saving import hook_states, restore_hooks
-
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def best(work_dir):
@@ -50,7 +45,7 @@ def test_killed_run_becomes_what_it_would_have(tmp_path, task, world):
         )
 
     assert run(tmp_path / "unbroken") == [0] * world
-    assert run(tmp_path / "killed", at={3: kill}) == [-signal.SIGKILL] * world
+    assert run(tmp_path / "killed", at={3: tiny.kill}) == [-signal.SIGKILL] * world
     named = Path((tmp_path / "killed/last_checkpoint").read_text())
     content = torch.load(named, weights_only=False)
     assert named.name == "iter_2.pth" and content["meta"]["validated"]
@@ -74,7 +69,7 @@ def test_validation_that_a_kill_cut_off_is_made_up_for(tmp_path, monkeypatch, nu
 
         def compute(self, results):
             calls.append(results)
-            return plain(self, results) if len(calls) < number else kill()
+            return plain(self, results) if len(calls) < number else tiny.kill()
 
         monkeypatch.setattr(IoUMetric, "compute_metrics", compute)
         tiny.train(config, tmp_path / "killed")
@@ -124,7 +119,7 @@ def test_scaler_of_mixed_precision_goes_on(tmp_path, monkeypatch):
     # It doubles every three steps: a new one would be at 2^11 after the last four.
     assert (kept["scale"], kept["_growth_tracker"]) == (2.0**11, 1)
     assert (end["scale"], end["_growth_tracker"]) == (2.0**12, 2)
-    codes = tiny.fork(lambda rank: tiny.train(config, tmp_path / "killed", at={5: kill}))
+    codes = tiny.fork(lambda rank: tiny.train(config, tmp_path / "killed", at={5: tiny.kill}))
     assert codes == [-signal.SIGKILL]
     assert scaler("killed/iter_4.pth") == kept
     assert sorted(tiny.train(config, tmp_path / "killed", resume="auto")) == [4, 5, 6, 7]
