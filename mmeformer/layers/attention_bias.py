@@ -22,8 +22,10 @@ def resample_in_graph(table: Tensor, dim: int, target: int) -> Tensor:
     For graphs that serve every ``target``: Python arithmetic would become constants there.
     """
     source = table.shape[dim]
-    # Divide last and in float64: whole numbers must stay whole.
-    positions = torch.arange(target, device=table.device, dtype=torch.float64) * source / target
+    # Divide last: whole numbers stay whole, as quotients that are whole are exact. Not in float64,
+    # with which onnxruntime-web cannot run the graph on a GPU.
+    exact = torch.promote_types(table.dtype, torch.float32)
+    positions = torch.arange(target, device=table.device, dtype=exact) * source / target
     positions = positions.clamp(max=source - 1)
     lower = positions.floor().clamp(max=max(source - 2, 0))
     share = (positions - lower).to(table.dtype)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mmeformer.layers.attention_bias import (
     AttentionBias,
     expand_offset_table,
+    resample_in_graph,
     resize_offset_table,
 )
 
@@ -186,3 +187,11 @@ def test_gradient_of_the_table_is_exact():
     assert torch.autograd.gradcheck(
         lambda table: expand_offset_table(resize_offset_table(table, (4, 5)), 2), (bias.table,)
     )
+
+
+def test_graphs_for_any_size_hold_no_float64():
+    """onnxruntime-web cannot run them on a GPU; whole offsets stay whole all the same."""
+    table = torch.arange(12.0).expand(2, 5, 12).contiguous()
+    traced = torch.jit.trace(lambda x: resample_in_graph(x, -1, 84), table)
+    assert "Double" not in str(traced.graph)
+    assert torch.equal(traced(table)[..., ::7], table)
