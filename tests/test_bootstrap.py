@@ -333,7 +333,12 @@ def test_interruption_is_said_in_one_line(tmp_path, ending):
             # Where the tests run in the background, their children ignore Ctrl-C.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        assert process.stdout.readline().startswith("[1/4]")
+        first = process.stdout.readline()
+        if first.startswith("Another installation"):
+            first = process.stdout.readline()  # that of the case that runs beside this one
+        if not first.startswith("[1/4]"):
+            process.kill()
+        assert first.startswith("[1/4]")
         with silent.accept()[0]:
             process.send_signal(ending)
             text = process.communicate(timeout=120)[0]
