@@ -320,10 +320,20 @@ def training(bench: Bench) -> None:
             run("as it comes", step_of(ours, images, dtype), eager_goal)
             if GPU:
                 ours = build(arch, bias_grid=grid(shape[2:]))
-                ours.forward = Recorded(ours)
-                run("CUDA graphs", step_of(ours, images, dtype))
+                run("CUDA graphs", with_graphs(ours, step_of(ours, images, dtype)))
             ours = compiled(build(arch, bias_grid=grid(shape[2:])))
             run("compiled", step_of(ours, images, dtype), compiled_goal, compiled=True)
+
+
+def with_graphs(backbone: nn.Module, step: Callable[[], object]) -> Callable[[], object]:
+    """A training step whose backbone replays CUDA graphs."""
+    backbone.forward = recorded = Recorded(backbone)
+
+    def call() -> object:
+        recorded.start_step()
+        return step()
+
+    return call
 
 
 def inference(bench: Bench) -> None:
@@ -446,8 +456,8 @@ def detectors(bench: Bench) -> None:
             run(NAMES[arch], train_step_of(*build_detector(task, arch)), 0.9)
             if GPU:
                 model, wrapper, batch = build_detector(task, arch)
-                model.backbone.forward = Recorded(model.backbone)
-                run(f"{NAMES[arch]}, CUDA graphs", train_step_of(model, wrapper, batch), 0.9)
+                step = with_graphs(model.backbone, train_step_of(model, wrapper, batch))
+                run(f"{NAMES[arch]}, CUDA graphs", step, 0.9)
             model, wrapper, batch = build_detector(task, arch)
             compiled(model.backbone)
             step = train_step_of(model, wrapper, batch)

@@ -654,12 +654,12 @@ def compare(args: argparse.Namespace) -> None:
 def candidates(
     variant: str, widths: Sequence[int], depths: Sequence[tuple[int, int]]
 ) -> list[tuple[str, int, int, int, int]]:
-    """Arguments of :func:`build_candidate`: the config's sizes, and one change at a time.
+    """Arguments of :func:`candidate`: the config's sizes, and one change at a time.
 
     Args:
         variant: of the backbone.
         widths: channels of neck and head.
-        depths: blocks of the neck's layers, and layers of the head's towers.
+        depths: blocks of the neck's layers, and layers of the head's tower.
     """
     model = configs.load_config(LITE[variant]).model
     width, blocks, layers = (

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
-from mmcv.cnn import ConvModule, build_activation_layer, build_norm_layer
+from mmcv.cnn import (
+    ConvModule,
+    build_activation_layer,
+    build_conv_layer,
+    build_norm_layer,
+)
 from mmdet.models.necks import CSPNeXtPAFPN
 from torch import Tensor, nn
 
@@ -86,8 +92,8 @@ class LiteTower(nn.Module):
     """3x3 convolutions shared by all levels, with norms of each level's own.
 
     Levels differ in their statistics, so a batch norm that all share would be wrong in inference.
-    From scratch, convolutions over all channels learn much faster than depthwise-separable ones,
-    and one tower for all predictions as much as one for each (docs/light.md).
+    From scratch, convolutions over all channels learn much faster than depthwise-separable ones.
+    One tower for all predictions is as accurate as one per prediction (docs/light.md).
 
     Source: RTMDet (arXiv 2212.07784, section 3.2: shared convolutions, separate batch norms).
 
@@ -96,7 +102,7 @@ class LiteTower(nn.Module):
         channels: of the tower.
         depth: number of layers: convolution, norm, activation.
         levels: number of levels.
-        norm_cfg, act_cfg: configs of norms and activations.
+        norm_cfg, act_cfg, conv_cfg: configs of norms (None: none), activations and convolutions.
     """
 
     def __init__(
@@ -105,16 +111,21 @@ class LiteTower(nn.Module):
         channels: int,
         depth: int,
         levels: int,
-        norm_cfg: dict,
+        norm_cfg: dict | None,
         act_cfg: dict,
+        conv_cfg: dict | None = None,
     ) -> None:
         super().__init__()
+        widths = [in_channels] + [channels] * depth
         self.convs = nn.ModuleList(
-            nn.Conv2d(in_channels if index == 0 else channels, channels, 3, padding=1, bias=False)
-            for index in range(depth)
+            build_conv_layer(conv_cfg, before, after, 3, padding=1, bias=norm_cfg is None)
+            for before, after in pairwise(widths)
         )
         self.norms = nn.ModuleList(
-            nn.ModuleList(build_norm_layer(norm_cfg, channels)[1] for _ in range(depth))
+            nn.ModuleList(
+                build_norm_layer(norm_cfg, channels)[1] if norm_cfg else nn.Identity()
+                for _ in range(depth)
+            )
             for _ in range(levels)
         )
         self.act = build_activation_layer(act_cfg)

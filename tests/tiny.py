@@ -310,7 +310,7 @@ def save_trained(config: Config, folder: Path, seed: int = 0) -> str:
                 nn.init.ones_(module.bias)
             elif name.endswith("rtm_kernel"):
                 # Products of three layers and the features: with less, masks are empty or full.
-                # What all locations share would make them alike.
+                # Without their mean over channels: it would give all locations the same mask.
                 module.weight.sub_(module.weight.mean(dim=1, keepdim=True)).mul_(40)
     path = folder / "trained.pth"
     meta = dict(dataset_meta=dict(config.test_dataloader.dataset.metainfo))

@@ -1,5 +1,5 @@
 # Your own rotated boxes in DOTA's format: copy this file and change the three lines below.
-_base_ = "rotated-gfl-le135_efficientformerv2-s0_fpn_1x_dota.py"
+_base_ = "rotated-gfl-le135_efficientformerv2-s0_fpn_qfl-dfl-1x_dota.py"
 
 # ---- always changed -------------------------------------------------------------------------
 data_root = "data/my_dataset/"  # has train/ and val/, each with images/ and annfiles/

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmeformer.backbones.efficientformer import PoolBlock
 from mmeformer.backbones.efficientformer_v2 import LocalGlobalQuery
 from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale, average_neighbors
-from mmeformer.layers.graphs import in_graph
+from mmeformer.layers.graphs import eager_on_gpu
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -52,9 +52,7 @@ class PointwiseConv(nn.Conv2d):
         return made.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cuda" or in_graph():
-            return super().forward(x)
-        return self.as_product(x)
+        return self.as_product(x) if eager_on_gpu(x) else super().forward(x)
 
     def as_product(self, x: Tensor) -> Tensor:
         """The convolution as a product of matrices, in channels last."""

@@ -61,6 +61,7 @@ class LiteGFLHead(GFLHead):
             levels,
             self.norm_cfg,
             self.act_cfg,
+            self.conv_cfg,
         )
         self.gfl_cls = nn.Conv2d(self.feat_channels, self.cls_out_channels, 1)
         self.gfl_reg = nn.Conv2d(self.feat_channels, 4 * (self.reg_max + 1), 1)

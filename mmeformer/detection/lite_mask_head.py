@@ -60,7 +60,7 @@ class LiteRTMDetInsHead(RTMDetInsHead):
         )
 
     def _init_layers(self) -> None:
-        """Build mmdet's layers, then put light ones in place of its 3x3 convolutions."""
+        """Build mmdet's layers, then replace its towers by one and its shared features' layers."""
         super()._init_layers()
         del self.cls_convs, self.reg_convs, self.kernel_convs
         self.tower = LiteTower(
@@ -70,6 +70,7 @@ class LiteRTMDetInsHead(RTMDetInsHead):
             len(self.prior_generator.strides),
             self.norm_cfg,
             self.act_cfg,
+            self.conv_cfg,
         )
         self.mask_head.stacked_convs = nn.Sequential(
             *(

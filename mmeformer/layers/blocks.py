@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmeformer.layers.graphs import in_graph
+from mmeformer.layers.graphs import eager_on_gpu
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -88,11 +88,11 @@ class MapNorm(nn.GroupNorm):
         super().__init__(1, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cuda" or in_graph():
-            # PyTorch's group norm of channels last crashes on a CPU if only its parameters need
-            # gradients (2.12).
-            return super().forward(x.contiguous())
-        return normalize_map(x, self.weight, self.bias, self.eps)
+        if eager_on_gpu(x):
+            return normalize_map(x, self.weight, self.bias, self.eps)
+        # PyTorch's group norm of channels last crashes on a CPU if only its parameters need
+        # gradients (2.12).
+        return super().forward(x.contiguous())
 
 
 def normalize_map(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -113,16 +113,19 @@ def normalize_map(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
 
 def average_neighbors(x: Tensor) -> Tensor:
     """Average pooling by 3 x 3 of stride 1, without padding: (B, C, H, W) -> the same shape."""
-    if x.device.type != "cuda" or in_graph():
-        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-    return average_by_convolution(x)
+    if eager_on_gpu(x):
+        return average_by_convolution(x)
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def average_by_convolution(x: Tensor) -> Tensor:
     """:func:`average_neighbors` for a GPU: a depthwise convolution takes a tenth of the time."""
-    ones, shares = _window(x.shape[1], x.shape[2], x.shape[3], x.dtype, x.device)
+    # A CUDA graph uses tensors by their address; the cache would forget them.
+    recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    window = _window.__wrapped__ if recorded else _window
+    weights, shares = window(x.shape[1], x.shape[2], x.shape[3], x.dtype, x.device)
     with torch.autocast(x.device.type, enabled=False):
-        return F.conv2d(x, ones, padding=1, groups=x.shape[1]) * shares
+        return F.conv2d(x, weights, padding=1, groups=x.shape[1]) * shares
 
 
 @lru_cache(maxsize=256)
@@ -131,11 +134,14 @@ def average_by_convolution(x: Tensor) -> Tensor:
 def _window(
     channels: int, height: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Ones (C, 1, 3, 3), and 1 / number of neighbors inside the map (H, W)."""
-    ones = torch.ones(channels, 1, 3, 3, dtype=dtype, device=device)
+    """Weights 1/16 (C, 1, 3, 3), and 16 / number of neighbors inside the map (H, W).
+
+    With ones, sums of large values would overflow in float16; 1/16 is exact.
+    """
+    weights = torch.full((channels, 1, 3, 3), 1 / 16, dtype=dtype, device=device)
     inside = torch.ones(1, 1, height, width, device=device)
-    shares = F.avg_pool2d(inside, 3, stride=1, padding=1, count_include_pad=True)
-    return ones, (1 / (9 * shares)).to(dtype)
+    neighbors = F.avg_pool2d(inside, 3, stride=1, padding=1, divisor_override=1)
+    return weights, 16 / neighbors.to(dtype)
 
 
 class LayerScale(nn.Module):

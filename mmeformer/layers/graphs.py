@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def in_graph() -> bool:
@@ -13,6 +14,11 @@ def in_graph() -> bool:
     graph, and the bias cache, which compares values, would break it.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def eager_on_gpu(x: Tensor) -> bool:
+    """Whether operators are launched one by one on a GPU: where some need another form."""
+    return x.device.type == "cuda" and not in_graph()
 
 
 def in_export() -> bool:

@@ -92,6 +92,9 @@ class RotatedGFLHead(AnchorHead):
         ValueError: ``loss_cls`` is not a sigmoid loss, or a location has more than one anchor.
     """
 
+    predictor_size = 3
+    """Kernel size of the two convolutions behind the towers."""
+
     def __init__(
         self,
         num_classes: int,
@@ -141,10 +144,15 @@ class RotatedGFLHead(AnchorHead):
             raise ValueError(
                 f"anchor_generator must give one anchor per location, not {self.num_base_priors}"
             )
+        self._init_towers()
+        size, padding = self.predictor_size, self.predictor_size // 2
+        self.gfl_cls = nn.Conv2d(self.feat_channels, self.cls_out_channels, size, padding=padding)
+        self.gfl_reg = nn.Conv2d(self.feat_channels, 5 * (self.reg_max + 1), size, padding=padding)
+
+    def _init_towers(self) -> None:
+        """Build one tower for classes and one for boxes."""
         self.cls_convs = self._tower()
         self.reg_convs = self._tower()
-        self.gfl_cls = nn.Conv2d(self.feat_channels, self.cls_out_channels, 3, padding=1)
-        self.gfl_reg = nn.Conv2d(self.feat_channels, 5 * (self.reg_max + 1), 3, padding=1)
 
     def _tower(self) -> nn.Module:
         channels = [self.in_channels] + [self.feat_channels] * self.stacked_convs

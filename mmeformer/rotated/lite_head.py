@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmdet.models.utils import multi_apply
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmeformer.lite import ACTIVATION, NORM, LiteTower
 from mmeformer.registry import MODELS
@@ -31,13 +31,15 @@ class RotatedLiteGFLHead(RotatedGFLHead):
         kwargs: all others of :class:`RotatedGFLHead`.
     """
 
+    predictor_size = 1
+
     def __init__(
         self,
         num_classes: int,
         in_channels: int,
         feat_channels: int = 96,
         stacked_convs: int = 2,
-        norm_cfg: dict = NORM,
+        norm_cfg: dict | None = NORM,
         act_cfg: dict = ACTIVATION,
         **kwargs: Any,
     ) -> None:
@@ -46,20 +48,17 @@ class RotatedLiteGFLHead(RotatedGFLHead):
             num_classes, in_channels, feat_channels, stacked_convs, norm_cfg=norm_cfg, **kwargs
         )
 
-    def _init_layers(self) -> None:
-        """Build the tower and the two predictors."""
-        super()._init_layers()
-        del self.cls_convs, self.reg_convs
+    def _init_towers(self) -> None:
+        """Build one tower for classes and boxes."""
         self.tower = LiteTower(
             self.in_channels,
             self.feat_channels,
             self.stacked_convs,
             self.prior_generator.num_levels,
-            self.norm_cfg or NORM,
+            self.norm_cfg,
             self.act_cfg,
+            self.conv_cfg,
         )
-        self.gfl_cls = nn.Conv2d(self.feat_channels, self.cls_out_channels, 1)
-        self.gfl_reg = nn.Conv2d(self.feat_channels, 5 * (self.reg_max + 1), 1)
 
     def forward(self, x: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         """See :meth:`RotatedGFLHead.forward`."""

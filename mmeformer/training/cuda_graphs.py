@@ -28,10 +28,11 @@ class CudaGraphHook(Hook):
     launches hundreds of short kernels, for which the host often takes longer than the GPU; a graph
     launches all of them at once. Unlike compilation it needs no time at the start and changes no
     number. The first batch decides about the size; batches of other sizes, such as those of a
-    detector with images of many sizes, run as before. The graph keeps the memory of all maps.
+    detector with images of many sizes, run as before, as does a second call of the backbone in one
+    step. The graph keeps the memory of all maps.
 
-    Without a GPU, with several processes and with accumulated gradients nothing is recorded, and
-    the log says so.
+    Nothing is recorded without a GPU, with several processes, accumulated gradients, ``with_cp`` or
+    a compiled backbone; the log says so.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -45,6 +46,11 @@ class CudaGraphHook(Hook):
             reason = "gradients are accumulated (optim_wrapper.accumulative_counts)"
         elif getattr(runner.model, "backbone", None) is None:
             reason = f"{type(runner.model).__name__} has no backbone"
+        elif getattr(runner.model.backbone, "with_cp", False):
+            # The recomputed pass would draw other random numbers.
+            reason = "blocks are recomputed (backbone.with_cp)"
+        elif runner.model.backbone._compiled_call_impl is not None:
+            reason = "the backbone is compiled (mmeformer.CompileHook)"
         if reason is not None:
             print_log(f"no CUDA graphs: {reason}", runner.logger)
             return
@@ -52,9 +58,18 @@ class CudaGraphHook(Hook):
         if not isinstance(getattr(backbone, "forward", None), Recorded):
             backbone.forward = Recorded(backbone)
 
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        """Let the next call replay the graph."""
+        recorded = getattr(getattr(runner.model, "backbone", None), "forward", None)
+        if isinstance(recorded, Recorded):
+            recorded.start_step()
+
 
 class Recorded:
     """The forward pass of a backbone, which is recorded when it trains for the first time.
+
+    It is replayed once per step (:meth:`start_step`): a second call would overwrite the maps that
+    the backward pass of the first one needs, so it runs as before.
 
     Args:
         backbone: takes images (B, 3, H, W) and returns its levels.
@@ -65,6 +80,11 @@ class Recorded:
         self.eager: Callable[[Tensor], Levels] = backbone.forward
         self.replay: Callable[[Tensor], Levels] | None = None
         self.recorded: tuple[object, ...] | None = None
+        self.replayed = False
+
+    def start_step(self) -> None:
+        """Let the next call replay the graph."""
+        self.replayed = False
 
     def __call__(self, images: Tensor) -> Levels:
         if not (self.backbone.training and torch.is_grad_enabled()) or images.requires_grad:
@@ -79,8 +99,9 @@ class Recorded:
                 f"{' x '.join(map(str, images.shape))}",
                 "current",
             )
-        if self.replay is None or key != self.recorded:
+        if self.replay is None or key != self.recorded or self.replayed:
             return self.eager(images)
+        self.replayed = True
         return self.replay(images)
 
 
@@ -100,7 +121,7 @@ def record(
     """
     buffers = [buffer.clone() for buffer in backbone.buffers()]
     random = torch.cuda.get_rng_state(images.device)
-    replaced = backbone.__dict__.pop("forward", None)
+    recorded = backbone.forward
     backbone.forward = eager
     try:
         with (
@@ -119,8 +140,7 @@ def record(
             torch.cuda.make_graphed_callables(backbone, (images.detach().clone(),))
         replay = backbone.forward
     finally:
-        if replaced is not None:
-            backbone.forward = replaced
+        backbone.forward = recorded
         with torch.no_grad():
             for buffer, before in zip(backbone.buffers(), buffers, strict=True):
                 buffer.copy_(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import re
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,6 +109,10 @@ class AdaptiveClippingConstructor(DefaultOptimWrapperConstructor):
         return wrapper
 
 
+FEW_KERNELS = (Adam, AdamW, SGD)
+"""Optimizers whose steps can be fused, and write nothing into their groups."""
+
+
 def update_in_few_kernels(optimizer: Optimizer) -> None:
     """Let each step update all parameters that share their settings at once, in place.
 
@@ -116,32 +121,40 @@ def update_in_few_kernels(optimizer: Optimizer) -> None:
     a GPU. Groups are joined during the step alone, so schedulers, logs and checkpoints see those of
     mmengine.
     """
-    # Others may write into their groups, and those of a step are copies.
-    if type(optimizer) not in (Adam, AdamW, SGD) or "step" in vars(optimizer):
+    # A step of another optimizer may write into its groups, which would be lost: it gets copies.
+    if type(optimizer) not in FEW_KERNELS or "step" in vars(optimizer):
         return
-    plain = optimizer.step
+    plain = type(optimizer).step
 
     @functools.wraps(plain)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        groups = optimizer.param_groups
-        optimizer.param_groups = join_groups(groups, list(optimizer.defaults))
+    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        groups = self.param_groups
+        self.param_groups = join_groups(groups, list(self.defaults))
         try:
-            return plain(*args, **kwargs)
+            return plain(self, *args, **kwargs)
         finally:
-            optimizer.param_groups = groups
+            self.param_groups = groups
 
-    optimizer.step = step  # type: ignore[method-assign]
+    # PyTorch's schedulers wrap it in turn, and expect a method.
+    optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
 
 
 def join_groups(groups: list[dict[str, Any]], settings: Sequence[str]) -> list[dict[str, Any]]:
     """Groups of parameters, joined where the ``settings`` are equal, without changing them."""
     joined: dict[tuple[object, ...], dict[str, Any]] = {}
     for group in groups:
-        values = (group[name] for name in settings)
-        # A tensor, such as the rate of a captured optimizer, equals only itself.
-        key = tuple(id(value) if isinstance(value, Tensor) else value for value in values)
+        key = tuple(_comparable(group[name]) for name in settings)
         if key in joined:
             joined[key]["params"].extend(group["params"])
         else:
             joined[key] = dict(group, params=list(group["params"]))
     return list(joined.values())
+
+
+def _comparable(value: Any) -> Any:
+    """A setting as part of a key."""
+    if isinstance(value, Tensor):
+        # Such as the rate of a captured optimizer: it equals only itself.
+        return id(value)
+    # Settings of a config or a checkpoint may be lists.
+    return tuple(value) if isinstance(value, list) else value

@@ -153,7 +153,7 @@ def seed_all(*numbers: int, gpu: bool = True) -> None:
     first, second = np.random.SeedSequence(numbers).generate_state(2, np.uint32).tolist()
     random.seed(first)
     np.random.seed(second)
-    # Without a GPU, `torch.manual_seed` would note a traceback of every call, for later.
+    # Without a GPU, `torch.manual_seed` queues a call with its traceback, at every step.
     if gpu and torch.accelerator.is_available():
         torch.manual_seed(first << 32 | second)
     else:

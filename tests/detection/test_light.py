@@ -62,6 +62,13 @@ def test_tower_is_its_equation():
         torch.testing.assert_close(tower(x, level), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_settings_of_convolutions_are_not_ignored():
+    light = tiny.network("detection", tiny.LIGHT).model.bbox_head
+    init_default_scope("mmdet")
+    with pytest.raises(KeyError, match="Cannot find"):
+        MODELS.build({**light, "conv_cfg": dict(type="NoSuchConv")})
+
+
 def test_levels_share_convolutions_and_have_statistics_of_their_own():
     tower = LiteTower(8, 8, 2, 2, norm_cfg=NORM, act_cfg=ACTIVATION)
     before = [norm.running_mean.clone() for level in tower.norms for norm in level]

@@ -16,6 +16,7 @@ from trained_like import trained_like
 
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.deploy import fold, models
+from mmeformer.layers import blocks
 from mmeformer.training import device as training_device
 from mmeformer.training.cuda_graphs import Recorded
 from mmeformer.training.optim import update_in_few_kernels
@@ -45,7 +46,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def tiny_backbone(family: str, **kwargs):
     kind = EfficientFormerV2 if family == "v2" else EfficientFormer
-    return trained_like(kind(tiny.ARCH, drop_path_rate=0.0, bias_grid=4, **kwargs))
+    return trained_like(kind(tiny.ARCH, bias_grid=4, **{"drop_path_rate": 0.0, **kwargs}))
 
 
 def task_model(task: str, **settings):
@@ -194,9 +195,10 @@ def test_compiled_equals_eager(family):
 
 @pytest.mark.parametrize("family", ["v1", "v2"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_cuda_graphs_equal_eager_training(family, dtype):
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_cuda_graphs_equal_eager_training(family, dtype, drop_path):
     """Several steps, whose weights and statistics change; another size in between runs eagerly."""
-    eager = tiny_backbone(family).cuda().train()
+    eager = tiny_backbone(family, drop_path_rate=drop_path).cuda().train()
     recorded = copy.deepcopy(eager)
     recorded.forward = Recorded(recorded)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (eager, recorded)]
@@ -205,10 +207,19 @@ def test_cuda_graphs_equal_eager_training(family, dtype):
         outputs = []
         for model, optimizer in zip((eager, recorded), optimizers, strict=True):
             optimizer.zero_grad()
+            torch.cuda.manual_seed(step)
+            if model is recorded:
+                model.forward.start_step()
             with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
                 levels = model(image)
             outputs.append([level.detach().clone() for level in levels])
             sum(level.float().square().mean() for level in levels).backward()
+        for (name, theirs), ours in zip(
+            eager.named_parameters(), recorded.parameters(), strict=True
+        ):
+            if theirs.grad.abs().max() > 1e-4:
+                assert relative(ours.grad, theirs.grad) < (0.1 if dtype else 1e-2), name
+        for optimizer in optimizers:
             optimizer.step()
         for ours, theirs in zip(outputs[1], outputs[0], strict=True):
             assert ours.dtype == theirs.dtype
@@ -221,6 +232,25 @@ def test_cuda_graphs_equal_eager_training(family, dtype):
     with torch.no_grad():
         for ours, theirs in zip(recorded(image), eager.eval()(image), strict=True):
             assert relative(ours, theirs) < 0.1
+
+
+def test_cuda_graphs_keep_their_tensors():
+    """Though caches forget them; a second call in one step keeps the maps of the first."""
+    eager = tiny_backbone("v1").cuda().train()
+    recorded = copy.deepcopy(eager)
+    recorded.forward = Recorded(recorded)
+    images = [torch.randn(2, 3, 96, 128, device="cuda") for _ in range(2)]
+    recorded(images[0])
+    blocks._window.cache_clear()
+    torch.cuda.empty_cache()
+    for model in (eager, recorded):
+        model.zero_grad()
+        if model is recorded:
+            model.forward.start_step()
+        sum(level.square().mean() for image in images for level in model(image)).backward()
+    for (name, theirs), ours in zip(eager.named_parameters(), recorded.parameters(), strict=True):
+        if theirs.grad.abs().max() > 1e-4:
+            assert relative(ours.grad, theirs.grad) < 1e-2, name
 
 
 def test_a_step_updates_all_parameters_in_few_kernels():

@@ -79,6 +79,11 @@ def test_average_of_neighbors_on_a_gpu_is_the_same(shape, layout):
     torch.testing.assert_close(*(torch.autograd.grad(y, x, weights)[0] for y in (found, expected)))
 
 
+def test_average_of_large_values_is_finite_in_half_precision():
+    x = torch.full((1, 2, 4, 5), 3e4, dtype=torch.float16)
+    torch.testing.assert_close(average_by_convolution(x), x)
+
+
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 4, 1, 2)])
 def test_norm_of_a_map_on_a_gpu_is_the_same(shape, layout):

@@ -13,9 +13,13 @@ from mmeformer.training import cuda_graphs
 
 
 class Model(nn.Module):
-    def __init__(self, backbone=True):
+    def __init__(self, backbone=True, with_cp=False, compiled=False):
         super().__init__()
         self.backbone = nn.Conv2d(3, 3, 1) if backbone else None
+        if backbone:
+            self.backbone.with_cp = with_cp
+        if compiled:
+            self.backbone.compile()
 
 
 def before_train(model, monkeypatch, gpu=True, counts=1):
@@ -38,6 +42,8 @@ def before_train(model, monkeypatch, gpu=True, counts=1):
         ("accumulated", dict(counts=2)),
         ("Model has no backbone", dict(model=Model(backbone=False))),
         ("several processes", dict(model=object.__new__(MMDistributedDataParallel))),
+        ("recomputed", dict(model=Model(with_cp=True))),
+        ("compiled", dict(model=Model(compiled=True))),
     ],
 )
 def test_reasons_are_said(reason, options, monkeypatch):
@@ -50,6 +56,7 @@ def test_reasons_are_said(reason, options, monkeypatch):
 
 def test_only_training_passes_are_recorded(monkeypatch):
     model = Model()
+    hook = HOOKS.build(dict(type="mmeformer.CudaGraphHook"))
     assert not before_train(model, monkeypatch)
     recorded = model.backbone.forward
     assert not isinstance(recorded.eager, cuda_graphs.Recorded)
@@ -70,6 +77,9 @@ def test_only_training_passes_are_recorded(monkeypatch):
     assert not asked
     torch.testing.assert_close(model.backbone(small), eager[0] + 1)
     torch.testing.assert_close(model.backbone(large), eager[1])
+    # A second call in one step would overwrite the maps of the first.
+    torch.testing.assert_close(model.backbone(small), eager[0])
+    hook.before_train_iter(SimpleNamespace(model=model), 1)
     torch.testing.assert_close(model.backbone(small), eager[0] + 1)
     assert asked == [(1, 3, 4, 4)]
     assert list(model.state_dict()) == ["backbone.weight", "backbone.bias"]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+import tiny
 import torch
 from helpers import build_backbone
 from mmengine.optim import build_optim_wrapper
 from mmengine.optim.optimizer import amp_optimizer_wrapper
 from torch import nn
 
+from mmeformer.training import engine
 from mmeformer.training.optim import join_groups, layer_index, update_in_few_kernels
 
 
@@ -183,6 +185,31 @@ def test_groups_join_where_their_settings_are_equal():
     assert len(groups[0]["params"]) == 1
 
 
+def test_settings_may_be_lists():
+    """Those of a checkpoint or a file of a config."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+    optimizer = torch.optim.AdamW([dict(params=[p]) for p in model.parameters()], lr=0.1)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["betas"] = list(group["betas"])
+    optimizer.load_state_dict(state)
+    update_in_few_kernels(optimizer)
+    model(torch.ones(1, 3, 2, 2)).sum().backward()
+    optimizer.step()
+    assert len(optimizer.state) == 4
+
+
+def test_schedulers_of_pytorch_still_find_a_method():
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    update_in_few_kernels(optimizer)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    parameter.sum().backward()
+    optimizer.step()
+    schedule.step()
+    assert parameter.item() == 0 and optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
 def test_a_step_sees_joined_groups_and_puts_them_back_after_an_error(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
     optimizer = torch.optim.SGD([dict(params=[p]) for p in model.parameters()], lr=0.1)
@@ -206,3 +233,18 @@ def test_unknown_optimizers_stay_as_they_are():
     optimizer = Own(nn.Linear(1, 1).parameters())
     update_in_few_kernels(optimizer)
     assert "step" not in vars(optimizer)
+
+
+def test_trainings_have_such_steps(tmp_path):
+    config = tiny.segmentation(tmp_path, iterations=1)
+    config.work_dir = str(tmp_path / "run")
+    runner = engine.build_train_runner(config)
+    runner.train()
+    optimizer = runner.optim_wrapper.optimizer
+    groups = optimizer.param_groups
+    assert len(groups) > 50 and all(group["fused"] for group in groups)
+    assert len(join_groups(groups, list(optimizer.defaults))) <= 4
+    monitored = []
+    optimizer.register_step_pre_hook(lambda own, *_: monitored.append(len(own.param_groups)))
+    optimizer.step()
+    assert monitored[0] <= 4 and len(optimizer.param_groups) == len(groups)
