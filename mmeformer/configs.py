@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,13 @@ from mmeformer.without_onedl import drop_note
 drop_note()
 
 
+READ_LATER = (
+    *("auto_scale_lr", "tta_model", "tta_pipeline", "custom_imports", "model_wrapper_cfg"),
+    *("sync_bn", "find_unused_parameters", "activation_checkpointing", "compile", "strategy"),
+)
+"""Names of a config that the libraries read, beside the arguments of mmengine's ``Runner``."""
+
+
 def load_config(path: str | Path, options: Mapping | None = None) -> Config:
     """Read a config file.
 
@@ -28,7 +37,7 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
 
     Raises:
         FileNotFoundError: neither exists; the message names similar shipped configs.
-        ValueError: it cannot be read; the message says why.
+        ValueError: it cannot be read, or an option would change nothing; the message says why.
     """
     refuse_url(path, "config")
     path = Path(path)
@@ -42,8 +51,33 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
     except Exception as error:  # a config is a program and may raise anything
         raise ValueError(f"config {path} cannot be read: {_reason(error)}") from error
     if options:
+        _refuse_ignored(options, config, path)
         config.merge_from_dict(dict(options))
     return config
+
+
+def _refuse_ignored(options: Mapping, config: Config, path: Path) -> None:
+    """Refuse options for names that nothing reads once the file has been read.
+
+    Those are misspelled names, and variables of the file such as ``epochs``, whose value is in
+    other settings by then.
+    """
+    from mmengine.runner import Runner
+
+    known = {*inspect.signature(Runner.__init__).parameters, *READ_LATER}
+    for key in options:
+        name = key.split(".")[0]
+        if name in known:
+            continue
+        if name in config:
+            raise ValueError(
+                f"{key} would change nothing: {name} is a variable of {path}, used only while the "
+                "file is read; change it there, or override what it is used for, such as "
+                "train_cfg.max_epochs"
+            )
+        near = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {key.replace(name, near[0], 1)}?" if near else ""
+        raise ValueError(f"{key} would change nothing: configs have no setting {name}{hint}")
 
 
 def _reason(error: Exception) -> str:
@@ -60,8 +94,6 @@ def _reason(error: Exception) -> str:
 
 
 def _missing_config(path: Path) -> str:
-    from difflib import get_close_matches
-
     if path.with_suffix(".py").is_file():
         return f"config {path} does not exist; did you mean {path.with_suffix('.py')}?"
     names = {

@@ -85,7 +85,7 @@ def test_config_agrees_with_the_table(name):
         assert config.optim_wrapper.optimizer.lr == 1e-4
         assert config.auto_scale_lr.base_batch_size == config.train_dataloader.batch_size == 2
         assert config.model.bbox_head.num_classes == 15
-        assert ("loss_dfl" in config.model.bbox_head) == ("dfl" in name)
+        assert ("loss_dfl" in config.model.bbox_head) == ("dfl" in name or "lite" in name)
         parts = config.train_dataloader.dataset.get("datasets", [config.train_dataloader.dataset])
         folders = [part.ann_file for part in parts]
         assert folders == ["train/annfiles/"] + ["val/annfiles/"] * ("trainval" in name)

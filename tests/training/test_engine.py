@@ -36,6 +36,19 @@ class TestConfigs:
         config = configs.load_config(f"{V2_S0}_1x_coco.py", {"train_dataloader.batch_size": 7})
         assert config.train_dataloader.batch_size == 7
 
+    @pytest.mark.parametrize(
+        "option, message",
+        [
+            ("epochs", "epochs is a variable of .*_custom.py.*such as train_cfg.max_epochs"),
+            ("train_pipeline", "train_pipeline is a variable of"),
+            ("trian_cfg.max_epochs", "no setting trian_cfg; did you mean train_cfg.max_epochs"),
+            ("nonsense", "configs have no setting nonsense$"),
+        ],
+    )
+    def test_options_that_change_nothing_are_refused(self, option, message):
+        with pytest.raises(ValueError, match=f"{option} would change nothing: .*{message}"):
+            configs.load_config(f"{V2_S0}_custom.py", {option: 1})
+
     def test_missing_config_names_near_ones(self):
         with pytest.raises(FileNotFoundError, match="mean .*v2-s0_fpn_1x_coco.py"):
             configs.load_config("configs/detection/mask-rcnn_efficientformerv2-s0_1x_coco.py")
