@@ -7,6 +7,7 @@ Format: https://cocodataset.org/#format-data.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -180,9 +181,10 @@ def _repeated_ids(entries: list, key: str) -> set[str]:
 def _locate(content: dict, path: Path, split: str | None, tree: Tree, merged: _Merged) -> None:
     """Replace file names by paths of images, in place, and add sizes that are left out.
 
-    Entries without an image of their size are left out.
+    Entries without an image of their own, and of their size, are left out.
     """
     located = []
+    names: dict[Path, set[str]] = defaultdict(set)
     for entry in content.get("images", []):
         name = entry.get("file_name") if isinstance(entry, dict) else None
         image = tree.find_image(name, path, split) if isinstance(name, str) and name else None
@@ -190,14 +192,23 @@ def _locate(content: dict, path: Path, split: str | None, tree: Tree, merged: _M
             text = f"image {name} is not below {tree.root}; add it or remove its entry"
             merged.findings.append(Finding(ERROR, "missing image", str(path), text))
             continue
+        if isinstance(name, str) and image is not None:
+            names[image].add(os.path.normpath(name))
         located.append((entry, image))
+    for image, several in names.items():
+        if len(several) > 1:
+            text = (
+                f"{first_of(sorted(several))} would all be {merged.short(image)}; add the images "
+                "that are missing, or remove their entries"
+            )
+            merged.findings.append(Finding(ERROR, "several images", str(path), text))
     new = {image for _, image in located if image is not None} - merged.sizes.keys()
     merged.sizes.update(dict.fromkeys(new))
     merged.sizes.update(read_sizes(sorted(new), merged.findings))
     kept = []
     for entry, image in located:
         if image is not None:
-            if (size := merged.sizes[image]) is None:
+            if (size := merged.sizes[image]) is None or len(names[image]) > 1:
                 continue
             entry["file_name"] = image.relative_to(tree.root).as_posix()
             for side, pixels in zip(("width", "height"), size, strict=True):

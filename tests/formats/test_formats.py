@@ -265,6 +265,23 @@ class TestCoco:
         left = read_folder(tmp_path, Options(), skip_bad=True)
         assert sorted(by_name(left)) == ["apple", "bread", "egg", "fig"]
 
+    def test_names_of_one_image_in_two_folders_of_which_one_is_missing(self, tmp_path):
+        """The objects of the missing image are not those of the other."""
+        file = sets.write_coco(tmp_path, images="images/north")
+        content = json.loads(file.read_text())
+        for image in content["images"]:
+            image["file_name"] = "north/" + image["file_name"]
+        content["images"][0]["file_name"] = "south/bread.png"
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError) as error:
+            read(tmp_path)
+        assert (
+            f"{file}: ['north/bread.png', 'south/bread.png'] would all be images/north/bread.png; "
+            "add the images that are missing" in str(error.value)
+        )
+        left = read_folder(tmp_path, Options(), skip_bad=True)
+        assert sorted(by_name(left)) == list(sets.NAMES[2:])
+
     def test_sizes_that_are_left_out_are_those_of_the_images(self, tmp_path):
         """So boxes outside are found, and run lengths fit."""
         file = sets.write_coco(tmp_path, masks="rle")
