@@ -9,6 +9,7 @@ measurements of this project.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,6 +270,35 @@ def round_up(value: float, step: int = 32) -> int:
 def nearest(value: float, choices: Sequence[Any]) -> Any:
     """The choice with the nearest ratio."""
     return min(choices, key=lambda choice: abs(math.log(max(value, 1e-6) / choice)))
+
+
+def file_names(images: Iterable[LabeledImage], root: Path) -> dict[Path, str]:
+    """A name of its own for the files that are written for each image, without suffix.
+
+    It is that of the image. Where several images have the same, their folders come before it.
+
+    Args:
+        images: of the data set.
+        root: its folder.
+
+    Returns:
+        Names by the path of the image.
+    """
+    # An only image is there twice, for training and validation.
+    paths = dict.fromkeys(image.path for image in images)
+    counts = Counter(path.stem for path in paths)
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for path in paths:
+        name = path.stem
+        if counts[name] > 1:
+            name = Path(relative_to(path, root)).with_suffix("").as_posix().replace("/", "_")
+        # As a/1.jpg and a/1.png, or a/b_1.jpg and a_b/1.jpg.
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        names[path] = name
+    return names
 
 
 def relative_to(path: Path, root: Path) -> str:

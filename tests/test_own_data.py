@@ -537,6 +537,81 @@ def test_huge_scenes_of_rotated_boxes_are_cut(tmp_path):
     assert len(list((tmp_path / "a_data/train/patches/images").iterdir())) == 6
 
 
+# --- images of one name in several folders -------------------------------------------------------
+
+CAMERAS = ("b/north", "b/south", "c/north")
+
+
+def write_cameras(root, size, suffixes=(".png",) * 3):
+    """Images ``0.*`` of one size in three folders, each with one gray and one object of its own."""
+    images = []
+    for index, (folder, suffix) in enumerate(zip(CAMERAS, suffixes, strict=True)):
+        path = root / "images" / folder / f"0{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), np.full((size, size, 3), 50 * (index + 1), np.uint8))
+        item = LabeledObject(0, (100 + 10 * index, 20, 9, 9))
+        images.append(LabeledImage(path, size, size, [item], split="train"))
+    return LabeledData("COCO", root, BOXES, ("ant",), images)
+
+
+def test_names_of_files_are_unique(tmp_path):
+    names = ("a/1.jpg", "a/1.png", "b/1.jpg", "x/b_1.jpg", "b_1/1.jpg", "c/2.jpg")
+    images = [LabeledImage(tmp_path / name, 8, 8) for name in names]
+    found = starter.file_names([*images, images[0]], tmp_path)
+    assert list(found) == [tmp_path / name for name in names]
+    assert list(found.values()) == ["a_1", "a_1_", "b_1", "b_1_", "b_1_1", "2"]
+
+
+def test_tiles_of_images_of_one_name(tmp_path):
+    """Each tile has the pixels and the objects of its own image."""
+    data = write_cameras(tmp_path, 1000, (".png", ".bmp", ".png"))
+    tiles = detection_starter.STARTER.prepare(data, tmp_path / "out").images
+    assert len({tile.path for tile in tiles}) == len(tiles) == 3 * 4
+    content = json.loads((tmp_path / "out" / "train.json").read_text())
+    by_id = {entry["id"]: entry["file_name"] for entry in content["images"]}
+    assert len(set(by_id.values())) == 12
+    for entry in content["annotations"]:
+        pixels = cv2.imread(str(tmp_path / "out" / "tiles" / by_id[entry["image_id"]]))
+        assert pixels[0, 0, 0] == 50 * (1 + (entry["bbox"][0] - 100) / 10)
+    assert len(content["annotations"]) == 3
+
+
+def test_masks_of_images_of_one_name(tmp_path):
+    """Each image has the mask of its own objects, however deep its folder is."""
+    data = write_cameras(tmp_path, 200)
+    for image, folder in zip(data.images, CAMERAS, strict=True):
+        deep = tmp_path / "images" / folder / "x" / "y" / image.path.name
+        deep.parent.mkdir(parents=True)
+        image.path = image.path.rename(deep)
+    written = segmentation_starter.STARTER.prepare(data, tmp_path / "out").images
+    for index, image in enumerate(written):
+        mask = cv2.imread(str(image.mask), cv2.IMREAD_UNCHANGED)
+        assert np.flatnonzero(mask.any(0)).tolist() == [*range(100 + 10 * index, 109 + 10 * index)]
+
+
+@pytest.mark.parametrize("size", [200, 1100])
+def test_rotated_boxes_of_images_of_one_name(tmp_path, size):
+    """Whole images and patches have their own label files."""
+    from mmeformer.rotated.dota import list_images, list_labels, read_labels
+
+    data = write_cameras(tmp_path, size)
+    rotated_starter.STARTER.prepare(data, tmp_path / "out")
+    folder, images, labels = tmp_path / "out" / "train", "images.txt", "labels"
+    if rotated_starter.is_cut(data):
+        images, labels = "patches/images", "patches/annfiles"
+    found = list_images(folder / images)
+    files = list_labels(folder / labels)
+    assert found.keys() == files.keys() and len(found) == (3 if size == 200 else 12)
+    objects = {name: read_labels(path) for name, path in files.items()}
+    lefts: dict[int, float] = {}
+    for name, path in found.items():
+        gray = int(cv2.imread(str(path))[0, 0, 0])
+        for item in objects[name]:
+            # The first patch has it furthest to the right.
+            lefts[gray] = max(lefts.get(gray, 0), item.polygon[:, 0].min())
+    assert lefts == {50: 100, 100: 110, 150: 120}
+
+
 # --- batch by trial ------------------------------------------------------------------------------
 
 

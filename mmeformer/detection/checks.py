@@ -99,13 +99,11 @@ def check_coco(
         if category["name"] not in classes:
             others[category["name"]] += 1
             continue
-        # What is not read cannot harm.
-        mask = _mask_finding(annotation, image) if masks else None
-        found = (_box_finding(annotation, image), mask)
-        for kind, message, severity in filter(None, found):
+        found = _object_findings(annotation, image, masks)
+        for kind, message, severity in found:
             where = f"annotation {number} ({image['file_name']})"
             wrong(kind, f"{where}: {message}", severity)
-        if all(finding is None or finding[2] == WARNING for finding in found):
+        if all(severity == WARNING for _, _, severity in found):
             (crowds if annotation["iscrowd"] else instances)[category["name"]] += 1
     findings += _repeated_names(categories.values(), used, path)
     findings += _crowds(sum(crowds.values()), sum(instances.values()), path)
@@ -121,6 +119,33 @@ def check_coco(
     findings += _repeated_images(images.values(), path)
     findings += _check_images(images.values(), image_dir, limit, decode, reading)
     return errors_first(findings)
+
+
+def is_image(entry: Any) -> bool:
+    """Whether :func:`check_coco` finds no error in an entry of ``images`` itself."""
+    return _image_fault(entry) is None
+
+
+def is_usable(annotation: Any, image: Mapping, masks: bool) -> bool:
+    """Whether :func:`check_coco` finds no error in an annotation itself.
+
+    Args:
+        annotation: of a known class.
+        image: its entry in ``images``, which is valid.
+        masks: see :func:`check_coco`.
+    """
+    return _annotation_fault(annotation) is None and all(
+        severity == WARNING for _, _, severity in _object_findings(annotation, image, masks)
+    )
+
+
+def _object_findings(
+    annotation: Mapping, image: Mapping, masks: bool
+) -> list[tuple[str, str, str]]:
+    """Kind, text and severity of what is wrong with a box and a mask."""
+    # What is not read cannot harm.
+    mask = _mask_finding(annotation, image) if masks else None
+    return [finding for finding in (_box_finding(annotation, image), mask) if finding]
 
 
 def _repeated_names(categories: Iterable[Mapping], used: set[str], path: str) -> list[Finding]:

@@ -34,6 +34,7 @@ from mmeformer.starter import (
     backbone,
     enlarged,
     epochs_for,
+    file_names,
     nearest,
     relative_to,
     round_up,
@@ -97,7 +98,12 @@ class DetectionStarter(Starter):
         fit = min(LONG / long, SHORT / short)
         if fit >= 1 or fit * small >= TINY:
             return data
-        images = [tile for image in data.images for tile in cut(image, folder / "tiles")]
+        names = file_names(data.images, data.root)
+        images = [
+            tile
+            for image in data.images
+            for tile in cut(image, names[image.path], folder / "tiles")
+        ]
         note = (
             f"images of {long} x {short} px with objects of {small:.0f} px: cut into "
             f"{len(images)} tiles of {TILE} px (copies, in {folder / 'tiles'}); predict with "
@@ -268,14 +274,20 @@ def _area(item: LabeledObject) -> float:
     return item.box[2] * item.box[3]
 
 
-def cut(image: LabeledImage, folder: Path) -> list[LabeledImage]:
-    """Write the tiles of an image; their labels are those whose box is enough inside."""
+def cut(image: LabeledImage, name: str, folder: Path) -> list[LabeledImage]:
+    """Write the tiles of an image; their labels are those whose box is enough inside.
+
+    Args:
+        image: to cut.
+        name: the tiles are ``folder/SPLIT/NAME__SIZE__X___Y``.
+        folder: of all tiles.
+    """
     pixels = read_image(image.path)
     suffix = ".jpg" if image.path.suffix.lower() in (".jpg", ".jpeg") else ".png"
     tiles = []
     for window in windows(image.width, image.height, TILE, OVERLAP):
-        name = f"{image.path.stem}__{TILE}__{window[0]}___{window[1]}{suffix}"
-        path = folder / str(image.split) / name
+        tile = f"{name}__{TILE}__{window[0]}___{window[1]}{suffix}"
+        path = folder / str(image.split) / tile
         write_image(path, crop(pixels, window))
         objects = [part for item in image.objects if (part := inside(item, window)) is not None]
         width, height = window[2] - window[0], window[3] - window[1]

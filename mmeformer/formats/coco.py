@@ -7,25 +7,29 @@ Format: https://cocodataset.org/#format-data.
 from __future__ import annotations
 
 import json
-import math
+import os
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmeformer.checks.findings import ERROR, Finding
+from mmeformer.checks.findings import ERROR, Finding, first_of
 from mmeformer.formats.tree import Options, Tree, read_sizes
 from mmeformer.labeled import BOXES, POLYGONS, LabeledData, LabeledImage, LabeledObject
 
 NAME = "COCO"
+_OTHER_TASKS = "COCO of other tasks"
+"""Key of ``Tree.found`` for files such as COCO's captions."""
 _TRIED = 50
 """JSON files that are opened to find COCO: a set has few, LabelMe has one for each image."""
 
 
 def find(tree: Tree) -> list[Path]:
-    """The annotation files."""
+    """The annotation files of objects."""
     if NAME in tree.found:
         return tree.found[NAME]
-    found = []
+    found, others = [], []
     for path in sorted(tree.with_suffix(".json"), key=lambda path: -path.stat().st_size)[:_TRIED]:
         try:
             content = json.loads(path.read_bytes())
@@ -35,100 +39,190 @@ def find(tree: Tree) -> list[Path]:
                 found.append(path)
             continue
         if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-            found.append(path)
-    tree.found[NAME] = sorted(found)
+            if _is_of_other_task(content["annotations"]):
+                others.append(path)
+            else:
+                found.append(path)
+    tree.found[NAME], tree.found[_OTHER_TASKS] = sorted(found), sorted(others)
     return tree.found[NAME]
 
 
-def read(tree: Tree, options: Options) -> LabeledData:
-    """Read all annotation files; their names and folders tell the splits."""
-    # Needs mmdet, which finding does not.
-    from mmeformer.detection import annotations
-    from mmeformer.detection.checks import check_coco
+def _is_of_other_task(annotations: Any) -> bool:
+    """Whether no annotation has a class or a box, as in COCO's captions."""
+    return (
+        isinstance(annotations, list)
+        and bool(annotations)
+        and all(isinstance(e, dict) and not {"category_id", "bbox"} & e.keys() for e in annotations)
+    )
 
-    classes: dict[str, int] = {}
-    images: dict[Path, LabeledImage] = {}
-    findings: list[Finding] = []
-    unmasked = masked = 0
-    paths = find(tree)
-    splits = [tree.split_of_labels(path) for path in paths]
-    for path, split in zip(paths, splits, strict=True):
-        content = annotations.read(path)
-        if not annotations.is_coco(content):
-            text = "is not COCO: images, annotations and categories must be lists"
-            findings.append(Finding(ERROR, "not COCO", str(path), text))
-            continue
-        _locate(content, path, split, tree, findings)
-        entries = content.get("annotations", [])
-        has_masks = [bool(isinstance(e, Mapping) and e.get("segmentation")) for e in entries]
-        masked, unmasked = masked + sum(has_masks), unmasked + len(entries) - sum(has_masks)
-        names = _categories(content)
-        findings += [
-            finding
-            for finding in check_coco(
-                content,
-                str(path),
-                str(tree.root),
-                list(names.values()),
-                training=False,
-                masks=bool(entries) and all(has_masks),
-                limit=0,
-            )
-            # The file's order of images tells which one is meant; classes are reported below.
-            if finding.kind not in ("missing image", "unused category")
-        ]
-        for name in names.values():
-            classes.setdefault(name, len(classes))
-        _add(content, names, classes, split, tree.root, images)
-    sizes = read_sizes(images, findings)
-    data = LabeledData(NAME, tree.root, BOXES, tuple(classes), [], findings)
-    for path, image in images.items():
-        if path not in sizes:
-            continue
-        width, height = sizes[path]
-        if (image.width, image.height) not in ((0, 0), (width, height)):
-            text = (
-                f"is {width} x {height} px, but its labels are for {image.width} x {image.height} "
-                "px; use the image that was labeled"
-            )
-            findings.append(Finding(ERROR, "wrong size", str(path), text))
-            continue
-        image.width, image.height = width, height
-        data.images.append(image)
-    if masked and not unmasked:
+
+@dataclass
+class _Merged:
+    """What several annotation files say together.
+
+    Args:
+        root: folder of the data set.
+        classes: label of each class.
+        images: labeled images, by path.
+        files: annotation files that list each image, in the order in which they are read.
+        sizes: width and height of each image file in pixels; None if it cannot be read.
+        repeated: number of objects that were there already, from another file.
+        repeated_in: the files of these objects.
+        findings, notes: see :class:`LabeledData`.
+    """
+
+    root: Path
+    classes: dict[str, int] = field(default_factory=dict)
+    images: dict[Path, LabeledImage] = field(default_factory=dict)
+    files: dict[Path, list[Path]] = field(default_factory=lambda: defaultdict(list))
+    sizes: dict[Path, tuple[int, int] | None] = field(default_factory=dict)
+    repeated: int = 0
+    repeated_in: set[Path] = field(default_factory=set)
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def short(self, path: Path) -> str:
+        """A path for people: relative to the root."""
+        return str(path.relative_to(self.root))
+
+
+def read(tree: Tree, options: Options) -> LabeledData:
+    """Read all annotation files; their names and folders tell the splits.
+
+    Files that name a split come first: their images keep it, whatever other files list them.
+    """
+    splits = {path: tree.split_of_labels(path) for path in find(tree)}
+    merged = _Merged(tree.root)
+    for path in sorted(splits, key=lambda path: splits[path] is None):
+        _read_file(path, splits[path], tree, merged)
+    _drop_images_of_two_splits(splits, merged)
+    images = list(merged.images.values())
+    data = LabeledData(
+        NAME, tree.root, BOXES, tuple(merged.classes), images, merged.findings, merged.notes
+    )
+    masks = [bool(item.polygons or item.rle) for image in images for item in image.objects]
+    if masks and all(masks):
         data.kind = POLYGONS
-    elif masked:
+    elif any(masks):
         data.notes.append(
-            f"{unmasked} of {masked + unmasked} objects have a box but no mask: masks are not "
+            f"{masks.count(False)} of {len(masks)} objects have a box but no mask: masks are not "
             "learned"
         )
-    if len(paths) > 1 and not all(splits):
-        listed = ", ".join(str(path.relative_to(tree.root)) for path in paths)
+    if others := tree.found[_OTHER_TASKS]:
+        listed = ", ".join(map(merged.short, others))
+        data.notes.append(f"no classes and boxes (captions, for example), so not read: {listed}")
+    if merged.repeated:
+        listed = ", ".join(map(merged.short, sorted(merged.repeated_in)))
+        data.notes.append(f"{merged.repeated} objects are repeated, and count once: {listed}")
+    if len(splits) > 1 and not all(splits.values()):
+        listed = ", ".join(map(merged.short, splits))
         data.notes.append(f"annotation files read as one: {listed}")
     return data
 
 
-def _locate(
-    content: dict, path: Path, split: str | None, tree: Tree, findings: list[Finding]
-) -> None:
-    """Replace file names by paths of images, in place; entries without a file are left out."""
-    kept = []
+def _read_file(path: Path, split: str | None, tree: Tree, merged: _Merged) -> None:
+    """Add what one file says."""
+    # Needs mmdet, which finding does not.
+    from mmeformer.detection import annotations
+    from mmeformer.detection.checks import check_coco
+
+    content = annotations.read(path)
+    if not annotations.is_coco(content):
+        text = "is not COCO: images, annotations and categories must be lists"
+        merged.findings.append(Finding(ERROR, "not COCO", str(path), text))
+        return
+    unclear = _repeated_ids(content.get("images", []), "file_name")
+    _locate(content, path, split, tree, merged)
+    entries = content.get("annotations", [])
+    masks = bool(entries) and all(isinstance(e, dict) and e.get("segmentation") for e in entries)
+    names = _categories(content)
+    merged.findings += [
+        finding
+        for finding in check_coco(
+            content,
+            str(path),
+            str(tree.root),
+            list(names.values()),
+            training=False,
+            masks=masks,
+            limit=0,
+        )
+        # The file's order of images tells which one is meant; classes are reported below.
+        if finding.kind not in ("missing image", "unused category")
+    ]
+    for name in names.values():
+        merged.classes.setdefault(name, len(merged.classes))
+    _add(content, path, split, names, unclear, masks, merged)
+    for kind, ids in (
+        ("images", unclear),
+        ("classes", _repeated_ids(content.get("categories", []), "name")),
+    ):
+        if ids:
+            merged.notes.append(
+                f"{merged.short(path)}: several {kind} have the same id, so they and their "
+                f"annotations are left out: {first_of(sorted(ids))}"
+            )
+
+
+def _repeated_ids(entries: list, key: str) -> set[str]:
+    """Ids that several images or categories have, so that nobody knows which one is meant.
+
+    Args:
+        entries: of the file.
+        key: of what tells them apart.
+    """
+    values: dict[str, set[str]] = defaultdict(set)
+    for entry in entries:
+        if isinstance(entry, dict) and "id" in entry:
+            values[str(entry["id"])].add(str(entry.get(key)))
+    return {number for number, found in values.items() if len(found) > 1}
+
+
+def _locate(content: dict, path: Path, split: str | None, tree: Tree, merged: _Merged) -> None:
+    """Replace file names by paths of images, in place, and add sizes that are left out.
+
+    Entries without an image of their own, and of their size, are left out.
+    """
+    located = []
+    names: dict[Path, set[str]] = defaultdict(set)
     for entry in content.get("images", []):
         name = entry.get("file_name") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not name:
-            kept.append(entry)
-            continue
-        found = tree.find_image(name, path, split)
-        if found is None:
+        image = tree.find_image(name, path, split) if isinstance(name, str) and name else None
+        if isinstance(name, str) and name and image is None:
             text = f"image {name} is not below {tree.root}; add it or remove its entry"
-            findings.append(Finding(ERROR, "missing image", str(path), text))
+            merged.findings.append(Finding(ERROR, "missing image", str(path), text))
             continue
-        entry["file_name"] = found.relative_to(tree.root).as_posix()
-        for side in ("width", "height"):
-            # Label Studio can leave them out.
-            if entry.get(side) is None:
-                entry[side] = 2**20
-                entry["unknown_size"] = True
+        if isinstance(name, str) and image is not None:
+            names[image].add(os.path.normpath(name))
+        located.append((entry, image))
+    for image, several in names.items():
+        if len(several) > 1:
+            text = (
+                f"{first_of(sorted(several))} would all be {merged.short(image)}; add the images "
+                "that are missing, or remove their entries"
+            )
+            merged.findings.append(Finding(ERROR, "several images", str(path), text))
+    new = {image for _, image in located if image is not None} - merged.sizes.keys()
+    merged.sizes.update(dict.fromkeys(new))
+    merged.sizes.update(read_sizes(sorted(new), merged.findings))
+    kept = []
+    for entry, image in located:
+        if image is not None:
+            if (size := merged.sizes[image]) is None or len(names[image]) > 1:
+                continue
+            entry["file_name"] = image.relative_to(tree.root).as_posix()
+            for side, pixels in zip(("width", "height"), size, strict=True):
+                # Label Studio can leave them out.
+                if entry.get(side) is None:
+                    entry[side] = pixels
+            labeled = entry["width"], entry["height"]
+            if all(type(side) is int and side > 0 for side in labeled) and labeled != size:
+                text = (
+                    f"is {size[0]} x {size[1]} px, but its labels are for {labeled[0]} x "
+                    f"{labeled[1]} px ({merged.short(path)}); use the image that was labeled"
+                )
+                merged.findings.append(Finding(ERROR, "wrong size", str(image), text))
+                continue
         kept.append(entry)
     gone = {str(e.get("id")) for e in content.get("images", []) if isinstance(e, dict)} - {
         str(e.get("id")) for e in kept if isinstance(e, dict)
@@ -148,6 +242,7 @@ def _categories(content: dict) -> dict[str, str]:
         for entry in content.get("annotations", [])
         if isinstance(entry, dict)
     }
+    unclear = _repeated_ids(content.get("categories", []), "name")
     entries = [
         entry
         for entry in content.get("categories", [])
@@ -157,66 +252,91 @@ def _categories(content: dict) -> dict[str, str]:
     return {
         str(entry["id"]): entry["name"]
         for entry in entries
-        if str(entry["id"]) in used or entry["name"] not in parents or len(entries) == 1
+        if str(entry["id"]) not in unclear
+        and (str(entry["id"]) in used or entry["name"] not in parents or len(entries) == 1)
     }
 
 
-def _add(content, names, classes, split, root: Path, images: dict[Path, LabeledImage]) -> None:
-    """Add the images and objects of one file that are valid."""
-    from mmeformer.detection.annotations import is_box
+def _add(
+    content: dict,
+    path: Path,
+    split: str | None,
+    names: Mapping[str, str],
+    unclear: set[str],
+    masks: bool,
+    merged: _Merged,
+) -> None:
+    """Add the images and objects of one file that are valid.
 
-    by_id: dict[str, LabeledImage] = {}
-    for entry in content["images"]:
-        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
+    Args:
+        content: of the file, with located images.
+        path, split: of the file.
+        names: of the categories, by id.
+        unclear: ids of several images.
+        masks: whether every object must have a valid mask.
+        merged: gets them.
+    """
+    from mmeformer.detection.checks import is_image, is_usable
+
+    entries = {
+        str(entry["id"]): entry
+        for entry in content["images"]
+        if is_image(entry) and str(entry["id"]) not in unclear
+    }
+    objects: dict[str, list[LabeledObject]] = {number: [] for number in entries}
+    for annotation in content.get("annotations", []):
+        if not isinstance(annotation, dict):
             continue
-        path = root / entry["file_name"]
-        width, height = entry.get("width"), entry.get("height")
-        if entry.get("unknown_size") or type(width) is not int or type(height) is not int:
-            width = height = 0
-        image = images.setdefault(path, LabeledImage(path, width, height, split=split))
-        by_id[str(entry.get("id"))] = image
-    for entry in content.get("annotations", []):
-        if not isinstance(entry, dict) or not is_box(entry.get("bbox")):
+        number = str(annotation.get("image_id"))
+        name = names.get(str(annotation.get("category_id")))
+        if number not in entries or name is None:
             continue
-        owner = by_id.get(str(entry.get("image_id")))
-        name = names.get(str(entry.get("category_id")))
-        if owner is None or name is None or not _is_usable(entry, owner):
-            continue
-        x, y, width, height = entry["bbox"]
-        item = LabeledObject(classes[name], (x, y, width, height), crowd=bool(entry.get("iscrowd")))
-        mask: Any = entry.get("segmentation")
+        if is_usable(annotation, entries[number], masks):
+            item = _object(annotation, merged.classes[name], entries[number])
+            objects[number].append(item)
+    for number, found in objects.items():
+        place = merged.root / entries[number]["file_name"]
+        width, height = entries[number]["width"], entries[number]["height"]
+        image = merged.images.setdefault(place, LabeledImage(place, width, height, split=split))
+        # As in `Annotations`: two equal objects of one entry are two, of two entries are one.
+        new = [item for item in found if item not in image.objects]
+        if len(new) < len(found):
+            merged.repeated += len(found) - len(new)
+            merged.repeated_in |= {path, *merged.files[place]}
+        image.objects += new
+        if path not in merged.files[place]:
+            merged.files[place].append(path)
+
+
+def _object(annotation: dict, label: int, image: Mapping[str, Any]) -> LabeledObject:
+    """The object of a usable annotation, with its mask if that is valid."""
+    from mmeformer.detection.checks import is_usable
+
+    x, y, width, height = annotation["bbox"]
+    item = LabeledObject(label, (x, y, width, height), crowd=bool(annotation["iscrowd"]))
+    mask = annotation.get("segmentation")
+    if mask and is_usable(annotation, image, masks=True):
         if isinstance(mask, dict):
-            item.rle = dict(size=mask.get("size"), counts=mask.get("counts"))
-        elif mask:
+            item.rle = dict(size=mask["size"], counts=mask["counts"])
+        else:
             item.polygons = [list(polygon) for polygon in mask]
-        owner.objects.append(item)
+    return item
 
 
-def _is_usable(entry: Mapping[str, Any], image: LabeledImage) -> bool:
-    """Whether box and mask of an annotation are valid; of others, ``check_coco`` says why not."""
-    from mmeformer.detection.annotations import is_number
-    from mmeformer.detection.checks import run_lengths
-
-    x, y, width, height = entry["bbox"]
-    inside = not image.width or (
-        min(x + width, image.width) > max(x, 0) and min(y + height, image.height) > max(y, 0)
-    )
-    if width < 1 or height < 1 or not inside:
-        return False
-    mask: Any = entry.get("segmentation")
-    if isinstance(mask, Mapping):
-        counts, size = mask.get("counts"), mask.get("size")
-        runs = run_lengths(counts) if isinstance(counts, (str, list)) else None
-        if runs is None or not isinstance(size, list) or not all(map(is_number, size)):
-            return False
-        return bool(runs.min() >= 0 and runs.sum() == math.prod(size))
-    return not mask or (
-        isinstance(mask, list)
-        and all(
-            isinstance(polygon, list)
-            and len(polygon) >= 6
-            and len(polygon) % 2 == 0
-            and all(map(is_number, polygon))
-            for polygon in mask
+def _drop_images_of_two_splits(splits: Mapping[Path, str | None], merged: _Merged) -> None:
+    """Leave out images that files of different splits list, with an error for each two files."""
+    both: dict[tuple[Path, Path], list[Path]] = defaultdict(list)
+    for image, files in merged.files.items():
+        first = files[0]
+        for other in files[1:]:
+            if splits[other] not in (None, splits[first]):
+                both[first, other].append(image)
+    for (first, other), images in both.items():
+        text = (
+            f"{len(images)} images are for {splits[other]} here and for {splits[first]} in "
+            f"{merged.short(first)}, such as {merged.short(images[0])}; remove them from one of "
+            "the two files"
         )
-    )
+        merged.findings.append(Finding(ERROR, "two splits", str(other), text))
+    for image in {image for images in both.values() for image in images}:
+        del merged.images[image]

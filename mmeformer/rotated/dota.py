@@ -185,7 +185,8 @@ def list_images(folder: str | Path, suffix: str | None = None) -> dict[str, Path
 
     Args:
         folder: folder; subfolders and hidden files are skipped. Or a text file that lists images,
-            one path per line, relative to the file or absolute.
+            one path per line, relative to the file or absolute; after a tab, the name of its label
+            file may follow (without suffix), if that is not the image's.
         suffix: suffix with or without dot, in any case; None means all of :data:`IMAGE_SUFFIXES`.
 
     Raises:
@@ -220,19 +221,22 @@ def list_images(folder: str | Path, suffix: str | None = None) -> dict[str, Path
 
 
 def _listed_images(file: Path) -> dict[str, Path]:
-    """The images that a text file lists, by name without suffix."""
+    """The images that a text file lists, by name; see :func:`list_images`."""
     images: dict[str, Path] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if not line.strip():
             continue
-        path = file.parent / line.strip()
+        place, _, name = line.strip().partition("\t")
+        path = file.parent / place
+        name = name or path.stem
         if not path.is_file():
             raise FileNotFoundError(f"{file} line {number}: image {path} does not exist")
-        if path.stem in images:
+        if name in images:
             raise ValueError(
-                f"{file} line {number}: {path} has the same name as {images[path.stem]}"
+                f"{file} line {number}: {path} has the same name as {images[name]}; give it one of "
+                "its own after a tab"
             )
-        images[path.stem] = path
+        images[name] = path
     if not images:
         raise FileNotFoundError(f"{file} lists no image")
     return dict(sorted(images.items()))

@@ -333,7 +333,10 @@ class Split:
             self.unused_labels += [labels[name] for name in labels if name not in images]
             for name, path in images.items():
                 if name in jobs:
-                    raise ValueError(f"{jobs[name].image} and {path} have the same name")
+                    raise ValueError(
+                        f"{jobs[name].image} and {path} have the same name; rename one, or cut "
+                        "their folders separately"
+                    )
                 label = labels.get(name)
                 stats = [os.stat(file) for file in (path, label) if file]
                 jobs[name] = Job(name, path, label, [[s.st_size, s.st_mtime_ns] for s in stats])

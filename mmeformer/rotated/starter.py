@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from mmeformer.starter import (
     backbone,
     enlarged,
     epochs_for,
+    file_names,
     round_up,
     sides_of,
     smallest,
@@ -52,9 +53,10 @@ class RotatedStarter(Starter):
             text = f"{', '.join(changed)}: spaces become -, as label files separate by spaces"
             data.findings.append(Finding(WARNING, "class name", str(data.root), text))
         data = replace(data, kind=CORNERS, classes=tuple(names))
+        files = file_names(data.images, data.root)
         for split in SPLITS:
             if images := data.of_split(split):
-                _write(images, names, folder / split)
+                _write(images, files, names, folder / split)
         return self._patched(data, folder) if is_cut(data) else data
 
     def samples(self, data: LabeledData) -> int:
@@ -185,23 +187,29 @@ def is_cut(data: LabeledData) -> bool:
     return long > HUGE or (long > PATCH and small * PATCH / long < SMALL)
 
 
-def _write(images: Sequence[LabeledImage], names: Sequence[str], folder: Path) -> None:
-    """Write ``images.txt`` and ``labels/NAME.txt`` for the images of one split."""
-    first: dict[str, Path] = {}
+def _write(
+    images: Sequence[LabeledImage], files: Mapping[Path, str], names: Sequence[str], folder: Path
+) -> None:
+    """Write ``images.txt`` and ``labels/NAME.txt`` for the images of one split.
+
+    Args:
+        images: of the split.
+        files: NAME by the path of the image.
+        names: of the classes.
+        folder: of the split.
+    """
+    listed = []
     for image in images:
-        other = first.setdefault(image.path.stem, image.path)
-        if other != image.path:
-            raise UserError(
-                f"{other} and {image.path} have the same name, by which label files are found; "
-                "rename one"
-            )
+        name = files[image.path]
+        row = image.path.as_posix()
+        listed.append(f"{row}\n" if name == image.path.stem else f"{row}\t{name}\n")
         lines = [
             format_label(item.quadrilateral(), names[item.label], item.difficult) + "\n"
             for item in image.objects
             if not item.crowd
         ]
-        write_text(folder / "labels" / f"{image.path.stem}.txt", "".join(lines))
-    write_text(folder / "images.txt", "".join(f"{image.path.as_posix()}\n" for image in images))
+        write_text(folder / "labels" / f"{name}.txt", "".join(lines))
+    write_text(folder / "images.txt", "".join(listed))
 
 
 STARTER = RotatedStarter()

@@ -31,6 +31,7 @@ from mmeformer.starter import (
     Starter,
     backbone,
     epochs_for,
+    file_names,
     relative_to,
     sides_of,
 )
@@ -70,14 +71,21 @@ class SegmentationStarter(Starter):
                 notes=[*data.notes, f"masks are drawn from the objects; the rest is {BACKGROUND}"],
                 palette=None,
             )
-            data.images = [self._written(image, folder, drawn(image)) for image in data.images]
+            names = file_names(data.images, data.root)
+            data.images = [
+                self._written(image, names[image.path], folder, drawn(image))
+                for image in data.images
+            ]
         elif not data.plain_masks:
             assert data.read_mask is not None
             read = data.read_mask
+            names = file_names(data.images, data.root)
 
             def convert(image: LabeledImage) -> LabeledImage:
                 assert image.mask is not None
-                return self._written(image, folder, read(image.mask), image.pixels)
+                return self._written(
+                    image, names[image.path], folder, read(image.mask), image.pixels
+                )
 
             data = replace(data, images=in_threads(convert, data.images))
         for split in SPLITS:
@@ -93,12 +101,12 @@ class SegmentationStarter(Starter):
     def _written(
         self,
         image: LabeledImage,
+        name: str,
         folder: Path,
         labels: NDArray[np.uint8],
         pixels: dict[int, int] | None = None,
     ) -> LabeledImage:
-        """The image with its labels as a new mask file."""
-        name = "_".join(image.path.with_suffix("").parts[-3:])
+        """The image with its labels as a new mask file NAME."""
         path = folder / "masks" / str(image.split) / f"{name}.png"
         write_bytes(path, cv2.imencode(".png", labels)[1].tobytes())
         if pixels is None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every format: known labels are read back exactly, and bad files are named with their place."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -158,6 +159,175 @@ class TestCoco:
         left = read_folder(tmp_path, Options(), skip_bad=True)
         assert 0 < sum(len(image.objects) for image in left.images) < 12
         assert left.findings
+
+    def test_captions_and_keypoints_beside_instances(self, tmp_path):
+        """COCO's own folder: captions are no objects, and people with keypoints are there once."""
+        for split, names in (("train2017", sets.NAMES[:4]), ("val2017", sets.NAMES[4:])):
+            folder = tmp_path / "annotations"
+            file = sets.write_coco(
+                tmp_path, names=names, images=split, file=f"annotations/instances_{split}.json"
+            )
+            content = json.loads(file.read_text())
+            boats = [
+                dict(entry, keypoints=[9, 9, 2], num_keypoints=1)
+                for entry in content["annotations"]
+                if entry["category_id"] == 1
+            ]
+            keypoints = dict(content, annotations=boats, categories=content["categories"][:1])
+            (folder / f"person_keypoints_{split}.json").write_text(json.dumps(keypoints))
+            captions = dict(content, annotations=[dict(id=1, image_id=0, caption="a boat")])
+            del captions["categories"]
+            (folder / f"captions_{split}.json").write_text(json.dumps(captions))
+        data = read(tmp_path)
+        assert_as_written(data, POLYGONS, splits=SPLIT)
+        assert data.notes == [
+            "no classes and boxes (captions, for example), so not read: "
+            "annotations/captions_train2017.json, annotations/captions_val2017.json",
+            "6 objects are repeated, and count once: annotations/instances_train2017.json, "
+            "annotations/instances_val2017.json, annotations/person_keypoints_train2017.json, "
+            "annotations/person_keypoints_val2017.json",
+        ]
+
+    def test_captions_alone_are_no_labels(self, tmp_path):
+        file = sets.write_coco(tmp_path)
+        content = json.loads(file.read_text())
+        content["annotations"] = [dict(id=1, image_id=0, caption="a boat")]
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match="no labels that are known"):
+            read(tmp_path)
+
+    def test_equal_objects_of_one_image_are_two_but_count_once_in_two_entries(self, tmp_path):
+        file = sets.write_coco(tmp_path, names=sets.NAMES[:2])
+        content = json.loads(file.read_text())
+        first, bread = content["annotations"][0], content["annotations"][2]
+        content["images"].append(dict(content["images"][1], id=7))
+        content["annotations"] += [dict(first, id=8), dict(bread, id=9, image_id=7)]
+        file.write_text(json.dumps(content))
+        data = read(tmp_path)
+        counts = {name: len(image.objects) for name, image in by_name(data).items()}
+        assert counts == {"apple": 3, "bread": 2}
+        assert "1 objects are repeated, and count once: labels.json" in data.notes
+
+    def test_file_of_all_beside_files_of_splits(self, tmp_path):
+        for file, names in (
+            ("all.json", sets.NAMES),
+            ("train.json", sets.NAMES[:4]),
+            ("val.json", sets.NAMES[4:]),
+        ):
+            sets.write_coco(tmp_path, names=names, file=file)
+        data = read(tmp_path)
+        assert_as_written(data, POLYGONS, splits=SPLIT)
+        assert "12 objects are repeated, and count once: all.json, train.json, val.json" in (
+            data.notes
+        )
+
+    def test_images_of_two_splits(self, tmp_path):
+        sets.write_coco(tmp_path, names=sets.NAMES[:5], file="train.json")
+        file = sets.write_coco(tmp_path, names=sets.NAMES[3:], file="val.json")
+        message = (
+            f"{file}: 2 images are for val here and for train in train.json, such as "
+            "images/date.png; remove them from one of the two files"
+        )
+        with pytest.raises(UserError, match=message):
+            read(tmp_path)
+        left = read_folder(tmp_path, Options(), skip_bad=True)
+        assert {name: image.split for name, image in by_name(left).items()} == {
+            "apple": "train",
+            "bread": "train",
+            "cheese": "train",
+            "fig": "val",
+        }
+
+    def test_repeated_ids(self, tmp_path):
+        """Nobody knows which image, or which class, their annotations are of."""
+        file = sets.write_coco(tmp_path)
+        content = json.loads(file.read_text())
+        content["images"][3]["id"] = 2
+        for entry in content["annotations"]:
+            entry["image_id"] = {3: 2}.get(entry["image_id"], entry["image_id"])
+        content["categories"] += [dict(id=5, name="cat"), dict(id=5, name="dog")]
+        content["annotations"][0]["category_id"] = 5
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"two entries \(image\) have the id 2"):
+            read(tmp_path)
+        left = read_folder(tmp_path, Options(), skip_bad=True)
+        counts = {name: len(image.objects) for name, image in by_name(left).items()}
+        assert counts == {"apple": 1, "bread": 2, "egg": 2, "fig": 2}
+        assert left.classes == sets.CLASSES
+        assert left.notes[:2] == [
+            "labels.json: several images have the same id, so they and their annotations are left "
+            "out: ['2']",
+            "labels.json: several classes have the same id, so they and their annotations are left "
+            "out: ['5']",
+        ]
+        # The same, if one of the two images is missing.
+        (tmp_path / "images" / "date.png").unlink()
+        left = read_folder(tmp_path, Options(), skip_bad=True)
+        assert sorted(by_name(left)) == ["apple", "bread", "egg", "fig"]
+
+    def test_names_of_one_image_in_two_folders_of_which_one_is_missing(self, tmp_path):
+        """The objects of the missing image are not those of the other."""
+        file = sets.write_coco(tmp_path, images="images/north")
+        content = json.loads(file.read_text())
+        for image in content["images"]:
+            image["file_name"] = "north/" + image["file_name"]
+        content["images"][0]["file_name"] = "south/bread.png"
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError) as error:
+            read(tmp_path)
+        assert (
+            f"{file}: ['north/bread.png', 'south/bread.png'] would all be images/north/bread.png; "
+            "add the images that are missing" in str(error.value)
+        )
+        left = read_folder(tmp_path, Options(), skip_bad=True)
+        assert sorted(by_name(left)) == list(sets.NAMES[2:])
+
+    def test_sizes_that_are_left_out_are_those_of_the_images(self, tmp_path):
+        """So boxes outside are found, and run lengths fit."""
+        file = sets.write_coco(tmp_path, masks="rle")
+        content = json.loads(file.read_text())
+        for image in content["images"]:
+            del image["width"], image["height"]
+        file.write_text(json.dumps(content))
+        assert_as_written(read(tmp_path), POLYGONS)
+        content["annotations"][2]["bbox"] = [64, 9, 5, 5]
+        content["annotations"][4]["bbox"] = [9, 9, 0, 5]
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match="2 errors in the labels") as error:
+            read(tmp_path)
+        assert f"{file}: annotation 2 (images/bread.png)" in str(error.value)
+        assert f"{file}: annotation 4 (images/cheese.png)" in str(error.value)
+        left = read_folder(tmp_path, Options(), skip_bad=True)
+        assert sum(len(image.objects) for image in left.images) == 10
+
+    def test_second_file_for_images_of_another_size(self, tmp_path):
+        sets.write_coco(tmp_path, names=sets.NAMES[:1], file="a.json")
+        file = sets.write_coco(tmp_path, file="b.json")
+        content = json.loads(file.read_text())
+        content["images"][0].update(width=128, height=96)
+        content["annotations"][0]["bbox"] = [70, 50, 20, 20]
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"are for 128 x 96 px \(b.json\)"):
+            read(tmp_path)
+        left = read_folder(tmp_path, Options(), skip_bad=True)
+        assert_as_written(dataclasses.replace(left, findings=[]), POLYGONS)
+
+    def test_masks_of_bad_objects(self, tmp_path):
+        """With masks they are errors; where masks are not learned, the boxes stay."""
+        file = sets.write_coco(tmp_path, masks="rle")
+        content = json.loads(file.read_text())
+        content["annotations"][0]["segmentation"]["size"] = [sets.WIDTH, sets.HEIGHT]
+        content["annotations"][2]["segmentation"] = [[-500, 0, 9, 0, 9, 9]]
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match="2 errors in the labels"):
+            read(tmp_path)
+        left = read_folder(tmp_path, Options(), skip_bad=True)
+        assert left.kind == POLYGONS and sum(len(image.objects) for image in left.images) == 10
+        content["annotations"][4]["segmentation"] = []
+        file.write_text(json.dumps(content))
+        data = read(tmp_path)
+        assert_as_written(data, BOXES)
+        assert "3 of 12 objects have a box but no mask" in data.notes[0]
 
     def test_damaged_file(self, tmp_path):
         file = sets.write_coco(tmp_path, file="instances_train.json")

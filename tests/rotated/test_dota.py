@@ -144,6 +144,19 @@ def test_images_of_mixed_suffixes(tmp_path):
         list_images(tmp_path)
 
 
+def test_list_of_images_of_one_name(tmp_path):
+    """A name after a tab is that of the label file."""
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").touch()
+    file = tmp_path / "images.txt"
+    file.write_text("b/1.png\tb_1\na/1.png\n")
+    assert list_images(file) == {"1": tmp_path / "a/1.png", "b_1": tmp_path / "b/1.png"}
+    file.write_text("b/1.png\na/1.png\n")
+    with pytest.raises(ValueError, match="line 2: .*a/1.png has the same name.*after a tab"):
+        list_images(file)
+
+
 def test_missing_files_are_named(tmp_path):
     for function in (list_images, list_labels):
         with pytest.raises(FileNotFoundError, match="folder .*nowhere does not exist"):
