@@ -42,6 +42,7 @@ class LabeledObject:
         corners: ``(x1, y1, ..., x4, y4)`` of its rotated box.
         crowd: whether it is a group of objects, which is neither learned nor evaluated.
         difficult: 0 means not difficult.
+        place: of its label in the file, for people, such as ``line 3``.
     """
 
     label: int
@@ -51,6 +52,7 @@ class LabeledObject:
     corners: tuple[float, ...] | None = None
     crowd: bool = False
     difficult: int = 0
+    place: str = ""
 
     @classmethod
     def outlined(cls, label: int, polygons: Sequence[Points], **kwargs) -> LabeledObject:
@@ -95,6 +97,7 @@ class LabeledImage:
         pixels: number of pixels of each label in the mask, by label.
         label: class of the whole image.
         split: one of :data:`SPLITS`, or None if the data set does not say.
+        source: file of its labels, if it has one of its own.
     """
 
     path: Path
@@ -105,6 +108,7 @@ class LabeledImage:
     pixels: dict[int, int] = field(default_factory=dict)
     label: int | None = None
     split: str | None = None
+    source: Path | None = None
 
 
 @dataclass

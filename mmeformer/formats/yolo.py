@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from mmeformer.checks.findings import ERROR, WARNING, Finding
 from mmeformer.errors import UserError
@@ -44,6 +45,20 @@ _BEYOND = 1e-3
 _MOST = 0.25
 _RIGHT = 0.03
 """Corners of a rotated box may miss the right angle by this (its cosine)."""
+
+
+class _Line(NamedTuple):
+    """A valid line of a label file.
+
+    Args:
+        number: from 1.
+        label: class.
+        values: the numbers behind it, shares of width and height in turn.
+    """
+
+    number: int
+    label: int
+    values: NDArray[np.float64]
 
 
 def find(tree: Tree) -> list[Path]:
@@ -114,22 +129,21 @@ def read(tree: Tree, options: Options) -> LabeledData:
         images = {path: split for path, split in images.items() if labels[path] is not None}
     sizes = read_sizes(images, findings)
     found = [
-        LabeledImage(path, *sizes[path], split=split)
+        LabeledImage(path, *sizes[path], split=split, source=labels[path])
         for path, split in images.items()
         if path in sizes
     ]
-    lines: dict[int, list[tuple[int, np.ndarray]]] = {}
+    lines: dict[int, list[_Line]] = {}
     highest = -1
     for image in found:
-        label = labels[image.path]
-        parsed = [] if label is None else _read_labels(label, len(names), findings, has_points)
+        parsed = []
+        if image.source is not None:
+            parsed = _read_labels(image.source, len(names), findings, has_points)
         lines[id(image)] = parsed
-        highest = max([highest, *(number for number, _ in parsed)])
+        highest = max([highest, *(line.label for line in parsed)])
     kind = _kind(found, lines, options)
     for image in found:
-        image.objects = [
-            _object(number, values, image, kind) for number, values in lines[id(image)]
-        ]
+        image.objects = [_object(line, image, kind) for line in lines[id(image)]]
     classes = class_names(max(highest + 1, len(names)), options, names)
     return LabeledData(NAME, tree.root, kind, tuple(classes), found, findings, notes)
 
@@ -218,9 +232,9 @@ def _label_of(image: Path, tree: Tree) -> Path | None:
 
 def _read_labels(
     path: Path, classes: int, findings: list[Finding], has_points: bool
-) -> list[tuple[int, np.ndarray]]:
-    """Class and numbers of each valid line, without the keypoints behind its box."""
-    found: list[tuple[int, np.ndarray]] = []
+) -> list[_Line]:
+    """The valid lines, without the keypoints behind a box."""
+    found: list[_Line] = []
     seen: set[str] = set()
     try:
         lines = read_text(path).splitlines()
@@ -238,7 +252,7 @@ def _read_labels(
             text = f"line {number} repeats an earlier one, which counts once"
             findings.append(Finding(WARNING, "repeated line", str(path), text))
         else:
-            found.append((int(float(fields[0])), np.array(fields[1:], np.float64)))
+            found.append(_Line(number, int(float(fields[0])), np.array(fields[1:], np.float64)))
         seen.add(line)
     return found
 
@@ -257,22 +271,20 @@ def _fault(fields: list[str], classes: int) -> str | None:
         return f"has {len(values)} numbers after the class; 4 make a box, 6, 8, ... an outline"
     if max(values) > 1 + _BEYOND or min(values) < -_BEYOND:
         return "numbers must be shares of the image's width and height, from 0 to 1"
-    if len(values) == 4 and min(values[2:]) <= 0:
-        return "the box has no width or height"
     return None
 
 
 def _kind(images, lines, options: Options) -> str:
     """Kind of the labels. Four points in every line are corners if most make right angles."""
-    shapes = {len(values) for image in images for _, values in lines[id(image)]}
+    shapes = {len(line.values) for image in images for line in lines[id(image)]}
     if not shapes or 4 in shapes:
         return BOXES
     if shapes != {8} or options.corners is False:
         return POLYGONS
     right = [
-        _is_rectangle(np.reshape(values, (4, 2)) * (image.width, image.height))
+        _is_rectangle(np.reshape(line.values, (4, 2)) * (image.width, image.height))
         for image in images
-        for _, values in lines[id(image)]
+        for line in lines[id(image)]
     ]
     # Of DOTA's own boxes, many are not quite rectangles.
     if options.corners or np.mean(right) >= _MOST:
@@ -291,11 +303,13 @@ def _is_rectangle(corners: np.ndarray) -> bool:
     return bool((cosines <= _RIGHT + 1 / np.minimum(lengths, np.roll(lengths, -1))).all())
 
 
-def _object(number: int, values: np.ndarray, image: LabeledImage, kind: str) -> LabeledObject:
-    if len(values) == 4:
-        x, y, width, height = values * ((image.width, image.height) * 2)
-        return LabeledObject(number, (x - width / 2, y - height / 2, width, height))
-    points = (values.reshape(-1, 2) * (image.width, image.height)).ravel().tolist()
+def _object(line: _Line, image: LabeledImage, kind: str) -> LabeledObject:
+    place = f"line {line.number}"
+    points = (line.values.reshape(-1, 2) * (image.width, image.height)).ravel().tolist()
+    if len(points) == 4:
+        x, y, width, height = points
+        box = (x - width / 2, y - height / 2, width, height)
+        return LabeledObject(line.label, box, place=place)
     if kind == CORNERS:
-        return LabeledObject.cornered(number, points)
-    return LabeledObject.outlined(number, [points])
+        return LabeledObject.cornered(line.label, points, place=place)
+    return LabeledObject.outlined(line.label, [points], place=place)

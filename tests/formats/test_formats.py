@@ -231,7 +231,7 @@ class TestYolo:
             ("2 0.5 0.5 0.1 0.1", "line 1: the class is 2, but the names go from 0 to 1"),
             ("0 0.5 0.5 0.1", "line 1: has 3 numbers"),
             ("0 32 24 10 10", "line 1: numbers must be shares"),
-            ("0 0.5 0.5 0 0.1", "line 1: the box has no width"),
+            ("0 0.5 0.5 0 0.1", "line 1: the box of 0 x 4.8 px is less than a pixel"),
             ("boat 0.5 0.5 0.1 0.1", "line 1: must be numbers"),
         ],
     )
@@ -514,6 +514,90 @@ def test_class_folders(tmp_path):
     )
     (note,) = read(tmp_path).notes
     assert "1 images are in no class folder and left out, such as val/loose.jpg" in note
+
+
+class TestBadObjects:
+    """What training would skip, or stop at after everything is written, is named by its label."""
+
+    def write_yolo(self, root, line):
+        sets.write_yolo(root)
+        path = root / "labels" / "train" / "apple.txt"
+        path.write_text(f"{line}\n{path.read_text()}")
+        return path
+
+    def write_voc(self, root, old, new):
+        """Replace a text of the second object of an image."""
+        sets.write_voc(root)
+        path = root / "Annotations" / "apple.xml"
+        first, second = path.read_text().rsplit("<object>", 1)
+        assert old in second
+        path.write_text(f"{first}<object>{second.replace(old, new)}")
+        return path
+
+    def assert_left_out(self, root, path, message, left):
+        """An error with the place, and the other objects of the image with ``skip_bad``."""
+        with pytest.raises(UserError, match=message) as error:
+            read(root)
+        assert f"error: {path}: " in str(error.value) and "1 errors" in str(error.value)
+        data = read_folder(root, Options(), skip_bad=True)
+        assert len(by_name(data)["apple"].objects) == left
+        assert "1 errors: these files and objects are left out" in data.notes
+        assert data.findings[0].path == str(path)
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("0 0.5 0.5 0.01 0.01", "line 1: the box of 0.64 x 0.48 px is less than a pixel"),
+            ("0 0.5 0.5 0 0.1", "line 1: the box of 0 x 4.8 px is less than a pixel"),
+            ("0 0.2 0.2 0.4 0.4 0.6 0.6", "line 1: the outline encloses no area"),
+        ],
+    )
+    def test_yolo(self, tmp_path, line, message):
+        path = self.write_yolo(tmp_path, line)
+        self.assert_left_out(tmp_path, path, message, left=2)
+
+    def test_a_pixel_that_yolo_rounds(self, tmp_path):
+        """1 px of 48 is 0.020833 in six digits: 0.99998 px."""
+        self.write_yolo(tmp_path, "0 0.5 0.5 0.020833 0.020833")
+        assert len(by_name(read(tmp_path))["apple"].objects) == 3
+
+    def test_corners_without_area(self, tmp_path):
+        sets.write_yolo(tmp_path, "obb")
+        path = tmp_path / "labels" / "val" / "fig.txt"
+        path.write_text("0 0.1 0.1 0.9 0.9 0.9 0.9 0.1 0.1\n" + path.read_text())
+        with pytest.raises(UserError, match="fig.txt: line 1: the corners enclose no area"):
+            read(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("xmin", "xmax", "message"),
+        [
+            (70, 90, r"object 2 \(car\): lies outside its image of 64 x 48 px: x from 70 to 90"),
+            (30, 10, r"object 2 \(car\): the box of -20 x .* px is less than a pixel"),
+            (30, 30.5, r"object 2 \(car\): the box of 0.5 x .* px is less than a pixel"),
+        ],
+    )
+    def test_voc(self, tmp_path, xmin, xmax, message):
+        box = sets.upright("apple")[1]
+        old = f"<xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[0] + box[2]}</xmax>"
+        new = f"<xmin>{xmin}</xmin><ymin>{box[1]}</ymin><xmax>{xmax}</xmax>"
+        path = self.write_voc(tmp_path, old, new)
+        self.assert_left_out(tmp_path, path, message, left=1)
+
+    def test_outlines_far_away(self, tmp_path):
+        """pycocotools can crash on them."""
+        old = "<bndbox>"
+        new = "<polygon><x1>9</x1><y1>9</y1><x2>200</x2><y2>9</y2><x3>9</x3><y3>30</y3></polygon>"
+        path = self.write_voc(tmp_path, old, new + old)
+        message = r"object 2 \(car\): the outline reaches far beyond its image of 64 x 48 px"
+        self.assert_left_out(tmp_path, path, message, left=1)
+
+    def test_labels_without_places(self, tmp_path):
+        """Readers that do not say where a label is: the image and the number of the object."""
+        sets.write_dota(tmp_path)
+        path = tmp_path / "train" / "labelTxt" / "apple.txt"
+        path.write_text("900 5 950 5 950 9 900 9 car 0\n")
+        with pytest.raises(UserError, match=r"object 1 \(car\): lies outside its image"):
+            read(tmp_path)
 
 
 class TestRecognition:
