@@ -157,6 +157,24 @@ class LabeledData:
         return found
 
 
+def note_of_boxes(images: Sequence[LabeledImage]) -> list[str]:
+    """A note if objects with only a box keep the outlines of the others from being learned."""
+    items = [(image, item) for image in images for item in image.objects]
+    boxes = [
+        (image, item)
+        for image, item in items
+        if not item.polygons and item.rle is None and item.corners is None
+    ]
+    if not boxes or len(boxes) == len(items):
+        return []
+    image, item = boxes[0]
+    return [
+        f"{len(boxes)} of {len(items)} objects have a box but no outline, the first in "
+        f"{image.source or image.path} {item.place}".rstrip()
+        + ": outlines are not learned; to keep them, remove these boxes or draw their outlines"
+    ]
+
+
 def bounding_box(polygons: Sequence[Points]) -> tuple[float, float, float, float]:
     """x, y, width and height of the upright box around ``[x1, y1, x2, y2, ...]``."""
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])

@@ -326,9 +326,7 @@ class TestNothingIsWrittenOver:
         root = sets.write_yolo(tmp_path / "data")
         path = root / "labels" / "train" / "apple.txt"
         path.write_text(path.read_text() + "0 0.5 0.5 0.001 0.001\n")
-        with pytest.raises(
-            UserError, match=f"--skip-bad:\nerror: {path}: line 3: the box of 0.064"
-        ):
+        with pytest.raises(UserError, match=f"{path}: line 3: the box of 0.064 x"):
             make(root, tmp_path / "a.py")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
         made, report = make(root, tmp_path / "a.py", skip_bad=True)

@@ -9,7 +9,8 @@ Format: https://docs.ultralytics.com/datasets/detect, ``/segment`` and ``/obb``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from mmeformer.labeled import (
     LabeledData,
     LabeledImage,
     LabeledObject,
+    note_of_boxes,
 )
 
 NAME = "YOLO"
@@ -112,7 +114,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
         if has_points := "kpt_shape" in content:
             notes.append("keypoints are left out; the boxes are read")
         names = _names(content["names"], settings[0])
-        images = _images_of(content, settings[0], tree)
+        images = _images_of(content, settings[0], tree, notes)
     else:
         named = [path for path in tree.files if path.name in _NAME_FILES]
         names = read_names(named[0]) if named else []
@@ -120,13 +122,21 @@ def read(tree: Tree, options: Options) -> LabeledData:
         if not named and not options.classes:
             notes.append("no data.yaml or classes.txt names the classes; name them with --classes")
     findings: list[Finding] = []
-    labels = {path: _label_of(path, tree) for path in images}
-    if not settings:
+    labels = {path: _label_of(path, tree) for path in (*tree.images, *images)}
+    if settings:
+        notes += _without_labels(images, labels)
+        if others := [path for path in tree.images if path not in images]:
+            where = f"are not in {settings[0].name} and left out"
+            notes.append(f"{len(others)} images {where}, such as {others[0]}")
+    else:
         # Without a list of images, one without a label file was rather not labeled.
-        bare = [path for path, label in labels.items() if label is None]
+        bare = [path for path in images if labels[path] is None]
         if bare:
-            notes.append(f"{len(bare)} images have no label file and are left out: {bare[0]}...")
+            notes.append(
+                f"{len(bare)} images have no label file and are left out, such as {bare[0]}"
+            )
         images = {path: split for path, split in images.items() if labels[path] is not None}
+    notes += _without_images(tree, labels)
     sizes = read_sizes(images, findings)
     found = [
         LabeledImage(path, *sizes[path], split=split, source=labels[path])
@@ -144,6 +154,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
     kind = _kind(found, lines, options)
     for image in found:
         image.objects = [_object(line, image, kind) for line in lines[id(image)]]
+    notes += note_of_boxes(found)
     classes = class_names(max(highest + 1, len(names)), options, names)
     return LabeledData(NAME, tree.root, kind, tuple(classes), found, findings, notes)
 
@@ -176,24 +187,24 @@ def _names(value: Any, path: Path) -> list[str]:
     raise UserError(f"{path}: names must be a list, or a mapping from 0, 1, ... to names")
 
 
-def _images_of(content: dict, path: Path, tree: Tree) -> dict[Path, str | None]:
-    """The images of each split: of folders, of text files with a path a line, or of lists."""
+def _images_of(content: dict, path: Path, tree: Tree, notes: list[str]) -> dict[Path, str | None]:
+    """The images of each split: of folders, of text files with a path a line, or of lists.
+
+    Adds a note for test images that do not exist: exports name them, and training needs none.
+    """
     base = Path(str(content.get("path") or "."))
     bases = [base, path.parent / base, path.parent, tree.root]
     images: dict[Path, str | None] = {}
     for key, split in SPLIT_KEYS.items():
         places = content.get(key)
         for place in [places] if isinstance(places, str) else places or []:
-            # Roboflow writes ../train/images for what lies beside data.yaml.
-            plain = str(place).replace("\\", "/")
-            tries = [Path(b, p) for p in (plain, plain.removeprefix("../")) for b in bases]
-            found = next((t.resolve() for t in tries if t.exists() and _is_inside(t, tree)), None)
-            if found is None:
-                raise UserError(
-                    f"{path}: {key}: {place} does not exist below {tree.root}; correct it"
-                )
-            for image in _listed(found, tree):
+            found, missing = _listed(str(place), bases, tree)
+            for image in found:
                 images.setdefault(image, split)
+            if missing and split != "test":
+                raise UserError(f"{path}: {key}: {missing}; correct it")
+            if missing:
+                notes.append(f"{path}: {key}: {missing}: no test images from there")
     return images
 
 
@@ -201,20 +212,26 @@ def _is_inside(path: Path, tree: Tree) -> bool:
     return path.resolve().is_relative_to(tree.root.resolve())
 
 
-def _listed(place: Path, tree: Tree) -> Iterable[Path]:
-    """Images below a folder, or those that a text file lists."""
-    if place.is_dir():
-        return [path for path in tree.images if path.resolve().is_relative_to(place)]
-    found: list[Path] = []
-    missing: list[str] = []
-    for name in read_names(place):
-        if (image := tree.find_image(name, place)) is None:
-            missing.append(name)
-        else:
-            found.append(image)
-    if missing:
-        raise UserError(f"{place} lists {len(missing)} images that do not exist: {missing[0]}, ...")
-    return found
+def _listed(place: str, bases: Sequence[Path], tree: Tree) -> tuple[list[Path], str]:
+    """Images below a folder, or those that a text file lists, and in words what does not exist.
+
+    Args:
+        place: folder or file, relative to one of ``bases``.
+    """
+    # Roboflow writes ../train/images for what lies beside data.yaml.
+    plain = place.replace("\\", "/")
+    tries = [Path(b, p) for p in (plain, plain.removeprefix("../")) for b in bases]
+    found = next((t.resolve() for t in tries if t.exists() and _is_inside(t, tree)), None)
+    if found is None:
+        return [], f"{place} does not exist below {tree.root}"
+    if found.is_dir():
+        return [path for path in tree.images if path.resolve().is_relative_to(found)], ""
+    images = {name: tree.find_image(name, found) for name in read_names(found)}
+    gone = [name for name, image in images.items() if image is None]
+    kept = [image for image in images.values() if image is not None]
+    if gone:
+        return kept, f"{place} lists {len(gone)} images that do not exist, such as {gone[0]}"
+    return kept, ""
 
 
 def _label_of(image: Path, tree: Tree) -> Path | None:
@@ -228,6 +245,32 @@ def _label_of(image: Path, tree: Tree) -> Path | None:
             break
     places.append(image.parent.parent / "labels")
     return next((place / name for place in places if (place / name).is_file()), None)
+
+
+def _without_labels(
+    images: Mapping[Path, str | None], labels: Mapping[Path, Path | None]
+) -> list[str]:
+    """A note on the images without a label file, if there are any.
+
+    Args:
+        images: split of each.
+        labels: label file of each.
+    """
+    total = Counter(images.values())
+    bare = [path for path in images if labels[path] is None]
+    counts = Counter(images[path] for path in bare)
+    if not bare:
+        return []
+    listed = " and ".join(f"{count} of {total[split]} {split}" for split, count in counts.items())
+    return [f"{listed} images have no label file (background), such as {bare[0]}"]
+
+
+def _without_images(tree: Tree, labels: Mapping[Path, Path | None]) -> list[str]:
+    """A note on the label files of no image, if there are any: their names may differ."""
+    used = set(labels.values())
+    others = [path for path in tree.with_suffix(".txt") if path not in used]
+    lost = [path for path in others if _looks_like_labels(path)]
+    return [f"{len(lost)} label files have no image, such as {lost[0]}"] if lost else []
 
 
 def _read_labels(

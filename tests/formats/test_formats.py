@@ -2,6 +2,7 @@
 """Every format: known labels are read back exactly, and bad files are named with their place."""
 
 import json
+import re
 from pathlib import Path
 
 import labeled_sets as sets
@@ -209,8 +210,65 @@ class TestYolo:
 
     def test_images_without_labels_have_no_objects(self, tmp_path):
         sets.write_yolo(tmp_path)
-        (tmp_path / "labels" / "train" / "apple.txt").unlink()
-        assert by_name(read(tmp_path))["apple"].objects == []
+        for name in ("train/apple", "train/date", "val/egg"):
+            (tmp_path / "labels" / f"{name}.txt").unlink()
+        data = read(tmp_path)
+        assert by_name(data)["apple"].objects == []
+        assert data.notes == [
+            "2 of 4 train and 1 of 2 val images have no label file (background), such as "
+            f"{tmp_path}/images/train/apple.jpg"
+        ]
+
+    def test_labels_of_other_names(self, tmp_path):
+        """Both sides are named; other text files and labels of images left out do not count."""
+        sets.write_yolo(tmp_path)
+        (tmp_path / "labels/train/apple.txt").rename(tmp_path / "labels/train/ap_ple.txt")
+        (tmp_path / "README.txt").write_text("0 objects\n")
+        (tmp_path / "images/other").mkdir()
+        (tmp_path / "images/val/fig.jpg").rename(tmp_path / "images/other/fig.jpg")
+        (tmp_path / "labels/other").mkdir()
+        (tmp_path / "labels/val/fig.txt").rename(tmp_path / "labels/other/fig.txt")
+        lost = f"1 label files have no image, such as {tmp_path}/labels/train/ap_ple.txt"
+        assert read(tmp_path).notes == [
+            "1 of 4 train images have no label file (background), such as "
+            f"{tmp_path}/images/train/apple.jpg",
+            f"1 images are not in data.yaml and left out, such as {tmp_path}/images/other/fig.jpg",
+            lost,
+        ]
+        (tmp_path / "data.yaml").unlink()
+        (tmp_path / "classes.txt").write_text("boat\ncar\n")
+        bare = f"left out, such as {tmp_path}/images/train/apple.jpg"
+        assert read(tmp_path).notes[:2] == [f"1 images have no label file and are {bare}", lost]
+
+    @pytest.mark.parametrize("kind", ["segment", "obb"])
+    def test_one_box_among_outlines(self, tmp_path, kind):
+        sets.write_yolo(tmp_path, kind)
+        assert not read(tmp_path).notes
+        path = tmp_path / "labels/train/cheese.txt"
+        path.write_text(path.read_text() + "0 0.5 0.5 0.2 0.2\n")
+        data = read(tmp_path)
+        assert data.kind == BOXES and data.notes == [
+            f"1 of 13 objects have a box but no outline, the first in {path} line 3: outlines are "
+            "not learned; to keep them, remove these boxes or draw their outlines"
+        ]
+
+    @pytest.mark.parametrize("test", ["../test/images", "test.txt"])
+    def test_exports_without_their_test_images(self, tmp_path, test):
+        """As of Roboflow, and of COCO in Ultralytics' layout."""
+        sets.write_yolo(tmp_path)
+        settings = tmp_path / "data.yaml"
+        text = settings.read_text()
+        settings.write_text(f"{text}test: {test}\n")
+        missing = f"{test} does not exist below {tmp_path}"
+        if test == "test.txt":
+            (tmp_path / test).write_text("./images/test2017/1.jpg\n./images/test2017/2.jpg\n")
+            missing = f"{test} lists 2 images that do not exist, such as ./images/test2017/1.jpg"
+        data = read(tmp_path)
+        assert_as_written(data, BOXES, splits=SPLIT)
+        assert data.notes == [f"{settings}: test: {missing}: no test images from there"]
+        settings.write_text(text.replace("images/val", test))
+        with pytest.raises(UserError, match=re.escape(f"val: {missing}; correct it")):
+            read(tmp_path)
 
     def test_four_points(self, tmp_path):
         """Corners without right angles: outlines or rotated boxes? The task answers."""
