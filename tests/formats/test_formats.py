@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import cv2
 import labeled_sets as sets
 import numpy as np
 import pytest
@@ -501,6 +502,65 @@ class TestMasks:
         mask = data.read_mask(by_name(data)["apple"].mask)
         expected = sets.mask_of("apple")
         np.testing.assert_array_equal(mask, expected > 0)
+
+    @pytest.mark.parametrize(
+        ("values", "middle"), [((0, 255), 128), ((255, 0), 128), ((1, 7), 4), ((0, 40), 20)]
+    )
+    @pytest.mark.parametrize("way", ["blurred", "resized", "antialiased"])
+    def test_soft_edges(self, tmp_path, values, middle, way):
+        """Their steps would be classes, and 255 unlabeled."""
+        sets.write_masks(tmp_path)
+        for path in sorted((tmp_path / "masks").rglob("*.png")):
+            mask = np.full((48, 64), values[0], np.uint8)
+            line = cv2.LINE_AA if way == "antialiased" else cv2.LINE_8
+            cv2.circle(mask, (30, 25), 15, values[1], -1, line)
+            if way == "blurred":
+                mask = cv2.GaussianBlur(mask, (0, 0), 1.5)
+            elif way == "resized":
+                mask = cv2.resize(cv2.resize(mask, (43, 32)), (64, 48))
+            Image.fromarray(mask).save(path)
+        steps = rf"the masks have the values {min(values)} and {max(values)}, and \d+ between them"
+        message = rf"{steps} at soft edges .in 6 masks, .*\.png.; threshold them at {middle}, "
+        with pytest.raises(UserError, match=message):
+            read(tmp_path)
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, classes=("background", "object"))
+
+    def test_one_soft_mask_among_others(self, tmp_path):
+        sets.write_masks(tmp_path, values={1: 255, 2: 255})
+        path = tmp_path / "masks" / "val" / "fig.png"
+        Image.fromarray(cv2.GaussianBlur(np.array(Image.open(path)), (0, 0), 1)).save(path)
+        with pytest.raises(UserError, match=f"soft edges .in 1 masks, such as {path}"):
+            read(tmp_path)
+
+    @pytest.mark.parametrize("ring", [1, 3])
+    def test_small_objects_between_two_values_are_no_soft_edges(self, tmp_path, ring):
+        """Most pixels are 0 or 255, others few: numbers with gaps, rings of 255 as in VOC."""
+        sets.write_masks(tmp_path)
+        for path in sorted((tmp_path / "masks").rglob("*.png")):
+            mask = np.zeros((48, 64), np.uint8)
+            for index, label in enumerate((3, 30, 90, 120, 200)):
+                center = (6 + 12 * index, 24)
+                cv2.circle(mask, center, 3 + ring, 255, -1)
+                cv2.circle(mask, center, 3, label, -1)
+            cv2.line(mask, (0, 5), (63, 5), 60, 1)
+            Image.fromarray(mask).save(path)
+        data = read(tmp_path)
+        assert data.classes == tuple(f"value_{value}" for value in (0, 3, 30, 60, 90, 120, 200))
+        assert sum(data.counts().values()) == sum(
+            np.count_nonzero(np.array(Image.open(path)) != 255)
+            for path in (tmp_path / "masks").rglob("*.png")
+        )
+
+    def test_border_class_of_a_trimap(self, tmp_path):
+        """A line of 128 between 0 and 254 is a class."""
+        sets.write_masks(tmp_path)
+        for path in sorted((tmp_path / "masks").rglob("*.png")):
+            mask = np.zeros((48, 64), np.uint8)
+            cv2.circle(mask, (30, 25), 15, 254, -1)
+            cv2.circle(mask, (30, 25), 15, 128, 1)
+            Image.fromarray(mask).save(path)
+        assert read(tmp_path).classes == ("value_0", "value_128", "value_254")
 
     def test_one_name(self, tmp_path):
         """What is not the class is the background."""
