@@ -42,6 +42,7 @@ class LabeledObject:
         corners: ``(x1, y1, ..., x4, y4)`` of its rotated box.
         crowd: whether it is a group of objects, which is neither learned nor evaluated.
         difficult: 0 means not difficult.
+        place: of its label in the file, for people, such as ``line 3``.
     """
 
     label: int
@@ -51,6 +52,7 @@ class LabeledObject:
     corners: tuple[float, ...] | None = None
     crowd: bool = False
     difficult: int = 0
+    place: str = ""
 
     @classmethod
     def outlined(cls, label: int, polygons: Sequence[Points], **kwargs) -> LabeledObject:
@@ -95,6 +97,7 @@ class LabeledImage:
         pixels: number of pixels of each label in the mask, by label.
         label: class of the whole image.
         split: one of :data:`SPLITS`, or None if the data set does not say.
+        source: file of its labels, if it has one of its own.
     """
 
     path: Path
@@ -105,6 +108,7 @@ class LabeledImage:
     pixels: dict[int, int] = field(default_factory=dict)
     label: int | None = None
     split: str | None = None
+    source: Path | None = None
 
 
 @dataclass
@@ -151,6 +155,24 @@ class LabeledData:
             if image.label is not None:
                 found[image.label] += 1
         return found
+
+
+def note_of_boxes(images: Sequence[LabeledImage]) -> list[str]:
+    """A note if objects with only a box keep the outlines of the others from being learned."""
+    items = [(image, item) for image in images for item in image.objects]
+    boxes = [
+        (image, item)
+        for image, item in items
+        if not item.polygons and item.rle is None and item.corners is None
+    ]
+    if not boxes or len(boxes) == len(items):
+        return []
+    image, item = boxes[0]
+    return [
+        f"{len(boxes)} of {len(items)} objects have a box but no outline, the first in "
+        f"{image.source or image.path} {item.place}".rstrip()
+        + ": outlines are not learned; to keep them, remove these boxes or draw their outlines"
+    ]
 
 
 def bounding_box(polygons: Sequence[Points]) -> tuple[float, float, float, float]:

@@ -322,6 +322,17 @@ class TestNothingIsWrittenOver:
         assert own_data.made_before(request) == made.config
         assert not list(tmp_path.glob(".a*"))
 
+    def test_bad_labels_are_found_before_anything_is_written(self, tmp_path):
+        root = sets.write_yolo(tmp_path / "data")
+        path = root / "labels" / "train" / "apple.txt"
+        path.write_text(path.read_text() + "0 0.5 0.5 0.001 0.001\n")
+        with pytest.raises(UserError, match=f"{path}: line 3: the box of 0.064 x"):
+            make(root, tmp_path / "a.py")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+        made, report = make(root, tmp_path / "a.py", skip_bad=True)
+        assert made.errors == 0 and "1 errors: these files and objects are left out" in report
+        assert f"error: {path}: line 3" in report
+
     def test_never_in_the_data(self, tmp_path, monkeypatch):
         root = sets.write_dota(tmp_path / "data")
         monkeypatch.chdir(root)

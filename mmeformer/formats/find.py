@@ -8,11 +8,14 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+import cv2
+import numpy as np
+
 from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first, format_findings
 from mmeformer.errors import UserError
 from mmeformer.formats import splits
 from mmeformer.formats.tree import Options, Tree
-from mmeformer.labeled import LabeledData
+from mmeformer.labeled import LabeledData, LabeledImage, LabeledObject, bounding_box
 
 FORMATS = {
     name: f"mmeformer.formats.{name}"
@@ -21,6 +24,10 @@ FORMATS = {
 """Readers by the name that ``--format`` takes. Label files of others count more than ``masks``, and
 ``folders`` count only if there is nothing else."""
 _LABEL_FILES = tuple(name for name in FORMATS if name not in ("masks", "folders"))
+_SMALLEST = 1
+"""Width and height in pixels of the smallest box that mmdet trains on; it skips others silently."""
+_THIN = 0.01
+"""Width in pixels below which a rotated box has none: label files of DOTA have hundredths."""
 
 
 def read_folder(
@@ -52,6 +59,7 @@ def read_folder(
         data = import_module(FORMATS[name]).read(tree, options)
     except ValueError as error:
         raise UserError(str(error)) from error
+    _drop_bad(data)
     data.findings = errors_first(data.findings)
     errors = [finding for finding in data.findings if finding.severity == ERROR]
     if errors and not skip_bad:
@@ -60,6 +68,8 @@ def read_folder(
             f"them, or leave these files and objects out with --skip-bad:\n"
             f"{format_findings(errors)}"
         )
+    if errors:
+        data.notes.append(f"{len(errors)} errors: these files and objects are left out")
     if not any(data.counts().values()):
         raise UserError(
             f"{tree.root} was read as {data.format}, but no image there is labeled; choose another "
@@ -99,6 +109,55 @@ def recognize(tree: Tree, masks: bool = False) -> str:
         f"{tree.root} has {len(tree.images)} images, but no labels that are known: "
         "COCO JSON, YOLO, Pascal VOC XML, LabelMe, DOTA text, masks, or a folder for each class"
     )
+
+
+def _drop_bad(data: LabeledData) -> None:
+    """Leave out objects that cannot be learned, with an error that names their label."""
+    for image in data.images:
+        kept = []
+        for number, item in enumerate(image.objects, start=1):
+            fault = _fault(item, image)
+            if fault is None:
+                kept.append(item)
+                continue
+            place = item.place or f"object {number} ({data.classes[item.label]})"
+            path = str(image.source or image.path)
+            data.findings.append(Finding(ERROR, "bad object", path, f"{place}: {fault}"))
+        image.objects = kept
+
+
+def _fault(item: LabeledObject, image: LabeledImage) -> str | None:
+    """What is wrong with an object: it has no area, or lies outside its image."""
+    x, y, width, height = item.box
+    size = f"{image.width} x {image.height} px"
+    if item.corners is not None:
+        if min(cv2.minAreaRect(item.quadrilateral().astype(np.float32))[1]) < _THIN:
+            return "the corners enclose no area; remove it"
+    # Rounded to thousandths, as labels are written: YOLO's own rounding makes 0.9998 px of 1 px.
+    elif round(width, 3) < _SMALLEST or round(height, 3) < _SMALLEST:
+        text = f"the box of {width:.3g} x {height:.3g} px"
+        return f"{text} is less than a pixel wide or high; remove it"
+    elif item.polygons and not _area(item):
+        return "the outline encloses no area; remove it"
+    if x + width <= 0 or y + height <= 0 or x >= image.width or y >= image.height:
+        return (
+            f"lies outside its image of {size}: x from {x:.0f} to {x + width:.0f}, y from {y:.0f} "
+            f"to {y + height:.0f}; remove it, or use the image that was labeled"
+        )
+    if item.polygons:
+        # Of COCO, the box can be another.
+        x, y, width, height = bounding_box(item.polygons)
+        right, bottom = 2 * image.width, 2 * image.height
+        if x < -image.width or y < -image.height or x + width > right or y + height > bottom:
+            # pycocotools can crash on it.
+            return f"the outline reaches far beyond its image of {size}; correct it"
+    return None
+
+
+def _area(item: LabeledObject) -> float:
+    """Area of an object's outlines in square pixels, to thousandths, as labels are written."""
+    outlines = (np.reshape(polygon, (-1, 1, 2)).astype(np.float32) for polygon in item.polygons)
+    return round(sum(cv2.contourArea(outline) for outline in outlines), 3)
 
 
 def _drop_unused(data: LabeledData) -> None:

@@ -14,10 +14,12 @@ import functools
 import json
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -41,6 +43,14 @@ _IMAGE_ENDING = re.compile(r"(_leftImg8bit|_image|_img|[_-]sat)$")
 _LEGENDS = ("labelmap.txt", "label_colors.txt", "label_colours.txt", "class_dict.csv")
 _MANY = 64
 """A mask of more colors than these is a photo, or was saved as JPEG."""
+_STEPS = 3
+"""Edges are soft from this many values between two on; one is the border class of trimaps."""
+_ENDS = 0.6
+"""Share of the pixels that have the two values between which edges are soft, at least."""
+_RISING = 0.6
+"""Share of the pixels between them that lie between their neighbors, at least: of blurred,
+resized and JPEG masks 64 to 100%, of labels with thin and tiny objects below 50%."""
+_TRIED = 20
 _IGNORED_NAMES = ("void", "ignore", "unlabeled", "unlabelled", "unknown")
 
 # The 19 classes that count, of cityscapesScripts' helpers/labels.py, by their numbers in labelIds.
@@ -285,7 +295,43 @@ def _labels(tree: Tree, options: Options, read, findings: list[Finding]) -> _Lab
     elif names is None and read[0][1].path.parent.name.startswith("SegmentationClass"):
         if max(set(total) - {UNLABELED}, default=0) < len(VOC):
             names, notes = VOC, ("Pascal VOC's 21 classes",)
+    known = options.classes or names
+    if known is None or len(known) <= 2:
+        _refuse_soft_edges(total, [values for _, values in read])
     return _of_numbers(options, names, total, notes)
+
+
+def _refuse_soft_edges(total: Counter, read: Sequence[_Values]) -> None:
+    """Raise if the masks have two values, and others only on the way from one to the other.
+
+    Masks of 0 and 255 that were drawn with antialiasing, resized or saved as JPEG are such. Their
+    steps would become classes, and 255 would be unlabeled.
+
+    Args:
+        total: number of pixels of each value.
+        read: the masks.
+    """
+    low, high = min(total), max(total)
+    steps = len(total) - 2
+    soft = [values.path for values in read if values.counts.keys() - {low, high}]
+    if steps < _STEPS or total[low] + total[high] < _ENDS * sum(total.values()):
+        return
+    # Labels have their own value around them, or the background on both sides.
+    between = rising = 0
+    for path in soft[:_TRIED]:
+        array = _open(path)[0].astype(np.float32)
+        inside = (low < array) & (array < high)
+        square = np.ones((3, 3), np.uint8)
+        lower, higher = cv2.erode(array, square), cv2.dilate(array, square)
+        between += np.count_nonzero(inside)
+        rising += np.count_nonzero(inside & (lower < array) & (array < higher))
+    if rising < _RISING * between:
+        return
+    raise UserError(
+        f"the masks have the values {low} and {high}, and {steps} between them at soft edges (in "
+        f"{len(soft)} masks, such as {soft[0]}); threshold them at {(low + high + 1) // 2}, or, if "
+        "all values are classes, name them with --classes"
+    )
 
 
 def _of_numbers(options: Options, names, total: Counter, notes: tuple[str, ...]) -> _Labels:

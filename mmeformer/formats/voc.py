@@ -96,7 +96,7 @@ def _read(path: Path, tree: Tree, labels: dict[str, int]) -> LabeledImage | None
     width, height = (int(float(root.findtext(f"size/{key}") or 0)) for key in ("width", "height"))
     # The files of VOC itself count pixels from 1; labeling tools have corners from 0.
     first = 1 if "VOC" in (root.findtext("source/database") or "") else 0
-    found = LabeledImage(image, width, height)
+    found = LabeledImage(image, width, height, source=path)
     for number, entry in enumerate(root.iter("object"), start=1):
         name = (entry.findtext("name") or "").strip()
         if not name:
@@ -106,6 +106,7 @@ def _read(path: Path, tree: Tree, labels: dict[str, int]) -> LabeledImage | None
         except (TypeError, ValueError) as error:
             raise ValueError(f"object {number} ({name}): {error}") from error
         item.difficult = int(entry.findtext("difficult") or 0)
+        item.place = f"object {number} ({name})"
         found.objects.append(item)
     return found
 
@@ -124,10 +125,6 @@ def _object(entry: ElementTree.Element, label: int, first: int) -> LabeledObject
         raise ValueError("has no bndbox")
     left, top, right, bottom = (_number(upright, key) for key in ("xmin", "ymin", "xmax", "ymax"))
     left, top = left - first, top - first
-    if right <= left or bottom <= top:
-        raise ValueError(
-            f"bndbox goes from {left:g}, {top:g} to {right:g}, {bottom:g}: no width or height"
-        )
     return LabeledObject(label, (left, top, right - left, bottom - top))
 
 

@@ -9,12 +9,14 @@ Format: https://docs.ultralytics.com/datasets/detect, ``/segment`` and ``/obb``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from mmeformer.checks.findings import ERROR, WARNING, Finding
 from mmeformer.errors import UserError
@@ -34,6 +36,7 @@ from mmeformer.labeled import (
     LabeledData,
     LabeledImage,
     LabeledObject,
+    note_of_boxes,
 )
 
 NAME = "YOLO"
@@ -44,6 +47,20 @@ _BEYOND = 1e-3
 _MOST = 0.25
 _RIGHT = 0.03
 """Corners of a rotated box may miss the right angle by this (its cosine)."""
+
+
+class _Line(NamedTuple):
+    """A valid line of a label file.
+
+    Args:
+        number: from 1.
+        label: class.
+        values: the numbers behind it, shares of width and height in turn.
+    """
+
+    number: int
+    label: int
+    values: NDArray[np.float64]
 
 
 def find(tree: Tree) -> list[Path]:
@@ -97,7 +114,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
         if has_points := "kpt_shape" in content:
             notes.append("keypoints are left out; the boxes are read")
         names = _names(content["names"], settings[0])
-        images = _images_of(content, settings[0], tree)
+        images = _images_of(content, settings[0], tree, notes)
     else:
         named = [path for path in tree.files if path.name in _NAME_FILES]
         names = read_names(named[0]) if named else []
@@ -105,31 +122,39 @@ def read(tree: Tree, options: Options) -> LabeledData:
         if not named and not options.classes:
             notes.append("no data.yaml or classes.txt names the classes; name them with --classes")
     findings: list[Finding] = []
-    labels = {path: _label_of(path, tree) for path in images}
-    if not settings:
+    labels = {path: _label_of(path, tree) for path in (*tree.images, *images)}
+    if settings:
+        notes += _without_labels(images, labels)
+        if others := [path for path in tree.images if path not in images]:
+            where = f"are not in {settings[0].name} and left out"
+            notes.append(f"{len(others)} images {where}, such as {others[0]}")
+    else:
         # Without a list of images, one without a label file was rather not labeled.
-        bare = [path for path, label in labels.items() if label is None]
+        bare = [path for path in images if labels[path] is None]
         if bare:
-            notes.append(f"{len(bare)} images have no label file and are left out: {bare[0]}...")
+            notes.append(
+                f"{len(bare)} images have no label file and are left out, such as {bare[0]}"
+            )
         images = {path: split for path, split in images.items() if labels[path] is not None}
+    notes += _without_images(tree, labels)
     sizes = read_sizes(images, findings)
     found = [
-        LabeledImage(path, *sizes[path], split=split)
+        LabeledImage(path, *sizes[path], split=split, source=labels[path])
         for path, split in images.items()
         if path in sizes
     ]
-    lines: dict[int, list[tuple[int, np.ndarray]]] = {}
+    lines: dict[int, list[_Line]] = {}
     highest = -1
     for image in found:
-        label = labels[image.path]
-        parsed = [] if label is None else _read_labels(label, len(names), findings, has_points)
+        parsed = []
+        if image.source is not None:
+            parsed = _read_labels(image.source, len(names), findings, has_points)
         lines[id(image)] = parsed
-        highest = max([highest, *(number for number, _ in parsed)])
+        highest = max([highest, *(line.label for line in parsed)])
     kind = _kind(found, lines, options)
     for image in found:
-        image.objects = [
-            _object(number, values, image, kind) for number, values in lines[id(image)]
-        ]
+        image.objects = [_object(line, image, kind) for line in lines[id(image)]]
+    notes += note_of_boxes(found)
     classes = class_names(max(highest + 1, len(names)), options, names)
     return LabeledData(NAME, tree.root, kind, tuple(classes), found, findings, notes)
 
@@ -162,24 +187,24 @@ def _names(value: Any, path: Path) -> list[str]:
     raise UserError(f"{path}: names must be a list, or a mapping from 0, 1, ... to names")
 
 
-def _images_of(content: dict, path: Path, tree: Tree) -> dict[Path, str | None]:
-    """The images of each split: of folders, of text files with a path a line, or of lists."""
+def _images_of(content: dict, path: Path, tree: Tree, notes: list[str]) -> dict[Path, str | None]:
+    """The images of each split: of folders, of text files with a path a line, or of lists.
+
+    Adds a note for test images that do not exist: exports name them, and training needs none.
+    """
     base = Path(str(content.get("path") or "."))
     bases = [base, path.parent / base, path.parent, tree.root]
     images: dict[Path, str | None] = {}
     for key, split in SPLIT_KEYS.items():
         places = content.get(key)
         for place in [places] if isinstance(places, str) else places or []:
-            # Roboflow writes ../train/images for what lies beside data.yaml.
-            plain = str(place).replace("\\", "/")
-            tries = [Path(b, p) for p in (plain, plain.removeprefix("../")) for b in bases]
-            found = next((t.resolve() for t in tries if t.exists() and _is_inside(t, tree)), None)
-            if found is None:
-                raise UserError(
-                    f"{path}: {key}: {place} does not exist below {tree.root}; correct it"
-                )
-            for image in _listed(found, tree):
+            found, missing = _listed(str(place), bases, tree)
+            for image in found:
                 images.setdefault(image, split)
+            if missing and split != "test":
+                raise UserError(f"{path}: {key}: {missing}; correct it")
+            if missing:
+                notes.append(f"{path}: {key}: {missing}: no test images from there")
     return images
 
 
@@ -187,20 +212,26 @@ def _is_inside(path: Path, tree: Tree) -> bool:
     return path.resolve().is_relative_to(tree.root.resolve())
 
 
-def _listed(place: Path, tree: Tree) -> Iterable[Path]:
-    """Images below a folder, or those that a text file lists."""
-    if place.is_dir():
-        return [path for path in tree.images if path.resolve().is_relative_to(place)]
-    found: list[Path] = []
-    missing: list[str] = []
-    for name in read_names(place):
-        if (image := tree.find_image(name, place)) is None:
-            missing.append(name)
-        else:
-            found.append(image)
-    if missing:
-        raise UserError(f"{place} lists {len(missing)} images that do not exist: {missing[0]}, ...")
-    return found
+def _listed(place: str, bases: Sequence[Path], tree: Tree) -> tuple[list[Path], str]:
+    """Images below a folder, or those that a text file lists, and in words what does not exist.
+
+    Args:
+        place: folder or file, relative to one of ``bases``.
+    """
+    # Roboflow writes ../train/images for what lies beside data.yaml.
+    plain = place.replace("\\", "/")
+    tries = [Path(b, p) for p in (plain, plain.removeprefix("../")) for b in bases]
+    found = next((t.resolve() for t in tries if t.exists() and _is_inside(t, tree)), None)
+    if found is None:
+        return [], f"{place} does not exist below {tree.root}"
+    if found.is_dir():
+        return [path for path in tree.images if path.resolve().is_relative_to(found)], ""
+    images = {name: tree.find_image(name, found) for name in read_names(found)}
+    gone = [name for name, image in images.items() if image is None]
+    kept = [image for image in images.values() if image is not None]
+    if gone:
+        return kept, f"{place} lists {len(gone)} images that do not exist, such as {gone[0]}"
+    return kept, ""
 
 
 def _label_of(image: Path, tree: Tree) -> Path | None:
@@ -216,11 +247,37 @@ def _label_of(image: Path, tree: Tree) -> Path | None:
     return next((place / name for place in places if (place / name).is_file()), None)
 
 
+def _without_labels(
+    images: Mapping[Path, str | None], labels: Mapping[Path, Path | None]
+) -> list[str]:
+    """A note on the images without a label file, if there are any.
+
+    Args:
+        images: split of each.
+        labels: label file of each.
+    """
+    total = Counter(images.values())
+    bare = [path for path in images if labels[path] is None]
+    counts = Counter(images[path] for path in bare)
+    if not bare:
+        return []
+    listed = " and ".join(f"{count} of {total[split]} {split}" for split, count in counts.items())
+    return [f"{listed} images have no label file (background), such as {bare[0]}"]
+
+
+def _without_images(tree: Tree, labels: Mapping[Path, Path | None]) -> list[str]:
+    """A note on the label files of no image, if there are any: their names may differ."""
+    used = set(labels.values())
+    others = [path for path in tree.with_suffix(".txt") if path not in used]
+    lost = [path for path in others if _looks_like_labels(path)]
+    return [f"{len(lost)} label files have no image, such as {lost[0]}"] if lost else []
+
+
 def _read_labels(
     path: Path, classes: int, findings: list[Finding], has_points: bool
-) -> list[tuple[int, np.ndarray]]:
-    """Class and numbers of each valid line, without the keypoints behind its box."""
-    found: list[tuple[int, np.ndarray]] = []
+) -> list[_Line]:
+    """The valid lines, without the keypoints behind a box."""
+    found: list[_Line] = []
     seen: set[str] = set()
     try:
         lines = read_text(path).splitlines()
@@ -238,7 +295,7 @@ def _read_labels(
             text = f"line {number} repeats an earlier one, which counts once"
             findings.append(Finding(WARNING, "repeated line", str(path), text))
         else:
-            found.append((int(float(fields[0])), np.array(fields[1:], np.float64)))
+            found.append(_Line(number, int(float(fields[0])), np.array(fields[1:], np.float64)))
         seen.add(line)
     return found
 
@@ -257,22 +314,20 @@ def _fault(fields: list[str], classes: int) -> str | None:
         return f"has {len(values)} numbers after the class; 4 make a box, 6, 8, ... an outline"
     if max(values) > 1 + _BEYOND or min(values) < -_BEYOND:
         return "numbers must be shares of the image's width and height, from 0 to 1"
-    if len(values) == 4 and min(values[2:]) <= 0:
-        return "the box has no width or height"
     return None
 
 
 def _kind(images, lines, options: Options) -> str:
     """Kind of the labels. Four points in every line are corners if most make right angles."""
-    shapes = {len(values) for image in images for _, values in lines[id(image)]}
+    shapes = {len(line.values) for image in images for line in lines[id(image)]}
     if not shapes or 4 in shapes:
         return BOXES
     if shapes != {8} or options.corners is False:
         return POLYGONS
     right = [
-        _is_rectangle(np.reshape(values, (4, 2)) * (image.width, image.height))
+        _is_rectangle(np.reshape(line.values, (4, 2)) * (image.width, image.height))
         for image in images
-        for _, values in lines[id(image)]
+        for line in lines[id(image)]
     ]
     # Of DOTA's own boxes, many are not quite rectangles.
     if options.corners or np.mean(right) >= _MOST:
@@ -291,11 +346,13 @@ def _is_rectangle(corners: np.ndarray) -> bool:
     return bool((cosines <= _RIGHT + 1 / np.minimum(lengths, np.roll(lengths, -1))).all())
 
 
-def _object(number: int, values: np.ndarray, image: LabeledImage, kind: str) -> LabeledObject:
-    if len(values) == 4:
-        x, y, width, height = values * ((image.width, image.height) * 2)
-        return LabeledObject(number, (x - width / 2, y - height / 2, width, height))
-    points = (values.reshape(-1, 2) * (image.width, image.height)).ravel().tolist()
+def _object(line: _Line, image: LabeledImage, kind: str) -> LabeledObject:
+    place = f"line {line.number}"
+    points = (line.values.reshape(-1, 2) * (image.width, image.height)).ravel().tolist()
+    if len(points) == 4:
+        x, y, width, height = points
+        box = (x - width / 2, y - height / 2, width, height)
+        return LabeledObject(line.label, box, place=place)
     if kind == CORNERS:
-        return LabeledObject.cornered(number, points)
-    return LabeledObject.outlined(number, [points])
+        return LabeledObject.cornered(line.label, points, place=place)
+    return LabeledObject.outlined(line.label, [points], place=place)

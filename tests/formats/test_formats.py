@@ -3,8 +3,10 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
+import cv2
 import labeled_sets as sets
 import numpy as np
 import pytest
@@ -379,8 +381,65 @@ class TestYolo:
 
     def test_images_without_labels_have_no_objects(self, tmp_path):
         sets.write_yolo(tmp_path)
-        (tmp_path / "labels" / "train" / "apple.txt").unlink()
-        assert by_name(read(tmp_path))["apple"].objects == []
+        for name in ("train/apple", "train/date", "val/egg"):
+            (tmp_path / "labels" / f"{name}.txt").unlink()
+        data = read(tmp_path)
+        assert by_name(data)["apple"].objects == []
+        assert data.notes == [
+            "2 of 4 train and 1 of 2 val images have no label file (background), such as "
+            f"{tmp_path}/images/train/apple.jpg"
+        ]
+
+    def test_labels_of_other_names(self, tmp_path):
+        """Both sides are named; other text files and labels of images left out do not count."""
+        sets.write_yolo(tmp_path)
+        (tmp_path / "labels/train/apple.txt").rename(tmp_path / "labels/train/ap_ple.txt")
+        (tmp_path / "README.txt").write_text("0 objects\n")
+        (tmp_path / "images/other").mkdir()
+        (tmp_path / "images/val/fig.jpg").rename(tmp_path / "images/other/fig.jpg")
+        (tmp_path / "labels/other").mkdir()
+        (tmp_path / "labels/val/fig.txt").rename(tmp_path / "labels/other/fig.txt")
+        lost = f"1 label files have no image, such as {tmp_path}/labels/train/ap_ple.txt"
+        assert read(tmp_path).notes == [
+            "1 of 4 train images have no label file (background), such as "
+            f"{tmp_path}/images/train/apple.jpg",
+            f"1 images are not in data.yaml and left out, such as {tmp_path}/images/other/fig.jpg",
+            lost,
+        ]
+        (tmp_path / "data.yaml").unlink()
+        (tmp_path / "classes.txt").write_text("boat\ncar\n")
+        bare = f"left out, such as {tmp_path}/images/train/apple.jpg"
+        assert read(tmp_path).notes[:2] == [f"1 images have no label file and are {bare}", lost]
+
+    @pytest.mark.parametrize("kind", ["segment", "obb"])
+    def test_one_box_among_outlines(self, tmp_path, kind):
+        sets.write_yolo(tmp_path, kind)
+        assert not read(tmp_path).notes
+        path = tmp_path / "labels/train/cheese.txt"
+        path.write_text(path.read_text() + "0 0.5 0.5 0.2 0.2\n")
+        data = read(tmp_path)
+        assert data.kind == BOXES and data.notes == [
+            f"1 of 13 objects have a box but no outline, the first in {path} line 3: outlines are "
+            "not learned; to keep them, remove these boxes or draw their outlines"
+        ]
+
+    @pytest.mark.parametrize("test", ["../test/images", "test.txt"])
+    def test_exports_without_their_test_images(self, tmp_path, test):
+        """As of Roboflow, and of COCO in Ultralytics' layout."""
+        sets.write_yolo(tmp_path)
+        settings = tmp_path / "data.yaml"
+        text = settings.read_text()
+        settings.write_text(f"{text}test: {test}\n")
+        missing = f"{test} does not exist below {tmp_path}"
+        if test == "test.txt":
+            (tmp_path / test).write_text("./images/test2017/1.jpg\n./images/test2017/2.jpg\n")
+            missing = f"{test} lists 2 images that do not exist, such as ./images/test2017/1.jpg"
+        data = read(tmp_path)
+        assert_as_written(data, BOXES, splits=SPLIT)
+        assert data.notes == [f"{settings}: test: {missing}: no test images from there"]
+        settings.write_text(text.replace("images/val", test))
+        with pytest.raises(UserError, match=re.escape(f"val: {missing}; correct it")):
+            read(tmp_path)
 
     def test_four_points(self, tmp_path):
         """Corners without right angles: outlines or rotated boxes? The task answers."""
@@ -401,7 +460,7 @@ class TestYolo:
             ("2 0.5 0.5 0.1 0.1", "line 1: the class is 2, but the names go from 0 to 1"),
             ("0 0.5 0.5 0.1", "line 1: has 3 numbers"),
             ("0 32 24 10 10", "line 1: numbers must be shares"),
-            ("0 0.5 0.5 0 0.1", "line 1: the box has no width"),
+            ("0 0.5 0.5 0 0.1", "line 1: the box of 0 x 4.8 px is less than a pixel"),
             ("boat 0.5 0.5 0.1 0.1", "line 1: must be numbers"),
         ],
     )
@@ -614,6 +673,65 @@ class TestMasks:
         expected = sets.mask_of("apple")
         np.testing.assert_array_equal(mask, expected > 0)
 
+    @pytest.mark.parametrize(
+        ("values", "middle"), [((0, 255), 128), ((255, 0), 128), ((1, 7), 4), ((0, 40), 20)]
+    )
+    @pytest.mark.parametrize("way", ["blurred", "resized", "antialiased"])
+    def test_soft_edges(self, tmp_path, values, middle, way):
+        """Their steps would be classes, and 255 unlabeled."""
+        sets.write_masks(tmp_path)
+        for path in sorted((tmp_path / "masks").rglob("*.png")):
+            mask = np.full((48, 64), values[0], np.uint8)
+            line = cv2.LINE_AA if way == "antialiased" else cv2.LINE_8
+            cv2.circle(mask, (30, 25), 15, values[1], -1, line)
+            if way == "blurred":
+                mask = cv2.GaussianBlur(mask, (0, 0), 1.5)
+            elif way == "resized":
+                mask = cv2.resize(cv2.resize(mask, (43, 32)), (64, 48))
+            Image.fromarray(mask).save(path)
+        steps = rf"the masks have the values {min(values)} and {max(values)}, and \d+ between them"
+        message = rf"{steps} at soft edges .in 6 masks, .*\.png.; threshold them at {middle}, "
+        with pytest.raises(UserError, match=message):
+            read(tmp_path)
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, classes=("background", "object"))
+
+    def test_one_soft_mask_among_others(self, tmp_path):
+        sets.write_masks(tmp_path, values={1: 255, 2: 255})
+        path = tmp_path / "masks" / "val" / "fig.png"
+        Image.fromarray(cv2.GaussianBlur(np.array(Image.open(path)), (0, 0), 1)).save(path)
+        with pytest.raises(UserError, match=f"soft edges .in 1 masks, such as {path}"):
+            read(tmp_path)
+
+    @pytest.mark.parametrize("ring", [1, 3])
+    def test_small_objects_between_two_values_are_no_soft_edges(self, tmp_path, ring):
+        """Most pixels are 0 or 255, others few: numbers with gaps, rings of 255 as in VOC."""
+        sets.write_masks(tmp_path)
+        for path in sorted((tmp_path / "masks").rglob("*.png")):
+            mask = np.zeros((48, 64), np.uint8)
+            for index, label in enumerate((3, 30, 90, 120, 200)):
+                center = (6 + 12 * index, 24)
+                cv2.circle(mask, center, 3 + ring, 255, -1)
+                cv2.circle(mask, center, 3, label, -1)
+            cv2.line(mask, (0, 5), (63, 5), 60, 1)
+            Image.fromarray(mask).save(path)
+        data = read(tmp_path)
+        assert data.classes == tuple(f"value_{value}" for value in (0, 3, 30, 60, 90, 120, 200))
+        assert sum(data.counts().values()) == sum(
+            np.count_nonzero(np.array(Image.open(path)) != 255)
+            for path in (tmp_path / "masks").rglob("*.png")
+        )
+
+    def test_border_class_of_a_trimap(self, tmp_path):
+        """A line of 128 between 0 and 254 is a class."""
+        sets.write_masks(tmp_path)
+        for path in sorted((tmp_path / "masks").rglob("*.png")):
+            mask = np.zeros((48, 64), np.uint8)
+            cv2.circle(mask, (30, 25), 15, 254, -1)
+            cv2.circle(mask, (30, 25), 15, 128, 1)
+            Image.fromarray(mask).save(path)
+        assert read(tmp_path).classes == ("value_0", "value_128", "value_254")
+
     def test_one_name(self, tmp_path):
         """What is not the class is the background."""
         for values in ({1: 255, 2: 255}, {1: 1, 2: 1}):
@@ -684,6 +802,90 @@ def test_class_folders(tmp_path):
     )
     (note,) = read(tmp_path).notes
     assert "1 images are in no class folder and left out, such as val/loose.jpg" in note
+
+
+class TestBadObjects:
+    """What training would skip, or stop at after everything is written, is named by its label."""
+
+    def write_yolo(self, root, line):
+        sets.write_yolo(root)
+        path = root / "labels" / "train" / "apple.txt"
+        path.write_text(f"{line}\n{path.read_text()}")
+        return path
+
+    def write_voc(self, root, old, new):
+        """Replace a text of the second object of an image."""
+        sets.write_voc(root)
+        path = root / "Annotations" / "apple.xml"
+        first, second = path.read_text().rsplit("<object>", 1)
+        assert old in second
+        path.write_text(f"{first}<object>{second.replace(old, new)}")
+        return path
+
+    def assert_left_out(self, root, path, message, left):
+        """An error with the place, and the other objects of the image with ``skip_bad``."""
+        with pytest.raises(UserError, match=message) as error:
+            read(root)
+        assert f"error: {path}: " in str(error.value) and "1 errors" in str(error.value)
+        data = read_folder(root, Options(), skip_bad=True)
+        assert len(by_name(data)["apple"].objects) == left
+        assert "1 errors: these files and objects are left out" in data.notes
+        assert data.findings[0].path == str(path)
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("0 0.5 0.5 0.01 0.01", "line 1: the box of 0.64 x 0.48 px is less than a pixel"),
+            ("0 0.5 0.5 0 0.1", "line 1: the box of 0 x 4.8 px is less than a pixel"),
+            ("0 0.2 0.2 0.4 0.4 0.6 0.6", "line 1: the outline encloses no area"),
+        ],
+    )
+    def test_yolo(self, tmp_path, line, message):
+        path = self.write_yolo(tmp_path, line)
+        self.assert_left_out(tmp_path, path, message, left=2)
+
+    def test_a_pixel_that_yolo_rounds(self, tmp_path):
+        """1 px of 48 is 0.020833 in six digits: 0.99998 px."""
+        self.write_yolo(tmp_path, "0 0.5 0.5 0.020833 0.020833")
+        assert len(by_name(read(tmp_path))["apple"].objects) == 3
+
+    def test_corners_without_area(self, tmp_path):
+        sets.write_yolo(tmp_path, "obb")
+        path = tmp_path / "labels" / "val" / "fig.txt"
+        path.write_text("0 0.1 0.1 0.9 0.9 0.9 0.9 0.1 0.1\n" + path.read_text())
+        with pytest.raises(UserError, match="fig.txt: line 1: the corners enclose no area"):
+            read(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("xmin", "xmax", "message"),
+        [
+            (70, 90, r"object 2 \(car\): lies outside its image of 64 x 48 px: x from 70 to 90"),
+            (30, 10, r"object 2 \(car\): the box of -20 x .* px is less than a pixel"),
+            (30, 30.5, r"object 2 \(car\): the box of 0.5 x .* px is less than a pixel"),
+        ],
+    )
+    def test_voc(self, tmp_path, xmin, xmax, message):
+        box = sets.upright("apple")[1]
+        old = f"<xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[0] + box[2]}</xmax>"
+        new = f"<xmin>{xmin}</xmin><ymin>{box[1]}</ymin><xmax>{xmax}</xmax>"
+        path = self.write_voc(tmp_path, old, new)
+        self.assert_left_out(tmp_path, path, message, left=1)
+
+    def test_outlines_far_away(self, tmp_path):
+        """pycocotools can crash on them."""
+        old = "<bndbox>"
+        new = "<polygon><x1>9</x1><y1>9</y1><x2>200</x2><y2>9</y2><x3>9</x3><y3>30</y3></polygon>"
+        path = self.write_voc(tmp_path, old, new + old)
+        message = r"object 2 \(car\): the outline reaches far beyond its image of 64 x 48 px"
+        self.assert_left_out(tmp_path, path, message, left=1)
+
+    def test_labels_without_places(self, tmp_path):
+        """Readers that do not say where a label is: the image and the number of the object."""
+        sets.write_dota(tmp_path)
+        path = tmp_path / "train" / "labelTxt" / "apple.txt"
+        path.write_text("900 5 950 5 950 9 900 9 car 0\n")
+        with pytest.raises(UserError, match=r"object 1 \(car\): lies outside its image"):
+            read(tmp_path)
 
 
 class TestRecognition:
