@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from mmeformer.errors import UserError
+from mmeformer.formats import folders
 from mmeformer.formats.find import read_folder, recognize
 from mmeformer.formats.tree import Options, Tree, split_word
 from mmeformer.labeled import BOXES, CORNERS, FOLDERS, MASKS, POLYGONS, decode_rle
@@ -434,20 +435,20 @@ class TestImagesOfOneName:
     )
     @pytest.mark.parametrize("names", [("train", "val"), ("camA", "camB"), ("a/b", "b/a", "b")])
     def test_folders(self, tmp_path, suffix, images, labels, names):
-        folders = {name: images.format(name) for name in names}
+        places = {name: images.format(name) for name in names}
         pattern = f"{labels}/{{stem}}.{suffix}"
-        write_named_alike(tmp_path, pattern, folders, LABEL_TEXTS[suffix])
+        write_named_alike(tmp_path, pattern, places, LABEL_TEXTS[suffix])
         data = read(tmp_path)
         assert class_by_image(data) == {
-            f"{folder}/{stem}.jpg": name for name, folder in folders.items() for stem in "01"
+            f"{folder}/{stem}.jpg": name for name, folder in places.items() for stem in "01"
         }
         if names == ("train", "val"):
             assert all(data.classes[i.objects[0].label] == i.split for i in data.images)
 
     def test_splits_of_other_words(self, tmp_path, suffix):
-        folders = {"training": "photos_train", "valid": "photos_val"}
+        places = {"training": "photos_train", "valid": "photos_val"}
         pattern = f"labels_{{folder}}/{{stem}}.{suffix}"
-        write_named_alike(tmp_path, pattern, folders, LABEL_TEXTS[suffix])
+        write_named_alike(tmp_path, pattern, places, LABEL_TEXTS[suffix])
         found = class_by_image(read(tmp_path))
         assert found["photos_train/0.jpg"] == "training" and found["photos_val/1.jpg"] == "valid"
 
@@ -650,6 +651,106 @@ def test_class_folders(tmp_path):
     )
     (note,) = read(tmp_path).notes
     assert "1 images are in no class folder and left out, such as val/loose.jpg" in note
+
+
+@pytest.mark.parametrize(
+    ("files", "expected", "left_out"),
+    [
+        pytest.param(
+            ["bus/1", "car/1", "train/1", "Boat/1"],
+            {"Boat/1": None, "bus/1": None, "car/1": None, "train/1": None},
+            0,
+            id="train is a vehicle",
+        ),
+        pytest.param(
+            ["train/bus/1", "train/train/2", "val/bus/3", "val/train/4"],
+            {"bus/1": "train", "train/2": "train", "bus/3": "val", "train/4": "val"},
+            0,
+            id="a vehicle in a split",
+        ),
+        pytest.param(
+            ["train/bullet_train/1", "train/test tube/2", "test/bus/3"],
+            {"bullet_train/1": "train", "test tube/2": "train", "bus/3": "test"},
+            0,
+            id="words of splits in names",
+        ),
+        pytest.param(
+            ["train/bus/a/1", "train/train/b/2", "val/bus/a/3"],
+            {"bus/1": "train", "train/2": "train", "bus/3": "val"},
+            0,
+            id="folders below classes",
+        ),
+        pytest.param(
+            ["train/bus/1", "train/train/2", "val/train/3"],
+            {"bus/1": "train", "train/2": "train", "train/3": "val"},
+            0,
+            id="a split of vehicles alone",
+        ),
+        pytest.param(
+            ["dev/1", "dev/2", "ops/3"],
+            {"dev/1": None, "dev/2": None, "ops/3": None},
+            0,
+            id="dev is a class",
+        ),
+        pytest.param(
+            ["bus/train/1", "bus/val/2", "train/train/3", "train/val/4"],
+            {"bus/1": "train", "bus/2": "val", "train/3": "train", "train/4": "val"},
+            0,
+            id="splits below classes",
+        ),
+        pytest.param(
+            ["x-ray/set/train/sick/1", "x-ray/set/train/well/2", "x-ray/set/test/well/3"],
+            {"sick/1": "train", "well/2": "train", "well/3": "test"},
+            0,
+            id="an unpacked archive",
+        ),
+        pytest.param(
+            ["pets/1", "pets/cat/2", "pets/dog/3", "4"],
+            {"cat/2": None, "dog/3": None},
+            2,
+            id="loose images around classes",
+        ),
+        pytest.param(
+            ["train/train/cat/1", "train/train/dog/2", "test/test/cat/3"],
+            {"cat/1": "train", "dog/2": "train", "cat/3": "test"},
+            0,
+            id="an archive of each split",
+        ),
+        pytest.param(
+            ["train/cat/1", "train/dog/2", "val/dog/3", "test/4", "unknown/5"],
+            {"cat/1": "train", "dog/2": "train", "dog/3": "val"},
+            2,
+            id="images beside splits",
+        ),
+        pytest.param(
+            ["cat/1", "dog/2", "masks/3", "dog/labels/4"],
+            {"cat/1": None, "dog/2": None},
+            2,
+            id="masks are no class",
+        ),
+        pytest.param(["train/1", "test/2"], {}, 2, id="splits alone"),
+    ],
+)
+def test_which_folders_are_classes(tmp_path, files, expected, left_out):
+    """Expected are class and stem of each image, with its split."""
+    for file in files:
+        path = tmp_path / file
+        write_photos(path.parent, [path.name])
+    tree = Tree.of(tmp_path)
+    data = folders.read(tree, Options())
+    found = {f"{data.classes[i.label]}/{i.path.stem}": i.split for i in data.images}
+    assert found == expected
+    assert bool(folders.find(tree)) == (len(data.classes) > 1)
+    assert [note.split()[0] for note in data.notes] == ([str(left_out)] if left_out else [])
+
+
+@pytest.mark.parametrize("images", ["photos", "images", "set/images"])
+def test_masks_as_jpeg_are_no_class(tmp_path, images):
+    masks = Path(images).parent / "masks"
+    for folder in (Path(images), masks):
+        write_photos(tmp_path / folder, "01")
+    with pytest.raises(UserError, match=f"4 images, .* if {masks}/0.jpg is a mask: .* as PNG"):
+        read(tmp_path)
 
 
 class TestRecognition:
