@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmeformer.checks.findings import ERROR, Finding
-from mmeformer.formats.tree import Options, Tree, read_sizes, read_text
+from mmeformer.formats.tree import Options, Tree, labeled_twice, read_sizes, read_text
 from mmeformer.labeled import CORNERS, LabeledData, LabeledImage, LabeledObject
 
 NAME = "DOTA"
@@ -51,6 +51,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
     findings: list[Finding] = []
     texts = _texts(tree)
     images: dict[Path, list] = {}
+    label_files: dict[Path, Path] = {}
     for path in texts:
         try:
             objects = read_labels(path)
@@ -59,8 +60,13 @@ def read(tree: Tree, options: Options) -> LabeledData:
             findings.append(Finding(ERROR, "bad label file", str(path), text))
             continue
         image = tree.find_image(path.stem, path, tree.split_of(path))
-        if image is not None:
-            images[image] = objects
+        if image is None:
+            continue
+        if (first := label_files.setdefault(image, path)) != path:
+            findings.append(labeled_twice(image, first, path))
+            images.pop(image, None)
+            continue
+        images[image] = objects
     sizes = read_sizes(images, findings)
     classes = sorted({item.name for objects in images.values() for item in objects})
     label = {name: index for index, name in enumerate(classes)}
@@ -74,7 +80,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
                 )
                 for item in objects
             ],
-            split=tree.split_of(path),
+            split=tree.split_of(label_files[path]) or tree.split_of(path),
         )
         for path, objects in images.items()
         if path in sizes

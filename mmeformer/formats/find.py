@@ -13,7 +13,7 @@ import numpy as np
 
 from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first, format_findings
 from mmeformer.errors import UserError
-from mmeformer.formats import splits
+from mmeformer.formats import folders, splits
 from mmeformer.formats.tree import Options, Tree
 from mmeformer.labeled import LabeledData, LabeledImage, LabeledObject, bounding_box
 
@@ -105,9 +105,17 @@ def recognize(tree: Tree, masks: bool = False) -> str:
     for name in (*found, "masks", "folders"):
         if name in found or import_module(FORMATS[name]).find(tree):
             return name
+    # A guess of what was meant: JPEG files are never read as masks.
+    jpegs = tree.with_suffix(".jpg", ".jpeg")
+    lossy = [path for path in jpegs if folders.in_mask_folder(path, tree)]
+    hint = ""
+    if lossy:
+        shown = lossy[0].relative_to(tree.root)
+        hint = f"; if {shown} is a mask: JPEG changes its values, so export masks as PNG"
     raise UserError(
         f"{tree.root} has {len(tree.images)} images, but no labels that are known: "
         "COCO JSON, YOLO, Pascal VOC XML, LabelMe, DOTA text, masks, or a folder for each class"
+        f"{hint}"
     )
 
 

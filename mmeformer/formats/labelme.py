@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from mmeformer.checks.findings import ERROR, WARNING, Finding
-from mmeformer.formats.tree import Options, Tree, of_labeled_size, sort_classes
+from mmeformer.formats.tree import Options, Tree, labeled_twice, of_labeled_size, sort_classes
 from mmeformer.labeled import (
     BOXES,
     CORNERS,
@@ -55,6 +55,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
     """Read all label files; folders tell the splits."""
     findings: list[Finding] = []
     images: dict[Path, LabeledImage] = {}
+    label_files: dict[Path, Path] = {}
     labels: dict[str, int] = {}
     kinds: set[str] = set()
     for path in tree.with_suffix(".json"):
@@ -67,7 +68,11 @@ def read(tree: Tree, options: Options) -> LabeledData:
             text = f"cannot be used: {error}"
             findings.append(Finding(ERROR, "bad label file", str(path), text))
             continue
-        image.split = tree.split_of(path)
+        if (first := label_files.setdefault(image.path, path)) != path:
+            findings.append(labeled_twice(image.path, first, path))
+            images.pop(image.path, None)
+            continue
+        image.split = tree.split_of(path) or tree.split_of(image.path)
         images[image.path] = image
     kept = of_labeled_size(images, findings)
     classes = sort_classes(labels, kept)
@@ -92,7 +97,8 @@ def _read(
     findings: list[Finding],
 ) -> LabeledImage:
     name = content.get("imagePath") or path.stem
-    image = tree.find_image(str(name), path) or tree.find_image(path.stem, path)
+    split = tree.split_of(path)
+    image = tree.find_image(str(name), path, split) or tree.find_image(path.stem, path, split)
     if image is None:
         raise ValueError(f"image {name} is not below {tree.root}")
     width, height = (int(content.get(key) or 0) for key in ("imageWidth", "imageHeight"))

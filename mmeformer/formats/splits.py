@@ -6,7 +6,8 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from mmeformer.labeled import LabeledData, LabeledImage
 
@@ -16,7 +17,7 @@ _LARGEST_GROUP = 0.5
 """A prefix that more images share is a name of the whole set, not of one scene."""
 
 # Roboflow writes several changed copies of an image: NAME_jpg.rf.HASH.jpg.
-_ROBOFLOW = re.compile(r"\.rf\.[0-9a-f]{16,}$")
+_ROBOFLOW = re.compile(r"(?:_(?:jpe?g|png|bmp|webp|tiff?))?\.rf\.[0-9a-f]{16,}$", re.IGNORECASE)
 # NAME__SIZE__X___Y (mmrotate), NAME_X_Y, NAME-ROW-COLUMN: tiles of one image.
 _TILE = re.compile(r"(?:__\d+__\d+___\d+|[_-][xr]?\d+[_-][yc]?\d+)$", re.IGNORECASE)
 # NAME_0012, NAME-frame12, NAME.12: frames of one video.
@@ -65,45 +66,71 @@ def complete(data: LabeledData, seed: int) -> None:
 
 def grouped(images: Sequence[LabeledImage]) -> tuple[list[list[LabeledImage]], str]:
     """Images that must stay together, and the rule by which they do, for people."""
-    names = names_of_classes(images)
+    prefixes = [
+        (_by_prefix(images, tile_of), "by file-name prefix, as tiles of one image", "prefixes"),
+        (_by_prefix(images, scene_of), "by file-name prefix, as one scene or video", "prefixes"),
+    ]
+    folders = [(_by_folder(images), "by folder, as one scene or video", "folders")]
+    # Where the numbers begin again in other folders, a prefix is that of all scenes: a/frame_1.
+    again = len({image.path.stem for image in images}) < len(images)
+    for groups, rule, kind in folders + prefixes if again else prefixes + folders:
+        if 3 < len(groups) < len(images) and max(map(len, groups)) <= _LARGEST_GROUP * len(images):
+            return groups, f"{rule}: {sum(len(group) > 1 for group in groups)} {kind}"
     if len({image.label for image in images}) > 1:
         rule = "from every class alike"
     else:
         rule = "one by one (their names tell no scenes; if they are frames of one video, make "
         rule += "folders train and val)"
-    for strip, kind in ((tile_of, "tiles of one image"), (scene_of, "one scene or video")):
-        groups: dict[tuple, list[LabeledImage]] = defaultdict(list)
-        for image in images:
-            prefix = strip(image.path.stem)
-            alone = prefix == image.path.stem or (image.label, scene_of(prefix)) in names
-            groups[(image.path,) if alone else (prefix,)].append(image)
-        largest = max(map(len, groups.values()))
-        if 3 < len(groups) < len(images) and largest <= _LARGEST_GROUP * len(images):
-            count = sum(len(group) > 1 for group in groups.values())
-            return list(groups.values()), f"by file-name prefix, as {kind}: {count} prefixes"
-    # Changed copies of one image stay together in any case.
+    # Changed copies of one image, and those of several cameras, stay together in any case.
     copies: dict[tuple, list[LabeledImage]] = defaultdict(list)
     for image in images:
         copies[image.label, _ROBOFLOW.sub("", image.path.stem)].append(image)
     if len(copies) < len(images):
-        rule = f"with the copies of each of the {len(copies)} original images together"
+        rule += "; copies and images of one name stay together"
     return list(copies.values()), rule
 
 
-def names_of_classes(images: Sequence[LabeledImage]) -> set[tuple[int, str]]:
-    """Prefixes by which most images of a class are named (``tabby_1``), with the label.
+def _by_prefix(
+    images: Sequence[LabeledImage], strip: Callable[[str], str]
+) -> list[list[LabeledImage]]:
+    """Images whose names are one after ``strip``; images whose names tell nothing are alone."""
+    of_classes = _names_of_classes(images, lambda image: scene_of(image.path.stem))
+    groups: dict[object, list[LabeledImage]] = defaultdict(list)
+    for image in images:
+        prefix = strip(image.path.stem)
+        alone = prefix == image.path.stem or (image.label, scene_of(prefix)) in of_classes
+        groups[image.path if alone else prefix].append(image)
+    return list(groups.values())
+
+
+def _by_folder(images: Sequence[LabeledImage]) -> list[list[LabeledImage]]:
+    """The numbered images of each folder; others, and those in the folder of a class, are alone."""
+    of_classes = _names_of_classes(images, lambda image: str(image.path.parent))
+    groups: dict[Path, list[LabeledImage]] = defaultdict(list)
+    for image in images:
+        folder = image.path.parent
+        numbered = _FRAME.search(_ROBOFLOW.sub("", image.path.stem)) is not None
+        alone = not numbered or (image.label, str(folder)) in of_classes
+        groups[image.path if alone else folder].append(image)
+    return list(groups.values())
+
+
+def _names_of_classes(
+    images: Sequence[LabeledImage], name: Callable[[LabeledImage], str]
+) -> set[tuple[int | None, str]]:
+    """Names that most images of a class have, with the label: a prefix (``tabby_1``) or a folder.
 
     They are no scenes: a whole class would train or validate.
     """
     by_label: dict[int, list[str]] = defaultdict(list)
     for image in images:
         if image.label is not None:
-            by_label[image.label].append(scene_of(image.path.stem))
-    found = set()
-    for label, prefixes in by_label.items():
-        prefix, count = Counter(prefixes).most_common(1)[0]
-        if count > _LARGEST_GROUP * len(prefixes):
-            found.add((label, prefix))
+            by_label[image.label].append(name(image))
+    found: set[tuple[int | None, str]] = set()
+    for label, names in by_label.items():
+        most, count = Counter(names).most_common(1)[0]
+        if count > _LARGEST_GROUP * len(names):
+            found.add((label, most))
     return found
 
 

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from pathlib import Path, PurePosixPath
 
 from mmeformer.checks.findings import ERROR, Finding
@@ -97,17 +99,21 @@ class Tree:
         """Image files, masks included."""
         return self.with_suffix(*IMAGE_SUFFIXES)
 
-    def find_image(self, name: str, near: Path, split: str | None = None) -> Path | None:
+    def find_image(
+        self, name: str, near: Path, split: str | None = None, hint: str = ""
+    ) -> Path | None:
         """The image that a label file means by a name.
 
         Exports have paths of other machines. So this takes the path relative to the label file or
         the root, else the image whose path ends like the name; of several, the one of the split,
-        then the one that shares most of the path with the label file.
+        then the one with most folders of the label file, then with most folders of the hint, then
+        with the fewest others.
 
         Args:
             name: path or file name, with or without suffix.
             near: the label file.
             split: of the label file.
+            hint: path that the image had when it was labeled. It may have been moved since then.
         """
         plain = name.replace("\\", "/")
         for base in (near.parent, near.parent.parent, self.root):
@@ -125,15 +131,19 @@ class Tree:
         wanted = PurePosixPath(plain)
         found = self._names.get(wanted.name) or []
         parts = wanted.parts[-2::-1]
+        labels = near.relative_to(self.root).parts[:-1]
+        hints = PurePosixPath(hint.replace("\\", "/")).parts[:-1]
 
-        def likeness(path: Path) -> tuple[int, bool, int]:
+        def likeness(path: Path) -> tuple[int, bool, int, int, int]:
             same = 0
             for own, other in zip(path.parts[-2::-1], parts, strict=False):
                 if own != other:
                     break
                 same += 1
-            shared = len(os.path.commonpath([path, near]))
-            return same, split is not None and self.split_of(path) == split, shared
+            of_split = split is not None and self.split_of(path) == split
+            folders = path.relative_to(self.root).parts[:-1]
+            shared = _in_common(folders, labels)
+            return same, of_split, shared, _in_common(folders, hints), -len(folders)
 
         return max(found, key=likeness, default=None)
 
@@ -148,6 +158,18 @@ class Tree:
     def split_of_labels(self, path: Path) -> str | None:
         """Split that the name of a label file, else its folders tell."""
         return split_word(path.stem) or self.split_of(path)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _in_common(folders: tuple[str, ...], others: tuple[str, ...]) -> int:
+    """Number of folders that two paths have in the same order, in any case.
+
+    ``xml/camA`` and ``images/camA`` have one in common, as ``camA/xml`` and ``camA/images`` have.
+    Few folders hold many files, so answers are kept.
+    """
+    own, other = ([name.lower() for name in names] for names in (folders, others))
+    blocks = SequenceMatcher(None, own, other, autojunk=False).get_matching_blocks()
+    return sum(block.size for block in blocks)
 
 
 def split_word(name: str) -> str | None:
@@ -198,6 +220,15 @@ def of_labeled_size(
         image.width, image.height = sizes[path]
         kept.append(image)
     return kept
+
+
+def labeled_twice(image: Path, first: Path, second: Path) -> Finding:
+    """The error that two label files are for one image; nobody knows which one is right."""
+    text = (
+        f"is for {image}, as {first} is; remove one of them, or name the folders of label files "
+        "like those of their images"
+    )
+    return Finding(ERROR, "two label files", str(second), text)
 
 
 def sort_classes(numbers: dict[str, int], images: Iterable[LabeledImage]) -> list[str]:

@@ -17,6 +17,7 @@ from mmeformer.formats.tree import (
     SPLIT_KEYS,
     Options,
     Tree,
+    labeled_twice,
     of_labeled_size,
     read_names,
     sort_classes,
@@ -44,6 +45,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
     listed = _splits(tree)
     findings: list[Finding] = []
     images: dict[Path, LabeledImage] = {}
+    label_files: dict[Path, Path] = {}
     labels: dict[str, int] = {}
     for path in tree.with_suffix(".xml"):
         try:
@@ -52,9 +54,15 @@ def read(tree: Tree, options: Options) -> LabeledData:
             text = f"cannot be used: {error}"
             findings.append(Finding(ERROR, "bad label file", str(path), text))
             continue
-        if image is not None:
-            image.split = listed.get(path.stem) if listed else tree.split_of(path)
-            images[image.path] = image
+        if image is None:
+            continue
+        if (first := label_files.setdefault(image.path, path)) != path:
+            findings.append(labeled_twice(image.path, first, path))
+            images.pop(image.path, None)
+            continue
+        split = tree.split_of(path) or tree.split_of(image.path)
+        image.split = listed.get(path.stem) if listed else split
+        images[image.path] = image
     kept = of_labeled_size(images, findings)
     classes = sort_classes(labels, kept)
     items = [item for image in kept for item in image.objects]
@@ -87,10 +95,13 @@ def _read(path: Path, tree: Tree, labels: dict[str, int]) -> LabeledImage | None
     root = ElementTree.fromstring(path.read_bytes())
     if root.tag != "annotation":
         return None
-    image = tree.find_image(path.stem, path)
     named = root.findtext("filename") or ""
+    split = tree.split_of(path)
+    # Where the image was when it was labeled.
+    place = root.findtext("path") or f"{root.findtext('folder') or ''}/{named}"
+    image = tree.find_image(path.stem, path, split, place)
     if image is None or (named and Path(named).stem == path.stem):
-        image = tree.find_image(named or path.stem, path) or image
+        image = tree.find_image(named or path.stem, path, split, place) or image
     if image is None:
         raise ValueError(f"image {named or path.stem} is not below {tree.root}")
     width, height = (int(float(root.findtext(f"size/{key}") or 0)) for key in ("width", "height"))

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from mmeformer.errors import UserError
+from mmeformer.formats import folders
 from mmeformer.formats.find import read_folder, recognize
 from mmeformer.formats.tree import Options, Tree, split_word
 from mmeformer.labeled import BOXES, CORNERS, FOLDERS, MASKS, POLYGONS, decode_rle
@@ -598,6 +599,142 @@ class TestDota:
             read(tmp_path)
 
 
+def write_photos(folder, stems):
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem in stems:
+        Image.new("RGB", (16, 12)).save(folder / f"{stem}.jpg")
+
+
+def write_named_alike(root, pattern, folders, labels):
+    """Images 0 and 1 in each folder, each with one object of a class of its own.
+
+    Args:
+        pattern: path of an image's label file, with the class as ``{folder}`` and ``{stem}``.
+        folders: of the images, by class.
+        labels: text of the label file of a class and the name of its image.
+    """
+    for name, folder in folders.items():
+        write_photos(root / folder, "01")
+        for stem in "01":
+            path = root / pattern.format(folder=name, stem=stem)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(labels(name, f"{stem}.jpg"))
+
+
+def voc_text(name, file, more=""):
+    box = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>9</xmax><ymax>8</ymax></bndbox>"
+    entry = f"<object><name>{name}</name>{box}</object>"
+    return f"<annotation>{more}<filename>{file}</filename>{entry}</annotation>"
+
+
+def labelme_text(name, file):
+    shape = dict(label=name, points=[[1, 2], [9, 8]], shape_type="rectangle")
+    return json.dumps(dict(imagePath=file, shapes=[shape]))
+
+
+def dota_text(name, file):
+    return f"1 2 9 2 9 8 1 8 {name} 0\n"
+
+
+def class_by_image(data):
+    """Name of the class of each image's only object, by the image's path below the root."""
+    return {
+        image.path.relative_to(data.root).as_posix(): data.classes[item.label]
+        for image in data.images
+        for item in image.objects
+    }
+
+
+LABEL_TEXTS = {"xml": voc_text, "json": labelme_text, "txt": dota_text}
+
+
+@pytest.mark.parametrize("suffix", LABEL_TEXTS)
+class TestImagesOfOneName:
+    """Folders tell which of several images of one name is meant."""
+
+    @pytest.mark.parametrize(
+        ("images", "labels"),
+        [
+            ("JPEGImages/{}", "Annotations/{folder}"),
+            ("{}/images", "{folder}/labels"),
+            ("images/{}", "labels/{folder}/first"),
+            ("{}", "{folder}"),
+            ("pictures/{}/2024/raw", "notes/{folder}/2024"),
+        ],
+    )
+    @pytest.mark.parametrize("names", [("train", "val"), ("camA", "camB"), ("a/b", "b/a", "b")])
+    def test_folders(self, tmp_path, suffix, images, labels, names):
+        places = {name: images.format(name) for name in names}
+        pattern = f"{labels}/{{stem}}.{suffix}"
+        write_named_alike(tmp_path, pattern, places, LABEL_TEXTS[suffix])
+        data = read(tmp_path)
+        assert class_by_image(data) == {
+            f"{folder}/{stem}.jpg": name for name, folder in places.items() for stem in "01"
+        }
+        if names == ("train", "val"):
+            assert all(data.classes[i.objects[0].label] == i.split for i in data.images)
+
+    def test_splits_of_other_words(self, tmp_path, suffix):
+        places = {"training": "photos_train", "valid": "photos_val"}
+        pattern = f"labels_{{folder}}/{{stem}}.{suffix}"
+        write_named_alike(tmp_path, pattern, places, LABEL_TEXTS[suffix])
+        found = class_by_image(read(tmp_path))
+        assert found["photos_train/0.jpg"] == "training" and found["photos_val/1.jpg"] == "valid"
+
+    @pytest.mark.parametrize("side", ["images", "labels"])
+    def test_splits_of_one_side(self, tmp_path, suffix, side):
+        """Only the images, or only the label files, are in folders of splits."""
+        for split, names in (("train", "abc"), ("val", "de")):
+            folders = {
+                part: f"{part}/{split}" if part == side else part for part in ("images", "labels")
+            }
+            write_photos(tmp_path / folders["images"], names)
+            (tmp_path / folders["labels"]).mkdir(parents=True, exist_ok=True)
+            for name in names:
+                path = tmp_path / folders["labels"] / f"{name}.{suffix}"
+                path.write_text(LABEL_TEXTS[suffix]("boat", f"{name}.jpg"))
+        found = {name: image.split for name, image in by_name(read(tmp_path)).items()}
+        assert found == dict(a="train", b="train", c="train", d="val", e="val")
+
+    def test_two_label_files_of_one_image(self, tmp_path, suffix):
+        write_named_alike(
+            tmp_path, f"{{folder}}/{{stem}}.{suffix}", {"boat": "photos"}, LABEL_TEXTS[suffix]
+        )
+        path = tmp_path / "boat" / f"1.{suffix}"
+        copy = tmp_path / "copy" / f"1.{suffix}"
+        copy.parent.mkdir()
+        copy.write_text(path.read_text())
+        with pytest.raises(UserError, match="; remove one of them, or name the folders") as error:
+            read(tmp_path)
+        for each in (path, copy, tmp_path / "photos" / "1.jpg"):
+            assert str(each) in str(error.value)
+        (left,) = {image.path for image in read_folder(tmp_path, Options(), skip_bad=True).images}
+        assert left == tmp_path / "photos" / "0.jpg"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "<folder>{}</folder>",
+        "<folder>images</folder><path>C:\\data\\{}\\0.jpg</path>",
+        "<path>/home/me/{}/new/0.jpg</path>",
+    ],
+)
+def test_voc_tells_the_folder_of_its_image(tmp_path, more):
+    """Of label files in one folder; the label file's own folders count more, if it has any."""
+    for name in ("camA", "camB"):
+        write_photos(tmp_path / "images" / name, "0")
+        (tmp_path / f"{name}.xml").write_text(voc_text(name, "0.jpg", more.format(name)))
+    expected = {f"images/{name}/0.jpg": name for name in ("camA", "camB")}
+    assert class_by_image(read(tmp_path)) == expected
+    for name in ("camA", "camB"):
+        (tmp_path / "xml" / name).mkdir(parents=True)
+        text = voc_text(name, "0.jpg", more.format("camA"))
+        (tmp_path / "xml" / name / "0.xml").write_text(text)
+        (tmp_path / f"{name}.xml").unlink()
+    assert class_by_image(read(tmp_path)) == expected
+
+
 class TestMasks:
     def assert_masks(self, data, classes, shift=0):
         assert data.kind == MASKS and data.classes == classes and not data.findings
@@ -886,6 +1023,106 @@ class TestBadObjects:
         path.write_text("900 5 950 5 950 9 900 9 car 0\n")
         with pytest.raises(UserError, match=r"object 1 \(car\): lies outside its image"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected", "left_out"),
+    [
+        pytest.param(
+            ["bus/1", "car/1", "train/1", "Boat/1"],
+            {"Boat/1": None, "bus/1": None, "car/1": None, "train/1": None},
+            0,
+            id="train is a vehicle",
+        ),
+        pytest.param(
+            ["train/bus/1", "train/train/2", "val/bus/3", "val/train/4"],
+            {"bus/1": "train", "train/2": "train", "bus/3": "val", "train/4": "val"},
+            0,
+            id="a vehicle in a split",
+        ),
+        pytest.param(
+            ["train/bullet_train/1", "train/test tube/2", "test/bus/3"],
+            {"bullet_train/1": "train", "test tube/2": "train", "bus/3": "test"},
+            0,
+            id="words of splits in names",
+        ),
+        pytest.param(
+            ["train/bus/a/1", "train/train/b/2", "val/bus/a/3"],
+            {"bus/1": "train", "train/2": "train", "bus/3": "val"},
+            0,
+            id="folders below classes",
+        ),
+        pytest.param(
+            ["train/bus/1", "train/train/2", "val/train/3"],
+            {"bus/1": "train", "train/2": "train", "train/3": "val"},
+            0,
+            id="a split of vehicles alone",
+        ),
+        pytest.param(
+            ["dev/1", "dev/2", "ops/3"],
+            {"dev/1": None, "dev/2": None, "ops/3": None},
+            0,
+            id="dev is a class",
+        ),
+        pytest.param(
+            ["bus/train/1", "bus/val/2", "train/train/3", "train/val/4"],
+            {"bus/1": "train", "bus/2": "val", "train/3": "train", "train/4": "val"},
+            0,
+            id="splits below classes",
+        ),
+        pytest.param(
+            ["x-ray/set/train/sick/1", "x-ray/set/train/well/2", "x-ray/set/test/well/3"],
+            {"sick/1": "train", "well/2": "train", "well/3": "test"},
+            0,
+            id="an unpacked archive",
+        ),
+        pytest.param(
+            ["pets/1", "pets/cat/2", "pets/dog/3", "4"],
+            {"cat/2": None, "dog/3": None},
+            2,
+            id="loose images around classes",
+        ),
+        pytest.param(
+            ["train/train/cat/1", "train/train/dog/2", "test/test/cat/3"],
+            {"cat/1": "train", "dog/2": "train", "cat/3": "test"},
+            0,
+            id="an archive of each split",
+        ),
+        pytest.param(
+            ["train/cat/1", "train/dog/2", "val/dog/3", "test/4", "unknown/5"],
+            {"cat/1": "train", "dog/2": "train", "dog/3": "val"},
+            2,
+            id="images beside splits",
+        ),
+        pytest.param(
+            ["cat/1", "dog/2", "masks/3", "dog/labels/4"],
+            {"cat/1": None, "dog/2": None},
+            2,
+            id="masks are no class",
+        ),
+        pytest.param(["train/1", "test/2"], {}, 2, id="splits alone"),
+    ],
+)
+def test_which_folders_are_classes(tmp_path, files, expected, left_out):
+    """Expected are class and stem of each image, with its split."""
+    for file in files:
+        path = tmp_path / file
+        write_photos(path.parent, [path.name])
+    tree = Tree.of(tmp_path)
+    data = folders.read(tree, Options())
+    found = {f"{data.classes[i.label]}/{i.path.stem}": i.split for i in data.images}
+    assert found == expected
+    assert bool(folders.find(tree)) == (len(data.classes) > 1)
+    assert [note.split()[0] for note in data.notes] == ([str(left_out)] if left_out else [])
+
+
+@pytest.mark.parametrize("images", ["photos", "images", "set/images"])
+def test_masks_as_jpeg_are_no_class(tmp_path, images):
+    masks = Path(images).parent / "masks"
+    for folder in (Path(images), masks):
+        write_photos(tmp_path / folder, "01")
+    with pytest.raises(UserError, match=f"4 images, .* if {masks}/0.jpg is a mask: .* as PNG"):
+        read(tmp_path)
 
 
 class TestRecognition:

@@ -32,6 +32,7 @@ def parts(data):
 FRAMES = [f"clip{video}_{frame:04d}" for video in "abcdefghij" for frame in range(9)]
 TILES = [f"scene{i}__1024__{x}___{y}" for i in range(8) for x in (0, 512) for y in (0, 512)]
 GRID = [f"field{i}_{x}_{y}" for i in "pqrstu" for x in (0, 512) for y in (0, 512)]
+VIDEOS = [f"{v}_mp4-{i:04d}_jpg.rf.{ord(v) * 99 + i:032x}" for v in "abcdefgh" for i in range(9)]
 COPIES = [f"pic{i}_jpg.rf.{n:032x}" for i in "abcdefgh" for n in range(3)]
 
 
@@ -42,8 +43,9 @@ COPIES = [f"pic{i}_jpg.rf.{n:032x}" for i in "abcdefgh" for n in range(3)]
         (TILES, lambda name: name.split("__")[0]),
         (GRID, lambda name: name[:6]),
         (COPIES, lambda name: name.split("_")[0]),
+        (VIDEOS, lambda name: name[0]),
     ],
-    ids=["frames", "tiles", "grid", "copies"],
+    ids=["frames", "tiles", "grid", "copies", "videos"],
 )
 def test_near_copies_stay_together(names, group):
     data = data_of(names)
@@ -59,6 +61,73 @@ def test_numbers_alone_tell_no_scenes():
     data = data_of([f"IMG_{number}" for number in range(50)])
     splits.complete(data, seed=0)
     assert len(parts(data)["val"]) == 10 and "one by one" in data.notes[0]
+
+
+def in_folders(names_of, folders="abcd", label=None):
+    """A data set of images ``data/FOLDER/NAME.png``."""
+    images = [
+        LabeledImage(Path("data", folder, f"{name}.png"), 8, 8, label=label)
+        for folder in folders
+        for name in names_of(folder)
+    ]
+    return LabeledData("format", Path("data"), BOXES, ("a", "b"), images)
+
+
+def folders_of(data, split):
+    return {image.path.parent.name for image in data.of_split(split)}
+
+
+@pytest.mark.parametrize(
+    "names_of",
+    [
+        lambda folder: [f"{n:04d}" for n in range(10)],
+        lambda folder: [f"frame_{n}" for n in range(10)],
+        lambda folder: [f"tile_{x}_{y}" for x in (0, 512) for y in (0, 512)],
+        lambda folder: [f"cam{cam}_{n}" for cam in range(5) for n in range(6)],
+        lambda folder: [f"IMG_{ord(folder) * 50 + n}" for n in range(10)],
+    ],
+    ids=["numbers", "frames", "tiles", "cameras", "numbers that go on"],
+)
+def test_numbered_images_in_folders_are_scenes(names_of):
+    data = in_folders(names_of)
+    splits.complete(data, seed=0)
+    assert len(folders_of(data, "val")) == 1 and len(folders_of(data, "train")) == 3
+    assert not folders_of(data, "train") & folders_of(data, "val")
+    assert data.notes[0].endswith("by folder, as one scene or video: 4 folders")
+
+
+def test_one_video_in_several_folders_stays_together():
+    data = in_folders(lambda folder: [f"clip{n // 5}_{ord(folder) * 99 + n}" for n in range(50)])
+    splits.complete(data, seed=0)
+    clips = [{image.path.stem[:5] for image in data.of_split(s)} for s in ("train", "val")]
+    assert not clips[0] & clips[1] and "one scene or video: 10 prefixes" in data.notes[0]
+
+
+def test_names_that_are_no_numbers_tell_no_scenes():
+    data = in_folders(lambda folder: [f"{folder}{word}" for word in ("sun", "moon", "sea", "hill")])
+    splits.complete(data, seed=0)
+    assert "one by one" in data.notes[0] and len(data.of_split("val")) == 3
+
+
+def test_two_cameras_of_one_scene():
+    """Too few folders: images of one number stay together, and nothing claims more."""
+    data = in_folders(lambda folder: [f"{n:04d}" for n in range(20)], ["left", "right"])
+    splits.complete(data, seed=0)
+    names = [sorted(image.path.stem for image in data.of_split(s)) for s in ("train", "val")]
+    assert not set(names[0]) & set(names[1]) and len(names[1]) == 8
+    assert "one by one (their names tell no scenes" in data.notes[0]
+    assert "images of one name stay together" in data.notes[0]
+
+
+def test_scenes_below_class_folders():
+    """``cat/morning/0001.png``: folders of a class are scenes, unlike the folder of a class."""
+    data = in_folders(lambda folder: [f"{n:04d}" for n in range(10)], "abcde", label=0)
+    other = in_folders(lambda folder: [f"{n:04d}" for n in range(30)], "z", label=1)
+    data.images += other.images
+    splits.complete(data, seed=0)
+    assert len(folders_of(data, "val") - {"z"}) == 1
+    assert folders_of(data, "train") & folders_of(data, "val") == {"z"}
+    assert data.counts("val") == {0: 10, 1: 6}
 
 
 def test_the_seed_decides():
