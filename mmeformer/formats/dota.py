@@ -81,6 +81,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
                 for item in objects
             ],
             split=tree.split_of(label_files[path]) or tree.split_of(path),
+            source=label_files[path],
         )
         for path, objects in images.items()
         if path in sizes

@@ -102,7 +102,7 @@ def _read(
     if image is None:
         raise ValueError(f"image {name} is not below {tree.root}")
     width, height = (int(content.get(key) or 0) for key in ("imageWidth", "imageHeight"))
-    found = LabeledImage(image, width, height)
+    found = LabeledImage(image, width, height, source=path)
     groups: dict[tuple[int, Any], LabeledObject] = {}
     for number, shape in enumerate(content["shapes"], start=1):
         kind = shape.get("shape_type") or "polygon"
@@ -118,6 +118,7 @@ def _read(
             item = _object(shape, kind, label, found)
         except (ValueError, TypeError, KeyError, binascii.Error) as error:
             raise ValueError(f"shape {number} ({name}): {error}") from error
+        item.place = f"shape {number} ({name})"
         kinds.add(kind)
         # Parts of one object have the same group.
         group = (label, shape.get("group_id"))
@@ -137,8 +138,6 @@ def _object(shape: dict, kind: str, label: int, image: LabeledImage) -> LabeledO
         raise ValueError("points must be pairs of numbers")
     if kind == "rectangle" and len(points) >= 2:
         (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
-        if right <= left or bottom <= top:
-            raise ValueError("the rectangle has no width or height")
         return LabeledObject(label, (left, top, right - left, bottom - top))
     if kind == "circle" and len(points) == 2:
         radius = float(np.hypot(*(points[1] - points[0])))

@@ -22,7 +22,15 @@ from mmeformer.formats.tree import (
     read_names,
     sort_classes,
 )
-from mmeformer.labeled import BOXES, CORNERS, POLYGONS, LabeledData, LabeledImage, LabeledObject
+from mmeformer.labeled import (
+    BOXES,
+    CORNERS,
+    POLYGONS,
+    LabeledData,
+    LabeledImage,
+    LabeledObject,
+    note_of_boxes,
+)
 from mmeformer.rotated_boxes import corners as corners_of
 
 NAME = "Pascal VOC"
@@ -74,6 +82,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
     notes = []
     if unlabeled := len(tree.images) - len(images) - len(_masks(tree)):
         notes.append(f"{unlabeled} images have no annotation file and are left out")
+    notes += note_of_boxes(kept)
     return LabeledData(NAME, tree.root, kind, tuple(classes), kept, findings, notes)
 
 

@@ -1008,6 +1008,23 @@ class TestBadObjects:
         path = self.write_voc(tmp_path, old, new)
         self.assert_left_out(tmp_path, path, message, left=1)
 
+    def test_labelme(self, tmp_path):
+        sets.write_labelme(tmp_path, "rectangle")
+        path = tmp_path / "apple.json"
+        content = json.loads(path.read_text())
+        content["shapes"][1]["points"] = [[5, 5], [5, 20]]
+        path.write_text(json.dumps(content))
+        name = content["shapes"][1]["label"]
+        message = rf"shape 2 \({name}\): the box of 0 x 15 px is less than a pixel"
+        self.assert_left_out(tmp_path, path, message, left=1)
+
+    def test_dota(self, tmp_path):
+        sets.write_dota(tmp_path)
+        path = tmp_path / "train" / "labelTxt" / "apple.txt"
+        path.write_text(path.read_text() + "500 500 520 500 520 510 500 510 car 0\n")
+        message = r"object 3 \(car\): lies outside its image of 64 x 48 px: x from 500 to 520"
+        self.assert_left_out(tmp_path, path, message, left=2)
+
     def test_outlines_far_away(self, tmp_path):
         """pycocotools can crash on them."""
         old = "<bndbox>"
