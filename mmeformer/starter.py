@@ -25,8 +25,6 @@ COMPILE_FROM = 20_000
 WIDE_LINE = 100
 
 
-LARGEST_RATE = 2e-3
-"""Learning rate of the quickstarts, which train from scratch in few iterations."""
 USUAL_SIDE = 512
 """Side of the samples that the default batch is meant for, in pixels."""
 
@@ -41,6 +39,21 @@ class Setting(NamedTuple):
     def __str__(self) -> str:
         # Names of classes may have line breaks.
         return f"{self.name} = {self.value}  # {' '.join(self.reason.split())}"
+
+
+class Rates(NamedTuple):
+    """Learning rates.
+
+    Args:
+        pretrained: for the base batch, from pretrained weights.
+        scratch: for the base batch, from scratch.
+        largest: for any batch: that of the task's quickstart, which trains from scratch in few
+            iterations.
+    """
+
+    pretrained: float
+    scratch: float
+    largest: float = 2e-3
 
 
 @dataclass(frozen=True)
@@ -71,12 +84,12 @@ class Starter:
         kinds: kinds of labels on which the task can be trained beside its own (``labels`` of its
             row), if the user asks for it.
         base_batch: batch size of the published or default learning rate on a CPU.
-        rates: learning rates for that batch, from pretrained weights and from scratch.
+        rates: learning rates for that batch.
     """
 
     kinds: tuple[str, ...] = ()
     base_batch: int = 2
-    rates: tuple[float, float] = (1e-4, 1e-3)
+    rates = Rates(1e-4, 1e-3)
 
     def template(self, data: LabeledData) -> str:
         """The shipped config to inherit, below ``configs/``."""
@@ -106,6 +119,10 @@ class Starter:
         width, height = self.sample_size(data)
         return self.base_batch * max(1, min(4, USUAL_SIDE**2 // (width * height)))
 
+    def rates_for(self, data: LabeledData) -> Rates:
+        """The learning rates; those of a task whose models differ by the data override it."""
+        return self.rates
+
     # --- what the tasks share ---------------------------------------------------------------------
 
     def steps(self, data: LabeledData, plan: Plan) -> int:
@@ -127,7 +144,8 @@ class Starter:
         else:
             why = "images per step; a default that suits a CPU and their size"
         workers = min(8, plan.cores) if plan.gpu else min(2, max(1, plan.cores - 1))
-        rate = self.rates[plan.checkpoint is None]
+        rates = self.rates_for(data)
+        rate = rates.scratch if plan.checkpoint is None else rates.pretrained
         start = "from scratch" if plan.checkpoint is None else "from pretrained weights"
         steps = self.steps(data, plan)
         found = [
@@ -135,7 +153,7 @@ class Starter:
             Setting("num_workers", str(workers), f"processes that load images; {plan.cores} cores"),
             Setting(
                 "learning_rate",
-                f"min({LARGEST_RATE:g}, {rate:g} * (batch_size / {self.base_batch}) ** 0.5)",
+                f"min({rates.largest:g}, {rate:g} * (batch_size / {self.base_batch}) ** 0.5)",
                 f"{start}; root of the batch (AdamW: arXiv 2205.10287)",
             ),
             Setting(

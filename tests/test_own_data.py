@@ -431,7 +431,12 @@ def test_gpu_changes_precision_batch_and_workers():
     found = values(detection_starter.STARTER.common(data, plan))
     assert found["optimizer_type"] == '"AmpOptimWrapper"' and found["batch_size"] == "16"
     assert found["num_workers"] == "8"
-    assert found["learning_rate"] == "min(0.002, 0.0001 * (batch_size / 2) ** 0.5)"
+    assert found["learning_rate"] == "min(0.005, 0.0001 * (batch_size / 2) ** 0.5)"
+    scratch = dataclasses.replace(plan, checkpoint=None)
+    for kind, rate in ((BOXES, "min(0.005, 0.0025"), (POLYGONS, "min(0.002, 0.001")):
+        one = data_of(256, 256, (40, 40), kind=kind)
+        found = values(detection_starter.STARTER.common(one, scratch))
+        assert found["learning_rate"] == f"{rate} * (batch_size / 2) ** 0.5)"
     assert "CompileHook" not in detection_starter.STARTER.hooks(data, plan)
     many = data_of(256, 256, (40, 40), count=30_000)
     assert "CompileHook" in detection_starter.STARTER.hooks(many, plan)

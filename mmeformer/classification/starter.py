@@ -9,6 +9,7 @@ from mmeformer.files import write_text
 from mmeformer.labeled import SPLITS, LabeledData
 from mmeformer.starter import (
     Plan,
+    Rates,
     Setting,
     Starter,
     backbone,
@@ -33,7 +34,7 @@ class ClassificationStarter(Starter):
     """See the base class."""
 
     base_batch = 32
-    rates = (2e-4, 2e-3)
+    rates = Rates(2e-4, 2e-3)
 
     def template(self, data: LabeledData) -> str:
         """See the base class."""

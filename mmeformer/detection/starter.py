@@ -29,6 +29,7 @@ from mmeformer.labeled import (
 )
 from mmeformer.starter import (
     Plan,
+    Rates,
     Setting,
     Starter,
     backbone,
@@ -69,6 +70,10 @@ class DetectionStarter(Starter):
     def default_batch(self, data: LabeledData) -> int:
         """See the base class."""
         return super().default_batch(data) if data.kind == POLYGONS else light_starter.BATCH
+
+    def rates_for(self, data: LabeledData) -> Rates:
+        """See the base class."""
+        return self.rates if data.kind == POLYGONS else light_starter.RATES
 
     def _enlargement(self, data: LabeledData) -> float:
         """How much images are enlarged (for objects below ``SMALL`` pixels) or reduced."""
@@ -193,7 +198,7 @@ BODY = """\
 train_pipeline = [
     _base_.load_image,
     dict(type="LoadAnnotations", {load}),
-    dict(type="RandomResize", scale=scale, ratio_range=(0.75, 1.25), keep_ratio=True),
+    dict(type="RandomResize", scale=scale, ratio_range=(0.75, 1.0), keep_ratio=True),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PhotoMetricDistortion"),
     dict(type="PackDetInputs"),

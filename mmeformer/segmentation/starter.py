@@ -27,6 +27,7 @@ from mmeformer.labeled import (
 )
 from mmeformer.starter import (
     Plan,
+    Rates,
     Setting,
     Starter,
     backbone,
@@ -55,7 +56,7 @@ class SegmentationStarter(Starter):
 
     kinds = (POLYGONS, BOXES, CORNERS)
     base_batch = 4
-    rates = (2e-4, 1e-3)
+    rates = Rates(2e-4, 1e-3)
 
     def template(self, data: LabeledData) -> str:
         """See the base class."""
