@@ -22,9 +22,9 @@ drop_note()
 
 READ_LATER = (
     *("auto_scale_lr", "tta_model", "tta_pipeline", "custom_imports", "model_wrapper_cfg"),
-    *("sync_bn", "find_unused_parameters", "activation_checkpointing", "compile", "strategy"),
+    *("sync_bn", "find_unused_parameters", "activation_checkpointing", "compile", "report"),
 )
-"""Names of a config that the libraries read, beside the arguments of mmengine's ``Runner``."""
+"""Names of a config that are read, beside the arguments of mmengine's ``Runner``."""
 
 
 def load_config(path: str | Path, options: Mapping | None = None) -> Config:
@@ -72,8 +72,8 @@ def _refuse_ignored(options: Mapping, config: Config, path: Path) -> None:
         if name in config:
             raise ValueError(
                 f"{key} would change nothing: {name} is a variable of {path}, used only while the "
-                "file is read; change it there, or override what it is used for, such as "
-                "train_cfg.max_epochs"
+                "file is read; change it there, or override all that it is used for, such as "
+                "train_cfg.max_epochs and the end of param_scheduler"
             )
         near = get_close_matches(name, known, n=1)
         hint = f"; did you mean {key.replace(name, near[0], 1)}?" if near else ""

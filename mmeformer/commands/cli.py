@@ -110,6 +110,16 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def prepare_run(args: argparse.Namespace) -> Config:
     """Read the config of a command line, with its settings, work directory and local rank."""
+    if args.launcher == "none" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"this is one of {os.environ['WORLD_SIZE']} processes, which would all do the same: "
+            "add --launcher pytorch"
+        )
+    if args.launcher == "pytorch" and "RANK" not in os.environ:
+        raise UserError(
+            "--launcher pytorch is for processes that torchrun starts: use tools/dist_train.sh or "
+            "tools/dist_test.sh"
+        )
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config = configs.load_config(args.config, args.cfg_options)
     configs.choose_work_dir(config, args.config, args.work_dir)
@@ -133,6 +143,12 @@ class _Settings(DictAction):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         if wrong := [value for value in values if "=" not in value]:
             parser.error(f"argument {option_string}: {wrong[0]!r} is not KEY=VALUE")
+        if dicts := [value for value in values if "dict(" in value or "{" in value]:
+            parser.error(
+                f"argument {option_string}: {dicts[0]!r}: values are numbers, words, lists and "
+                "tuples; set the entries of a dict one by one, such as "
+                "optim_wrapper.optimizer.type=AdamW"
+            )
         try:
             super().__call__(parser, namespace, values, option_string)
         except (AssertionError, ValueError) as error:

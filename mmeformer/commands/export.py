@@ -17,6 +17,7 @@ from pathlib import Path
 from mmeformer import configs
 from mmeformer.commands import cli
 from mmeformer.deploy.export import SUFFIXES, Request, export
+from mmeformer.errors import UserError
 from mmeformer.inference.inputs import find_sources
 
 
@@ -45,7 +46,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--fp16", action="store_true", help="CoreML, or the weights of TensorFlow Lite, in float16"
     )
     parser.add_argument(
-        "--images", nargs="+", default=[], help="for the check; default: of the config's test data"
+        "--images",
+        nargs="+",
+        default=[],
+        help="images or folders for the check; default: of the config's test data",
     )
     parser.add_argument(
         "--int8",
@@ -62,7 +66,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-drop",
         type=float,
-        default=1.0,
         metavar="POINTS",
         help="for 8 bits: largest drop of the test data's metric (default: 1 of 100 points)",
     )
@@ -84,13 +87,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = cli.parse(parser, argv)
     if args.dynamic and args.batch != 1:
         parser.error("--batch is for --size: with --dynamic any batch is possible")
+    if args.max_drop is not None and not args.int8 and not args.int8_dynamic:
+        parser.error("--max-drop is for 8 bits: add --int8 or --int8-dynamic")
     return args
 
 
-def _images(inputs: list[str]) -> tuple[Path, ...]:
-    """Image files of files and folders."""
+def _images(option: str, inputs: list[str]) -> tuple[Path, ...]:
+    """Image files of files and folders.
+
+    Raises:
+        UserError: there are inputs, but no images.
+    """
     sources = find_sources(inputs) if inputs else []
-    return tuple(source.path for source in sources if not source.is_video)
+    found = tuple(source.path for source in sources if not source.is_video)
+    if inputs and not found:
+        raise UserError(f"{option} {' '.join(inputs)}: no images there; videos are not used")
+    return found
 
 
 def run(args: argparse.Namespace) -> None:
@@ -102,14 +114,15 @@ def run(args: argparse.Namespace) -> None:
         batch=args.batch,
         preprocessing=args.with_preprocessing,
         half=args.fp16,
-        int8=_images(args.int8),
+        int8=_images("--int8", args.int8),
         int8_dynamic=args.int8_dynamic,
-        max_drop=args.max_drop,
+        max_drop=1.0 if args.max_drop is None else args.max_drop,
         nms=args.nms == "inside",
         opset=args.opset,
     )
     config = configs.load_config(args.config, args.cfg_options)
-    path = export(config, args.checkpoint, args.out, request, images=args.images, force=args.force)
+    images = _images("--images", args.images)
+    path = export(config, args.checkpoint, args.out, request, images=images, force=args.force)
     print(f"wrote {path} and {path.with_suffix('.json')}")
 
 

@@ -43,14 +43,15 @@ def build_model(config: Config, checkpoint: str | None = None) -> nn.Module:
     safe_load.install()
     loaded = safe_load.load(configs.existing_checkpoint(checkpoint))
     use_published(model, loaded, checkpoint)
+    require_match(model, loaded, checkpoint)
     state = loaded.get("state_dict", loaded)
     try:
         load_state_dict(
             model, {str(name).removeprefix("module."): value for name, value in state.items()}, True
         )
     except RuntimeError as error:
-        raise ValueError(f"{checkpoint} is not of this config: {error}") from error
-    require_match(model, loaded, checkpoint)
+        text = " ".join(str(error).split())
+        raise ValueError(f"{checkpoint} is not of this config: {text[:300]}") from error
     model.dataset_meta = (loaded.get("meta") or {}).get("dataset_meta") or {}
     return model
 

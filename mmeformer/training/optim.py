@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -107,6 +107,12 @@ class AdaptiveClippingConstructor(DefaultOptimWrapperConstructor):
         wrapper.clip_grad_kwargs = settings
         wrapper.clip_func = adaptive_clip_grad
         return wrapper
+
+
+def unused_keys(model: nn.Module, paramwise: Mapping) -> list[str]:
+    """Names in ``custom_keys`` that no parameter has in its own; they change nothing."""
+    names = [name for name, _ in model.named_parameters()]
+    return [key for key in paramwise.get("custom_keys", {}) if not any(key in n for n in names)]
 
 
 FEW_KERNELS = (Adam, AdamW, SGD)

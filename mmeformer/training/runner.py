@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
+from mmeformer.configs import read_test_metainfo
 from mmeformer.errors import CheckpointError, TrainingError
 from mmeformer.signals import PREEMPTED
 from mmeformer.training.data import GuardedDataset, leaves
@@ -31,7 +32,7 @@ from mmeformer.training.hooks import (
     UnreadableFilesHook,
 )
 from mmeformer.training.loops import EpochBasedTrainLoop, IterBasedTrainLoop
-from mmeformer.training.optim import update_in_few_kernels
+from mmeformer.training.optim import unused_keys, update_in_few_kernels
 from mmeformer.training.preemption import Preempted, StopRequest, deaf_worker
 from mmeformer.training.progress import ProgressHook, is_for_terminals
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
@@ -49,7 +50,7 @@ from mmeformer.training.saving import (
     training_state,
     write_checkpoint,
 )
-from mmeformer.training.schedule import Schedule, wrappers
+from mmeformer.training.schedule import Schedule, other_length, wrappers
 from mmeformer.training.writer import HostCopy, Writer
 
 OUR_LOOPS = {
@@ -203,6 +204,12 @@ class Runner(MMEngineRunner):
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """mmengine's, whose steps launch few kernels."""
         wrapper = super().build_optim_wrapper(optim_wrapper)
+        if isinstance(optim_wrapper, Mapping):
+            for name in unused_keys(self.model, optim_wrapper.get("paramwise_cfg") or {}):
+                self.logger.warning(
+                    f"optim_wrapper.paramwise_cfg.custom_keys: no parameter has {name!r} in its "
+                    "name, so that nothing changes"
+                )
         for item in wrappers(wrapper):
             update_in_few_kernels(item.optimizer)
         return wrapper
@@ -365,6 +372,8 @@ class Runner(MMEngineRunner):
     def call_hook(self, fn_name: str, **kwargs) -> None:
         """mmengine's call; compares weights with the model before they are loaded."""
         super().call_hook(fn_name, **kwargs)
+        if fn_name == "before_train" and (text := other_length(self)):
+            self.logger.warning(text)
         if fn_name == "after_load_checkpoint":
             use_published(self.model, kwargs["checkpoint"], str(self._source))
             require_match(
@@ -373,6 +382,20 @@ class Runner(MMEngineRunner):
                 str(self._source),
                 part="backbone." if self._fine_tuning else "",
             )
+            if not self._fine_tuning:
+                self._require_order_of_classes(kwargs["checkpoint"])
+
+    def _require_order_of_classes(self, checkpoint: Mapping) -> None:
+        """Raise CheckpointError if data and checkpoint have the same classes in another order."""
+        meta = (checkpoint.get("meta") or {}).get("dataset_meta") or {}
+        learned = list(meta.get("classes") or ())
+        if self.cfg.get("test_dataloader"):
+            given = list(read_test_metainfo(self.cfg).get("classes") or ())
+            if learned != given and sorted(learned) == sorted(given):
+                raise CheckpointError(
+                    f"{self._source} has the classes in the order {', '.join(learned)}, but the "
+                    f"config in the order {', '.join(given)}: use the former in metainfo"
+                )
 
     def save_checkpoint(
         self,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import io
 import logging
 import re
@@ -134,7 +135,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         **kwargs: as in mmengine.
 
     Raises:
-        ValueError: ``minutes`` is not positive.
+        ValueError: ``minutes`` is not positive, or a setting is unknown.
     """
 
     best_ckpt_path: str | None
@@ -143,6 +144,13 @@ class CheckpointHook(MMEngineCheckpointHook):
         self, *args, minutes: float | None = 10, stop_on_error: bool = False, **kwargs
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.args:
+            # mmengine hands them on, and stops at the first checkpoint.
+            known = ", ".join(inspect.signature(super().__init__).parameters)
+            raise ValueError(
+                f"CheckpointHook has no setting {', '.join(self.args)}; it has minutes, "
+                f"stop_on_error, {known}"
+            )
         if minutes is not None and not minutes > 0:
             raise ValueError(f"minutes of CheckpointHook must be positive or None, not {minutes}")
         self.minutes = minutes

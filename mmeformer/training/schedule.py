@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim.scheduler.param_scheduler import INF
 from mmengine.runner import Runner
 from torch import Tensor
 
@@ -165,3 +166,21 @@ def _step(schedulers: Sequence, *, by_epoch: bool) -> None:
     for scheduler in schedulers:
         if scheduler.by_epoch == by_epoch:
             scheduler.step()
+
+
+def other_length(runner: Runner) -> str | None:
+    """A warning if the learning rate is scheduled for another length than that of the training."""
+    total = runner.train_loop.max_iters
+    epoch = len(runner.train_dataloader)
+    ends = [
+        scheduler.end * (epoch if scheduler.by_epoch else 1)
+        for scheduler in _flat(runner.param_schedulers)
+        # Without an end it lasts forever.
+        if scheduler.end < INF
+    ]
+    if not ends or max(ends) == total or len(ends) < len(_flat(runner.param_schedulers)):
+        return None
+    return (
+        f"the learning rate is scheduled for {max(ends)} iterations, but the training has {total}: "
+        "set the `end` of param_scheduler too"
+    )

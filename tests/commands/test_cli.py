@@ -64,6 +64,7 @@ def place(tmp_path_factory):
     (folder / "picture.pth").write_bytes(next(folder.rglob("*.png")).read_bytes())
     (folder / "syntax.py").write_text("model = dict(\n")
     (folder / "text.txt").write_text("hello")
+    (folder / "clip.mp4").write_text("frames")
     (folder / "name.py").write_text("_base_ = 'gone.py'\n")
     (folder / "bare.py").write_text("model = dict()\n")
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -117,6 +118,25 @@ CASES = [
     ("train", "{p}/detection.py --launcher teleport", "invalid choice"),
     ("train", "{p}/detection.py --launcher slurm " + WORK, "only in a Slurm job"),
     ("train", "{p}/detection.py --cfg-options nonsense", "'nonsense' is not KEY=VALUE"),
+    ("train", "{p}/detection.py --cfg-options custom_hooks=[dict(type='X')]", "one by one"),
+    ("train", "{p}/detection.py --launcher pytorch", "use tools/dist_train.sh"),
+    (
+        "export",
+        "{p}/segmentation.py {p}/segmentation.pth --to onnx --size 64 64 --out {out}/a.onnx "
+        "--max-drop 2",
+        "--max-drop is for 8 bits",
+    ),
+    (
+        "export",
+        "{p}/segmentation.py {p}/segmentation.pth --to onnx --size 64 64 --out {out}/a.onnx "
+        "--int8 {p}/clip.mp4",
+        "clip.mp4: no images there; videos are not used",
+    ),
+    (
+        "train",
+        "{p}/detection.py " + WORK + " --cfg-options default_hooks.checkpoint.intervall=2",
+        "CheckpointHook has no setting intervall",
+    ),
     ("train", "{p}/detection.py --cfg-options a=[1,(2]", "argument --cfg-options: .*brackets"),
     (
         "train",
@@ -349,3 +369,9 @@ def test_bad_images_are_named(rotated, tmp_path, capfd, content, message):
     error = capfd.readouterr().err
     assert "000003.png" in error and message in error and "Traceback" not in error
     assert cv2.imread(str(images / "000000.png")) is not None
+
+
+def test_processes_of_torchrun_need_a_launcher(place, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command("train")([str(place / "detection.py"), "--work-dir", str(tmp_path)]) == 1
+    assert "one of 2 processes, which would all do the same: add" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from mmeformer.deploy import check, export, graphs, models
 from mmeformer.deploy import onnx as onnx_export
 from mmeformer.deploy.export import Request
 from mmeformer.deploy.graphs import BackboneGraph
+from mmeformer.errors import CheckpointError
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.variants import STRIDES, VARIANTS
 
@@ -226,7 +227,7 @@ class TestBadInput:
 
     def test_checkpoint_of_another_model(self, trained, tmp_path):
         small, other = trained("segmentation"), trained("detection")
-        with pytest.raises(ValueError, match="trained.pth is not of this config"):
+        with pytest.raises(CheckpointError, match="tensors are missing .*this config"):
             models.build_model(small.config, other.checkpoint)
         with pytest.raises(FileNotFoundError, match="gone.pth"):
             models.build_model(trained("segmentation").config, "gone.pth")

@@ -49,6 +49,10 @@ class TestConfigs:
         with pytest.raises(ValueError, match=f"{option} would change nothing: .*{message}"):
             configs.load_config(f"{V2_S0}_custom.py", {option: 1})
 
+    def test_settings_of_the_report_are_no_variables(self):
+        config = configs.load_config(f"{V2_S0}_custom.py", {"report.images": 5})
+        assert config.report.images == 5
+
     def test_missing_config_names_near_ones(self):
         with pytest.raises(FileNotFoundError, match="mean .*v2-s0_fpn_1x_coco.py"):
             configs.load_config("configs/detection/mask-rcnn_efficientformerv2-s0_1x_coco.py")

@@ -8,7 +8,12 @@ from mmengine.optim.optimizer import amp_optimizer_wrapper
 from torch import nn
 
 from mmeformer.training import engine
-from mmeformer.training.optim import join_groups, layer_index, update_in_few_kernels
+from mmeformer.training.optim import (
+    join_groups,
+    layer_index,
+    unused_keys,
+    update_in_few_kernels,
+)
 
 
 class Model(nn.Module):
@@ -248,3 +253,9 @@ def test_trainings_have_such_steps(tmp_path):
     optimizer.register_step_pre_hook(lambda own, *_: monitored.append(len(own.param_groups)))
     optimizer.step()
     assert monitored[0] <= 4 and len(optimizer.param_groups) == len(groups)
+
+
+def test_custom_keys_that_no_parameter_has_are_named():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    keys = {"0.weight": dict(lr_mult=0.1), "bakbone": dict(lr_mult=0.1)}
+    assert unused_keys(model, dict(custom_keys=keys)) == ["bakbone"]

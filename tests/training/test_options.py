@@ -2,16 +2,19 @@
 """What a training does beside the loop: EMA, early stopping, trackers, and where results are."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from mmengine.config import Config
+from mmengine.optim.scheduler.param_scheduler import INF
 
 from mmeformer import work_dirs
 from mmeformer.commands import train
-from mmeformer.errors import UserError
+from mmeformer.errors import CheckpointError, UserError
 from mmeformer.training import engine, trackers
+from mmeformer.training.schedule import other_length
 
 pytestmark = pytest.mark.usefixtures("quiet_logging")
 
@@ -45,6 +48,42 @@ def test_the_averages_are_validated(config, tmp_path):
     # After the validation the training goes on with its own weights.
     after = runner.model.state_dict()
     assert not all(torch.equal(after[name], saved[name]) for name in saved)
+
+
+def test_classes_in_another_order_are_refused(config, tmp_path):
+    """Testing or resuming with them would be wrong without a word."""
+    config.work_dir = str(tmp_path / "run")
+    engine.build_train_runner(Config(config.to_dict())).train()
+    checkpoint = str(work_dirs.last_checkpoint(tmp_path / "run"))
+    engine.build_test_runner(Config(config.to_dict()), checkpoint).test()
+    names = config.test_dataloader.dataset.metainfo.classes
+    config.test_dataloader.dataset.metainfo.classes = names[::-1]
+    with pytest.raises(CheckpointError, match=f"order {names[0]}, .*, but the config .*metainfo"):
+        engine.build_test_runner(Config(config.to_dict()), checkpoint).test()
+    config.train_dataloader.dataset.metainfo.classes = names[::-1]
+    config.train_cfg.max_iters += 1
+    with pytest.raises(CheckpointError, match="in the order"):
+        engine.build_train_runner(Config(config.to_dict()), resume="auto").train()
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ([(3, False), (2, True)], None),
+        ([(3, False), (24, True)], "for 240 iterations, but the training has 20"),
+        ([(3, False), (1, True)], "for 10 iterations, but the training has 20"),
+        ([(3, False), (INF, True)], None),
+        ([], None),
+    ],
+)
+def test_schedule_of_another_length_is_said(ends, said):
+    runner = SimpleNamespace(
+        train_loop=SimpleNamespace(max_iters=20),
+        train_dataloader=[None] * 10,
+        param_schedulers=[SimpleNamespace(end=end, by_epoch=epoch) for end, epoch in ends],
+    )
+    found = other_length(runner)
+    assert found is None if said is None else said in found
 
 
 def test_none_removes_a_hook(config, tmp_path):
