@@ -28,7 +28,13 @@ import numpy as np
 from mmeformer.errors import UserError
 from mmeformer.files import refuse_url
 from mmeformer.images import PLAIN, VIDEO_SUFFIXES, Reading, as_image, write_image
-from mmeformer.results import Classification, Detections, RotatedDetections, Segmentation
+from mmeformer.results import (
+    Classification,
+    Detections,
+    RotatedDetections,
+    Segmentation,
+    category_id,
+)
 from mmeformer.without_onedl import drop_note
 from mmeformer.work_dirs import choose_checkpoint, find_config
 
@@ -394,7 +400,10 @@ class _Exported(_Source):
         self.predictor = runtime.load(path)
         metadata = self.predictor.metadata
         self.classes = tuple(metadata.classes)
-        self.category_ids = tuple(range(1, len(self.classes) + 1))
+        # Files of earlier versions have none.
+        self.category_ids = metadata.category_ids or tuple(
+            map(category_id, range(len(self.classes)))
+        )
         self.reading = metadata.reading
         lowest = metadata.score_threshold
         if lowest is None:

@@ -13,6 +13,7 @@ from mmeformer import tasks
 from mmeformer.configs import read_test_metainfo
 from mmeformer.deploy.inputs import pipeline_settings, preprocessor_settings
 from mmeformer.images import Reading
+from mmeformer.results import category_ids
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.version import __version__
 
@@ -79,8 +80,10 @@ def task_settings(config: Config, model: nn.Module) -> dict[str, Any]:
 def class_settings(config: Config, model: nn.Module) -> dict[str, Any]:
     """Metadata fields of the classes."""
     dataset_meta = getattr(model, "dataset_meta", {}) or read_test_metainfo(config)
+    classes = tuple(dataset_meta.get("classes", ()))
     return dict(
-        classes=tuple(dataset_meta.get("classes", ())),
+        classes=classes,
+        category_ids=category_ids({**dataset_meta, "classes": classes}),
         palette=tuple(tuple(color) for color in dataset_meta.get("palette") or ()),
     )
 

@@ -27,6 +27,7 @@ _ADDED_LATER = {
     "shorter_side",
     "crop",
     "candidates",
+    "category_ids",
 }
 """Entries that files of earlier versions do not have; their defaults hold."""
 
@@ -70,6 +71,7 @@ class Metadata:
             if unknown, or if objects have any size in pixels.
         candidates: largest number of boxes of a level that go into non-maximum suppression in
             :mod:`mmeformer.runtime.decoders`; None for all.
+        category_ids: of COCO, by label; empty if they count from 1.
         bands, stretch: how imagery in files is read; see :class:`mmeformer.images.Reading`.
     """
 
@@ -100,6 +102,7 @@ class Metadata:
     shorter_side: int | None = None
     crop: tuple[int, int] | None = None
     candidates: int | None = None
+    category_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.task not in tasks.exports():
@@ -110,6 +113,10 @@ class Metadata:
             raise ValueError(
                 f"the size {tuple(self.size)} must be that of the test pipeline's CenterCrop, "
                 f"{tuple(self.crop)}: change one of them"
+            )
+        if self.category_ids and len(self.category_ids) != len(self.classes):
+            raise ValueError(
+                f"category_ids has {len(self.category_ids)} numbers for {len(self.classes)} classes"
             )
 
     @property

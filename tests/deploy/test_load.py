@@ -13,11 +13,15 @@ from mmengine.registry import DefaultScope
 from PIL import Image
 
 import mmeformer
+from mmeformer import runtime
+from mmeformer.deploy import models as deploy_models
+from mmeformer.deploy.metadata import export_metadata
 from mmeformer.errors import UserError
 from mmeformer.inference import load_predictor
 from mmeformer.model import supervision_fields
 from mmeformer.results import Detections, Mask, Pyramid, RotatedDetections, Segmentation
 from mmeformer.runtime import drawing
+from mmeformer.runtime.metadata import Metadata
 
 pytestmark = pytest.mark.usefixtures("quiet_logging")
 
@@ -186,6 +190,67 @@ def test_a_classifier(work_dir, onnx_file, picture, tmp_path, monkeypatch):
     for place in (folder, file):
         with pytest.raises(ValueError, match="for detection"):
             mmeformer.load(place, score_thr=0.5)
+
+
+class FakeFile:
+    """Stands for a loaded exported file: finds one object of each class, with equal scores."""
+
+    def __init__(self, metadata):
+        self.metadata = metadata
+
+    def predict_batch(self, images):
+        count = len(self.metadata.classes)
+        boxes = np.tile(np.array([[1, 1, 5, 5]], np.float32), (count, 1))
+        scores = np.full(count, 0.5, np.float32)
+        return [Detections(boxes, scores, np.arange(count), (10, 12), None) for _ in images]
+
+
+@pytest.fixture
+def fake_file(tmp_path, monkeypatch):
+    """``fake_file(**settings)``: path of a file of a detector, as :func:`runtime.load` reads it."""
+
+    def make(**settings):
+        zeros = (0.0,) * 3
+        values = dict(classes=("cat", "dog"), score_threshold=0.05, **settings)
+        metadata = Metadata("detection", "0", "config", zeros, zeros, True, **values)
+        monkeypatch.setattr(runtime, "load", lambda path: FakeFile(metadata))
+        (tmp_path / "model.onnx").touch()
+        return tmp_path / "model.onnx"
+
+    return make
+
+
+IMAGE = np.zeros((10, 12, 3), np.uint8)
+
+
+@pytest.mark.parametrize(("recorded", "ids"), [((7, 90), [7, 90]), ((), [1, 2])])
+def test_category_ids_of_an_exported_file(fake_file, recorded, ids):
+    coco = mmeformer.load(fake_file(category_ids=recorded))(IMAGE).to_coco()
+    assert [(entry["id"], entry["name"]) for entry in coco["categories"]] == [
+        (ids[0], "cat"),
+        (ids[1], "dog"),
+    ]
+    assert [entry["category_id"] for entry in coco["annotations"]] == ids
+
+
+@pytest.mark.parametrize("task", ["detection", "rotated", "classification"])
+def test_an_export_records_the_category_ids_of_the_checkpoint(task, trained):
+    known = trained(task)
+    model = deploy_models.build_model(known.config, str(known.checkpoint))
+    classes = model.dataset_meta["classes"]
+    ids = tuple(range(3, 3 + 7 * len(classes), 7))
+    model.dataset_meta = {**model.dataset_meta, "category_ids": list(ids)}
+    metadata = export_metadata(known.config, model, task)
+    assert metadata.category_ids == ids and len(ids) > 1
+    assert Metadata.from_json(metadata.to_json(), "model.onnx") == metadata
+    del model.dataset_meta["category_ids"]
+    counted = export_metadata(known.config, model, task).category_ids
+    assert counted == tuple(range(1, len(classes) + 1))
+
+
+def test_category_ids_that_are_not_those_of_the_classes(fake_file):
+    with pytest.raises(ValueError, match="category_ids has 3 numbers for 2 classes"):
+        fake_file(category_ids=(1, 2, 3))
 
 
 def test_what_cannot_be_loaded(work_dir, tmp_path):
