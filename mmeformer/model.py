@@ -110,7 +110,8 @@ class Model:
             images: one image (a path, the content of a file, a file object, a Pillow image, or an
                 array of ``uint8`` in BGR); a list of them; or the path of a video, of a folder or a
                 pattern such as ``images/*.jpg``.
-            batch_size: images, frames or windows of a large image per call of the model.
+            batch_size: images, frames or windows of a large image per call of the model. Exported
+                files decide themselves how many windows they take at once.
 
         Returns:
             A :class:`Prediction` for one image, a list of them for a list. For a video, a folder or
@@ -135,7 +136,7 @@ class Model:
     def _predict(self, images: Iterator[tuple], batch_size: int) -> Iterator[Prediction]:
         while chunk := list(islice(images, batch_size)):
             arrays = [as_image(image, self.source.reading) for image, _, _ in chunk]
-            results = self.source.predict(arrays)
+            results = self.source.predict(arrays, batch_size)
             for array, (_, path, frame), result in zip(arrays, chunk, results, strict=True):
                 yield Prediction(result, array, self.classes, self.source, path, frame)
 
@@ -331,8 +332,8 @@ class _Source(ABC):
     reading: Reading = PLAIN
 
     @abstractmethod
-    def predict(self, images: list[np.ndarray]) -> list[Any]:
-        """Results of images (H, W, 3) in BGR."""
+    def predict(self, images: list[np.ndarray], batch_size: int) -> list[Any]:
+        """Results of images (H, W, 3) in BGR, with ``batch_size`` windows of large ones at once."""
 
     @abstractmethod
     def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
@@ -373,9 +374,9 @@ class _Trained(_Source):
         self.category_ids = tuple(self.predictor.category_ids)
         self.reading = self.predictor.reading
 
-    def predict(self, images: list[np.ndarray]) -> list[Any]:
+    def predict(self, images: list[np.ndarray], batch_size: int) -> list[Any]:
         """See the base class."""
-        return self.predictor.predict_images(images)
+        return self.predictor.predict_images(images, batch_size)
 
     def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
         """See the base class; by the visualizer of the config."""
@@ -426,8 +427,8 @@ class _Exported(_Source):
                 raise ValueError(f"the model has no class {unknown}, only {list(self.classes)}")
             self.labels = [self.classes.index(name) for name in classes]
 
-    def predict(self, images: list[np.ndarray]) -> list[Any]:
-        """See the base class."""
+    def predict(self, images: list[np.ndarray], batch_size: int) -> list[Any]:
+        """See the base class; the runtime has its own batch of windows."""
         results: list[Any] = list(self.predictor.predict_batch(images))
         if self.score_thr is not None:
             results = [result.take(result.scores > self.score_thr) for result in results]

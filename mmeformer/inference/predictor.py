@@ -229,13 +229,18 @@ class Predictor(ABC, Generic[Result]):
         # Objects in whole photographs have any size in pixels.
         return None if window is None else self.training_images.scale_warning(window)
 
-    def predict_images(self, images: Sequence[np.ndarray]) -> list[Result]:
-        """Predict on images; those that are large for the model are cut into windows."""
+    def predict_images(self, images: Sequence[np.ndarray], batch_size: int = 1) -> list[Result]:
+        """Predict on images; those that are large for the model are cut into windows.
+
+        Args:
+            images: see the class; those of one size go through the model together.
+            batch_size: windows per call of the model.
+        """
         sides = [self.window_of(image.shape[:2]) for image in images]
         whole = [self.prepare(image) for image, side in zip(images, sides, strict=True) if not side]
         results = iter(self.predict(whole))
         return [
-            self.predict_windows(image, side, side // 4) if side else next(results)
+            self.predict_windows(image, side, side // 4, batch_size) if side else next(results)
             for image, side in zip(images, sides, strict=True)
         ]
 

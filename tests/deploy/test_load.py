@@ -104,6 +104,23 @@ def test_every_kind_of_input(task, models, trained, picture, tmp_path):
     assert [equal(one, expected, task) for one in model(str(folder / "*.png"))] == [True]
 
 
+def test_the_batch_size_holds_for_windows_too(models, monkeypatch):
+    model = models("segmentation")
+    predictor = model.source.predictor
+    sizes = []
+    predict = predictor.predict
+    monkeypatch.setattr(
+        predictor, "predict", lambda items: (sizes.append(len(items)), predict(items))[1]
+    )
+    side = predictor.native_size
+    # More than 8 sides long, so it is cut: steps of 3/4 of a side, the last one moved back.
+    image = np.zeros((side, 9 * side, 3), np.uint8)
+    (found,) = model([image], batch_size=5)
+    assert found.labels.shape == image.shape[:2]
+    # 12 windows; before them the list of whole images, which is empty.
+    assert sizes == [0, 5, 5, 2]
+
+
 def options(task):
     return {} if task == "segmentation" else dict(score_thr=0.05)
 
