@@ -31,6 +31,7 @@ from mmeformer.images import PLAIN, VIDEO_SUFFIXES, Reading, as_image, write_ima
 from mmeformer.results import (
     Classification,
     Detections,
+    Pyramid,
     RotatedDetections,
     Segmentation,
     category_id,
@@ -202,8 +203,8 @@ class Prediction:
         return getattr(self.result, name)
 
     def __len__(self) -> int:
-        """Number of objects."""
-        return len(self.result)
+        """Number of objects, which is that of :attr:`names`: 1 of a classified image."""
+        return len(self._labels())
 
     def __repr__(self) -> str:
         where = "" if self.path is None else f" of {self.path}"
@@ -211,10 +212,21 @@ class Prediction:
 
     @property
     def names(self) -> list[str]:
-        """Name of every object's class; of a classified image that of its most likely class."""
+        """Name of every object's class.
+
+        Of a classified image that of its most likely class, of a label map those that occur.
+        """
+        return [self.classes[label] for label in self._labels()]
+
+    def _labels(self) -> Sequence[int]:
+        """Label of every object."""
         if isinstance(self.result, Classification):
-            return [self.classes[self.result.label]]
-        return [self.classes[label] for label in self.result.labels]
+            return [self.result.label]
+        if isinstance(self.result, Segmentation):
+            return np.unique(self.result.labels).tolist()
+        if isinstance(self.result, Pyramid):
+            raise TypeError("the result of a backbone has no objects, only levels")
+        return self.result.labels.tolist()
 
     def plot(self) -> np.ndarray:
         """The image with the result drawn in: (H', W', 3) uint8, blue, green, red.

@@ -19,7 +19,14 @@ from mmeformer.deploy.metadata import export_metadata
 from mmeformer.errors import UserError
 from mmeformer.inference import load_predictor
 from mmeformer.model import supervision_fields
-from mmeformer.results import Detections, Mask, Pyramid, RotatedDetections, Segmentation
+from mmeformer.results import (
+    Classification,
+    Detections,
+    Mask,
+    Pyramid,
+    RotatedDetections,
+    Segmentation,
+)
 from mmeformer.runtime import drawing
 from mmeformer.runtime.metadata import Metadata
 
@@ -293,6 +300,22 @@ def test_what_cannot_be_predicted(models, tmp_path):
     with pytest.raises(ValueError, match="batch_size 0"):
         model([], batch_size=0)
     assert model([]) == []
+
+
+def test_names_and_number_of_objects():
+    classes = ("cat", "dog", "owl")
+    expected = [
+        (RESULTS[0], ["dog"]),
+        (RESULTS[1], ["dog"]),
+        (Segmentation(np.array([[2, 2], [0, 2]], np.uint8)), ["cat", "owl"]),
+        (Classification(np.array([0.2, 0.7, 0.1], np.float32)), ["dog"]),
+    ]
+    for result, names in expected:
+        found = mmeformer.model.Prediction(result, IMAGE, classes, None)
+        assert found.names == names and len(found) == len(names)
+    pyramid = mmeformer.model.Prediction(Pyramid(()), IMAGE, (), None)
+    with pytest.raises(TypeError, match="a backbone has no objects"):
+        len(pyramid)
 
 
 # --- supervision ---------------------------------------------------------------------------------
