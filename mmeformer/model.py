@@ -35,6 +35,8 @@ from mmeformer.results import (
     RotatedDetections,
     Segmentation,
     category_id,
+    check_score_thr,
+    chosen_labels,
 )
 from mmeformer.without_onedl import drop_note
 from mmeformer.work_dirs import choose_checkpoint, find_config
@@ -418,6 +420,8 @@ class _Exported(_Source):
             map(category_id, range(len(self.classes)))
         )
         self.reading = metadata.reading
+        if score_thr is not None:
+            check_score_thr(score_thr)
         lowest = metadata.score_threshold
         if lowest is None:
             if score_thr is not None or classes is not None:
@@ -435,9 +439,7 @@ class _Exported(_Source):
         self.score_thr = score_thr
         self.labels = None
         if classes is not None:
-            if unknown := [name for name in classes if name not in self.classes]:
-                raise ValueError(f"the model has no class {unknown}, only {list(self.classes)}")
-            self.labels = [self.classes.index(name) for name in classes]
+            self.labels = chosen_labels(classes, self.classes)
 
     def predict(self, images: list[np.ndarray], batch_size: int) -> list[Any]:
         """See the base class; the runtime has its own batch of windows."""

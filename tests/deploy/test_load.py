@@ -257,6 +257,30 @@ def test_category_ids_of_an_exported_file(fake_file, recorded, ids):
     assert [entry["category_id"] for entry in coco["annotations"]] == ids
 
 
+WRONG = [
+    (dict(score_thr=1.5), "score threshold 1.5 must be at least 0 and less than 1"),
+    (dict(score_thr=float("nan")), "score threshold nan must be at least 0"),
+    (dict(classes="cat"), r"classes is 'cat', but must be a list of names: \['cat'\]"),
+    (dict(classes=[]), "classes is empty"),
+    (dict(classes=["cow"]), r"the model has no class \['cow'\], only \['"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=[str(case[0]) for case in WRONG])
+def test_choices_that_report_nothing_are_refused(options, message, fake_file, work_dir):
+    for path in (fake_file(), work_dir("detection")):
+        with pytest.raises(ValueError, match=message):
+            mmeformer.load(path, **options)
+
+
+def test_a_choice_of_classes_and_scores(fake_file):
+    assert mmeformer.load(fake_file(), classes=["dog"])(IMAGE).names == ["dog"]
+    assert mmeformer.load(fake_file(), classes=("dog", "cat"))(IMAGE).names == ["cat", "dog"]
+    # Every object of this file has a score of 0.5.
+    assert len(mmeformer.load(fake_file(), score_thr=0.49)(IMAGE)) == 2
+    assert len(mmeformer.load(fake_file(), score_thr=0.5)(IMAGE)) == 0
+
+
 @pytest.mark.parametrize("task", ["detection", "rotated", "classification"])
 def test_an_export_records_the_category_ids_of_the_checkpoint(task, trained):
     known = trained(task)
