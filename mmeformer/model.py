@@ -28,7 +28,16 @@ import numpy as np
 from mmeformer.errors import UserError
 from mmeformer.files import refuse_url
 from mmeformer.images import PLAIN, VIDEO_SUFFIXES, Reading, as_image, write_image
-from mmeformer.results import Classification, Detections, RotatedDetections, Segmentation
+from mmeformer.results import (
+    Classification,
+    Detections,
+    Pyramid,
+    RotatedDetections,
+    Segmentation,
+    category_id,
+    check_score_thr,
+    chosen_labels,
+)
 from mmeformer.without_onedl import drop_note
 from mmeformer.work_dirs import choose_checkpoint, find_config
 
@@ -104,7 +113,8 @@ class Model:
             images: one image (a path, the content of a file, a file object, a Pillow image, or an
                 array of ``uint8`` in BGR); a list of them; or the path of a video, of a folder or a
                 pattern such as ``images/*.jpg``.
-            batch_size: images, frames or windows of a large image per call of the model.
+            batch_size: images, frames or windows of a large image per call of the model. Exported
+                files decide themselves how many windows they take at once.
 
         Returns:
             A :class:`Prediction` for one image, a list of them for a list. For a video, a folder or
@@ -129,7 +139,7 @@ class Model:
     def _predict(self, images: Iterator[tuple], batch_size: int) -> Iterator[Prediction]:
         while chunk := list(islice(images, batch_size)):
             arrays = [as_image(image, self.source.reading) for image, _, _ in chunk]
-            results = self.source.predict(arrays)
+            results = self.source.predict(arrays, batch_size)
             for array, (_, path, frame), result in zip(arrays, chunk, results, strict=True):
                 yield Prediction(result, array, self.classes, self.source, path, frame)
 
@@ -195,8 +205,8 @@ class Prediction:
         return getattr(self.result, name)
 
     def __len__(self) -> int:
-        """Number of objects."""
-        return len(self.result)
+        """Number of objects, which is that of :attr:`names`: 1 of a classified image."""
+        return len(self._labels())
 
     def __repr__(self) -> str:
         where = "" if self.path is None else f" of {self.path}"
@@ -204,10 +214,21 @@ class Prediction:
 
     @property
     def names(self) -> list[str]:
-        """Name of every object's class; of a classified image that of its most likely class."""
+        """Name of every object's class.
+
+        Of a classified image that of its most likely class, of a label map those that occur.
+        """
+        return [self.classes[label] for label in self._labels()]
+
+    def _labels(self) -> Sequence[int]:
+        """Label of every object."""
         if isinstance(self.result, Classification):
-            return [self.classes[self.result.label]]
-        return [self.classes[label] for label in self.result.labels]
+            return [self.result.label]
+        if isinstance(self.result, Segmentation):
+            return np.unique(self.result.labels).tolist()
+        if isinstance(self.result, Pyramid):
+            raise TypeError("the result of a backbone has no objects, only levels")
+        return self.result.labels.tolist()
 
     def plot(self) -> np.ndarray:
         """The image with the result drawn in: (H', W', 3) uint8, blue, green, red.
@@ -325,8 +346,8 @@ class _Source(ABC):
     reading: Reading = PLAIN
 
     @abstractmethod
-    def predict(self, images: list[np.ndarray]) -> list[Any]:
-        """Results of images (H, W, 3) in BGR."""
+    def predict(self, images: list[np.ndarray], batch_size: int) -> list[Any]:
+        """Results of images (H, W, 3) in BGR, with ``batch_size`` windows of large ones at once."""
 
     @abstractmethod
     def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
@@ -367,9 +388,9 @@ class _Trained(_Source):
         self.category_ids = tuple(self.predictor.category_ids)
         self.reading = self.predictor.reading
 
-    def predict(self, images: list[np.ndarray]) -> list[Any]:
+    def predict(self, images: list[np.ndarray], batch_size: int) -> list[Any]:
         """See the base class."""
-        return self.predictor.predict_images(images)
+        return self.predictor.predict_images(images, batch_size)
 
     def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
         """See the base class; by the visualizer of the config."""
@@ -394,8 +415,13 @@ class _Exported(_Source):
         self.predictor = runtime.load(path)
         metadata = self.predictor.metadata
         self.classes = tuple(metadata.classes)
-        self.category_ids = tuple(range(1, len(self.classes) + 1))
+        # Files of earlier versions have none.
+        self.category_ids = metadata.category_ids or tuple(
+            map(category_id, range(len(self.classes)))
+        )
         self.reading = metadata.reading
+        if score_thr is not None:
+            check_score_thr(score_thr)
         lowest = metadata.score_threshold
         if lowest is None:
             if score_thr is not None or classes is not None:
@@ -413,12 +439,10 @@ class _Exported(_Source):
         self.score_thr = score_thr
         self.labels = None
         if classes is not None:
-            if unknown := [name for name in classes if name not in self.classes]:
-                raise ValueError(f"the model has no class {unknown}, only {list(self.classes)}")
-            self.labels = [self.classes.index(name) for name in classes]
+            self.labels = chosen_labels(classes, self.classes)
 
-    def predict(self, images: list[np.ndarray]) -> list[Any]:
-        """See the base class."""
+    def predict(self, images: list[np.ndarray], batch_size: int) -> list[Any]:
+        """See the base class; the runtime has its own batch of windows."""
         results: list[Any] = list(self.predictor.predict_batch(images))
         if self.score_thr is not None:
             results = [result.take(result.scores > self.score_thr) for result in results]

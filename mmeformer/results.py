@@ -41,6 +41,36 @@ def category_ids(dataset_meta: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(known) if len(known) == count else tuple(map(category_id, range(count)))
 
 
+def check_score_thr(score_thr: float) -> None:
+    """Raise if a score threshold is out of range.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not 0 <= score_thr < 1:
+        raise ValueError(f"score threshold {score_thr} must be at least 0 and less than 1")
+
+
+def chosen_labels(names: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """Labels of the classes that a user wants to see.
+
+    Args:
+        names: of these classes.
+        classes: names of all classes, by label.
+
+    Raises:
+        ValueError: there is no such class, or there are no names.
+    """
+    # A string is a sequence too, of its letters.
+    if isinstance(names, str):
+        raise ValueError(f"classes is {names!r}, but must be a list of names: [{names!r}]")
+    if not len(names):
+        raise ValueError("classes is empty, so nothing would be reported; None reports all")
+    if unknown := [name for name in names if name not in classes]:
+        raise ValueError(f"the model has no class {unknown}, only {list(classes)}")
+    return [classes.index(name) for name in names]
+
+
 @dataclass(frozen=True, eq=False)
 class Pyramid:
     """Feature maps of a backbone.

@@ -19,6 +19,11 @@ FILL = (104, 116, 124)
 """Color (blue, green, red) of padding: ImageNet's mean, which becomes 0 after normalization, like
 the padding of a batch."""
 
+LARGE = 8.0
+"""How many times longer than a window, and than the largest image of the training, an image must be
+to be cut by a model of photographs. Their objects have any size in pixels, so photographs are
+resized as in training; only images that are far larger than photographs keep their size."""
+
 
 def windows(width: int, height: int, size: int, overlap: int) -> list[Window]:
     """Square windows that cover an image, row by row.

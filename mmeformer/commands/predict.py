@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def work(args: argparse.Namespace) -> int:
     """Predict; returns the exit status."""
     from mmeformer import inference
-    from mmeformer.inference.outputs import FOLDERS, prepare_folder
+    from mmeformer.inference.outputs import FOLDERS, is_marked, prepare_folder
     from mmeformer.inference.tracking import require_video
 
     # Report invalid arguments before the model is loaded, which takes seconds.
@@ -93,9 +93,9 @@ def work(args: argparse.Namespace) -> int:
     )
     config = configs.load_config(args.config, args.cfg_options)
     configs.existing_checkpoint(args.checkpoint)
-    sources = inference.find_sources(
-        args.inputs, exclude=[Path(args.out, folder) for folder in FOLDERS]
-    )
+    # Outputs of an earlier run are no inputs, but pictures/ of a data set are.
+    earlier = [Path(args.out, folder) for folder in FOLDERS] if is_marked(args.out) else []
+    sources = inference.find_sources(args.inputs, exclude=earlier)
     if args.track:
         require_video(sources)
     out = prepare_folder(args.out)

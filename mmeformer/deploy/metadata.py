@@ -10,11 +10,14 @@ from mmengine.config import Config
 from torch import nn
 
 from mmeformer import tasks
-from mmeformer.configs import read_test_metainfo
+from mmeformer.configs import native_size, read_test_metainfo
 from mmeformer.deploy.inputs import pipeline_settings, preprocessor_settings
 from mmeformer.images import Reading
+from mmeformer.results import category_ids
 from mmeformer.runtime.metadata import Metadata
+from mmeformer.training_images import TrainingImages
 from mmeformer.version import __version__
+from mmeformer.windows import LARGE
 
 
 def export_metadata(
@@ -79,10 +82,21 @@ def task_settings(config: Config, model: nn.Module) -> dict[str, Any]:
 def class_settings(config: Config, model: nn.Module) -> dict[str, Any]:
     """Metadata fields of the classes."""
     dataset_meta = getattr(model, "dataset_meta", {}) or read_test_metainfo(config)
+    classes = tuple(dataset_meta.get("classes", ()))
     return dict(
-        classes=tuple(dataset_meta.get("classes", ())),
+        classes=classes,
+        category_ids=category_ids({**dataset_meta, "classes": classes}),
         palette=tuple(tuple(color) for color in dataset_meta.get("palette") or ()),
     )
+
+
+def cut_settings(config: Config, model: nn.Module) -> dict[str, Any]:
+    """Metadata field of models of photographs; the rule is that of
+    :meth:`mmeformer.inference.predictor.Predictor.window_of`."""
+    side = native_size(config)
+    record = TrainingImages.from_meta(getattr(model, "dataset_meta", None))
+    _, longest = (record and record.sides) or (0, 0)
+    return dict(cut_above=None if side is None else int(LARGE * max(side, longest)))
 
 
 def detector_settings(config: Config, model: nn.Module, test_cfg: dict) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmeformer.deploy import check, samples
 from mmeformer.deploy.graphs import Graph, cell_shifts, require, take, top_k
-from mmeformer.deploy.metadata import detector_settings
+from mmeformer.deploy.metadata import cut_settings, detector_settings
 from mmeformer.detection.dynamic_masks import located, mask_logits, with_positions
 from mmeformer.detection.lite_head import LiteGFLHead
 from mmeformer.detection.lite_mask_head import LiteRTMDetInsHead
@@ -115,7 +115,8 @@ class _OneStageGraph(Graph):
         candidates = max(test_cfg.get("nms_pre", -1), 0) or None
         masks = type(model.bbox_head) in RTMDET_INS
         threshold = dict(mask_threshold=test_cfg.mask_thr_binary) if masks else {}
-        return detector_settings(config, model, test_cfg) | dict(candidates=candidates) | threshold
+        detector = detector_settings(config, model, test_cfg) | cut_settings(config, model)
+        return detector | dict(candidates=candidates) | threshold
 
     @staticmethod
     def predict(model: Any, image: Tensor, metainfo: dict[str, Any]) -> Detections:

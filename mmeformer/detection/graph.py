@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmeformer.deploy import check, samples
 from mmeformer.deploy.graphs import Graph, cell_shifts, require, take, top_k
-from mmeformer.deploy.metadata import detector_settings
+from mmeformer.deploy.metadata import cut_settings, detector_settings
 from mmeformer.detection.coder import DeltaXYWHBBoxCoder
 from mmeformer.detection.dense_graph import DenseGraph, is_dense
 from mmeformer.detection.roi_heads import FCNMaskHead, SingleRoIExtractor
@@ -170,7 +170,8 @@ class DetectionGraph(Graph):
         _check_supported(model)
         test_cfg = config.model.test_cfg.rcnn
         masks = dict(mask_threshold=test_cfg.mask_thr_binary) if model.roi_head.with_mask else {}
-        return detector_settings(config, model, test_cfg) | masks
+        detector = detector_settings(config, model, test_cfg)
+        return detector | cut_settings(config, model) | masks
 
     @staticmethod
     def predict(model: Any, image: Tensor, metainfo: dict[str, Any]) -> Detections:

@@ -16,16 +16,14 @@ from mmeformer.detection.merging import merge_windows
 from mmeformer.detection.writers import to_json
 from mmeformer.inference.predictor import Predictor
 from mmeformer.results import Detections, Mask
-from mmeformer.windows import Window
+from mmeformer.windows import LARGE, Window
 
 
 class DetectionPredictor(Predictor[Detections]):
     """Predicts :class:`mmeformer.results.Detections`."""
 
     inferencer_class = DetInferencer
-    # Objects in photographs have any size in pixels, so photographs are resized as in training.
-    # Only images that are far larger than photographs keep their size and are cut.
-    large = 8.0
+    large = LARGE
 
     @classmethod
     def set_visualizer(cls, settings: ConfigDict) -> None:

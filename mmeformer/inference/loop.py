@@ -25,6 +25,7 @@ from mmeformer.inference.outputs import (
     TableResults,
     VideoWriter,
     json_results,
+    mark,
     table_results,
 )
 from mmeformer.inference.predictor import Predictor
@@ -164,7 +165,8 @@ def run(
 
     Raises:
         ValueError: the overlap is not less than the window.
-        UserError: there is nothing to track: no video, or results without boxes.
+        UserError: there is nothing to track: no video, or results without boxes; or ``out`` has
+            files of others with the names of outputs.
         OSError: an output cannot be written.
     """
     if settings.track:
@@ -172,6 +174,7 @@ def run(
         if not predictor.has_scores:
             raise UserError("track ids are for detection; these results have no boxes")
     state = _Run(predictor, out, settings, on_window)
+    mark(out)
     if predictor.legend is not None:
         write_text(out / LEGEND, json.dumps(predictor.legend, indent=1) + "\n")
     results = json_results(out / RESULTS, predictor.categories) if predictor.writes_json else None

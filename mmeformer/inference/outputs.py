@@ -15,12 +15,16 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from mmeformer.files import refuse_url, replacing
+from mmeformer.errors import UserError
+from mmeformer.files import refuse_url, replacing, write_text
 
 FOLDERS = ("pictures", "videos", "masks", "labels")
 """Folders of outputs, below the output folder."""
 
 RESULTS, TABLE, LEGEND = "predictions.json", "predictions.csv", "classes.json"
+
+MARKER = ".mmeformer-predictions"
+"""A file that says that an output folder is one: what has our names there may be replaced."""
 
 
 def prepare_folder(out: str | Path) -> Path:
@@ -28,10 +32,12 @@ def prepare_folder(out: str | Path) -> Path:
 
     Raises:
         ValueError: it is not.
+        UserError: files of others would be replaced.
     """
     refuse_url(out, "output folder")
     out = Path(out)
     try:
+        refuse_files_of_others(out)
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
@@ -41,6 +47,37 @@ def prepare_folder(out: str | Path) -> Path:
             "with --out"
         ) from error
     return out
+
+
+def is_marked(out: str | Path) -> bool:
+    """Whether a folder has outputs of an earlier run."""
+    return Path(out, MARKER).is_file()
+
+
+def refuse_files_of_others(out: Path) -> None:
+    """Raise if a folder has files with the names of outputs, such as the labels of a data set.
+
+    Raises:
+        UserError: it has.
+    """
+    if is_marked(out):
+        return
+    for name in (*FOLDERS, RESULTS, TABLE, LEGEND):
+        if (out / name).exists():
+            raise UserError(
+                f"{out / name} exists and was not written by predict (there is no {MARKER} beside "
+                "it); choose another --out"
+            )
+
+
+def mark(out: Path) -> None:
+    """Say that a folder is one of outputs; comes before the first of them.
+
+    Raises:
+        UserError: files of others would be replaced.
+    """
+    refuse_files_of_others(out)
+    write_text(out / MARKER, "mmeformer predict wrote this folder, and may write it again.\n")
 
 
 def write_mask(

@@ -25,7 +25,7 @@ from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.deploy.fold import fold
 from mmeformer.images import PLAIN, Reading
-from mmeformer.results import category_ids
+from mmeformer.results import category_ids, check_score_thr, chosen_labels
 from mmeformer.training_images import TrainingImages
 from mmeformer.windows import Progress, Window, predict_windows, windows
 
@@ -189,13 +189,12 @@ class Predictor(ABC, Generic[Result]):
         """Leave objects of other classes out of all results.
 
         Raises:
-            ValueError: the model has no such class, or its results are no objects.
+            ValueError: the model has no such class, there are no names, or its results are no
+                objects.
         """
         if not self.has_scores:
             raise ValueError("a choice of classes is for detection; these results have no boxes")
-        if unknown := [name for name in classes if name not in self.classes]:
-            raise ValueError(f"the model has no class {unknown}, only {list(self.classes)}")
-        self.labels = [self.classes.index(name) for name in classes]
+        self.labels = chosen_labels(classes, self.classes)
 
     @property
     def categories(self) -> dict[int, str]:
@@ -229,13 +228,18 @@ class Predictor(ABC, Generic[Result]):
         # Objects in whole photographs have any size in pixels.
         return None if window is None else self.training_images.scale_warning(window)
 
-    def predict_images(self, images: Sequence[np.ndarray]) -> list[Result]:
-        """Predict on images; those that are large for the model are cut into windows."""
+    def predict_images(self, images: Sequence[np.ndarray], batch_size: int = 1) -> list[Result]:
+        """Predict on images; those that are large for the model are cut into windows.
+
+        Args:
+            images: see the class; those of one size go through the model together.
+            batch_size: windows per call of the model.
+        """
         sides = [self.window_of(image.shape[:2]) for image in images]
         whole = [self.prepare(image) for image, side in zip(images, sides, strict=True) if not side]
         results = iter(self.predict(whole))
         return [
-            self.predict_windows(image, side, side // 4) if side else next(results)
+            self.predict_windows(image, side, side // 4, batch_size) if side else next(results)
             for image, side in zip(images, sides, strict=True)
         ]
 
@@ -398,8 +402,8 @@ def load_predictor(
             f"config {config.filename or ''} cannot be used to predict: missing "
             f"{', '.join(missing)}"
         )
-    if score_thr is not None and not 0 <= score_thr < 1:
-        raise ValueError(f"score threshold {score_thr} must be at least 0 and less than 1")
+    if score_thr is not None:
+        check_score_thr(score_thr)
     device = _existing_device(device)
     checkpoint = configs.existing_checkpoint(checkpoint)
     config = Config(config.copy().to_dict(), filename=config.filename)

@@ -27,6 +27,8 @@ _ADDED_LATER = {
     "shorter_side",
     "crop",
     "candidates",
+    "category_ids",
+    "cut_above",
 }
 """Entries that files of earlier versions do not have; their defaults hold."""
 
@@ -70,6 +72,10 @@ class Metadata:
             if unknown, or if objects have any size in pixels.
         candidates: largest number of boxes of a level that go into non-maximum suppression in
             :mod:`mmeformer.runtime.decoders`; None for all.
+        cut_above: prediction with the checkpoint cuts images whose longer side exceeds this number
+            of pixels into windows; exported files take them whole, with a warning. None if it cuts
+            none, or if the files are cut by ``patch_size``.
+        category_ids: of COCO, by label; empty if they count from 1.
         bands, stretch: how imagery in files is read; see :class:`mmeformer.images.Reading`.
     """
 
@@ -100,6 +106,8 @@ class Metadata:
     shorter_side: int | None = None
     crop: tuple[int, int] | None = None
     candidates: int | None = None
+    category_ids: tuple[int, ...] = ()
+    cut_above: int | None = None
 
     def __post_init__(self) -> None:
         if self.task not in tasks.exports():
@@ -110,6 +118,10 @@ class Metadata:
             raise ValueError(
                 f"the size {tuple(self.size)} must be that of the test pipeline's CenterCrop, "
                 f"{tuple(self.crop)}: change one of them"
+            )
+        if self.category_ids and len(self.category_ids) != len(self.classes):
+            raise ValueError(
+                f"category_ids has {len(self.category_ids)} numbers for {len(self.classes)} classes"
             )
 
     @property

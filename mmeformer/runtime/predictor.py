@@ -147,6 +147,7 @@ class Predictor:
         self.output_names = [item.name for item in session.get_outputs()]
         self._decode = tasks.load(metadata.export.decoder)
         self._source: tuple[Path, int, list[Any]] | None = None
+        self._warned_of_size = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Arguments of :func:`load`; other processes read the same file again.
@@ -194,6 +195,7 @@ class Predictor:
         """
         arrays = [as_image(image, self.metadata.reading) for image in images]
         self._warn_of_scale(arrays)
+        self._warn_of_size(arrays)
         side = self.patch_size
         is_large = [bool(side) and max(image.shape[:2]) > side for image in arrays]
         whole = [as_patch(a, side) for a, large in zip(arrays, is_large, strict=True) if not large]
@@ -221,6 +223,22 @@ class Predictor:
         for height, width in {image.shape[:2] for image in images}:
             if text := record.scale_warning(max(height, width)):
                 warnings.warn(f"image of {width} x {height} px: {text}", stacklevel=3)
+
+    def _warn_of_size(self, images: Sequence[NDArray[Any]]) -> None:
+        """Warn of the first image that the checkpoint, unlike this file, would cut."""
+        limit = self.metadata.cut_above
+        if limit is None or self._warned_of_size:
+            return
+        for height, width in (image.shape[:2] for image in images):
+            if max(height, width) > limit:
+                self._warned_of_size = True
+                warnings.warn(
+                    f"image of {width} x {height} px is not cut into windows, as prediction with "
+                    f"the checkpoint cuts images longer than {limit} px: small objects may be "
+                    "missed; give this file pieces of it, or use the checkpoint",
+                    stacklevel=3,
+                )
+                return
 
     def _predict_windows(self, image: NDArray[Any]) -> Result:
         """Predict on an image that is larger than a patch, window by window."""

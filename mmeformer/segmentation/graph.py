@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmeformer.deploy import check
 from mmeformer.deploy.graphs import Graph, require
-from mmeformer.deploy.metadata import task_settings
+from mmeformer.deploy.metadata import cut_settings, task_settings
 from mmeformer.runtime import Segmentation
 
 
@@ -85,7 +85,7 @@ class SegmentationGraph(Graph):
     @staticmethod
     def settings(config: Config, model: Any) -> dict[str, Any]:
         """See :meth:`Graph.settings`."""
-        return task_settings(config, model)
+        return task_settings(config, model) | cut_settings(config, model)
 
     @staticmethod
     def predict(model: Any, image: Tensor, metainfo: dict[str, Any]) -> Segmentation:

@@ -21,7 +21,7 @@ from mmeformer.inference.predictor import Predictor
 from mmeformer.results import Segmentation
 from mmeformer.segmentation.settings import require_windows
 from mmeformer.segmentation.visualizer import draw_labels
-from mmeformer.windows import Window, cores
+from mmeformer.windows import LARGE, Window, cores
 
 LOGITS_AT_ONCE = 2**26
 """Numbers (256 MiB) that are computed at once when logits are resized to the image."""
@@ -38,7 +38,7 @@ class SegmentationPredictor(Predictor[Segmentation]):
     """
 
     inferencer_class = MMSegInferencer
-    large = 8.0  # as for detection
+    large = LARGE
     has_scores = False
     mask_formats = ("palette", "ids")
     writes_json = False

@@ -13,11 +13,22 @@ from mmengine.registry import DefaultScope
 from PIL import Image
 
 import mmeformer
+from mmeformer import runtime
+from mmeformer.deploy import models as deploy_models
+from mmeformer.deploy.metadata import export_metadata
 from mmeformer.errors import UserError
 from mmeformer.inference import load_predictor
 from mmeformer.model import supervision_fields
-from mmeformer.results import Detections, Mask, Pyramid, RotatedDetections, Segmentation
+from mmeformer.results import (
+    Classification,
+    Detections,
+    Mask,
+    Pyramid,
+    RotatedDetections,
+    Segmentation,
+)
 from mmeformer.runtime import drawing
+from mmeformer.runtime.metadata import Metadata
 
 pytestmark = pytest.mark.usefixtures("quiet_logging")
 
@@ -98,6 +109,23 @@ def test_every_kind_of_input(task, models, trained, picture, tmp_path):
     ]
     assert [one.frame for one in model(folder / "b.avi", batch_size=4)] == [0, 1]
     assert [equal(one, expected, task) for one in model(str(folder / "*.png"))] == [True]
+
+
+def test_the_batch_size_holds_for_windows_too(models, monkeypatch):
+    model = models("segmentation")
+    predictor = model.source.predictor
+    sizes = []
+    predict = predictor.predict
+    monkeypatch.setattr(
+        predictor, "predict", lambda items: (sizes.append(len(items)), predict(items))[1]
+    )
+    side = predictor.native_size
+    # More than 8 sides long, so it is cut: steps of 3/4 of a side, the last one moved back.
+    image = np.zeros((side, 9 * side, 3), np.uint8)
+    (found,) = model([image], batch_size=5)
+    assert found.labels.shape == image.shape[:2]
+    # 12 windows; before them the list of whole images, which is empty.
+    assert sizes == [0, 5, 5, 2]
 
 
 def options(task):
@@ -188,6 +216,91 @@ def test_a_classifier(work_dir, onnx_file, picture, tmp_path, monkeypatch):
             mmeformer.load(place, score_thr=0.5)
 
 
+class FakeFile:
+    """Stands for a loaded exported file: finds one object of each class, with equal scores."""
+
+    def __init__(self, metadata):
+        self.metadata = metadata
+
+    def predict_batch(self, images):
+        count = len(self.metadata.classes)
+        boxes = np.tile(np.array([[1, 1, 5, 5]], np.float32), (count, 1))
+        scores = np.full(count, 0.5, np.float32)
+        return [Detections(boxes, scores, np.arange(count), (10, 12), None) for _ in images]
+
+
+@pytest.fixture
+def fake_file(tmp_path, monkeypatch):
+    """``fake_file(**settings)``: path of a file of a detector, as :func:`runtime.load` reads it."""
+
+    def make(**settings):
+        zeros = (0.0,) * 3
+        values = dict(classes=("cat", "dog"), score_threshold=0.05, **settings)
+        metadata = Metadata("detection", "0", "config", zeros, zeros, True, **values)
+        monkeypatch.setattr(runtime, "load", lambda path: FakeFile(metadata))
+        (tmp_path / "model.onnx").touch()
+        return tmp_path / "model.onnx"
+
+    return make
+
+
+IMAGE = np.zeros((10, 12, 3), np.uint8)
+
+
+@pytest.mark.parametrize(("recorded", "ids"), [((7, 90), [7, 90]), ((), [1, 2])])
+def test_category_ids_of_an_exported_file(fake_file, recorded, ids):
+    coco = mmeformer.load(fake_file(category_ids=recorded))(IMAGE).to_coco()
+    assert [(entry["id"], entry["name"]) for entry in coco["categories"]] == [
+        (ids[0], "cat"),
+        (ids[1], "dog"),
+    ]
+    assert [entry["category_id"] for entry in coco["annotations"]] == ids
+
+
+WRONG = [
+    (dict(score_thr=1.5), "score threshold 1.5 must be at least 0 and less than 1"),
+    (dict(score_thr=float("nan")), "score threshold nan must be at least 0"),
+    (dict(classes="cat"), r"classes is 'cat', but must be a list of names: \['cat'\]"),
+    (dict(classes=[]), "classes is empty"),
+    (dict(classes=["cow"]), r"the model has no class \['cow'\], only \['"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=[str(case[0]) for case in WRONG])
+def test_choices_that_report_nothing_are_refused(options, message, fake_file, work_dir):
+    for path in (fake_file(), work_dir("detection")):
+        with pytest.raises(ValueError, match=message):
+            mmeformer.load(path, **options)
+
+
+def test_a_choice_of_classes_and_scores(fake_file):
+    assert mmeformer.load(fake_file(), classes=["dog"])(IMAGE).names == ["dog"]
+    assert mmeformer.load(fake_file(), classes=("dog", "cat"))(IMAGE).names == ["cat", "dog"]
+    # Every object of this file has a score of 0.5.
+    assert len(mmeformer.load(fake_file(), score_thr=0.49)(IMAGE)) == 2
+    assert len(mmeformer.load(fake_file(), score_thr=0.5)(IMAGE)) == 0
+
+
+@pytest.mark.parametrize("task", ["detection", "rotated", "classification"])
+def test_an_export_records_the_category_ids_of_the_checkpoint(task, trained):
+    known = trained(task)
+    model = deploy_models.build_model(known.config, str(known.checkpoint))
+    classes = model.dataset_meta["classes"]
+    ids = tuple(range(3, 3 + 7 * len(classes), 7))
+    model.dataset_meta = {**model.dataset_meta, "category_ids": list(ids)}
+    metadata = export_metadata(known.config, model, task)
+    assert metadata.category_ids == ids and len(ids) > 1
+    assert Metadata.from_json(metadata.to_json(), "model.onnx") == metadata
+    del model.dataset_meta["category_ids"]
+    counted = export_metadata(known.config, model, task).category_ids
+    assert counted == tuple(range(1, len(classes) + 1))
+
+
+def test_category_ids_that_are_not_those_of_the_classes(fake_file):
+    with pytest.raises(ValueError, match="category_ids has 3 numbers for 2 classes"):
+        fake_file(category_ids=(1, 2, 3))
+
+
 def test_what_cannot_be_loaded(work_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         mmeformer.load(tmp_path / "nowhere")
@@ -211,6 +324,22 @@ def test_what_cannot_be_predicted(models, tmp_path):
     with pytest.raises(ValueError, match="batch_size 0"):
         model([], batch_size=0)
     assert model([]) == []
+
+
+def test_names_and_number_of_objects():
+    classes = ("cat", "dog", "owl")
+    expected = [
+        (RESULTS[0], ["dog"]),
+        (RESULTS[1], ["dog"]),
+        (Segmentation(np.array([[2, 2], [0, 2]], np.uint8)), ["cat", "owl"]),
+        (Classification(np.array([0.2, 0.7, 0.1], np.float32)), ["dog"]),
+    ]
+    for result, names in expected:
+        found = mmeformer.model.Prediction(result, IMAGE, classes, None)
+        assert found.names == names and len(found) == len(names)
+    pyramid = mmeformer.model.Prediction(Pyramid(()), IMAGE, (), None)
+    with pytest.raises(TypeError, match="a backbone has no objects"):
+        len(pyramid)
 
 
 # --- supervision ---------------------------------------------------------------------------------

@@ -23,10 +23,12 @@ from mmeformer import configs, runtime, tasks
 from mmeformer.deploy import models
 from mmeformer.deploy.metadata import export_metadata
 from mmeformer.images import as_image
+from mmeformer.inference import load_predictor
 from mmeformer.results import Mask
 from mmeformer.rotated_boxes import rotated_iou, rotated_nms
 from mmeformer.runtime.images import prepare
 from mmeformer.runtime.metadata import KEY, Metadata
+from mmeformer.training_images import TrainingImages
 from mmeformer.windows import crop, windows
 
 METADATA = Metadata(
@@ -241,9 +243,40 @@ def test_an_image_at_another_scale_than_in_training_is_named(onnx_file):
         whole.predict(pixels(20, 36))
 
 
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+@pytest.mark.parametrize("sides", [None, (30, 400)])
+def test_the_size_from_which_the_checkpoint_cuts_is_recorded(trained, task, sides):
+    """By the rule of ``Predictor.window_of``."""
+    known = trained(task)
+    model = models.build_model(known.config, known.checkpoint)
+    if sides:
+        model.dataset_meta = model.dataset_meta | TrainingImages(sides).to_meta()
+    limit = export_metadata(known.config, model, task).cut_above
+    assert limit == 8 * (400 if sides else configs.native_size(known.config))
+    predictor = load_predictor(known.config, known.checkpoint, device="cpu")
+    predictor.training_images = TrainingImages(sides)
+    assert predictor.window_of((limit + 1, 20)) and not predictor.window_of((20, limit))
+
+
+def test_a_rotated_detector_cuts_by_its_patches(onnx_file):
+    assert runtime.load(onnx_file("rotated", size=None)).metadata.cut_above is None
+
+
+def test_an_image_that_the_checkpoint_would_cut_is_named_once(onnx_file):
+    file = runtime.load(onnx_file("segmentation", size=None))
+    predictor = runtime.Predictor(file.session, replace(file.metadata, cut_above=100))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictor.predict(pixels(100, 20))
+    with pytest.warns(UserWarning, match="101 x 20 px is not cut .* longer than 100 px") as told:
+        predictor.predict_batch([pixels(20, 101), pixels(120, 20)])
+        predictor.predict(pixels(20, 130))
+    assert len(told) == 1 and told[0].filename == __file__
+
+
 def test_files_of_earlier_versions_load():
     values = json.loads(METADATA.to_json())
-    del values["patch_size"], values["training_sides"]
+    del values["patch_size"], values["training_sides"], values["category_ids"], values["cut_above"]
     assert Metadata.from_json(json.dumps(values), "old.onnx") == METADATA
 
 

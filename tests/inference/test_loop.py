@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmeformer.errors import UserError
 from mmeformer.inference import Settings, run
 from mmeformer.inference.inputs import find_sources
 from mmeformer.inference.loop import Status
@@ -100,7 +101,7 @@ def test_batches_results_and_files(tmp_path):
     assert annotations(out) == expected
     written = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert written == sorted(
-        ["predictions.json"]
+        [".mmeformer-predictions", "predictions.json"]
         + [f"labels/deep/{index}.txt" for index in range(5)]
         + [f"pictures/deep/{index}.jpg" for index in range(5)]
     )
@@ -245,7 +246,10 @@ def test_a_fault_that_is_not_the_image_s_ends_the_run(tmp_path, error):
         predict(tmp_path / "in", tmp_path / "out", Faulty())
     # Neither half a video nor half a JSON file.
     left = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert sorted(left) == [f"{frame:06d}.txt" for frame in range(4)]
+    assert sorted(left) == [
+        ".mmeformer-predictions",
+        *(f"{frame:06d}.txt" for frame in range(4)),
+    ]
 
 
 def test_outputs_of_an_earlier_run_are_replaced(tmp_path):
@@ -254,6 +258,17 @@ def test_outputs_of_an_earlier_run_are_replaced(tmp_path):
     save(tmp_path / "in" / "a.png", 30, 20, 2)
     predict(tmp_path / "in", tmp_path / "out")
     assert annotations(tmp_path / "out") == {("a.png", None): 2}
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    save(tmp_path / "in" / "a.png", 30, 20, 1)
+    own = tmp_path / "in" / "labels" / "a.txt"
+    own.parent.mkdir()
+    own.write_text("my label")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"in/labels exists and was not written by predict"):
+        predict(tmp_path / "in", tmp_path / "in")
+    assert own.read_text() == "my label" and sorted(tmp_path.rglob("*")) == before
 
 
 def test_nothing_is_written_outside_the_output_folder(tmp_path, monkeypatch):

@@ -10,7 +10,14 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from mmeformer.detection.writers import run_length_code
-from mmeformer.inference.outputs import VideoWriter, json_results, prepare_folder, write_mask
+from mmeformer.errors import UserError
+from mmeformer.inference.outputs import (
+    VideoWriter,
+    json_results,
+    mark,
+    prepare_folder,
+    write_mask,
+)
 from mmeformer.results import Mask
 
 
@@ -109,3 +116,25 @@ def test_folder_that_cannot_be_written_to(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match=r"output folder .*file.* cannot be written .*--out"):
             prepare_folder(path)
+
+
+@pytest.mark.parametrize("name", ["pictures", "videos", "masks", "labels"])
+def test_a_folder_of_others_is_refused_and_an_own_one_is_not(tmp_path, name):
+    (tmp_path / name).mkdir()
+    for use in (prepare_folder, mark):
+        with pytest.raises(
+            UserError, match=f"{name} exists and was not written by predict .*--out"
+        ):
+            use(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    mark(tmp_path / "new")
+    (tmp_path / "new" / name).mkdir()
+    mark(tmp_path / "new")
+    assert prepare_folder(tmp_path / "new") == tmp_path / "new"
+
+
+@pytest.mark.parametrize("name", ["predictions.json", "predictions.csv", "classes.json"])
+def test_files_of_others_are_refused(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} exists"):
+        prepare_folder(tmp_path)

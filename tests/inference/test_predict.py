@@ -529,7 +529,26 @@ def test_a_fault_of_the_model_keeps_its_traceback(place, tmp_path, capfd, monkey
     assert predict_main([*argv, "--out", tmp_path]) == 1
     error = capfd.readouterr().err
     assert "Traceback" in error and error.endswith("error: out of memory\n")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".mmeformer-predictions"]
+
+
+def test_images_and_labels_of_the_user_are_not_replaced(place, tmp_path, capfd):
+    own = tmp_path / "own"
+    (own / "pictures").mkdir(parents=True)
+    content = (place / "images" / "a.png").read_bytes()
+    (own / "pictures" / "a.jpg").write_bytes(content)
+    (own / "b.png").write_bytes(content)
+    argv = [place / "detection.py", place / "detection.pth", own]
+    assert predict_main([*argv, "--out", own]) == 1
+    error = capfd.readouterr().err
+    assert re.search(r"^error: .*own/pictures exists and was not .*another --out$", error, re.M)
+    assert sorted(path.name for path in own.rglob("*")) == ["a.jpg", "b.png", "pictures"]
+    assert (own / "pictures" / "a.jpg").read_bytes() == content
+    # In another folder they are inputs, of the first run and of the next; outputs never are.
+    for _ in range(2):
+        assert predict_main([*argv, "--out", own / "out"]) == 0
+        assert "predicted on 2 images" in capfd.readouterr().out
+    assert names(own / "out", "pictures", ".jpg") == ["b", "pictures/a"]
 
 
 PROGRAM = """
