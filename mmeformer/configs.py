@@ -151,8 +151,8 @@ def native_size(config: Config) -> int | None:
     segmentor's test settings or of its data preprocessor, else None.
     """
     for step in config.test_dataloader.dataset.pipeline:
-        if step.type.rpartition(".")[2] == "Resize" and "scale" in step:
-            return _shorter_side(step.scale)
+        if step["type"].rpartition(".")[2] == "Resize" and "scale" in step:
+            return _shorter_side(step["scale"])
     for settings, key in (
         (config.model.get("test_cfg"), "crop_size"),
         (config.model.get("data_preprocessor"), "size"),
