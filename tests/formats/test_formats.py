@@ -717,7 +717,7 @@ class TestImagesOfOneName:
     [
         "<folder>{}</folder>",
         "<folder>images</folder><path>C:\\data\\{}\\0.jpg</path>",
-        "<path>/home/me/{}/new/0.jpg</path>",
+        "<path>/photos/{}/new/0.jpg</path>",
     ],
 )
 def test_voc_tells_the_folder_of_its_image(tmp_path, more):
