@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmeformer.checks.findings import Finding
-from mmeformer.formats.masks import _MASK_FOLDER
+from mmeformer.formats.masks import MASK_FOLDER
 from mmeformer.formats.tree import Options, Tree, read_sizes, split_word
 from mmeformer.labeled import FOLDERS, LabeledData, LabeledImage
 
@@ -31,7 +31,7 @@ def find(tree: Tree) -> list[Path]:
 def in_mask_folder(path: Path, tree: Tree) -> bool:
     """Whether an image lies below a folder such as ``masks``, which is no class."""
     folders = path.relative_to(tree.root).parts[:-1]
-    return any(_MASK_FOLDER.match(folder.lower()) for folder in folders)
+    return any(MASK_FOLDER.match(folder.lower()) for folder in folders)
 
 
 def _places(tree: Tree) -> dict[Path, _Place]:

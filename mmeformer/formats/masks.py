@@ -31,7 +31,7 @@ from mmeformer.formats.tree import SPLIT_KEYS, Options, Tree, class_names, read_
 from mmeformer.labeled import MASKS, UNLABELED, LabeledData, LabeledImage
 
 NAME = "masks"
-_MASK_FOLDER = re.compile(
+MASK_FOLDER = re.compile(
     r"^(masks?|labels?|annotations?|annots?|gt|ground_?truth|segmentationclass(aug)?|gtfine|"
     r"label_?ids?|seg(mentation)?s?|(train|val|valid|test)_?(masks?|labels?|annot))$"
 )
@@ -91,7 +91,7 @@ def _is_mask(path: Path, tree: Tree) -> bool:
     if path.suffix.lower() not in (".png", ".bmp", ".tif", ".tiff") or _NO_MASK.search(path.stem):
         return False
     folders = path.relative_to(tree.root).parts[:-1]
-    named = any(_MASK_FOLDER.match(part.lower()) for part in folders)
+    named = any(MASK_FOLDER.match(part.lower()) for part in folders)
     return named or _MASK_ENDING.search(path.stem) is not None
 
 

@@ -146,10 +146,10 @@ class CheckpointHook(MMEngineCheckpointHook):
         super().__init__(*args, **kwargs)
         if self.args:
             # mmengine hands them on, and stops at the first checkpoint.
-            known = ", ".join(inspect.signature(super().__init__).parameters)
+            known = [*inspect.signature(super().__init__).parameters][:-1]
             raise ValueError(
                 f"CheckpointHook has no setting {', '.join(self.args)}; it has minutes, "
-                f"stop_on_error, {known}"
+                f"stop_on_error, {', '.join(known)}"
             )
         if minutes is not None and not minutes > 0:
             raise ValueError(f"minutes of CheckpointHook must be positive or None, not {minutes}")
