@@ -18,7 +18,7 @@ from mmeformer.checkpoints import safe_load
 from mmeformer.configs import drop_pretrained, existing_checkpoint
 from mmeformer.training.device import prepare_device
 from mmeformer.training.pictures import PicturesHook
-from mmeformer.training.runner import EvaluationRunner, Runner
+from mmeformer.training.runner import Runner
 from mmeformer.training.trackers import add_trackers
 
 TRAINING_KEYS = ("model", "train_dataloader", "train_cfg", "optim_wrapper")
@@ -135,7 +135,7 @@ def build_test_runner(
     drop_pretrained(config.model)
     prepare_device(config, launcher)
     safe_load.install()
-    runner = EvaluationRunner.from_cfg(config)
+    runner = Runner.from_cfg(config)
     if show_dir is not None:
         runner.register_hook(PicturesHook(Path(show_dir).resolve(), **options))
     if out is not None:

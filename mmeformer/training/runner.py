@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.configs import read_test_metainfo
 from mmeformer.errors import CheckpointError, TrainingError
+from mmeformer.files import write_text
 from mmeformer.signals import PREEMPTED
 from mmeformer.training.data import GuardedDataset, leaves
 from mmeformer.training.hooks import (
@@ -51,6 +53,7 @@ from mmeformer.training.saving import (
     write_checkpoint,
 )
 from mmeformer.training.schedule import Schedule, other_length, wrappers
+from mmeformer.training.work_dir import only_training
 from mmeformer.training.writer import HostCopy, Writer
 
 OUR_LOOPS = {
@@ -88,7 +91,7 @@ class Runner(MMEngineRunner):
     stop: StopRequest | None = None
     """Notes signals; None before and after a training."""
     config_text = ""
-    """The config as Python code, for checkpoints."""
+    """The config as Python code; in the main process only."""
     resume_else: str | None = None
     """What to resume from if the work directory has no checkpoints; None for nothing."""
     load_else: str | None = None
@@ -167,6 +170,20 @@ class Runner(MMEngineRunner):
         self._test_dataloader = _for_evaluation(self._test_dataloader)
         return super().build_test_loop(loop)
 
+    @master_only
+    def dump_config(self) -> None:
+        """Write the config beside the log.
+
+        The work directory gets it when a training begins: there it is that of the checkpoints, for
+        the report and ``load``, and not that of a test or of a start that failed.
+        """
+        self.config_text = self.cfg.pretty_text
+        write_text(Path(self.log_dir, self._config_name), self.config_text)
+
+    @property
+    def _config_name(self) -> str:
+        return f"{Path(self.cfg.filename or 'config').stem}.py"
+
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """mmengine's hooks, with our ``CheckpointHook`` instead of its own.
 
@@ -227,15 +244,18 @@ class Runner(MMEngineRunner):
 
         Raises:
             CheckpointError: there are checkpoints, but none is complete.
-            TrainingError: the run cannot go on; the message says why.
+            TrainingError: the run cannot go on, or another runs in the same work directory; the
+                message says why.
             Preempted: a signal has stopped the run; there is a checkpoint. A signal before the
                 first iteration ends the process (:func:`mmeformer.signals.leave`).
         """
+        with only_training(self.work_dir) if is_main_process() else nullcontext():
+            return self._train()
+
+    def _train(self):
         if self._resume:
             self._find_start()
         self._fine_tuning = not self._resume
-        # Formatting takes a second; no checkpoint waits for it.
-        self.config_text = self.cfg.pretty_text
         hook = checkpoint_hook(self)
         try:
             if hook is None:
@@ -372,8 +392,11 @@ class Runner(MMEngineRunner):
     def call_hook(self, fn_name: str, **kwargs) -> None:
         """mmengine's call; compares weights with the model before they are loaded."""
         super().call_hook(fn_name, **kwargs)
-        if fn_name == "before_train" and (text := other_length(self)):
-            self.logger.warning(text)
+        if fn_name == "before_train":
+            if is_main_process():
+                write_text(Path(self.work_dir, self._config_name), self.config_text)
+            if text := other_length(self):
+                self.logger.warning(text)
         if fn_name == "after_load_checkpoint":
             use_published(self.model, kwargs["checkpoint"], str(self._source))
             require_match(
@@ -465,20 +488,6 @@ class Runner(MMEngineRunner):
                     "rate or clip gradients"
                 )
         write_checkpoint(state, **target)
-
-
-class EvaluationRunner(Runner):
-    """Runner that only tests.
-
-    Its config, which may name an exported file or part of the data, is kept beside its log: in the
-    work directory is the config of the training, for which the report and ``load`` look there.
-    """
-
-    @master_only
-    def dump_config(self) -> None:
-        """Write the config into the folder of the log."""
-        name = Path(self.cfg.filename).name if self.cfg.filename else "config.py"
-        self.cfg.dump(Path(self.log_dir, name))
 
 
 def _for_evaluation(loader):

@@ -27,16 +27,15 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import save_checkpoint
 
 from mmeformer.checkpoints import safe_load
-from mmeformer.errors import CheckpointError
+from mmeformer.errors import CheckpointError, TrainingError
 from mmeformer.files import is_draft, write_bytes, write_text
 from mmeformer.signals import PREEMPTED
 from mmeformer.training.preemption import Preempted, anywhere
 from mmeformer.training.schedule import wrappers
+from mmeformer.training.work_dir import INTERIM, earlier_checkpoints, set_aside
 from mmeformer.training.writer import NotWritten
 from mmeformer.work_dirs import POINTER
 
-INTERIM = "interim_iter_"
-"""Begin of the names of checkpoints that the next one replaces."""
 DISKS = {
     errno.ENOSPC: "the disk is full: make room",
     errno.EDQUOT: "the quota is used up: make room",
@@ -164,20 +163,47 @@ class CheckpointHook(MMEngineCheckpointHook):
         self._better = False
 
     def before_train(self, runner: Runner) -> None:
-        """Remove the files that a killed run left unfinished."""
+        """Remove files that a killed run left unfinished; set aside those of another training."""
         super().before_train(runner)
         self._saved_at = time.monotonic()
         for item in wrappers(runner.optim_wrapper):
             item.optimizer.register_step_pre_hook(partial(_wait_for_copy, runner))
-        resumed = Path(runner._load_from) if runner._resume and runner._load_from else None
-        if resumed is not None and resumed.parent == Path(self.out_dir):
+        start = Path(runner._load_from) if runner._load_from else None
+        folders = {Path(folder).resolve() for folder in (self.out_dir, runner.work_dir)}
+        goes_on = runner._resume and start is not None and start.resolve().parent in folders
+        if goes_on and start.parent == Path(self.out_dir):
             # A validation that is repeated now adds its scores to it.
-            self._saved = resumed.name, runner.epoch, runner.iter
-        if is_main_process():
-            for folder in {Path(self.out_dir), Path(runner.work_dir)}:
-                for path in folder.glob(".*"):
-                    if is_draft(path) and path.is_file():
-                        path.unlink()
+            self._saved = start.name, runner.epoch, runner.iter
+        if not is_main_process():
+            return
+        for folder in folders:
+            for path in folder.glob(".*"):
+                if is_draft(path) and path.is_file():
+                    path.unlink()
+            if not goes_on:
+                self._set_aside(runner, folder, start)
+        if goes_on:
+            # It may be older than the newest, from which a later run would go on.
+            write_text(Path(runner.work_dir, POINTER), str(start), sync=True)
+
+    def _set_aside(self, runner: Runner, folder: Path, start: Path | None) -> None:
+        """Move checkpoints of an earlier training, from which this one would be resumed later.
+
+        Raises:
+            TrainingError: this training has begun with one of them.
+        """
+        if not (found := earlier_checkpoints(folder, self.filename_tmpl)):
+            return
+        if start is not None and start.resolve() in found:
+            raise TrainingError(
+                f"load_from={start} is a checkpoint of the earlier training in {runner.work_dir}, "
+                "whose place a new one takes: choose another --work-dir"
+            )
+        target = set_aside(found)
+        runner.logger.warning(
+            f"{folder} has {len(found)} checkpoints of an earlier training; they are in {target} "
+            "now (with --resume that training would have gone on)"
+        )
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
@@ -315,7 +341,10 @@ class CheckpointHook(MMEngineCheckpointHook):
         self._set_best({**before, **after})
         for name, path in before.items():
             if name in after and after[name] != path:
-                self._outdated.append(path)
+                # After a resume from another folder, the best model there is not ours to remove.
+                own = self.file_backend.join_path(self.out_dir, Path(path).name)
+                if own != after[name]:
+                    self._outdated.append(own)
 
     def _require_indicators(self, runner: Runner, metrics: Mapping) -> None:
         """Replace metrics that are not evaluated by the closest ones that are.
