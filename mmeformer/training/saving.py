@@ -170,21 +170,23 @@ class CheckpointHook(MMEngineCheckpointHook):
             item.optimizer.register_step_pre_hook(partial(_wait_for_copy, runner))
         start = Path(runner._load_from) if runner._load_from else None
         folders = {Path(folder).resolve() for folder in (self.out_dir, runner.work_dir)}
-        goes_on = runner._resume and start is not None and start.resolve().parent in folders
-        if goes_on and start.parent == Path(self.out_dir):
+        own = None
+        if runner._resume and start is not None and start.resolve().parent in folders:
+            own = start
+        if own is not None and own.parent == Path(self.out_dir):
             # A validation that is repeated now adds its scores to it.
-            self._saved = start.name, runner.epoch, runner.iter
+            self._saved = own.name, runner.epoch, runner.iter
         if not is_main_process():
             return
         for folder in folders:
             for path in folder.glob(".*"):
                 if is_draft(path) and path.is_file():
                     path.unlink()
-            if not goes_on:
+            if own is None:
                 self._set_aside(runner, folder, start)
-        if goes_on:
+        if own is not None:
             # It may be older than the newest, from which a later run would go on.
-            write_text(Path(runner.work_dir, POINTER), str(start), sync=True)
+            write_text(Path(runner.work_dir, POINTER), str(own), sync=True)
 
     def _set_aside(self, runner: Runner, folder: Path, start: Path | None) -> None:
         """Move checkpoints of an earlier training, from which this one would be resumed later.
