@@ -27,6 +27,7 @@ from mmeformer.errors import CheckpointError, TrainingError
 from mmeformer.files import write_text
 from mmeformer.signals import PREEMPTED
 from mmeformer.training.data import GuardedDataset, leaves
+from mmeformer.training.deterministic import deterministic_kernels
 from mmeformer.training.hooks import (
     CheckMetricsHook,
     LossCheckHook,
@@ -250,7 +251,13 @@ class Runner(MMEngineRunner):
                 first iteration ends the process (:func:`mmeformer.signals.leave`).
         """
         with only_training(self.work_dir) if is_main_process() else nullcontext():
-            return self._train()
+            with deterministic_kernels():
+                return self._train()
+
+    def test(self):
+        """mmengine's evaluation."""
+        with deterministic_kernels():
+            return super().test()
 
     def _train(self):
         if self._resume:
