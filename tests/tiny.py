@@ -364,15 +364,22 @@ class Recorder(Hook):
         self.losses[runner.iter] = outputs["loss"].item()
 
 
-def train(config: Config, work_dir: Path, resume=None, at=None, launcher="none") -> dict:
-    """Losses by iteration of a training in this process, on one thread."""
+def train(config: Config, work_dir: Path, resume=None, at=None, **choices) -> dict:
+    """Losses by iteration of a training in this process, on one thread.
+
+    Args:
+        config, work_dir: of the training.
+        resume: as in ``build_train_runner``.
+        at: of :class:`Recorder`.
+        **choices: further ones of ``build_train_runner``.
+    """
     config = Config(config.copy().to_dict())
     config.work_dir = str(work_dir)
     threads = torch.get_num_threads()
     # Sums of several threads may differ in the last bit.
     torch.set_num_threads(1)
     try:
-        runner = engine.build_train_runner(config, resume=resume, launcher=launcher)
+        runner = engine.build_train_runner(config, resume=resume, **choices)
         recorder = Recorder(at)
         runner.register_hook(recorder)
         runner.train()

@@ -152,6 +152,32 @@ def test_steps_with_our_settings_lower_the_loss(task):
     assert np.isfinite(losses).all() and np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
+@pytest.fixture
+def any_kernels():
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
+class _Cut(Exception):
+    """Ends a training before an iteration."""
+
+
+def cut():
+    raise _Cut
+
+
+@pytest.mark.parametrize("task", tiny.all_tasks())
+def test_deterministic_runs_resume_bit_for_bit(task, tmp_path, any_kernels):
+    config = tiny.everything(task, tmp_path)
+    unbroken = tiny.train(config, tmp_path / "unbroken", deterministic=True)
+    with pytest.raises(_Cut):
+        tiny.train(config, tmp_path / "cut", at={3: cut}, deterministic=True)
+    resumed = tiny.train(config, tmp_path / "cut", "auto", deterministic=True)
+    assert sorted(resumed) == [2, 3] and tiny.equal(unbroken, resumed)
+    tiny.assert_same_state(tmp_path / "unbroken/iter_4.pth", tmp_path / "cut/iter_4.pth")
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_predictions(task):
     _, model = task_model(task)
