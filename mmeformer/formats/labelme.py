@@ -173,5 +173,10 @@ def _mask(shape: dict, points: np.ndarray, label: int, image: LabeledImage) -> L
     left, top = (int(round(value)) for value in points[0])
     whole = np.zeros((image.height, image.width), np.uint8)
     target = whole[top : top + part.shape[0], left : left + part.shape[1]]
+    if not target.size:
+        size = f"{image.width} x {image.height} px"
+        raise ValueError(f"the mask lies outside its image of {size}; correct it")
     target[:] = part[: target.shape[0], : target.shape[1]] > 0
+    if not whole.any():
+        raise ValueError("the part of the mask in its image is empty; remove it")
     return LabeledObject(label, mask_box(whole), rle=encode_rle(whole))

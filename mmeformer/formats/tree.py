@@ -33,6 +33,13 @@ _DRAWN_FOLDER = re.compile(r"segmentation(class|object).*|masks?", re.IGNORECASE
 _Content = TypeVar("_Content")
 
 
+_OTHER_IMAGES = (
+    ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".nef", ".pgm",
+    ".ppm",
+)  # fmt: skip
+"""Suffixes of images that are not read."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user says about the data.
@@ -91,7 +98,8 @@ class Tree:
             files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
         tree = cls(root, files)
         if not tree.images:
-            raise UserError(f"{root} has no image ({', '.join(IMAGE_SUFFIXES)})")
+            hint = f"; {others}" if (others := tree.other_images()) else ""
+            raise UserError(f"{root} has no image ({', '.join(IMAGE_SUFFIXES)}){hint}")
         return tree
 
     def with_suffix(self, *suffixes: str) -> list[Path]:
@@ -102,6 +110,17 @@ class Tree:
     def images(self) -> list[Path]:
         """Image files, masks included."""
         return self.with_suffix(*IMAGE_SUFFIXES)
+
+    def other_images(self) -> str:
+        """In words: images of kinds that are not read, with the fix; empty if there are none."""
+        others = self.with_suffix(*_OTHER_IMAGES)
+        if not others:
+            return ""
+        kinds = ", ".join(sorted({path.suffix.lower() for path in others}))
+        return (
+            f"{len(others)} images are of kinds that are not read ({kinds}), such as "
+            f"{others[0].relative_to(self.root)}; convert them to PNG or JPEG"
+        )
 
     def find_image(
         self, name: str, near: Path, split: str | None = None, hint: str = ""

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every format: known labels are read back exactly, and bad files are named with their place."""
 
+import base64
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -679,6 +681,33 @@ class TestLabelMe:
         with pytest.raises(UserError, match=f"{path}: cannot be used: {message}"):
             read(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("corner", "size", "message"),
+        [
+            ((70, 9), (64, 48), "the mask lies outside its image of 64 x 48 px"),
+            ((5, 5), (0, 0), "the mask lies outside its image of 0 x 0 px"),
+            ((63, 9), (64, 48), "the part of the mask in its image is empty"),
+            ((60, 9), (64, 48), None),
+        ],
+    )
+    def test_masks_beyond_the_image(self, tmp_path, corner, size, message):
+        sets.write_labelme(tmp_path)
+        path = tmp_path / "apple.json"
+        mask = np.zeros((4, 4), np.uint8)
+        mask[1:3, 2] = 1
+        text = base64.b64encode(cv2.imencode(".png", mask)[1].tobytes()).decode()
+        points = [list(corner), [corner[0] + 3, corner[1] + 3]]
+        shape = dict(label="car", points=points, shape_type="mask", mask=text)
+        content = dict(imagePath="apple.jpg", shapes=[shape])
+        content.update(imageWidth=size[0], imageHeight=size[1])
+        path.write_text(json.dumps(content))
+        if message is None:
+            (item,) = by_name(read(tmp_path))["apple"].objects
+            assert item.box == (62, 10, 1, 2)
+            return
+        with pytest.raises(UserError, match=rf"{path}: cannot be used: shape 1 \(car\): {message}"):
+            read(tmp_path)
+
     def test_renamed_files_with_old_paths(self, tmp_path):
         """Their labels would be those of the next image, but for the last one."""
         sets.write_labelme(tmp_path)
@@ -1343,6 +1372,28 @@ class TestRecognition:
     def test_nothing_known(self, tmp_path):
         sets.write_images(tmp_path)
         with pytest.raises(UserError, match="6 images, but no labels that are known"):
+            read(tmp_path)
+
+    @pytest.mark.parametrize("suffix", [".heic", ".GIF", ".jfif"])
+    def test_images_of_other_kinds(self, tmp_path, suffix):
+        """A class, or all masks, would vanish without a word."""
+        sets.write_folders(tmp_path)
+        for name in ("one", "two"):
+            (tmp_path / "train" / "ship").mkdir(exist_ok=True)
+            (tmp_path / "train" / "ship" / f"{name}{suffix}").write_bytes(b"some image")
+        data = read(tmp_path)
+        others = (
+            f"2 images are of kinds that are not read ({suffix.lower()}), such as "
+            f"train/ship/one{suffix}; convert them to PNG or JPEG"
+        )
+        assert data.classes == sets.CLASSES and data.notes == [others]
+        for name in sets.CLASSES:
+            shutil.rmtree(tmp_path / "val" / name)
+            shutil.rmtree(tmp_path / "train" / name)
+        with pytest.raises(UserError, match=rf"has no image .*; {re.escape(others)}"):
+            read(tmp_path)
+        write_photos(tmp_path / "images", "01")
+        with pytest.raises(UserError, match=rf"no labels that are known.*; {re.escape(others)}"):
             read(tmp_path)
 
     def test_no_images_and_no_folder(self, tmp_path):
