@@ -5,17 +5,18 @@
 
     from mmeformer import load
 
-    model = load("runs/nuclei")  # a work directory, a checkpoint or an exported .onnx file
+    model = load("runs/nuclei")  # a work directory, a checkpoint or an exported file
     found = model("image.jpg")
     print(found.boxes, [model.classes[label] for label in found.labels])
     found.save("out.png")
 
-An exported file needs only numpy, OpenCV and onnxruntime.
+An exported ``.onnx`` file needs only numpy, OpenCV and onnxruntime.
 """
 
 from __future__ import annotations
 
 import glob
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import singledispatch
@@ -39,10 +40,38 @@ from mmeformer.results import (
     chosen_labels,
 )
 from mmeformer.without_onedl import drop_note
-from mmeformer.work_dirs import choose_checkpoint, find_config
+from mmeformer.work_dirs import (
+    best_checkpoint,
+    choose_checkpoint,
+    find_config,
+    last_checkpoint,
+)
+
+_Named = tuple[np.ndarray, Path | None, int | None]
+"""An image (H, W, 3) in BGR, its file and the number of its frame."""
 
 SCORE_THR = 0.3
 """Default score threshold."""
+_TAKES = (
+    "load takes the work directory of a training, a checkpoint (.pth) with its config, or an "
+    "exported .onnx, .tflite or .pte file"
+)
+_EXPORTED = (".onnx", ".tflite", ".pte")
+"""Files that :mod:`mmeformer.runtime` runs."""
+_CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+_CHECKPOINT_STARTS = (b"PK\x03\x04", b"\x80")
+"""First bytes of PyTorch's files, new and old."""
+_EXPORT = "export the model with `mmeformer export --to onnx`, and load that file"
+_OTHER_FILES = {
+    ".mlpackage": f"is a Core ML package, which runs in apps of Apple's devices; {_EXPORT}",
+    ".mlmodel": f"is a Core ML model, which runs in apps of Apple's devices; {_EXPORT}",
+    ".xml": f"is of OpenVINO, which runs the .onnx file itself (mmeformer.runtime.openvino); "
+    f"{_EXPORT}",
+    ".engine": f"is of TensorRT, which runs outside of mmeformer; {_EXPORT}",
+    ".py": "is a config without weights; give the checkpoint that was trained with it: "
+    'load("epoch_12.pth", config="config.py")',
+}
+"""What files that may be taken for models are, by suffix, and the next step."""
 
 
 def load(
@@ -57,7 +86,8 @@ def load(
 
     Args:
         path: the work directory of a training, of which the best checkpoint is taken, else the last
-            (``Model.path`` says which); a checkpoint; or an exported ``.onnx`` file.
+            (``Model.path`` says which); a checkpoint; or an exported ``.onnx``, ``.tflite`` (with
+            its JSON beside it) or ``.pte`` file.
         config: of a checkpoint; None takes the one beside it.
         device: such as ``cpu`` or ``cuda:1``; None takes the first GPU, if there is one. An
             exported file runs on the CPU; for other providers see :func:`mmeformer.runtime.load`.
@@ -66,7 +96,7 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        UserError: the folder has no config or no checkpoint.
+        UserError: it is none of these; or there is no config or no checkpoint.
         CheckpointError: the checkpoint is damaged, refused, or not of this config's model.
         ValueError: an argument does not fit the model.
     """
@@ -74,20 +104,72 @@ def load(
     refuse_url(path, "model")
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; give a work directory, a checkpoint or an exported .onnx file"
-        )
-    if path.suffix == ".onnx":
+        raise FileNotFoundError(f"{path} does not exist; {_TAKES}")
+    if path.is_file() and path.suffix.lower() in _EXPORTED:
         if config is not None or device not in (None, "cpu"):
             raise ValueError(
                 f"{path} is an exported file, which needs no config and runs on the CPU here; for "
                 "other devices use mmeformer.runtime.load"
             )
         return Model(path, _Exported(path, score_thr, classes))
-    folder = path if path.is_dir() else path.parent
+    _refuse_others(path)
     checkpoint = choose_checkpoint(path) if path.is_dir() else path
-    config = find_config(folder) if config is None else config
+    if config is None:
+        config = find_config(path) if path.is_dir() else _config_beside(path)
     return Model(checkpoint, _Trained(checkpoint, config, device, score_thr, classes))
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise if a file or folder is no checkpoint and no work directory; say what it is.
+
+    Raises:
+        UserError: the message has the next step.
+    """
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        if suffix == ".mlpackage":
+            raise UserError(f"{path} {_OTHER_FILES[suffix]}")
+        if not any(has_any(path) for has_any in (_has_config, best_checkpoint, last_checkpoint)):
+            raise UserError(
+                f"{path} has no config (*.py) and no checkpoint (*.pth), so it is not the work "
+                f"directory of a training; {_TAKES}"
+            )
+        return
+    if suffix == ".bin" and path.with_suffix(".xml").exists():
+        suffix = ".xml"
+    if suffix in _OTHER_FILES:
+        raise UserError(f"{path} {_OTHER_FILES[suffix]}")
+    if suffix == ".json" and (model := path.with_suffix(".tflite")).exists():
+        raise UserError(f"{path} describes {model.name}; load that file")
+    if suffix in _CHECKPOINTS:
+        return
+    with path.open("rb") as file:
+        head = file.read(9)
+    # Checkpoints may have any name.
+    if not head.startswith(_CHECKPOINT_STARTS) and head[8:] != b"{":
+        raise UserError(f"{path} is no model; {_TAKES}")
+
+
+def _has_config(work_dir: Path) -> bool:
+    try:
+        find_config(work_dir)
+    except UserError:
+        return False
+    return True
+
+
+def _config_beside(checkpoint: Path) -> Path:
+    """The config in the folder of a checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not _has_config(checkpoint.parent):
+        raise UserError(
+            f"{checkpoint} has no config (*.py) beside it; give the one that it was trained with: "
+            f'load("{checkpoint.name}", config="config.py")'
+        )
+    return find_config(checkpoint.parent)
 
 
 class Model:
@@ -119,28 +201,32 @@ class Model:
         Returns:
             A :class:`Prediction` for one image, a list of them for a list. For a video, a folder or
             a pattern an iterator, which predicts as it is read; its items know their ``path`` and
-            ``frame``.
+            ``frame``. Files of a folder or a pattern that cannot be read are left out, with a
+            warning for each.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: not an image or a video, or a URL.
+            ValueError: not an image or a video, or a URL; or nothing of a folder or a pattern can
+                be read.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
         if isinstance(images, (list, tuple)):
-            named = [(image, _path_of(image), None) for image in images]
-            return list(self._predict(iter(named), batch_size))
+            return list(self._predict(map(self._read, images), batch_size))
         if isinstance(images, (str, Path)):
             refuse_url(images, "image")
-            if (many := _many(images)) is not None:
+            if (many := _many(images, self.source.reading)) is not None:
                 return self._predict(many, batch_size)
-        return next(self._predict(iter([(images, _path_of(images), None)]), batch_size))
+        return next(self._predict(map(self._read, [images]), batch_size))
 
-    def _predict(self, images: Iterator[tuple], batch_size: int) -> Iterator[Prediction]:
+    def _read(self, image: Any) -> _Named:
+        return as_image(image, self.source.reading), _path_of(image), None
+
+    def _predict(self, images: Iterator[_Named], batch_size: int) -> Iterator[Prediction]:
         while chunk := list(islice(images, batch_size)):
-            arrays = [as_image(image, self.source.reading) for image, _, _ in chunk]
+            arrays = [image for image, _, _ in chunk]
             results = self.source.predict(arrays, batch_size)
-            for array, (_, path, frame), result in zip(arrays, chunk, results, strict=True):
+            for (array, path, frame), result in zip(chunk, results, strict=True):
                 yield Prediction(result, array, self.classes, self.source, path, frame)
 
 
@@ -148,7 +234,7 @@ def _path_of(image: Any) -> Path | None:
     return Path(image) if isinstance(image, (str, Path)) else None
 
 
-def _many(path: str | Path) -> Iterator[tuple] | None:
+def _many(path: str | Path, reading: Reading) -> Iterator[_Named] | None:
     """Images of a video, folder or pattern, each with its path and frame; None for one image."""
     one = Path(path)
     if not one.is_dir() and one.suffix.lower() not in VIDEO_SUFFIXES:
@@ -158,18 +244,44 @@ def _many(path: str | Path) -> Iterator[tuple] | None:
     from mmeformer.inference.inputs import find_sources
 
     # Raises before the first image is asked for.
-    return _each(find_sources([path]))
+    sources = find_sources([path])
+    if one.is_file():
+        return _frames(one)
+    return _each(path, sources, reading)
 
 
-def _each(sources: Sequence[Any]) -> Iterator[tuple]:
+def _frames(video: Path) -> Iterator[_Named]:
     from mmeformer.inference.videos import Video
 
+    for index, frame in enumerate(Video(video)):
+        yield frame, video, index
+
+
+def _each(given: str | Path, sources: Sequence[Any], reading: Reading) -> Iterator[_Named]:
+    """Images and frames; a warning for each file that cannot be read, as `mmeformer predict` has.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    from mmeformer.inference.inputs import read
+
+    count, fault = 0, ""
     for source in sources:
-        if source.is_video:
-            for index, frame in enumerate(Video(source.path)):
-                yield frame, source.path, index
-        else:
-            yield source.path, source.path, None
+        try:
+            if source.is_video:
+                for item in _frames(source.path):
+                    count += 1
+                    yield item
+            else:
+                image = read(source, reading)
+                count += 1
+                yield image, source.path, None
+        except (OSError, ValueError) as error:
+            fault = " ".join(str(error).split())
+            # Reading and predicting are generators, so the caller is three frames above.
+            warnings.warn(f"skipped: {fault}", stacklevel=3)
+    if not count:
+        raise ValueError(f"{given} has {len(sources)} files, and none can be read: {fault}")
 
 
 class Prediction:

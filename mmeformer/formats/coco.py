@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmeformer.checks.findings import ERROR, Finding, first_of
+from mmeformer.formats.lists import split_by_lists
 from mmeformer.formats.tree import Options, Tree, read_sizes
 from mmeformer.labeled import BOXES, POLYGONS, LabeledData, LabeledImage, LabeledObject
 
@@ -100,6 +101,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
     data = LabeledData(
         NAME, tree.root, BOXES, tuple(merged.classes), images, merged.findings, merged.notes
     )
+    split_by_lists(tree, images, data.notes)
     masks = [bool(item.polygons or item.rle) for image in images for item in image.objects]
     if masks and all(masks):
         data.kind = POLYGONS

@@ -9,7 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmeformer.checks.findings import ERROR, Finding
-from mmeformer.formats.tree import Options, Tree, labeled_twice, read_sizes, read_text
+from mmeformer.formats.lists import split_by_lists
+from mmeformer.formats.tree import (
+    Options,
+    Tree,
+    add_labeled,
+    note_of_unlabeled,
+    read_sizes,
+    read_text,
+)
 from mmeformer.labeled import CORNERS, LabeledData, LabeledImage, LabeledObject
 
 NAME = "DOTA"
@@ -44,7 +52,7 @@ def _looks_like_labels(path: Path) -> bool:
 
 
 def read(tree: Tree, options: Options) -> LabeledData:
-    """Read all label files; folders tell the splits. Images without one have no objects."""
+    """Read all label files; folders or lists tell the splits."""
     # Needs mmrotate, which finding does not.
     from mmeformer.rotated.dota import read_labels
 
@@ -62,11 +70,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
         image = tree.find_image(path.stem, path, tree.split_of(path))
         if image is None:
             continue
-        if (first := label_files.setdefault(image, path)) != path:
-            findings.append(labeled_twice(image, first, path))
-            images.pop(image, None)
-            continue
-        images[image] = objects
+        add_labeled(images, image, objects, path, label_files, findings)
     sizes = read_sizes(images, findings)
     classes = sorted({item.name for objects in images.values() for item in objects})
     label = {name: index for index, name in enumerate(classes)}
@@ -86,7 +90,10 @@ def read(tree: Tree, options: Options) -> LabeledData:
         for path, objects in images.items()
         if path in sizes
     ]
-    notes = []
-    if unlabeled := len(tree.images) - len(images):
-        notes.append(f"{unlabeled} images have no label file and are left out")
+    notes: list[str] = []
+    split_by_lists(tree, found, notes)
+    notes += note_of_unlabeled(tree, label_files, "label file")
+    others = set(tree.with_suffix(".txt")).difference(texts)
+    if lost := sorted(path for path in others if _looks_like_labels(path)):
+        notes.append(f"{len(lost)} label files have no image, such as {lost[0]}")
     return LabeledData(NAME, tree.root, CORNERS, tuple(classes), found, findings, notes)

@@ -59,6 +59,8 @@ def read_folder(
         data = import_module(FORMATS[name]).read(tree, options)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if others := tree.other_images():
+        data.notes.append(others)
     _drop_bad(data)
     data.findings = errors_first(data.findings)
     errors = [finding for finding in data.findings if finding.severity == ERROR]
@@ -108,7 +110,7 @@ def recognize(tree: Tree, masks: bool = False) -> str:
     # A guess of what was meant: JPEG files are never read as masks.
     jpegs = tree.with_suffix(".jpg", ".jpeg")
     lossy = [path for path in jpegs if folders.in_mask_folder(path, tree)]
-    hint = ""
+    hint = f"; {others}" if (others := tree.other_images()) else ""
     if lossy:
         shown = lossy[0].relative_to(tree.root)
         hint = f"; if {shown} is a mask: JPEG changes its values, so export masks as PNG"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmeformer.checks.findings import Finding
+from mmeformer.formats.lists import split_by_lists
 from mmeformer.formats.masks import MASK_FOLDER
 from mmeformer.formats.tree import Options, Tree, read_sizes, split_word
 from mmeformer.labeled import FOLDERS, LabeledData, LabeledImage
@@ -95,6 +96,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
         if path in sizes
     ]
     data = LabeledData(NAME, tree.root, FOLDERS, tuple(classes), images, findings)
+    split_by_lists(tree, images, data.notes)
     if loose := [path for path in tree.images if path not in places]:
         shown = loose[0].relative_to(tree.root)
         data.notes.append(

@@ -17,7 +17,15 @@ import cv2
 import numpy as np
 
 from mmeformer.checks.findings import ERROR, WARNING, Finding
-from mmeformer.formats.tree import Options, Tree, labeled_twice, of_labeled_size, sort_classes
+from mmeformer.formats.lists import split_by_lists
+from mmeformer.formats.tree import (
+    Options,
+    Tree,
+    add_labeled,
+    note_of_unlabeled,
+    of_labeled_size,
+    sort_classes,
+)
 from mmeformer.labeled import (
     BOXES,
     CORNERS,
@@ -52,7 +60,7 @@ def find(tree: Tree) -> list[Path]:
 
 
 def read(tree: Tree, options: Options) -> LabeledData:
-    """Read all label files; folders tell the splits."""
+    """Read all label files; folders or lists tell the splits."""
     findings: list[Finding] = []
     images: dict[Path, LabeledImage] = {}
     label_files: dict[Path, Path] = {}
@@ -68,12 +76,10 @@ def read(tree: Tree, options: Options) -> LabeledData:
             text = f"cannot be used: {error}"
             findings.append(Finding(ERROR, "bad label file", str(path), text))
             continue
-        if (first := label_files.setdefault(image.path, path)) != path:
-            findings.append(labeled_twice(image.path, first, path))
-            images.pop(image.path, None)
-            continue
         image.split = tree.split_of(path) or tree.split_of(image.path)
-        images[image.path] = image
+        add_labeled(images, image.path, image, path, label_files, findings)
+    notes: list[str] = []
+    split_by_lists(tree, images.values(), notes)
     kept = of_labeled_size(images, findings)
     classes = sort_classes(labels, kept)
     kind = BOXES if kinds == {"rectangle"} else CORNERS if kinds == {"rotation"} else POLYGONS
@@ -82,9 +88,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
             for item in image.objects:
                 if item.rle is None:
                     item.polygons = item.outlines()
-    notes = []
-    if unlabeled := len(tree.images) - len(images):
-        notes.append(f"{unlabeled} images have no label file and are left out")
+    notes += note_of_unlabeled(tree, label_files, "label file")
     return LabeledData(NAME, tree.root, kind, tuple(classes), kept, findings, notes)
 
 
@@ -98,9 +102,17 @@ def _read(
 ) -> LabeledImage:
     name = content.get("imagePath") or path.stem
     split = tree.split_of(path)
-    image = tree.find_image(str(name), path, split) or tree.find_image(path.stem, path, split)
+    named = tree.find_image(path.stem, path, split)
+    image = tree.find_image(str(name), path, split) or named
     if image is None:
         raise ValueError(f"image {name} is not below {tree.root}")
+    if named is not None and named != image and named.parent == image.parent:
+        if image.stem != named.stem:
+            # After renaming, the labels would go to another image.
+            raise ValueError(
+                f"it is named like {named}, but imagePath is {name}; rename it, or correct "
+                "imagePath"
+            )
     width, height = (int(content.get(key) or 0) for key in ("imageWidth", "imageHeight"))
     found = LabeledImage(image, width, height, source=path)
     groups: dict[tuple[int, Any], LabeledObject] = {}
@@ -161,5 +173,10 @@ def _mask(shape: dict, points: np.ndarray, label: int, image: LabeledImage) -> L
     left, top = (int(round(value)) for value in points[0])
     whole = np.zeros((image.height, image.width), np.uint8)
     target = whole[top : top + part.shape[0], left : left + part.shape[1]]
+    if not target.size:
+        size = f"{image.width} x {image.height} px"
+        raise ValueError(f"the mask lies outside its image of {size}; correct it")
     target[:] = part[: target.shape[0], : target.shape[1]] > 0
+    if not whole.any():
+        raise ValueError("the part of the mask in its image is empty; remove it")
     return LabeledObject(label, mask_box(whole), rle=encode_rle(whole))

@@ -27,7 +27,8 @@ from PIL import Image
 from mmeformer.checks.findings import ERROR, Finding, first_of
 from mmeformer.checks.images import UNREADABLE, in_threads
 from mmeformer.errors import UserError
-from mmeformer.formats.tree import SPLIT_KEYS, Options, Tree, class_names, read_names, read_sizes
+from mmeformer.formats.lists import split_by_lists
+from mmeformer.formats.tree import Options, Tree, class_names, is_drawn, read_names, read_sizes
 from mmeformer.labeled import MASKS, UNLABELED, LabeledData, LabeledImage
 
 NAME = "masks"
@@ -36,10 +37,10 @@ MASK_FOLDER = re.compile(
     r"label_?ids?|seg(mentation)?s?|(train|val|valid|test)_?(masks?|labels?|annot))$"
 )
 _MASK_ENDING = re.compile(
-    r"(_gt(Fine|Coarse)_label(Train)?Ids|[_-](masks?|labels?|seg|segmentation|gt|L|labelIds))$"
+    r"(_gt(Fine|Coarse)_label(Train)?Ids|[_-]((?i:masks?|labels?|seg|segmentation|gt)|L|labelIds))$"
 )
 _NO_MASK = re.compile(r"_(gt(Fine|Coarse)_)?(color|instanceIds)$")
-_IMAGE_ENDING = re.compile(r"(_leftImg8bit|_image|_img|[_-]sat)$")
+_IMAGE_ENDING = re.compile(r"(_leftImg8bit|(?i:_image|_img|[_-]sat))$")
 _LEGENDS = ("labelmap.txt", "label_colors.txt", "label_colours.txt", "class_dict.csv")
 _MANY = 64
 """A mask of more colors than these is a photo, or was saved as JPEG."""
@@ -84,7 +85,7 @@ class Legend(NamedTuple):
 
 def find(tree: Tree) -> list[Path]:
     """Masks that belong to an image."""
-    return [mask for _, mask in _pairs(tree)]
+    return [mask for _, mask in _pairs(tree)[0]]
 
 
 def _is_mask(path: Path, tree: Tree) -> bool:
@@ -95,18 +96,22 @@ def _is_mask(path: Path, tree: Tree) -> bool:
     return named or _MASK_ENDING.search(path.stem) is not None
 
 
-def _pairs(tree: Tree) -> list[tuple[Path, Path]]:
-    """Images with their masks: those of one stem, in the folders that are most alike."""
+def _pairs(tree: Tree) -> tuple[list[tuple[Path, Path]], list[tuple[Path, Path]]]:
+    """Images with their masks: those of one stem, in the folders that are most alike.
+
+    Second are further masks, each with the one that was there first.
+    """
     images: dict[str, list[Path]] = defaultdict(list)
     masks = []
     for path in tree.images:
         if _is_mask(path, tree):
             masks.append(path)
-        elif not _NO_MASK.search(path.stem):
+        elif not _NO_MASK.search(path.stem) and not is_drawn(path):
             images[_IMAGE_ENDING.sub("", path.stem)].append(path)
     if any(mask.stem.endswith("labelTrainIds") for mask in masks):
         masks = [mask for mask in masks if not mask.stem.endswith("labelIds")]
     found: dict[Path, Path] = {}
+    others = []
     for mask in masks:
         same = images.get(mask.stem) or images.get(_MASK_ENDING.sub("", mask.stem)) or []
         if same:
@@ -116,13 +121,14 @@ def _pairs(tree: Tree) -> list[tuple[Path, Path]]:
                 shared = set(image.parts) & set(mask.parts)
                 return tree.split_of(image) == split, len(shared), -len(image.parts)
 
-            found.setdefault(max(same, key=likeness), mask)
-    return sorted(found.items())
+            if (first := found.setdefault(max(same, key=likeness), mask)) != mask:
+                others.append((mask, first))
+    return sorted(found.items()), others
 
 
 def read(tree: Tree, options: Options) -> LabeledData:
-    """Read all masks once, for their values; folders or ``ImageSets`` tell the splits."""
-    pairs = _pairs(tree)
+    """Read all masks once, for their values; folders or lists tell the splits."""
+    pairs, further = _pairs(tree)
     if not pairs:
         raise UserError(
             f"{tree.root} has no mask with the name of an image; put them into folders such as "
@@ -132,7 +138,6 @@ def read(tree: Tree, options: Options) -> LabeledData:
     sizes = read_sizes([image for image, _ in pairs], findings)
     read = in_threads(_values, [mask for _, mask in pairs])
     good: list[tuple[LabeledImage, _Values]] = []
-    listed = _splits(tree)
     for (image, mask), values in zip(pairs, read, strict=True):
         if isinstance(values, Finding):
             findings.append(values)
@@ -143,18 +148,26 @@ def read(tree: Tree, options: Options) -> LabeledData:
             )
             findings.append(Finding(ERROR, "size mismatch", str(mask), text))
         elif image in sizes:
-            split = listed.get(image.stem) if listed else tree.split_of(mask)
-            good.append((LabeledImage(image, *sizes[image], mask=mask, split=split), values))
+            labeled = LabeledImage(image, *sizes[image], mask=mask, split=tree.split_of(mask))
+            good.append((labeled, values))
     if not good:
         return LabeledData(NAME, tree.root, MASKS, (), [], findings)
+    notes: list[str] = []
+    split_by_lists(tree, [labeled for labeled, _ in good], notes, "Segmentation")
     labels = _labels(tree, options, good, findings)
     for labeled, values in good:
         for value, count in values.counts.items():
             label = labels.table.get(value, UNLABELED)
             if label != UNLABELED:
                 labeled.pixels[label] = labeled.pixels.get(label, 0) + count
-    notes = [*labels.notes]
-    paths = {path for pair in pairs for path in pair}
+    notes += labels.notes
+    if further:
+        mask, first = further[0]
+        notes.append(
+            f"{len(further)} masks are second ones of an image and not read, such as {mask} beside "
+            f"{first}; remove those that are wrong"
+        )
+    paths = {path for pair in [*pairs, *further] for path in pair}
     if others := [path for path in tree.images if path not in paths and not _known(path)]:
         notes.append(f"{len(others)} images have no mask and are left out, such as {others[0]}")
     return LabeledData(
@@ -173,18 +186,9 @@ def read(tree: Tree, options: Options) -> LabeledData:
 
 
 def _known(path: Path) -> bool:
-    """Whether an image without a pair is one of Cityscapes' other files."""
-    return _NO_MASK.search(path.stem) is not None or _MASK_ENDING.search(path.stem) is not None
-
-
-def _splits(tree: Tree) -> dict[str, str]:
-    """Split by name of the image, from VOC's ``ImageSets/Segmentation/train.txt``."""
-    found: dict[str, str] = {}
-    for path in tree.with_suffix(".txt"):
-        if path.stem in SPLIT_KEYS and path.parent.name == "Segmentation":
-            for line in read_names(path):
-                found.setdefault(line.split()[0], SPLIT_KEYS[path.stem])
-    return found
+    """Whether an image without a pair is one of Cityscapes' or Pascal VOC's other files."""
+    others = _NO_MASK.search(path.stem) is not None or _MASK_ENDING.search(path.stem) is not None
+    return others or path.parent.name.lower().startswith("segmentationobject")
 
 
 # --- values of mask files -------------------------------------------------------------------------
@@ -414,7 +418,7 @@ def _legend(tree: Tree, options: Options) -> Legend | None:
     found = [path for path in tree.files if path.name.lower() in _LEGENDS]
     if found:
         return read_legend(found[0])
-    named = [path for path in tree.files if path.name in ("classes.txt", "labels.txt")]
+    named = [path for path in tree.files if path.name.lower() in ("classes.txt", "labels.txt")]
     return Legend(tuple(read_names(named[0])), None) if named else None
 
 

@@ -41,7 +41,8 @@ def complete(data: LabeledData, seed: int) -> None:
     loose = [image for image in data.images if image.split is None]
     if "train" in known and loose:
         data.images = [image for image in data.images if image.split is not None]
-        data.notes.append(f"{len(loose)} images belong to no split and are left out")
+        text = f"{len(loose)} images belong to no split and are left out, such as {loose[0].path}"
+        data.notes.append(text)
     if {"train", "val"} <= known:
         return
     if "train" not in known:

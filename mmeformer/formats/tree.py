@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from mmeformer.checks.findings import ERROR, Finding
 from mmeformer.checks.images import UNREADABLE, in_threads, read_header
@@ -28,6 +29,15 @@ SPLIT_KEYS = {name: _SPLIT_OF[name] for name in ("train", "val", "valid", "valid
 """Split by the keys and file names by which formats list its images."""
 # As a word of its own: train2017, instances_val, but not "strain" or "value".
 _SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLIT_OF)})(?:\d{{4}})?(?![a-z])")
+_DRAWN_FOLDER = re.compile(r"segmentation(class|object).*|masks?", re.IGNORECASE)
+_Content = TypeVar("_Content")
+
+
+_OTHER_IMAGES = (
+    ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".nef", ".pgm",
+    ".ppm",
+)  # fmt: skip
+"""Suffixes of images that are not read."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class Tree:
     files: list[Path]
     found: dict[str, list[Path]] = field(default_factory=dict)
     _names: dict[str, list[Path]] = field(default_factory=dict)
+    _texts: dict[Path, Path] = field(default_factory=dict)
 
     @classmethod
     def of(cls, root: Path) -> Tree:
@@ -87,7 +98,8 @@ class Tree:
             files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
         tree = cls(root, files)
         if not tree.images:
-            raise UserError(f"{root} has no image ({', '.join(IMAGE_SUFFIXES)})")
+            hint = f"; {others}" if (others := tree.other_images()) else ""
+            raise UserError(f"{root} has no image ({', '.join(IMAGE_SUFFIXES)}){hint}")
         return tree
 
     def with_suffix(self, *suffixes: str) -> list[Path]:
@@ -99,15 +111,26 @@ class Tree:
         """Image files, masks included."""
         return self.with_suffix(*IMAGE_SUFFIXES)
 
+    def other_images(self) -> str:
+        """In words: images of kinds that are not read, with the fix; empty if there are none."""
+        others = self.with_suffix(*_OTHER_IMAGES)
+        if not others:
+            return ""
+        kinds = ", ".join(sorted({path.suffix.lower() for path in others}))
+        return (
+            f"{len(others)} images are of kinds that are not read ({kinds}), such as "
+            f"{others[0].relative_to(self.root)}; convert them to PNG or JPEG"
+        )
+
     def find_image(
         self, name: str, near: Path, split: str | None = None, hint: str = ""
     ) -> Path | None:
         """The image that a label file means by a name.
 
         Exports have paths of other machines. So this takes the path relative to the label file or
-        the root, else the image whose path ends like the name; of several, the one of the split,
-        then the one with most folders of the label file, then with most folders of the hint, then
-        with the fewest others.
+        the root, else the image whose path ends like the name; of several, the one whose suffix is
+        written alike, then the one of the split, then one that is no mask, then the one with most
+        folders of the label file, then with most folders of the hint, then with the fewest others.
 
         Args:
             name: path or file name, with or without suffix.
@@ -125,16 +148,18 @@ class Tree:
         if not self._names:
             names = defaultdict(list)
             for path in self.images:
-                names[path.name].append(path)
+                names[path.stem + path.suffix.lower()].append(path)
                 names[path.stem].append(path)
             self._names.update(names)
         wanted = PurePosixPath(plain)
-        found = self._names.get(wanted.name) or []
+        found = self._names.get(wanted.name)
+        if found is None and wanted.suffix.lower() in IMAGE_SUFFIXES:
+            found = self._names.get(wanted.stem + wanted.suffix.lower())
         parts = wanted.parts[-2::-1]
         labels = near.relative_to(self.root).parts[:-1]
         hints = PurePosixPath(hint.replace("\\", "/")).parts[:-1]
 
-        def likeness(path: Path) -> tuple[int, bool, int, int, int]:
+        def likeness(path: Path) -> tuple[int, bool, bool, bool, int, int, int]:
             same = 0
             for own, other in zip(path.parts[-2::-1], parts, strict=False):
                 if own != other:
@@ -142,10 +167,22 @@ class Tree:
                 same += 1
             of_split = split is not None and self.split_of(path) == split
             folders = path.relative_to(self.root).parts[:-1]
-            shared = _in_common(folders, labels)
-            return same, of_split, shared, _in_common(folders, hints), -len(folders)
+            shared = in_common(folders, labels)
+            alike = path.name == wanted.name
+            drawn = is_drawn(path)
+            hinted = in_common(folders, hints)
+            return same, alike, of_split, not drawn, shared, hinted, -len(folders)
 
-        return max(found, key=likeness, default=None)
+        return max(found or (), key=likeness, default=None)
+
+    def find_label(self, path: Path) -> Path | None:
+        """The file of a path, whatever the case of its suffix and of folders called ``labels``."""
+        if path.is_file():
+            return path
+        if not self._texts:
+            for file in self.files:
+                self._texts.setdefault(_plain(file), file)
+        return self._texts.get(_plain(path))
 
     def split_of(self, path: Path) -> str | None:
         """Split that the folders or the name of a file tell; the innermost folder counts."""
@@ -160,8 +197,19 @@ class Tree:
         return split_word(path.stem) or self.split_of(path)
 
 
+def _plain(path: Path) -> Path:
+    """A path with its suffix, and folders called ``labels``, in lower case."""
+    folders = (name.lower() if name.lower() == "labels" else name for name in path.parts[:-1])
+    return Path(*folders, path.stem + path.suffix.lower())
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether an image lies in a folder of masks that has no other name: no photo is there."""
+    return _DRAWN_FOLDER.fullmatch(path.parent.name) is not None
+
+
 @functools.lru_cache(maxsize=2**16)
-def _in_common(folders: tuple[str, ...], others: tuple[str, ...]) -> int:
+def in_common(folders: tuple[str, ...], others: tuple[str, ...]) -> int:
     """Number of folders that two paths have in the same order, in any case.
 
     ``xml/camA`` and ``images/camA`` have one in common, as ``camA/xml`` and ``camA/images`` have.
@@ -176,6 +224,11 @@ def split_word(name: str) -> str | None:
     """The split that a name like ``instances_val2017`` tells; None if it tells none or several."""
     found = {_SPLIT_OF[word] for word in _SPLIT_WORD.findall(name.lower())}
     return found.pop() if len(found) == 1 else None
+
+
+def split_named(name: str) -> str | None:
+    """The split whose word, such as ``val`` or ``val2017``, is all of a name; None if it is not."""
+    return split_word(name) if _SPLIT_WORD.fullmatch(name.lower()) else None
 
 
 def read_sizes(paths: Iterable[Path], findings: list[Finding]) -> dict[Path, tuple[int, int]]:
@@ -222,13 +275,53 @@ def of_labeled_size(
     return kept
 
 
-def labeled_twice(image: Path, first: Path, second: Path) -> Finding:
-    """The error that two label files are for one image; nobody knows which one is right."""
+def add_labeled(
+    images: dict[Path, _Content],
+    image: Path,
+    content: _Content,
+    label_file: Path,
+    label_files: dict[Path, Path],
+    findings: list[Finding],
+) -> None:
+    """Add what a label file says of an image.
+
+    If another one was for the same image, that is an error, and the image is left out: nobody knows
+    which one is right.
+
+    Args:
+        images: what is known of each image.
+        image: that the label file is for.
+        content: of the label file.
+        label_file: its path.
+        label_files: first label file of each image.
+        findings: gets the error.
+    """
+    first = label_files.setdefault(image, label_file)
+    if first == label_file:
+        images[image] = content
+        return
+    images.pop(image, None)
     text = (
         f"is for {image}, as {first} is; remove one of them, or name the folders of label files "
         "like those of their images"
     )
-    return Finding(ERROR, "two label files", str(second), text)
+    findings.append(Finding(ERROR, "two label files", str(label_file), text))
+
+
+def note_of_unlabeled(tree: Tree, labeled: Iterable[Path], missing: str) -> list[str]:
+    """A note on the images of a folder that have no label file, if there are any.
+
+    Args:
+        tree: of the folder.
+        labeled: images with a label file.
+        missing: what they have none of.
+    """
+    known = set(labeled)
+    bare = [path for path in tree.images if path not in known and not is_drawn(path)]
+    if not bare:
+        return []
+    shown = bare[0].relative_to(tree.root)
+    return [f"{len(bare)} images have no {missing} and are left out, such as {shown}"]
 
 
 def sort_classes(numbers: dict[str, int], images: Iterable[LabeledImage]) -> list[str]:

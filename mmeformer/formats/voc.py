@@ -13,13 +13,13 @@ from xml.etree import ElementTree
 import numpy as np
 
 from mmeformer.checks.findings import ERROR, Finding
+from mmeformer.formats.lists import split_by_lists
 from mmeformer.formats.tree import (
-    SPLIT_KEYS,
     Options,
     Tree,
-    labeled_twice,
+    add_labeled,
+    note_of_unlabeled,
     of_labeled_size,
-    read_names,
     sort_classes,
 )
 from mmeformer.labeled import (
@@ -49,8 +49,7 @@ def _begins(path: Path) -> bool:
 
 
 def read(tree: Tree, options: Options) -> LabeledData:
-    """Read all annotation files; ``ImageSets/Main`` or folders tell the splits."""
-    listed = _splits(tree)
+    """Read all annotation files; lists or folders tell the splits."""
     findings: list[Finding] = []
     images: dict[Path, LabeledImage] = {}
     label_files: dict[Path, Path] = {}
@@ -64,13 +63,10 @@ def read(tree: Tree, options: Options) -> LabeledData:
             continue
         if image is None:
             continue
-        if (first := label_files.setdefault(image.path, path)) != path:
-            findings.append(labeled_twice(image.path, first, path))
-            images.pop(image.path, None)
-            continue
-        split = tree.split_of(path) or tree.split_of(image.path)
-        image.split = listed.get(path.stem) if listed else split
-        images[image.path] = image
+        image.split = tree.split_of(path) or tree.split_of(image.path)
+        add_labeled(images, image.path, image, path, label_files, findings)
+    notes: list[str] = []
+    split_by_lists(tree, images.values(), notes)
     kept = of_labeled_size(images, findings)
     classes = sort_classes(labels, kept)
     items = [item for image in kept for item in image.objects]
@@ -79,25 +75,9 @@ def read(tree: Tree, options: Options) -> LabeledData:
         kind = CORNERS
     elif items and all(item.polygons for item in items):
         kind = POLYGONS
-    notes = []
-    if unlabeled := len(tree.images) - len(images) - len(_masks(tree)):
-        notes.append(f"{unlabeled} images have no annotation file and are left out")
+    notes += note_of_unlabeled(tree, label_files, "annotation file")
     notes += note_of_boxes(kept)
     return LabeledData(NAME, tree.root, kind, tuple(classes), kept, findings, notes)
-
-
-def _masks(tree: Tree) -> list[Path]:
-    return [path for path in tree.images if path.parent.name.startswith("Segmentation")]
-
-
-def _splits(tree: Tree) -> dict[str, str]:
-    """Split by name of the image, from ``ImageSets/Main/train.txt`` and the like."""
-    found: dict[str, str] = {}
-    for path in tree.with_suffix(".txt"):
-        if path.stem in SPLIT_KEYS and "ImageSets" in path.parts:
-            for line in read_names(path):
-                found.setdefault(Path(line.split()[0]).stem, SPLIT_KEYS[path.stem])
-    return found
 
 
 def _read(path: Path, tree: Tree, labels: dict[str, int]) -> LabeledImage | None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mmeformer.checks.findings import ERROR, WARNING, Finding
 from mmeformer.errors import UserError
+from mmeformer.formats.lists import split_by_lists
 from mmeformer.formats.tree import (
     SPLIT_KEYS,
     Options,
@@ -116,7 +117,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
         names = _names(content["names"], settings[0])
         images = _images_of(content, settings[0], tree, notes)
     else:
-        named = [path for path in tree.files if path.name in _NAME_FILES]
+        named = [path for path in tree.files if path.name.lower() in _NAME_FILES]
         names = read_names(named[0]) if named else []
         images = {path: tree.split_of(path) for path in tree.images}
         if not named and not options.classes:
@@ -143,6 +144,8 @@ def read(tree: Tree, options: Options) -> LabeledData:
         for path, split in images.items()
         if path in sizes
     ]
+    if not settings:
+        split_by_lists(tree, found, notes)
     lines: dict[int, list[_Line]] = {}
     highest = -1
     for image in found:
@@ -190,7 +193,8 @@ def _names(value: Any, path: Path) -> list[str]:
 def _images_of(content: dict, path: Path, tree: Tree, notes: list[str]) -> dict[Path, str | None]:
     """The images of each split: of folders, of text files with a path a line, or of lists.
 
-    Adds a note for test images that do not exist: exports name them, and training needs none.
+    Adds a note for test images that do not exist: exports name them, and training needs none. Adds
+    one for images of two splits, which count for the first.
     """
     base = Path(str(content.get("path") or "."))
     bases = [base, path.parent / base, path.parent, tree.root]
@@ -199,8 +203,13 @@ def _images_of(content: dict, path: Path, tree: Tree, notes: list[str]) -> dict[
         places = content.get(key)
         for place in [places] if isinstance(places, str) else places or []:
             found, missing = _listed(str(place), bases, tree)
-            for image in found:
-                images.setdefault(image, split)
+            both = [image for image in found if images.setdefault(image, split) != split]
+            if both:
+                first = images[both[0]]
+                notes.append(
+                    f"{path}: {key}: {len(both)} of its images are for {first} too, and count "
+                    f"there, such as {both[0]}"
+                )
             if missing and split != "test":
                 raise UserError(f"{path}: {key}: {missing}; correct it")
             if missing:
@@ -244,7 +253,7 @@ def _label_of(image: Path, tree: Tree) -> Path | None:
             places.insert(0, tree.root.joinpath(*parts[:index], "labels", *parts[index + 1 :]))
             break
     places.append(image.parent.parent / "labels")
-    return next((place / name for place in places if (place / name).is_file()), None)
+    return next(filter(None, (tree.find_label(place / name) for place in places)), None)
 
 
 def _without_labels(

@@ -75,8 +75,8 @@ def load(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"model {path} does not exist")
-    if path.suffix in RUNTIMES and (providers or options):
-        name, _ = RUNTIMES[path.suffix]
+    if path.suffix.lower() in RUNTIMES and (providers or options):
+        name, _ = RUNTIMES[path.suffix.lower()]
         raise ValueError(f"{path} runs in {name}: providers and options are of onnxruntime")
     wanted = list(providers or ["CPUExecutionProvider"])
     session = _start(path, threads, wanted, options)
@@ -87,7 +87,7 @@ def load(
 
 
 def _metadata_text(path: Path, session: Any) -> str:
-    if path.suffix == litert.SUFFIX:
+    if path.suffix.lower() == litert.SUFFIX:
         sidecar = path.with_suffix(".json")
         if not sidecar.is_file():
             raise ValueError(f"{path} needs {sidecar.name} beside it, which the export wrote")
@@ -105,8 +105,8 @@ def _start(
     providers: Sequence[str | tuple[str, dict[str, Any]]],
     options: onnxruntime.SessionOptions | None,
 ) -> Any:
-    if path.suffix in RUNTIMES:
-        _, session_of = RUNTIMES[path.suffix]
+    if path.suffix.lower() in RUNTIMES:
+        _, session_of = RUNTIMES[path.suffix.lower()]
         return session_of(path, threads)
     names = [item if isinstance(item, str) else item[0] for item in providers]
     known = onnxruntime.get_available_providers()

@@ -9,15 +9,17 @@ from collections import OrderedDict
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.registry import DefaultScope
 from PIL import Image
+from safetensors.torch import save_file
 
 import mmeformer
 from mmeformer import runtime
 from mmeformer.deploy import models as deploy_models
 from mmeformer.deploy.metadata import export_metadata
 from mmeformer.errors import UserError
-from mmeformer.inference import load_predictor
+from mmeformer.inference import load_predictor, videos
 from mmeformer.model import supervision_fields
 from mmeformer.results import (
     Classification,
@@ -306,11 +308,158 @@ def test_what_cannot_be_loaded(work_dir, tmp_path):
         mmeformer.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="is a URL"):
         mmeformer.load("https://example.org/model.pth")
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match=f"{TAKES}") as error:
         mmeformer.load(tmp_path)
+    assert f"{tmp_path} has no config (*.py) and no checkpoint (*.pth)" in str(error.value)
     shutil.copy(next(work_dir("segmentation").glob("best*")), tmp_path / "mine.pth")
-    with pytest.raises(UserError, match="has no config"):
+    with pytest.raises(
+        UserError, match=r"mine.pth has no config .* beside it; .*\"mine.pth\", conf"
+    ):
         mmeformer.load(tmp_path / "mine.pth")
+    with pytest.raises(UserError, match="has no config .*, so it is not the work directory"):
+        mmeformer.load(tmp_path)
+    (tmp_path / "mine.pth").rename(tmp_path / "config.py")
+    with pytest.raises(UserError, match="has no checkpoint"):
+        mmeformer.load(tmp_path)
+
+
+TAKES = (
+    r"; load takes the work directory of a training, a checkpoint \(.pth\) with its config, or an "
+    "exported .onnx, .tflite or .pte file"
+)
+EXPORT = "; export the model with `mmeformer export --to onnx`, and load that file"
+
+
+@pytest.mark.parametrize("config", [False, True])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.json", f"is no model{TAKES}"),
+        ("photo.jpg", f"is no model{TAKES}"),
+        ("last_checkpoint", f"is no model{TAKES}"),
+        ("exported.json", "describes exported.tflite; load that file"),
+        ("phone.mlpackage", f"is a Core ML package, .*{EXPORT}"),
+        ("model.xml", f"is of OpenVINO, which runs the .onnx file itself .*{EXPORT}"),
+        ("exported.bin", f"is of OpenVINO, which runs the .onnx file itself .*{EXPORT}"),
+        ("model.engine", f"is of TensorRT, .*{EXPORT}"),
+        (
+            "config.py",
+            r"is a config without weights; .* load\(\"epoch_12.pth\", config=\"config.py\"\)",
+        ),
+    ],
+)
+def test_what_is_no_model(name, message, config, tmp_path):
+    """In one line, also where a config is beside it."""
+    path = tmp_path / name
+    for each in ("exported.tflite", "exported.xml", *(["other.py"] if config else [])):
+        (tmp_path / each).touch()
+    if name.endswith(".mlpackage"):
+        path.mkdir()
+    else:
+        path.write_text("some text")
+    with pytest.raises(UserError, match=f"^{path} {message}$"):
+        mmeformer.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [("model.tflite", "ai_edge_litert.interpreter"), ("model.pte", "executorch.runtime")],
+)
+def test_files_of_other_runtimes_name_their_package(name, library, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"{name} needs \w+, which is not installed: pip install"):
+        mmeformer.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".ONNX", ".tflite", ".pte"])
+def test_exported_files_of_every_runtime(suffix, fake_file):
+    path = fake_file()
+    assert mmeformer.load(path.rename(path.with_suffix(suffix)))(IMAGE).names == ["cat", "dog"]
+
+
+def test_a_checkpoint_of_any_name(work_dir, picture, tmp_path):
+    """Also as safetensors, which has no names of classes."""
+    folder = work_dir("segmentation")
+    checkpoint = next(folder.glob("best*"))
+    state = torch.load(checkpoint, weights_only=False)["state_dict"]
+    save_file({k: v.contiguous().clone() for k, v in state.items()}, tmp_path / "a.safetensors")
+    shutil.copy(checkpoint, tmp_path / "mine")
+    expected = mmeformer.load(folder, device="cpu")(picture)
+    for name in ("a.safetensors", "mine"):
+        model = mmeformer.load(tmp_path / name, config=folder / "config.py", device="cpu")
+        assert np.array_equal(model(picture).labels, expected.labels)
+
+
+class TestDamagedFiles:
+    """As `mmeformer predict`: a folder goes on without them, one file is an error."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """Two good images and three files that cannot be read."""
+        folder = tmp_path / "images"
+        folder.mkdir()
+        for name in ("b.png", "d.png"):
+            cv2.imwrite(str(folder / name), IMAGE)
+        content = (folder / "b.png").read_bytes()
+        (folder / "a.png").write_bytes(content[:-20])
+        (folder / "c.jpg").touch()
+        (folder / "e.mp4").write_bytes(b"nonsense")
+        return folder
+
+    @pytest.mark.parametrize("batch_size", [1, 2, 5])
+    @pytest.mark.parametrize("pattern", ["", "*"])
+    def test_a_folder_goes_on(self, folder, fake_file, batch_size, pattern):
+        model = mmeformer.load(fake_file())
+        with pytest.warns(UserWarning) as told:
+            found = list(model(folder / pattern, batch_size=batch_size))
+        assert [(one.path, one.names) for one in found] == [
+            (folder / name, ["cat", "dog"]) for name in ("b.png", "d.png")
+        ]
+        texts = [str(one.message) for one in told]
+        assert [text.split()[:2] for text in texts] == [
+            ["skipped:", str(folder / name)] for name in ("a.png", "c.jpg", "e.mp4")
+        ]
+        assert not any("\n" in text for text in texts)
+        # Python shows the line that asked for the image.
+        assert {one.filename for one in told} == {__file__}
+
+    def test_a_video_that_ends_early_keeps_its_frames(self, tmp_path, fake_file, monkeypatch):
+        path = tmp_path / "clips" / "a.avi"
+        path.parent.mkdir()
+        path.touch()
+
+        def frames(self):
+            yield IMAGE
+            raise ValueError(f"{self.path} is truncated")
+
+        monkeypatch.setattr(videos, "Video", type("Video", (), dict(__iter__=frames, path=path)))
+        monkeypatch.setattr(videos.Video, "__init__", lambda self, path: None)
+        model = mmeformer.load(fake_file())
+        with pytest.warns(UserWarning, match="skipped: .*a.avi is truncated"):
+            assert [one.frame for one in model(path.parent)] == [0]
+        with pytest.raises(ValueError, match="a.avi is truncated"):
+            list(model(path))
+
+    def test_nothing_can_be_read(self, folder, fake_file):
+        for name in ("b.png", "d.png"):
+            (folder / name).unlink()
+        model = mmeformer.load(fake_file())
+        message = (
+            f"{folder} has 3 files, and none can be read: {folder}/e.mp4 cannot be read as a v"
+        )
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match=message):
+            list(model(folder))
+
+    def test_a_file_and_a_list_are_errors(self, folder, fake_file):
+        model = mmeformer.load(fake_file())
+        for path in (folder / "a.png", folder / "c.jpg", folder / "e.mp4"):
+            with pytest.raises(ValueError, match=str(path)):
+                list(model(path))
+        with pytest.raises(ValueError, match="a.png"):
+            model([IMAGE, folder / "a.png"])
+        with pytest.raises(ValueError, match="an image array must be"):
+            model([IMAGE, IMAGE[..., 0].astype(float)])
 
 
 def test_what_cannot_be_predicted(models, tmp_path):

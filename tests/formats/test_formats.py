@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every format: known labels are read back exactly, and bad files are named with their place."""
 
+import base64
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -486,6 +488,103 @@ class TestYolo:
         with pytest.raises(UserError, match=message):
             read(tmp_path)
 
+    def test_images_of_two_splits_train(self, tmp_path):
+        sets.write_yolo(tmp_path)
+        settings = tmp_path / "data.yaml"
+        settings.write_text(settings.read_text().replace("images/val", "val.txt"))
+        (tmp_path / "val.txt").write_text("".join(f"{name}.jpg\n" for name in sets.NAMES[2:]))
+        data = read(tmp_path)
+        assert_as_written(data, BOXES, splits=SPLIT)
+        assert data.notes == [
+            f"{settings}: val: 2 of its images are for train too, and count there, such as "
+            f"{tmp_path}/images/train/cheese.jpg"
+        ]
+
+
+def in_capitals(root, *suffixes):
+    """Rename files, such as ``1.txt`` to ``1.TXT``."""
+    for suffix in suffixes:
+        for path in sorted(root.rglob(f"*{suffix}")):
+            path.rename(path.with_suffix(suffix.upper()))
+    return root
+
+
+class TestCapitalSuffixes:
+    """As of cameras, and of tools for Windows."""
+
+    @pytest.mark.parametrize(
+        "suffixes", [(".txt",), (".jpg",), (".txt", ".jpg"), (".txt", ".jpg", ".yaml")]
+    )
+    def test_yolo(self, tmp_path, suffixes):
+        data = read(in_capitals(sets.write_yolo(tmp_path), *suffixes))
+        assert_as_written(data, BOXES, splits=SPLIT)
+        assert not data.notes
+
+    def test_yolo_without_settings(self, tmp_path):
+        sets.write_yolo(tmp_path, yaml_file=False)
+        for name in ("images", "labels"):
+            (tmp_path / name).rename(tmp_path / name.capitalize())
+        (tmp_path / "Classes.txt").write_text("boat\ncar\n")
+        data = read(in_capitals(tmp_path, ".txt"))
+        assert_as_written(data, BOXES, splits=SPLIT)
+        assert not data.notes
+
+    def test_lists_of_yolo(self, tmp_path):
+        """The names in the lists have the suffix before."""
+        sets.write_yolo(tmp_path)
+        content = yaml.safe_load((tmp_path / "data.yaml").read_text())
+        for split in ("train", "val"):
+            paths = sorted((tmp_path / "images" / split).iterdir())
+            lines = [f"./images/{split}/{path.name}\n" for path in paths]
+            (tmp_path / f"{split}.txt").write_text("".join(lines))
+            content[split] = f"{split}.txt"
+        (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+        assert_as_written(read(in_capitals(tmp_path, ".jpg")), BOXES, splits=SPLIT)
+
+    @pytest.mark.parametrize(
+        ("write", "suffixes", "kind", "splits"),
+        [
+            (sets.write_voc, (".xml", ".jpg", ".txt"), BOXES, SPLIT),
+            (sets.write_labelme, (".json", ".jpg"), POLYGONS, None),
+            (sets.write_dota, (".txt", ".png"), CORNERS, SPLIT),
+            (sets.write_coco, (".json", ".png"), POLYGONS, None),
+        ],
+    )
+    def test_others(self, tmp_path, write, suffixes, kind, splits):
+        write(tmp_path)
+        for one in [*suffixes, ""]:
+            data = read(in_capitals(tmp_path, one) if one else tmp_path)
+            assert_as_written(data, kind, tolerance=0.011, splits=splits)
+
+    def test_masks(self, tmp_path):
+        sets.write_masks(tmp_path)
+        (tmp_path / "Labels.TXT").write_text("sea\nboat\ncar\n")
+        data = read(in_capitals(tmp_path, ".png", ".jpg"))
+        assert data.classes == ("sea", *sets.CLASSES) and len(data.images) == 6
+        assert all(image.mask.suffix == ".PNG" for image in data.images)
+
+    @pytest.mark.parametrize("ending", ["_MASK", "-Label", "_GT"])
+    def test_endings_of_masks(self, tmp_path, ending):
+        sets.write_masks(tmp_path)
+        for path in sorted((tmp_path / "masks").rglob("*.png")):
+            path.rename(tmp_path / "images" / path.parent.name / f"{path.stem}{ending}.PNG")
+        found = {name: image.mask.name for name, image in by_name(read(tmp_path)).items()}
+        assert found == {name: f"{name}{ending}.PNG" for name in sets.NAMES}
+
+    def test_class_folders(self, tmp_path):
+        data = read(in_capitals(sets.write_folders(tmp_path), ".jpg"))
+        assert [by_name(data)[name].label for name in sets.NAMES] == [0, 1, 0, 1, 0, 1]
+
+    def test_images_that_differ_in_their_suffix_alone(self, tmp_path):
+        """Labels name the one that is written alike."""
+        sets.write_coco(tmp_path, names=sets.NAMES[:2])
+        for name in sets.NAMES[:2]:
+            path = tmp_path / "images" / f"{name}.png"
+            path.with_name(f"{name}.PNG").write_bytes(path.read_bytes())
+        if len(list((tmp_path / "images").iterdir())) < 4:
+            pytest.skip("this file system does not tell capital letters")
+        assert {image.path.suffix for image in read(tmp_path).images} == {".png"}
+
 
 def test_photos_that_are_shown_turned(tmp_path):
     """EXIF 6: stored lying, shown upright. Shares are of the image as it is shown."""
@@ -582,6 +681,55 @@ class TestLabelMe:
         with pytest.raises(UserError, match=f"{path}: cannot be used: {message}"):
             read(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("corner", "size", "message"),
+        [
+            ((70, 9), (64, 48), "the mask lies outside its image of 64 x 48 px"),
+            ((5, 5), (0, 0), "the mask lies outside its image of 0 x 0 px"),
+            ((63, 9), (64, 48), "the part of the mask in its image is empty"),
+            ((60, 9), (64, 48), None),
+        ],
+    )
+    def test_masks_beyond_the_image(self, tmp_path, corner, size, message):
+        sets.write_labelme(tmp_path)
+        path = tmp_path / "apple.json"
+        mask = np.zeros((4, 4), np.uint8)
+        mask[1:3, 2] = 1
+        text = base64.b64encode(cv2.imencode(".png", mask)[1].tobytes()).decode()
+        points = [list(corner), [corner[0] + 3, corner[1] + 3]]
+        shape = dict(label="car", points=points, shape_type="mask", mask=text)
+        content = dict(imagePath="apple.jpg", shapes=[shape])
+        content.update(imageWidth=size[0], imageHeight=size[1])
+        path.write_text(json.dumps(content))
+        if message is None:
+            (item,) = by_name(read(tmp_path))["apple"].objects
+            assert item.box == (62, 10, 1, 2)
+            return
+        with pytest.raises(UserError, match=rf"{path}: cannot be used: shape 1 \(car\): {message}"):
+            read(tmp_path)
+
+    def test_renamed_files_with_old_paths(self, tmp_path):
+        """Their labels would be those of the next image, but for the last one."""
+        sets.write_labelme(tmp_path)
+        for path in (tmp_path / "apple.json", tmp_path / "apple.jpg"):
+            path.unlink()
+        for old, new in zip(sets.NAMES[1:], sets.NAMES, strict=False):
+            for suffix in ("json", "jpg"):
+                (tmp_path / f"{old}.{suffix}").rename(tmp_path / f"{new}.{suffix}")
+        path, image = tmp_path / "apple.json", tmp_path / "apple.jpg"
+        with pytest.raises(UserError, match="4 errors in the labels") as error:
+            read(tmp_path)
+        assert (
+            f"{path}: cannot be used: it is named like {image}, but imagePath is "
+            "..\\photos\\bread.jpg; rename it, or correct imagePath"
+        ) in str(error.value)
+
+    def test_other_names_than_those_of_images(self, tmp_path):
+        sets.write_labelme(tmp_path)
+        for name in sets.NAMES:
+            (tmp_path / f"{name}.json").rename(tmp_path / f"labels of {name}.json")
+        assert_as_written(read(tmp_path, format="labelme"), POLYGONS)
+
 
 class TestDota:
     @pytest.mark.parametrize("splits", [True, False])
@@ -597,6 +745,17 @@ class TestDota:
         path.write_text(path.read_text() + "1 2 3 4 5 6 7 x boat 0\n")
         with pytest.raises(UserError, match=f"{path}: .*line 5: .*must be numbers"):
             read(tmp_path)
+
+    def test_what_has_no_partner_is_named(self, tmp_path):
+        sets.write_dota(tmp_path)
+        (tmp_path / "train/images/apple.png").unlink()
+        (tmp_path / "train/labelTxt/bread.txt").unlink()
+        data = read(tmp_path)
+        assert sorted(by_name(data)) == list(sets.NAMES[2:])
+        assert data.notes == [
+            "1 images have no label file and are left out, such as train/images/bread.png",
+            f"1 label files have no image, such as {tmp_path}/train/labelTxt/apple.txt",
+        ]
 
 
 def write_photos(folder, stems):
@@ -733,6 +892,21 @@ def test_voc_tells_the_folder_of_its_image(tmp_path, more):
         (tmp_path / "xml" / name / "0.xml").write_text(text)
         (tmp_path / f"{name}.xml").unlink()
     assert class_by_image(read(tmp_path)) == expected
+
+
+def test_voc_boxes_are_not_those_of_masks(tmp_path):
+    """Of one name in folders of which that of the masks comes first; no file name is given."""
+    write_photos(tmp_path / "images", "01")
+    for stem in "01":
+        for folder, text in (("SegmentationClass", None), ("Annotations", voc_text("boat", ""))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            if text is None:
+                Image.new("L", (16, 12)).save(tmp_path / folder / f"{stem}.png")
+            else:
+                (tmp_path / folder / f"{stem}.xml").write_text(text)
+    data = read(tmp_path)
+    assert class_by_image(data) == {"images/0.jpg": "boat", "images/1.jpg": "boat"}
+    assert "left out" not in str(data.notes)
 
 
 class TestMasks:
@@ -913,6 +1087,31 @@ class TestMasks:
         assert data.classes[:3] == ("background", "aeroplane", "bicycle")
         assert {image.path.stem: image.split for image in data.images} == SPLIT
 
+    @pytest.mark.parametrize("images", ["JPEGImages", "images"])
+    def test_masks_of_objects_are_no_images(self, tmp_path, images):
+        """Pascal VOC has masks of one name in two folders."""
+        sets.write_masks(tmp_path / "old", "palette")
+        for path in sorted((tmp_path / "old").rglob("*.*")):
+            folders = [images] if path.suffix == ".jpg" else ["SegmentationClass"]
+            for folder in folders if path.suffix == ".jpg" else [*folders, "SegmentationObject"]:
+                (tmp_path / "new" / folder).mkdir(parents=True, exist_ok=True)
+                (tmp_path / "new" / folder / path.name).write_bytes(path.read_bytes())
+        data = read(tmp_path / "new")
+        assert {image.path.parent.name for image in data.images} == {images}
+        assert {image.mask.parent.name for image in data.images} == {"SegmentationClass"}
+        assert data.notes[0] == "Pascal VOC's 21 classes" and "left out" not in str(data.notes)
+
+    def test_two_masks_of_one_image(self, tmp_path):
+        sets.write_masks(tmp_path)
+        other = tmp_path / "labels" / "train" / "apple.png"
+        other.parent.mkdir(parents=True)
+        Image.new("L", (sets.WIDTH, sets.HEIGHT), 1).save(other)
+        data = read(tmp_path, classes=("sea", *sets.CLASSES))
+        assert data.notes == [
+            f"1 masks are second ones of an image and not read, such as "
+            f"{tmp_path}/masks/train/apple.png beside {other}; remove those that are wrong"
+        ]
+
     def test_bad_masks(self, tmp_path):
         sets.write_masks(tmp_path)
         Image.new("L", (30, 48)).save(tmp_path / "masks" / "train" / "apple.png")
@@ -1088,6 +1287,18 @@ class TestBadObjects:
             id="splits below classes",
         ),
         pytest.param(
+            ["set/bus/Train/1", "set/bus/valid/2", "set/bus/test/a/3", "set/car/images/train/4"],
+            {"bus/1": "train", "bus/2": "val", "bus/3": "test", "car/4": "train"},
+            0,
+            id="three splits below classes",
+        ),
+        pytest.param(
+            ["bus/a/1", "bus/b/2", "car/a/3", "car/b/4"],
+            {"bus/1": None, "bus/2": None, "car/3": None, "car/4": None},
+            0,
+            id="other folders below classes",
+        ),
+        pytest.param(
             ["x-ray/set/train/sick/1", "x-ray/set/train/well/2", "x-ray/set/test/well/3"],
             {"sick/1": "train", "well/2": "train", "well/3": "test"},
             0,
@@ -1161,6 +1372,28 @@ class TestRecognition:
     def test_nothing_known(self, tmp_path):
         sets.write_images(tmp_path)
         with pytest.raises(UserError, match="6 images, but no labels that are known"):
+            read(tmp_path)
+
+    @pytest.mark.parametrize("suffix", [".heic", ".GIF", ".jfif"])
+    def test_images_of_other_kinds(self, tmp_path, suffix):
+        """A class, or all masks, would vanish without a word."""
+        sets.write_folders(tmp_path)
+        for name in ("one", "two"):
+            (tmp_path / "train" / "ship").mkdir(exist_ok=True)
+            (tmp_path / "train" / "ship" / f"{name}{suffix}").write_bytes(b"some image")
+        data = read(tmp_path)
+        others = (
+            f"2 images are of kinds that are not read ({suffix.lower()}), such as "
+            f"train/ship/one{suffix}; convert them to PNG or JPEG"
+        )
+        assert data.classes == sets.CLASSES and data.notes == [others]
+        for name in sets.CLASSES:
+            shutil.rmtree(tmp_path / "val" / name)
+            shutil.rmtree(tmp_path / "train" / name)
+        with pytest.raises(UserError, match=rf"has no image .*; {re.escape(others)}"):
+            read(tmp_path)
+        write_photos(tmp_path / "images", "01")
+        with pytest.raises(UserError, match=rf"no labels that are known.*; {re.escape(others)}"):
             read(tmp_path)
 
     def test_no_images_and_no_folder(self, tmp_path):
