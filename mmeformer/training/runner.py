@@ -28,6 +28,7 @@ from mmeformer.training.data import GuardedDataset, leaves
 from mmeformer.training.hooks import (
     CheckMetricsHook,
     LossCheckHook,
+    MonitorHook,
     SharedBuffersHook,
     UnreadableFilesHook,
 )
@@ -192,6 +193,7 @@ class Runner(MMEngineRunner):
             LossCheckHook,
             UnreadableFilesHook,
             CheckMetricsHook,
+            MonitorHook,
             SharedBuffersHook,
             TrainingDataHook,
         )
