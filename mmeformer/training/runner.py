@@ -146,6 +146,7 @@ class Runner(MMEngineRunner):
                 dataloader["sampler"] = dict(type=PositionSampler, sampler=dataloader["sampler"])
         loader = MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)
         loader.worker_init_fn = deaf_worker(loader.worker_init_fn)
+        _require_batches(loader)
         return loader
 
     def build_train_loop(self, loop):
@@ -481,6 +482,19 @@ class EvaluationRunner(Runner):
         """Write the config into the folder of the log."""
         name = Path(self.cfg.filename).name if self.cfg.filename else "config.py"
         self.cfg.dump(Path(self.log_dir, name))
+
+
+def _require_batches(loader: DataLoader) -> None:
+    """Raise TrainingError if all samples are left out, which mmengine takes for a whole epoch."""
+    batches: Any = loader.batch_sampler
+    sampler: Any = getattr(batches, "sampler", loader.sampler)
+    if getattr(batches, "drop_last", False) and not getattr(sampler, "is_stream", False):
+        if not len(loader):
+            raise TrainingError(
+                f"batch_size={batches.batch_size} with drop_last=True leaves out all "
+                f"{len(sampler)} samples that a process has: lower train_dataloader.batch_size, "
+                "or set train_dataloader.drop_last=False"
+            )
 
 
 def _for_evaluation(loader):
