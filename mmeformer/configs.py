@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
 from mmeformer.files import refuse_url
 from mmeformer.paths import config_dir
+from mmeformer.settings import DATA_META, FREE
 from mmeformer.without_onedl import drop_note
 
 # Here, as whatever reads a config imports this first, and the libraries that print the note later.
@@ -37,7 +41,8 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
 
     Raises:
         FileNotFoundError: neither exists; the message names similar shipped configs.
-        ValueError: it cannot be read, or an option would change nothing; the message says why.
+        ValueError: it cannot be read, or a name of it or an option would change nothing; the
+            message says why.
     """
     refuse_url(path, "config")
     path = Path(path)
@@ -50,6 +55,8 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
         config = Config.fromfile(str(path))
     except Exception as error:  # a config is a program and may raise anything
         raise ValueError(f"config {path} cannot be read: {_reason(error)}") from error
+    if path.suffix == ".py":
+        _require_used(path)
     if options:
         _refuse_ignored(options, config, path)
         config.merge_from_dict(dict(options))
@@ -62,12 +69,11 @@ def _refuse_ignored(options: Mapping, config: Config, path: Path) -> None:
     Those are misspelled names, and variables of the file such as ``epochs``, whose value is in
     other settings by then.
     """
-    from mmengine.runner import Runner
-
-    known = {*inspect.signature(Runner.__init__).parameters, *READ_LATER}
+    known = known_settings()
     for key in options:
         name = key.split(".")[0]
         if name in known:
+            _refuse_misplaced(key, options[key], config)
             continue
         if name in config:
             raise ValueError(
@@ -75,9 +81,93 @@ def _refuse_ignored(options: Mapping, config: Config, path: Path) -> None:
                 "file is read; change it there, or override all that it is used for, such as "
                 "train_cfg.max_epochs and the end of param_scheduler"
             )
-        near = get_close_matches(name, known, n=1)
-        hint = f"; did you mean {key.replace(name, near[0], 1)}?" if near else ""
+        near = _places(config, key) or [
+            key.replace(name, other, 1) for other in get_close_matches(name, known, n=1)
+        ]
+        hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"{key} would change nothing: configs have no setting {name}{hint}")
+
+
+def _require_used(path: Path) -> None:
+    """Refuse a misspelled setting of a file; warn of other names that change nothing.
+
+    Those are variables that the file does not use: what a base config has made of a variable of
+    the same name stays as it is.
+    """
+    tree = ast.parse(path.read_text("utf-8"))
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    used = {node.id for node in names if not isinstance(node.ctx, ast.Store)}
+    known = known_settings()
+    targets = [
+        target
+        for line in tree.body
+        for target in getattr(line, "targets", [getattr(line, "target", None)])
+    ]
+    given = [target.id for target in targets if isinstance(target, ast.Name)]
+    for name in given:
+        if name in known or name in used or name.startswith("_"):
+            continue
+        # Pipelines for training and testing are variables, which only resemble its name.
+        near = get_close_matches(name, known - {"tta_pipeline"}, n=1, cutoff=0.85)
+        if near:
+            raise ValueError(f"{path}: {name} changes nothing; did you mean {near[0]}?")
+        if "_base_" in given:
+            print_log(
+                f"{path}: {name} changes nothing: the file does not use it, and its base configs "
+                "are read before; set what it is meant for, such as train_cfg",
+                "current",
+                logging.WARNING,
+            )
+
+
+def known_settings() -> set[str]:
+    """Names of a config that are read."""
+    from mmengine.runner import Runner
+
+    return {*inspect.signature(Runner.__init__).parameters, *READ_LATER} - {"self"}
+
+
+def _refuse_misplaced(key: str, value: Any, config: Config) -> None:
+    """Refuse a new name in a dict that has no ``type``, so that no class would refuse it.
+
+    Only if a name beside it is alike, or the same name lies deeper: else it may be a setting that
+    the file leaves at its default.
+    """
+    first, *rest = key.split(".")
+    holder: Any = config.get(first)
+    path = [first]
+    while rest and isinstance(holder, Mapping) and rest[0] in holder:
+        holder = holder[rest[0]]
+        path.append(rest.pop(0))
+    if not rest or not isinstance(holder, Mapping):
+        return
+    name = rest[0]
+    if path[-1] == "metainfo" and name not in DATA_META:
+        # Users may add entries of their own, but class or CLASSES would stand for nothing.
+        name, holder = name.lower(), dict.fromkeys(DATA_META)
+    elif path[-1] in FREE:
+        return
+    inner = path[:2] in (["model", "test_cfg"], ["model", "train_cfg"])
+    # Functions such as NMS have a type too, and complain at the first validation.
+    if not inner and ("type" in holder or key.count(".") == 1 and first.endswith("_dataloader")):
+        return
+    near = get_close_matches(name, holder, n=1, cutoff=0.7 if inner else 0.8) or [
+        known
+        for known in holder
+        if min(len(name), len(known)) > 2 and (known.startswith(name) or name.startswith(known))
+    ]
+    if near := near or _places(holder, name):
+        meant = ".".join((*path, near[0], *rest[1:]))
+        raise ValueError(f"{key}={value!r} would change nothing; did you mean {meant}?")
+
+
+def _places(holder: Mapping, name: str) -> list[str]:
+    """Paths below a dict, without those in lists, that end in a name."""
+    found = [name] if name in holder else []
+    for key, item in holder.items():
+        if isinstance(item, Mapping):
+            found += [f"{key}.{place}" for place in _places(item, name)]
+    return found
 
 
 def _reason(error: Exception) -> str:

@@ -221,22 +221,25 @@ def config_text(data: LabeledData, starter: Starter, plan: Plan, config: Path) -
     base = repr_text(starter.template(data))
     # Beside the config, so both may be moved together.
     labels = f"{{{{ fileDirname }}}}/{plan.labels.name}/"
+    root = Setting(
+        "data_root",
+        repr_text(f"{(data.tiles or data.root).as_posix()}/"),
+        "your images, only read" if data.tiles is None else "tiles of your images",
+    )
+    body = starter.body(data, plan)
     lines = [
         f"# Made by `mmeformer init` from {data.root} ({data.format}): {sizes} images.",
         f"# Check it: mmeformer check {config.name}    Train it: mmeformer train {config.name}",
         f'_base_ = __import__("mmeformer").shipped_config({base})',
-        Setting(
-            "data_root",
-            repr_text(f"{(data.tiles or data.root).as_posix()}/"),
-            "your images, only read" if data.tiles is None else "tiles of your images",
-        ),
+        # Lists of images with whole paths need no root.
+        *([root] if f"={root.name}" in body else []),
         Setting("labels", repr_text(labels), "made from your labels; beside this file"),
         Setting("classes", repr_names(data.classes), f"in training: {listed}{more}"),
         Setting("checkpoint", weights, "backbone weights; from scratch: init --weights none"),
         *starter.settings(data, plan),
         *starter.common(data, plan),
     ]
-    return "\n".join(map(str, lines)) + "\n\n" + starter.body(data, plan)
+    return "\n".join(map(str, lines)) + "\n\n" + body
 
 
 def check(config: Config) -> list[Finding]:

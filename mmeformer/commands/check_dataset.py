@@ -18,7 +18,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mmeformer import configs
 from mmeformer.checks.dataset import (
     SPLITS,
     check_evaluator,
@@ -69,7 +68,7 @@ def work(args: argparse.Namespace) -> int:
     """Check; returns the exit status."""
     # Keep mmengine's messages about building out of the output.
     logging.getLogger("mmengine").setLevel(logging.ERROR)
-    config = configs.load_config(args.config, args.cfg_options)
+    config = cli.load_config(args)
     out = Path(args.out or Path("work_dirs", f"check_{Path(args.config).stem}"))
     console = Console(soft_wrap=False)
     errors = 0

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 
 from mmengine.config import Config, DictAction
 
-from mmeformer import configs
+from mmeformer import configs, settings
 from mmeformer.errors import UserError
 
 # Functions of mmengine's loops, PyTorch's data loader and prediction that do the work itself.
@@ -61,9 +61,11 @@ def run(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if args.debug or not (isinstance(error, UserError) or _before_work(error)):
+        text = settings.explain(error, getattr(args, "loaded", {}))
+        known = text is not None or isinstance(error, UserError)
+        if args.debug or not (known or _before_work(error)):
             traceback.print_exc()
-        print(f"error: {one_text(error)}", file=sys.stderr)
+        print(f"error: {text or one_text(error)}", file=sys.stderr)
         return 1
 
 
@@ -108,6 +110,15 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config of a command line, with its settings.
+
+    :func:`run` looks in it, as ``args.loaded``, for what an error is about.
+    """
+    args.loaded = configs.load_config(args.config, args.cfg_options)
+    return args.loaded
+
+
 def prepare_run(args: argparse.Namespace) -> Config:
     """Read the config of a command line, with its settings, work directory and local rank."""
     if args.launcher == "none" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -121,7 +132,7 @@ def prepare_run(args: argparse.Namespace) -> Config:
             "tools/dist_test.sh"
         )
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    config = configs.load_config(args.config, args.cfg_options)
+    config = load_config(args)
     configs.choose_work_dir(config, args.config, args.work_dir)
     return config
 

@@ -14,7 +14,6 @@ Examples:
 import argparse
 from pathlib import Path
 
-from mmeformer import configs
 from mmeformer.commands import cli
 from mmeformer.deploy.export import SUFFIXES, Request, export
 from mmeformer.errors import UserError
@@ -120,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
         nms=args.nms == "inside",
         opset=args.opset,
     )
-    config = configs.load_config(args.config, args.cfg_options)
+    config = cli.load_config(args)
     images = _images("--images", args.images)
     path = export(config, args.checkpoint, args.out, request, images=images, force=args.force)
     print(f"wrote {path} and {path.with_suffix('.json')}")

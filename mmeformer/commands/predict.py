@@ -91,7 +91,7 @@ def work(args: argparse.Namespace) -> int:
         pictures=not args.no_pictures,
         track=args.track,
     )
-    config = configs.load_config(args.config, args.cfg_options)
+    config = cli.load_config(args)
     configs.existing_checkpoint(args.checkpoint)
     # Outputs of an earlier run are no inputs, but pictures/ of a data set are.
     earlier = [Path(args.out, folder) for folder in FOLDERS] if is_marked(args.out) else []

@@ -20,7 +20,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmeformer import configs
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.commands import cli
 from mmeformer.deploy import models
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> tuple[Profile, dict]:
         cls = EfficientFormer if variant.family == "v1" else EfficientFormerV2
         task, model = BACKBONE, cls(variant.arch).eval()
     else:
-        config = configs.load_config(args.config, args.cfg_options)
+        config = cli.load_config(args)
         task = request.task(config)
         model = models.build_model(config, args.checkpoint)
     # Only sizes count here, not how images are prepared.

@@ -13,7 +13,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from mmengine.utils import import_modules_from_strings
 from torch import nn
 
-from mmeformer import configs
+from mmeformer import configs, settings
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
@@ -38,6 +38,7 @@ def build_model(config: Config, checkpoint: str | None = None) -> nn.Module:
         import_modules_from_strings(**config.custom_imports)
     configs.drop_pretrained(config.model)
     model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
+    settings.check(config, ["model"])
     if checkpoint is None:
         return model
     safe_load.install()

@@ -19,7 +19,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from mmeformer import configs, tasks
+from mmeformer import configs, settings, tasks
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
@@ -406,7 +406,7 @@ def load_predictor(
         check_score_thr(score_thr)
     device = _existing_device(device)
     checkpoint = configs.existing_checkpoint(checkpoint)
-    config = Config(config.copy().to_dict(), filename=config.filename)
+    given, config = config, Config(config.copy().to_dict(), filename=config.filename)
     # The weights come from the checkpoint, and images to predict on have no annotations.
     configs.drop_pretrained(config.model)
     dataset = config.test_dataloader.dataset
@@ -426,6 +426,8 @@ def load_predictor(
     predictor: Predictor[Any] = tasks.load(task.predictor).from_config(
         config, checkpoint, device=device, score_thr=score_thr, mask_format=mask_format
     )
+    # Now that the classes of the model are imported; without what the predictor has set.
+    settings.check(given, ["model"])
     predictor.reading = reading
     if classes is not None:
         predictor.limit_to(classes)

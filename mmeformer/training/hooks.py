@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from numbers import Real
+from typing import Any
 
 import torch
 from mmengine.dist import all_gather_object, all_reduce, broadcast, get_world_size
-from mmengine.hooks import Hook
+from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.runner import Runner
 
 from mmeformer.checks.interface import CheckedDataset
 from mmeformer.errors import TrainingError
 from mmeformer.registry import HOOKS
 from mmeformer.training.data import UNREADABLE, GuardedFiles, leaves
-from mmeformer.training.saving import last_checkpoint
+from mmeformer.training.saving import closest_metric, common_words, last_checkpoint
+from mmeformer.training.schedule import flat
 
 
 @HOOKS.register_module()
@@ -201,6 +204,53 @@ class CheckMetricsHook(Hook):
             dataset = leaf.dataset if isinstance(leaf, GuardedFiles) else leaf
             if isinstance(dataset, CheckedDataset):
                 dataset.check_metrics(metrics)
+
+
+class MonitorHook(Hook):
+    """Let early stopping and ``ReduceOnPlateau`` schedules read metrics that are evaluated.
+
+    mmengine's early stopping only warns of a name that is no metric, and never stops; a schedule
+    fails at the first validation. As for ``save_best``, the closest metric takes the place.
+
+    Raises:
+        TrainingError: no metric resembles the name.
+    """
+
+    def __init__(self) -> None:
+        self.readers: dict[str, Any] = {}
+        """What reads a metric, by its setting; empty outside of a training."""
+
+    def before_train(self, runner: Runner) -> None:
+        """Find what reads metrics; warn if there will be none."""
+        for hook in runner.hooks:
+            if isinstance(hook, EarlyStoppingHook):
+                self.readers[f"monitor of {type(hook).__name__}"] = hook
+        for index, scheduler in enumerate(flat(runner.param_schedulers)):
+            if getattr(scheduler, "need_val_args", False):
+                self.readers[f"param_scheduler.{index}.monitor"] = scheduler
+        if self.readers and runner.val_loop is None:
+            runner.logger.warning(
+                f"{', '.join(self.readers)}: without validations there is no metric: set "
+                "val_dataloader, val_evaluator and val_cfg"
+            )
+
+    def after_val_epoch(self, runner: Runner, metrics: Mapping | None = None) -> None:
+        """Replace names before the metrics are read, which later hooks do."""
+        scores = [name for name, value in (metrics or {}).items() if isinstance(value, Real)]
+        for setting, reader in self.readers.items() if scores else ():
+            name = reader.monitor
+            if name in scores or getattr(reader, "strict", False):
+                continue
+            chosen = closest_metric(name, scores)
+            text = f"{setting}={name!r} is not among the metrics {', '.join(scores)}"
+            if not common_words(name, chosen):
+                raise TrainingError(
+                    f"{text}; set it to one of these. {last_checkpoint(runner)} Continue with "
+                    "--resume"
+                )
+            runner.logger.warning(f"{text}; {chosen} takes its place")
+            # Checkpoints keep both, so that a resumed run goes on with the same.
+            reader.configured, reader.monitor = name, chosen
 
 
 class SharedBuffersHook(Hook):

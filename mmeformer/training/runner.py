@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,17 +21,20 @@ from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
 from mmengine.runner import Runner as MMEngineRunner
 from torch.utils.data import DataLoader
 
+from mmeformer import settings
 from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
-from mmeformer.configs import read_test_metainfo
+from mmeformer.configs import known_settings, read_test_metainfo
 from mmeformer.errors import CheckpointError, TrainingError
 from mmeformer.files import write_text
+from mmeformer.settings import SettingError
 from mmeformer.signals import PREEMPTED
 from mmeformer.training.data import GuardedDataset, leaves
 from mmeformer.training.deterministic import deterministic_kernels
 from mmeformer.training.hooks import (
     CheckMetricsHook,
     LossCheckHook,
+    MonitorHook,
     SharedBuffersHook,
     UnreadableFilesHook,
 )
@@ -108,6 +112,15 @@ class Runner(MMEngineRunner):
     optim_wrapper: Any
     param_schedulers: Any
 
+    @classmethod
+    def from_cfg(cls, cfg):
+        """mmengine's; settings that nothing reads are an error or a warning."""
+        runner = super().from_cfg(cfg)
+        settings.import_classes(("mmeformer", runner.default_scope.scope_name))
+        read_here = known_settings() - {"report"}
+        settings.check(cfg, [name for name in cfg if name in read_here])
+        return runner
+
     def setup_env(self, env_cfg: dict) -> None:
         """mmengine's settings, with a time stamp that no other run of this process has.
 
@@ -149,6 +162,7 @@ class Runner(MMEngineRunner):
                 dataloader["sampler"] = dict(type=PositionSampler, sampler=dataloader["sampler"])
         loader = MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)
         loader.worker_init_fn = deaf_worker(loader.worker_init_fn)
+        _require_batches(loader)
         return loader
 
     def build_train_loop(self, loop):
@@ -194,6 +208,12 @@ class Runner(MMEngineRunner):
         for name in [name for name in hooks if hooks[name] is None and name not in OWN_HOOKS]:
             # mmengine expects None for its own hooks only.
             del hooks[name]
+        for name in hooks.keys() - set(OWN_HOOKS):
+            if near := get_close_matches(name, OWN_HOOKS, n=1, cutoff=0.85):
+                raise SettingError(
+                    f"default_hooks.{name} would be a second hook beside mmengine's; did you mean "
+                    f"default_hooks.{near[0]}?"
+                )
         checkpoint = hooks.get("checkpoint", dict(type="CheckpointHook", interval=1))
         if isinstance(checkpoint, Mapping):
             if checkpoint["type"] in ("CheckpointHook", MMEngineCheckpointHook):
@@ -210,6 +230,7 @@ class Runner(MMEngineRunner):
             LossCheckHook,
             UnreadableFilesHook,
             CheckMetricsHook,
+            MonitorHook,
             SharedBuffersHook,
             TrainingDataHook,
         )
@@ -495,6 +516,19 @@ class Runner(MMEngineRunner):
                     "rate or clip gradients"
                 )
         write_checkpoint(state, **target)
+
+
+def _require_batches(loader: DataLoader) -> None:
+    """Raise TrainingError if all samples are left out, which mmengine takes for a whole epoch."""
+    batches: Any = loader.batch_sampler
+    sampler: Any = getattr(batches, "sampler", loader.sampler)
+    if getattr(batches, "drop_last", False) and not getattr(sampler, "is_stream", False):
+        if not len(loader):
+            raise TrainingError(
+                f"batch_size={batches.batch_size} with drop_last=True leaves out all "
+                f"{len(sampler)} samples that a process has: lower train_dataloader.batch_size, "
+                "or set train_dataloader.drop_last=False"
+            )
 
 
 def _for_evaluation(loader):

@@ -524,6 +524,7 @@ def hook_states(hooks: Iterable[Hook]) -> dict[str, list[dict]]:
         if isinstance(hook, EarlyStoppingHook):
             state = dict(
                 monitor=hook.monitor,
+                configured=getattr(hook, "configured", hook.monitor),
                 wait_count=hook.wait_count,
                 best_score=float(hook.best_score),
             )
@@ -542,7 +543,8 @@ def restore_hooks(runner: Runner, states: Mapping[str, Sequence[dict]]) -> None:
         state = items.pop(0)
         if not isinstance(hook, EarlyStoppingHook):
             hook.load_state_dict(state)
-        elif state["monitor"] == hook.monitor:
+        elif hook.monitor in (state["monitor"], state.get("configured")):
+            hook.monitor, hook.configured = state["monitor"], state.get("configured", hook.monitor)
             hook.wait_count, hook.best_score = state["wait_count"], state["best_score"]
             threshold = hook.stopping_threshold
             reached = threshold is not None and hook.rule_map[hook.rule](hook.best_score, threshold)
@@ -596,11 +598,16 @@ def closest_metric(name: str, others: Sequence[str]) -> str:
     """The first of ``others`` with most words of ``name``: for ``coco/bbox_mAP``, say,
     ``coco/segm_mAP``.
     """
+    return max(others, key=lambda other: len(common_words(name, other)))
+
+
+def common_words(name: str, other: str) -> set[str]:
+    """Words that two names of metrics share."""
 
     def words(text: str) -> set[str]:
         return set(re.findall(r"[A-Z]?[a-z]+|[A-Z]|\d+", text))
 
-    return max(others, key=lambda other: len(words(name) & words(other)))
+    return words(name) & words(other)
 
 
 def find_nonfinite(state: dict) -> list[str]:

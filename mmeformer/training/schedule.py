@@ -23,6 +23,7 @@ MOVING = {
     *("last_step", "_global_step", "_last_value", "verbose"),
     *("best", "num_bad_epochs", "cooldown_counter"),  # of ReduceOnPlateauLR
     "base_values",  # those of the optimizer, which are compared there
+    "configured",  # the config's monitor, where another metric takes its place (MonitorHook)
 }
 """Entries of a scheduler's state that are not its settings."""
 
@@ -41,7 +42,7 @@ class Schedule:
         self.runner = runner
         self.groups = [_settings(group) for group in _param_groups(runner.optim_wrapper)]
         self.states = [
-            copy.deepcopy(scheduler.state_dict()) for scheduler in _flat(runner.param_schedulers)
+            copy.deepcopy(scheduler.state_dict()) for scheduler in flat(runner.param_schedulers)
         ]
 
     def require_same_optimizer(self) -> None:
@@ -86,11 +87,13 @@ class Schedule:
                 if _differ(before[key], now[key]):
                     name = key.removeprefix("initial_")
                     found.setdefault(name, f"{name} {before[key]} -> {now[key]}")
-        states = _flat(states)
+        states = flat(states)
         if len(states) != len(self.states):
             found["schedulers"] = f"{len(states)} -> {len(self.states)} param_scheduler"
         else:
             for index, (before, now) in enumerate(zip(states, self.states, strict=True)):
+                if "configured" in before and before["configured"] == now["monitor"]:
+                    before = {**before, "monitor": now["monitor"]}
                 for key in sorted((before.keys() | now.keys()) - MOVING):
                     if _differ(before.get(key), now.get(key)):
                         name = f"param_scheduler[{index}].{key}"
@@ -108,7 +111,7 @@ class Schedule:
         groups = _param_groups(self.runner.optim_wrapper)
         for group, settings in zip(groups, self.groups, strict=True):
             group.update(copy.deepcopy(settings))
-        schedulers = _flat(self.runner.param_schedulers)
+        schedulers = flat(self.runner.param_schedulers)
         for scheduler, state in zip(schedulers, self.states, strict=True):
             scheduler.load_state_dict(copy.deepcopy(state))
         with warnings.catch_warnings():
@@ -124,7 +127,7 @@ class Schedule:
     @property
     def follows_scores(self) -> bool:
         """Whether a scheduler reads validation scores, so that its past cannot be recomputed."""
-        schedulers = _flat(self.runner.param_schedulers)
+        schedulers = flat(self.runner.param_schedulers)
         return any(getattr(scheduler, "need_val_args", False) for scheduler in schedulers)
 
 
@@ -155,7 +158,7 @@ def _param_groups(wrapper) -> list[dict]:
     return [group for item in wrappers(wrapper) for group in item.param_groups]
 
 
-def _flat(schedulers: Mapping[str, Sequence] | Sequence | None) -> list:
+def flat(schedulers: Mapping[str, Sequence] | Sequence | None) -> list:
     """Schedulers or their states, by optimizer if there are several, in one list."""
     if isinstance(schedulers, Mapping):
         return [item for group in schedulers.values() for item in group]
@@ -174,11 +177,11 @@ def other_length(runner: Runner) -> str | None:
     epoch = len(runner.train_dataloader)
     ends = [
         scheduler.end * (epoch if scheduler.by_epoch else 1)
-        for scheduler in _flat(runner.param_schedulers)
+        for scheduler in flat(runner.param_schedulers)
         # Without an end it lasts forever.
         if scheduler.end < INF
     ]
-    if not ends or max(ends) == total or len(ends) < len(_flat(runner.param_schedulers)):
+    if not ends or max(ends) == total or len(ends) < len(flat(runner.param_schedulers)):
         return None
     return (
         f"the learning rate is scheduled for {max(ends)} iterations, but the training has {total}: "

@@ -97,12 +97,12 @@ CASES = [
     (
         "train",
         "{p}/segmentation.py " + WORK + " --cfg-options model.backbone.type=Nope",
-        "Nope is not in",
+        "model.backbone.type=Nope: Nope is not in the model registry",
     ),
     (
         "train",
         "{p}/segmentation.py " + WORK + " --cfg-options model.backbone.nope=1",
-        "unexpected keyword argument 'nope'",
+        "model.backbone.nope=1: mmeformer.EfficientFormerV2 has no nope; it has arch, ",
     ),
     (
         "train",

@@ -417,6 +417,21 @@ def test_samples_of_a_batch_however_nested():
     assert list(_samples(None)) == []
 
 
+@pytest.mark.parametrize(
+    ("sampler", "enough"), [("DefaultSampler", False), ("InfiniteSampler", True)]
+)
+def test_batch_larger_than_the_data(folder, sampler, enough):
+    """With ``drop_last`` an epoch has no iteration; an endless sampler repeats the images."""
+    loader = tiny.segmentation(folder).train_dataloader
+    loader.update(batch_size=9, drop_last=True, sampler=dict(type=sampler, shuffle=True))
+    init_default_scope("mmseg")
+    if enough:
+        assert len(next(iter(Runner.build_dataloader(loader)))["inputs"]) == 9
+    else:
+        with pytest.raises(TrainingError, match="batch_size=9 .* leaves out all 8 samples"):
+            Runner.build_dataloader(loader)
+
+
 def test_loader_without_workers_needs_no_other_setting(folder):
     loader = tiny.segmentation(folder).train_dataloader
     init_default_scope("mmseg")

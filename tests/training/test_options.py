@@ -12,7 +12,7 @@ from mmengine.optim.scheduler.param_scheduler import INF
 
 from mmeformer import work_dirs
 from mmeformer.commands import train
-from mmeformer.errors import CheckpointError, UserError
+from mmeformer.errors import CheckpointError, TrainingError, UserError
 from mmeformer.training import engine, trackers
 from mmeformer.training.schedule import other_length
 
@@ -100,6 +100,54 @@ def test_early_stopping(config, tmp_path):
         type="EarlyStoppingHook", monitor="mIoU", rule="greater", patience=2, min_delta=200
     )
     assert len(tiny.train(config, tmp_path / "run")) == 3
+
+
+def monitoring(config, name):
+    """Early stopping and a schedule that read a metric which is no metric."""
+    config.train_cfg.update(max_iters=4, val_interval=1)
+    config.custom_hooks = [
+        dict(type="EarlyStoppingHook", monitor=name, rule="greater", patience=2, min_delta=200)
+    ]
+    config.param_scheduler = [
+        dict(type="ReduceOnPlateauLR", monitor=name, rule="greater", patience=9)
+    ]
+    return config
+
+
+def log_of(work_dir):
+    return "".join(path.read_text() for path in sorted(work_dir.glob("*/*.log")))
+
+
+def test_closest_metric_is_monitored(config, tmp_path):
+    work_dir = tmp_path / "run"
+    config = monitoring(config, "mIoUs")
+    # The first and third validation; the fourth iteration is never reached.
+    assert len(tiny.train(config, work_dir)) == 3
+    text = log_of(work_dir)
+    for setting in ("monitor of EarlyStoppingHook", "param_scheduler.0.monitor"):
+        assert text.count(f"{setting}='mIoUs' is not among the metrics") == 1
+    assert "mIoU takes its place" in text
+
+
+def test_monitored_metric_is_kept_when_resumed(config, tmp_path):
+    work_dir = tmp_path / "run"
+    config = monitoring(config, "mIoUs")
+    config.default_hooks.checkpoint.interval = 1
+    config.train_cfg.max_iters = 2
+    assert len(tiny.train(config, work_dir)) == 2
+    config.train_cfg.max_iters = 9
+    # One validation without progress was before, so the next one ends the run.
+    assert len(tiny.train(config, work_dir, resume="auto")) == 1
+    text = log_of(work_dir)
+    assert text.count("takes its place") == 2 and "not applied from the config" not in text
+
+
+def test_no_metric_to_monitor(config, tmp_path):
+    with pytest.raises(TrainingError, match="monitor of EarlyStoppingHook='zzz' .* set it to one"):
+        tiny.train(monitoring(config, "zzz"), tmp_path / "run")
+    config.update(val_dataloader=None, val_evaluator=None, val_cfg=None)
+    tiny.train(monitoring(config, "mIoU"), tmp_path / "other")
+    assert "without validations there is no metric" in log_of(tmp_path / "other")
 
 
 # --- trackers ------------------------------------------------------------------------------------

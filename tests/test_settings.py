@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No setting is ignored in silence: not below the model, not in a file, not for any task."""
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from mmengine.config import Config
+
+from mmeformer import configs, settings
+from mmeformer.commands import train
+from mmeformer.deploy import models
+from mmeformer.inference.predictor import load_predictor
+from mmeformer.paths import config_dir
+from mmeformer.tasks import TASKS
+from mmeformer.training.runner import Runner
+
+pytestmark = pytest.mark.usefixtures("quiet_logging")
+
+SHIPPED = [path for task in TASKS for path in sorted((config_dir() / task).glob("*.py"))]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Task -> a config file of a training of one step."""
+    folder = tmp_path_factory.mktemp("settings")
+    found = {}
+    for task, make in tiny.ALL_TASKS.items():
+        config = make(folder, 1)
+        config.train_cfg.val_interval = 1
+        config.dump(found.setdefault(task, folder / f"{task}.py"))
+    return found
+
+
+# Task, settings, and what the error says beside the first.
+WRONG = [
+    ("detection", "model.test_cfg.rcnn.scor_thr=0.5", "mean .*rcnn.score_thr"),
+    ("detection", "model.test_cfg.score_thr=0.5", "mean model.test_cfg.rcnn.score_thr"),
+    ("detection", "model.test_cfg.rcnn.nms.iou_thr=0.5", "mean .*rcnn.nms.iou_threshold"),
+    ("detection", "model.test_cfg.rccn.score_thr=0.5", "mean model.test_cfg.rcnn.score_thr"),
+    ("detection", "model.train_cfg.rpn.assigner.pos_iou=0.3", "mean .*pos_iou_thr"),
+    ("detection", "val_evaluator.metrics=bbox", "mean .*metric"),
+    ("detection", "train_cfg.max_iter=3", "mean .*max_iters"),
+    ("detection", "val_cfg.val_interval=3", "mean train_cfg.val_interval"),
+    ("detection", "val_interval=3", "mean train_cfg.val_interval"),
+    ("detection", "param_schedulers=3", "mean .*param_scheduler"),
+    ("detection", "optim_wrapper.optimizer.learning_rate=0.1", "AdamW has no .* it has .*lr"),
+    ("detection", "optim_wrapper.paramwise_cfg.norm_decay_mul=0", "mean .*norm_decay_mult"),
+    ("detection", "optim_wrapper.clip_grad.max_nrom=1", "mean .*max_norm"),
+    ("detection", "optim_wrapper.type=AmpOptimWraper", "mean AmpOptimWrapper"),
+    ("detection", "auto_scale_lr.enabled=True", "mean auto_scale_lr.enable"),
+    ("detection", "env_cfg.cudnn_bench=True", "mean env_cfg.cudnn_benchmark"),
+    ("detection", "randomness.sed=3", "mean .*seed"),
+    ("detection", "default_hooks.logger.intervall=2", "mean .*interval"),
+    ("detection", "train_dataloader.batchsize=3", "mean .*batch_size"),
+    ("detection", "train_dataloader.dataset.metainfo.class=a", "mean .*metainfo.classes"),
+    ("detection", "train_dataloader.dataset.pipeline.1.with_box=True", "mean .*with_bbox"),
+    ("detection", "model.backbone.drop_path=0.1", "mean .*drop_path_rate"),
+    ("segmentation", "model.test_cfg.modes=slide", "mean model.test_cfg.mode"),
+    ("segmentation", "val_evaluator.iou_metric=mDice", "mean .*iou_metrics"),
+    ("segmentation", "train_dataloader.dataset.data_prefix.img=x", "mean .*data_prefix.img_path"),
+    ("segmentation", "train_dataloader.dataset.reduce_zero_labels=True", "mean .*zero_label"),
+    ("segmentation", "train_dataloader.batch_size=9 train_dataloader.drop_last=True "
+     "train_dataloader.sampler.type=DefaultSampler", "all 8 samples"),
+    ("rotated", "model.test_cfg.scor_thr=0.5", "mean model.test_cfg.score_thr"),
+    ("rotated", "train_dataloader.dataset.patchsize=3", "mean .*patch_size"),
+    ("classification", "model.head.num_class=3", "mean .*num_classes"),
+    ("classification", "val_evaluator.top_k=1", "mean .*topk"),
+    ("classification", "train_dataloader.dataset.with_labels=True", "mean .*with_label"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "options", "message"), WRONG, ids=[row[1] for row in WRONG])
+def test_wrong_setting_is_one_line(files, tmp_path, capfd, task, options, message):
+    work = ["--work-dir", str(tmp_path / "run"), "--log", "none"]
+    assert train.main([str(files[task]), *work, "--cfg-options", *options.split()]) == 1
+    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    name = options.split()[0].partition("=")[0].removeprefix("train_dataloader.")
+    assert len(error) == 1 and name in error[0]
+    assert re.search(message, error[0])
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def parts(config):
+    return [name for name in config if name in configs.known_settings() - {"report"}]
+
+
+@pytest.fixture(scope="module")
+def imported(files):
+    """The classes of all tasks."""
+    for path in files.values():
+        Runner.from_cfg(Config(dict(Config.fromfile(path), work_dir=str(path.parent / "run"))))
+
+
+@pytest.mark.usefixtures("imported")
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_shipped_configs_have_no_unread_settings(path):
+    config = configs.load_config(path)
+    assert settings.check(config, parts(config)) == []
+
+
+@pytest.mark.usefixtures("imported")
+def test_settings_in_files(files, tmp_path):
+    """Those of a config file are looked at too; what is left over is no error."""
+    config = Config.fromfile(files["detection"])
+    config.model.test_cfg.rcnn.pop("score_thr")
+    config.model.test_cfg.rcnn.scor_thr = 0.5
+    message = r"rcnn\.scor_thr=0.5 .* mean model.test_cfg.rcnn.score_thr"
+    with pytest.raises(settings.SettingError, match=message):
+        models.build_model(config)
+    weights = models.build_model(Config.fromfile(files["detection"])).state_dict()
+    torch.save(dict(meta={}, state_dict=weights), tmp_path / "weights.pth")
+    with pytest.raises(settings.SettingError, match=message):
+        load_predictor(config, str(tmp_path / "weights.pth"))
+    config = Config.fromfile(files["detection"])
+    config.model.test_cfg.rcnn.debug_level = 3
+    (left,) = settings.check(config, parts(config))
+    assert left.startswith("model.test_cfg.rcnn.debug_level=3 changes nothing")
+
+
+@pytest.mark.usefixtures("imported")
+def test_other_libraries_and_own_names_are_let_alone(files):
+    config = Config.fromfile(files["detection"])
+    config.visualizer.vis_backends = [
+        dict(type="WandbVisBackend", init_kwargs=dict(entity_of_team=1))
+    ]
+    config.optim_wrapper.paramwise_cfg = dict(custom_keys=dict(my_layer=dict(lr_mult=0.1)))
+    config.train_dataloader.dataset.metainfo.my_note = "of 2026"
+    config.default_hooks.my_hook = dict(type="EMAHook")
+    config.train_dataloader.dataset.pipeline.append(dict(type="OfAlbu", shift_limit_of_albu=1))
+    config.model.backbone.arch = dict(chan_mul=1, attn_drop_of=2, res_blocks_of=3)
+    assert settings.check(config, parts(config)) == []
+    config.optim_wrapper.paramwise_cfg.custom_keys.my_layer = dict(lr_mul=0.1)
+    with pytest.raises(settings.SettingError, match=r"my_layer\.lr_mul=0.1 .* mean .*lr_mult"):
+        settings.check(config, parts(config))
+
+
+@pytest.mark.usefixtures("imported")
+def test_classes_without_source_are_let_alone(files):
+    """Such as those of a notebook: what they read is not known."""
+    config = Config.fromfile(files["segmentation"])
+    config.model.test_cfg.modee = 1
+    with pytest.raises(settings.SettingError):
+        settings.check(config, ["model"])
+    config.model.auxiliary = dict(type=type("OfANotebook", (), dict(__module__="__notebook__")))
+    assert settings.check(config, ["model"]) == []
+
+
+def child(tmp_path, text) -> Path:
+    path = tmp_path / "child.py"
+    base = config_dir() / tiny.QUICKSTARTS["segmentation"]
+    path.write_text(f"_base_ = [{str(base)!r}]\n{text}")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("param_schedulers = []", "param_scheduler"),
+        ("custom_hook = []", "custom_hooks"),
+        ("load_form = 'a.pth'", "load_from"),
+    ],
+)
+def test_misspelled_name_in_a_file(tmp_path, text, near):
+    with pytest.raises(ValueError, match=f"changes nothing; did you mean {near}"):
+        configs.load_config(child(tmp_path, text))
+
+
+def test_unused_variable_of_a_file(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(configs, "print_log", lambda text, *args: said.append(text))
+    configs.load_config(child(tmp_path, "max_epochs = 3\nsize = 64\ncrop_size = (size, size)\n"))
+    first, second = said
+    assert "max_epochs changes nothing" in first and "crop_size changes nothing" in second
+    # Without a base it may be for other programs, as in the file that a training writes.
+    path = tmp_path / "whole.py"
+    path.write_text("max_epochs = 3\n")
+    configs.load_config(path)
+    assert len(said) == 2
+
+
+def test_second_hook_for_checkpoints(files, tmp_path):
+    config = Config.fromfile(files["segmentation"])
+    config.work_dir = str(tmp_path)
+    config.default_hooks.checkpoints = dict(type="CheckpointHook", interval=2)
+    with pytest.raises(settings.SettingError, match="checkpoints .* mean default_hooks.checkpoint"):
+        Runner.from_cfg(config)
+
+
+def test_endless_data_fill_any_batch(files, tmp_path):
+    """The sampler of trainings by iteration goes on with the same images."""
+    config = Config.fromfile(files["segmentation"])
+    config.train_dataloader.update(batch_size=9, drop_last=True)
+    assert len(tiny.train(config, tmp_path)) == 1
+
+
+def test_errors_about_something_else():
+    config = Config(dict(model=dict(type="MaskRCNN", scale=3)))
+    for error in (
+        TypeError("forward() got an unexpected keyword argument 'scale'"),
+        TypeError("f() takes 1 positional argument"),
+        KeyError("scale"),
+        KeyError(),
+        ValueError("Nope is not in the mmdet::model registry"),
+    ):
+        assert settings.explain(error, config) is None
