@@ -101,6 +101,11 @@ def test_settings_are_alive(made, task, tmp_path):
         "max_iters": ("9", lambda c: (c.train_cfg.max_iters, c.param_scheduler[1].end), (9, 9)),
         "scale": ("(99, 88)", lambda c: c.test_dataloader.dataset.pipeline[1].scale, (99, 88)),
         "size": ("(99, 88)", lambda c: c.test_dataloader.dataset.pipeline[1].scale, (99, 88)),
+        "scales": (
+            "(0.9, 1.1)",
+            lambda c: c.train_dataloader.dataset.pipeline[2].ratio_range,
+            (0.9, 1.1),
+        ),
         "crop_size": ("(64, 32)", lambda c: c.model.test_cfg.crop_size, (64, 32)),
         "class_weight": (
             "[1, 2, 3]",

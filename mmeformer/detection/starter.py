@@ -175,7 +175,11 @@ class DetectionStarter(Starter):
 def _with_masks(plan: Plan) -> str:
     """The model of the config: Mask R-CNN."""
     widths = list(find_variant(plan.variant.family, plan.variant.arch).architecture.widths)
-    network, neck = backbone(plan, "(scale[0] // 32) * (scale[1] // 32)")
+    network, neck = backbone(
+        plan,
+        "(scale[0] // 32) * (scale[1] // 32)",
+        bias_grid="[max(1, side // 32) for side in scale[::-1]]",
+    )
     if plan.variant.name != "efficientformerv2_s0":
         neck = ", ".join(filter(None, [f"in_channels={widths}", neck]))
     return MODEL.format(backbone=network, neck=neck)

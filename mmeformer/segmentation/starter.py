@@ -43,6 +43,8 @@ CROP = 512
 """Side of the crops of the published recipe, in pixels."""
 LARGEST = 4096
 """Longer images are resized to this many pixels."""
+SCALES = (0.75, 1.25)
+"""Training images are resized by factors between these."""
 RARE = 0.02
 """Class weights are set if a class has less than this share of the labeled pixels."""
 WEIGHTS = (0.5, 5.0)
@@ -146,6 +148,11 @@ class SegmentationStarter(Starter):
                 str((side, side)),
                 "height, width; " + ("as published" if side == CROP else "fits into most images"),
             ),
+            Setting(
+                "scales",
+                str(SCALES),
+                "of training images; 0.5 to 2, as published, is for longer trainings",
+            ),
             self._class_weight(data),
             Setting(
                 "max_iters",
@@ -207,18 +214,17 @@ model = dict(
     test_cfg=dict(crop_size=crop_size, stride=tuple(side * 2 // 3 for side in crop_size)),
 )
 train_pipeline = _base_.train_pipeline
-train_pipeline[2].scale = scale
+train_pipeline[2].update(scale=scale, ratio_range=scales)
 train_pipeline[3].crop_size = crop_size
 test_pipeline = _base_.test_pipeline
 test_pipeline[1].scale = scale
 tta_pipeline = _base_.tta_pipeline
 tta_pipeline[1].transforms[0] = [dict(type="Resize", scale=scale, keep_ratio=True)]
-metainfo = dict(classes=classes, palette={palette})
 data = dict(
     data_root=data_root,
     data_prefix=dict(img_path="", seg_map_path=""),
     reduce_zero_label=False,
-    metainfo=metainfo,
+    metainfo=dict(classes=classes, palette={palette}),
 )
 loader = dict(num_workers=num_workers, persistent_workers=num_workers > 0)
 train_data = dict(ann_file=labels + "train.txt", pipeline=train_pipeline, **data)
