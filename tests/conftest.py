@@ -3,6 +3,7 @@
 
 import logging
 import shutil
+import sys
 import tempfile
 from types import SimpleNamespace
 
@@ -67,6 +68,12 @@ def any_variant(request) -> Variant:
 def small_variant(request) -> Variant:
     """The smallest variant of each family."""
     return VARIANTS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def name_of_the_program(monkeypatch):
+    """The command ``mmeformer`` names its sub-command there, for help and errors."""
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
 
 
 @pytest.fixture(autouse=True)
