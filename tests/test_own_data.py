@@ -428,6 +428,23 @@ def test_rare_classes_get_weights():
     assert segmentation_starter.STARTER._class_weight(data).value == "None"
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "scales"),
+    [
+        (128, 128, "(1.0, 1.25)"),
+        (480, 360, "(0.98, 1.25)"),
+        (600, 800, "(0.85, 1.25)"),
+        (2048, 1024, "(0.75, 1.25)"),
+        (20, 20, "(1.0, 1.25)"),
+    ],
+)
+def test_crops_of_label_maps_are_not_padded(width, height, scales):
+    data = data_of(width, height, (10, 10), kind=MASKS)
+    for image in data.images:
+        image.pixels = {0: 9}
+    assert values(segmentation_starter.STARTER.settings(data, PLAN))["scales"] == scales
+
+
 def test_gpu_changes_precision_batch_and_workers():
     data = data_of(256, 256, (40, 40))
     plan = dataclasses.replace(PLAN, gpu="H100", cores=64, batch_size=16)

@@ -44,7 +44,7 @@ CROP = 512
 LARGEST = 4096
 """Longer images are resized to this many pixels."""
 SCALES = (0.75, 1.25)
-"""Training images are resized by factors between these."""
+"""Training images are resized by factors between these, but not to less than a crop."""
 RARE = 0.02
 """Class weights are set if a class has less than this share of the labeled pixels."""
 WEIGHTS = (0.5, 5.0)
@@ -138,6 +138,8 @@ class SegmentationStarter(Starter):
         long, short = sides_of(images)
         scale = self._scale(data)
         side, _ = self.sample_size(data)
+        # Less would be padded.
+        scales = (round(min(1.0, max(SCALES[0], side / scale[1])), 2), SCALES[1])
         steps = self.steps(data, plan)
         epochs = epochs_for(len(images))
         shown = "as they are" if scale[0] == long else f"resized to {scale[0]} px"
@@ -150,8 +152,8 @@ class SegmentationStarter(Starter):
             ),
             Setting(
                 "scales",
-                str(SCALES),
-                "of training images; 0.5 to 2, as published, is for longer trainings",
+                str(scales),
+                "training images are resized by these; as published, in long trainings: 0.5 to 2",
             ),
             self._class_weight(data),
             Setting(
