@@ -412,6 +412,18 @@ def test_long_boxes_get_long_anchors():
     assert found["anchor_ratios"] == "[0.25, 0.5, 1.0, 2.0, 4.0]"
 
 
+@pytest.mark.parametrize(
+    ("objects", "gpu", "rois"),
+    [(1, None, "32"), (4, None, "32"), (8, None, "64"), (27, None, "128"), (1, "H100", "512")],
+)
+def test_boxes_to_train_on_follow_the_objects(objects, gpu, rois):
+    data = data_of(256, 256, (40, 40), kind="polygons")
+    for image in data.images:
+        image.objects *= objects
+    plan = dataclasses.replace(PLAN, gpu=gpu)
+    assert values(detection_starter.STARTER.settings(data, plan))["rois_per_image"] == rois
+
+
 def test_epochs():
     assert [starter.epochs_for(n) for n in (10, 100, 1000, 100_000)] == [200, 100, 32, 12]
 

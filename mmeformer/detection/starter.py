@@ -52,6 +52,10 @@ SMALL = 16
 TINY = 8
 """Images are cut into tiles if small objects would be smaller than this."""
 TILE, OVERLAP = 800, 200
+ROIS = (32, 64, 128)
+"""Boxes of an image that its heads are trained on without a GPU; the published recipe has 512."""
+ROIS_PER_OBJECT = 8
+"""A fourth of the boxes may be on objects, so two on each."""
 INSIDE = 0.4
 """An object belongs to a tile if at least this share of its box is inside."""
 
@@ -142,13 +146,19 @@ class DetectionStarter(Starter):
                 f"smallest anchors {4 * anchor} px, small objects {small * factor:.0f} px",
             ),
             Setting("anchor_ratios", str(ratios), f"height by width; boxes have {wide} shapes"),
-            Setting(
-                "rois_per_image",
-                "512" if plan.gpu else "128",
-                "boxes to train the heads on" + ("" if plan.gpu else "; few, for a CPU"),
-            ),
+            self._rois(images, plan),
             Setting("epochs", str(epochs), f"for {len(images)} images; see docs/finetuning.md"),
         ]
+
+    def _rois(self, images: Sequence[LabeledImage], plan: Plan) -> Setting:
+        """Boxes that the heads are trained on: as published, or by the number of objects."""
+        if plan.gpu:
+            value, why = 512, "as published"
+        else:
+            count = sum(len(image.objects) for image in images) / max(len(images), 1)
+            value = min(ROIS, key=lambda rois: abs(rois - ROIS_PER_OBJECT * count))
+            why = f"few, for a CPU and {count:.2g} objects per image"
+        return Setting("rois_per_image", str(value), f"boxes to train the heads on; {why}")
 
     def _ratios(self, images: Sequence[LabeledImage]) -> list[float]:
         """Height by width of the anchors: more if a tenth of the boxes is longer than 3 to 1."""
