@@ -214,7 +214,6 @@ train_pipeline = [
     dict(type="LoadAnnotations", {load}),
     dict(type="RandomResize", scale=scale, ratio_range=(0.75, 1.0), keep_ratio=True),
     dict(type="RandomFlip", prob=0.5),
-    dict(type="PhotoMetricDistortion"),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = _base_.test_pipeline
