@@ -346,8 +346,8 @@ def kill() -> None:
 class Recorder(Hook):
     """Keeps the loss of every iteration, and calls ``at[iteration]`` before one begins.
 
-    It comes after what is being written by then, so that tests know the last checkpoint, however
-    slow the disk is.
+    ``kill`` comes after what is being written by then, so that tests know the last checkpoint,
+    however slow the disk is.
     """
 
     def __init__(self, at=None) -> None:
@@ -356,7 +356,7 @@ class Recorder(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         if runner.iter in self.at:
-            if runner.writer is not None:
+            if self.at[runner.iter] is kill:
                 runner.writer.wait()
             self.at[runner.iter]()
 

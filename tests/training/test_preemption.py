@@ -193,6 +193,9 @@ def test_second_signal_stops_at_once(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(StopRequest, "SAME", 0)
 
     def twice():
+        # Else the first checkpoint may still be in the making, and end with the process.
+        while not (tmp_path / "last_checkpoint").exists():
+            time.sleep(0.01)
         send()()
         send()()
 
