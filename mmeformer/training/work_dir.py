@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmeformer.errors import TrainingError, UserError
@@ -114,11 +114,9 @@ def set_aside(checkpoints: list[Path]) -> Path:
     stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(checkpoints[0].stat().st_mtime))
     target = folder / f"{EARLIER}{stamp}"
     target.mkdir(exist_ok=True)
-    try:
+    # The out_dir of CheckpointHook has no config.
+    with suppress(UserError):
         config = find_config(folder)
-    except UserError:
-        pass
-    else:
         shutil.copy2(config, target / config.name)
     for path in [folder / POINTER, folder / REPORT, *checkpoints]:
         if path.is_file():

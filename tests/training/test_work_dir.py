@@ -259,5 +259,7 @@ class TestLock:
             monkeypatch.setattr(work_dir.fcntl, "lockf", fail)
         else:
             monkeypatch.setattr(Path, "open", fail)
+        begun = []
         with only_training(tmp_path):
-            pass
+            begun.append(True)
+        assert begun
