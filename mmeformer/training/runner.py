@@ -31,6 +31,7 @@ from mmeformer.settings import SettingError
 from mmeformer.signals import PREEMPTED
 from mmeformer.training.data import GuardedDataset, leaves
 from mmeformer.training.deterministic import deterministic_kernels
+from mmeformer.training.exclusive import only_training
 from mmeformer.training.hooks import (
     CheckMetricsHook,
     LossCheckHook,
@@ -58,7 +59,6 @@ from mmeformer.training.saving import (
     write_checkpoint,
 )
 from mmeformer.training.schedule import Schedule, other_length, wrappers
-from mmeformer.training.work_dir import only_training
 from mmeformer.training.writer import HostCopy, Writer
 
 OUR_LOOPS = {

@@ -30,9 +30,9 @@ from mmeformer.checkpoints import safe_load
 from mmeformer.errors import CheckpointError, TrainingError
 from mmeformer.files import is_draft, write_bytes, write_text
 from mmeformer.signals import PREEMPTED
+from mmeformer.training.exclusive import INTERIM, earlier_checkpoints, set_aside
 from mmeformer.training.preemption import Preempted, anywhere
 from mmeformer.training.schedule import wrappers
-from mmeformer.training.work_dir import INTERIM, earlier_checkpoints, set_aside
 from mmeformer.training.writer import NotWritten
 from mmeformer.work_dirs import POINTER
 

@@ -48,6 +48,16 @@ def assert_as_written(data, kind, *, tolerance=1e-4, splits=None):
             assert image.split == splits[name]
 
 
+def list_images(root):
+    """Name the images of each split of a YOLO folder in a file, one path per line."""
+    content = yaml.safe_load((root / "data.yaml").read_text())
+    for split in ("train", "val"):
+        paths = sorted((root / "images" / split).iterdir())
+        (root / f"{split}.txt").write_text("".join(f"./images/{split}/{p.name}\n" for p in paths))
+        content[split] = f"{split}.txt"
+    (root / "data.yaml").write_text(yaml.safe_dump(content))
+
+
 class TestCoco:
     def test_polygons(self, tmp_path):
         sets.write_coco(tmp_path)
@@ -362,13 +372,7 @@ class TestYolo:
     def test_lists_of_images(self, tmp_path):
         """``train: train.txt`` with one path per line, as Darknet and Ultralytics write."""
         sets.write_yolo(tmp_path)
-        content = yaml.safe_load((tmp_path / "data.yaml").read_text())
-        for split in ("train", "val"):
-            paths = sorted((tmp_path / "images" / split).iterdir())
-            lines = [f"./images/{split}/{path.name}\n" for path in paths]
-            (tmp_path / f"{split}.txt").write_text("".join(lines))
-            content[split] = f"{split}.txt"
-        (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+        list_images(tmp_path)
         assert_as_written(read(tmp_path), BOXES, splits=SPLIT)
 
     def test_keypoints_are_no_outlines(self, tmp_path):
@@ -532,13 +536,7 @@ class TestCapitalSuffixes:
     def test_lists_of_yolo(self, tmp_path):
         """The names in the lists have the suffix before."""
         sets.write_yolo(tmp_path)
-        content = yaml.safe_load((tmp_path / "data.yaml").read_text())
-        for split in ("train", "val"):
-            paths = sorted((tmp_path / "images" / split).iterdir())
-            lines = [f"./images/{split}/{path.name}\n" for path in paths]
-            (tmp_path / f"{split}.txt").write_text("".join(lines))
-            content[split] = f"{split}.txt"
-        (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+        list_images(tmp_path)
         assert_as_written(read(in_capitals(tmp_path, ".jpg")), BOXES, splits=SPLIT)
 
     @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import torch
 from mmengine.config import Config
 
 from mmeformer.errors import CheckpointError, TrainingError
-from mmeformer.training import engine, work_dir
-from mmeformer.training.work_dir import LOCK, earlier_checkpoints, only_training
+from mmeformer.training import engine, exclusive
+from mmeformer.training.exclusive import LOCK, earlier_checkpoints, only_training
 from mmeformer.work_dirs import best_checkpoint, find_config, last_checkpoint
 
 pytestmark = pytest.mark.forks
@@ -187,7 +187,7 @@ def train_until(path):
 class TestLock:
     def test_two_at_once(self, folder, tmp_path, monkeypatch):
         """The second is refused in one line, also if it would resume; the first is not harmed."""
-        monkeypatch.setattr(work_dir, "PATIENCE", 0.2)
+        monkeypatch.setattr(exclusive, "PATIENCE", 0.2)
         config = tiny.segmentation(folder, 2)
         started, go = tmp_path / "started", tmp_path / "go"
         texts = []
@@ -256,7 +256,7 @@ class TestLock:
             raise OSError(95, "Operation not supported")
 
         if fault == "no locks":
-            monkeypatch.setattr(work_dir.fcntl, "lockf", fail)
+            monkeypatch.setattr(exclusive.fcntl, "lockf", fail)
         else:
             monkeypatch.setattr(Path, "open", fail)
         begun = []
