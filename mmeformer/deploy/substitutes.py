@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmeformer.backbones.efficientformer import PoolBlock
 from mmeformer.backbones.efficientformer_v2 import LocalGlobalQuery
 from mmeformer.layers.blocks import ConvMlp, ConvNorm, LayerScale, average_neighbors
-from mmeformer.layers.graphs import eager_on_gpu
+from mmeformer.layers.graphs import eager_on_gpu, in_graph
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -34,6 +34,53 @@ class InplaceGelu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.aten.gelu_(x)
+
+
+class ConvGelu(ConvNorm):
+    """A folded :class:`ConvNorm` with GELU, which on a CPU is one operator: oneDNN's convolution.
+
+    The GELU is computed while a result is in the processor's cache. It is the operator that
+    ``torch.compile`` puts there (torch/_inductor/fx_passes/mkldnn_fusion.py).
+    """
+
+    @classmethod
+    def of(cls, block: ConvNorm) -> ConvGelu:
+        """The same layers; they are used, not copied."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.conv, made.bn, made.act = block.conv, block.bn, InplaceGelu()
+        return made.train(block.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (isinstance(self.bn, nn.Identity) and _onednn_computes(x)):
+            return super().forward(x)
+        conv = self.conv
+        return torch.ops.mkldnn._convolution_pointwise(
+            x,
+            conv.weight,
+            conv.bias,
+            conv.padding,
+            conv.stride,
+            conv.dilation,
+            conv.groups,
+            "gelu",
+            [],
+            "none",  # by the error function, as in nn.GELU
+        )
+
+
+def _onednn_computes(x: Tensor) -> bool:
+    """Whether convolutions of a map are oneDNN's, launched one by one, without gradients."""
+    return (
+        not in_graph()
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.numel() > 0
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and x.requires_grad)
+    )
 
 
 class PointwiseConv(nn.Conv2d):
@@ -129,11 +176,13 @@ def substitute(model: nn.Module) -> None:
     replace_modules(model, PoolBlock, lambda _, block: FoldedPoolBlock(block))
     replace_modules(model, LocalGlobalQuery, lambda _, query: query_in_one_convolution(query))
     for module in model.modules():
-        if isinstance(module, ConvNorm):
-            if isinstance(module.act, nn.GELU):
-                module.act = InplaceGelu()
-            if is_pointwise(module.conv):
-                module.conv = PointwiseConv.of(module.conv)
+        if isinstance(module, ConvNorm) and is_pointwise(module.conv):
+            module.conv = PointwiseConv.of(module.conv)
+    replace_modules(
+        model,
+        ConvNorm,
+        lambda _, block: ConvGelu.of(block) if isinstance(block.act, nn.GELU) else block,
+    )
 
 
 def substitute_for_graph(model: nn.Module) -> None:

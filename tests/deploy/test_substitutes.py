@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import build_backbone
+from launches import Launches
 from torch import nn
 from trained_like import trained_like
 
@@ -17,6 +19,7 @@ from mmeformer.deploy.substitutes import (
     query_in_one_convolution,
     substitute_for_graph,
 )
+from mmeformer.layers.blocks import ConvNorm
 from mmeformer.variants import VARIANTS
 
 
@@ -61,6 +64,43 @@ def test_every_layer_with_gelu_works_in_place(small_variant):
     gelus.append(sum(isinstance(m, InplaceGelu) for m in folded.modules()))
     assert gelus[0] == gelus[1] > 0
     assert not any(isinstance(m, nn.GELU) for m in folded.modules())
+
+
+def _conv_gelu(**settings):
+    block = trained_like(ConvNorm(6, 8, act=nn.GELU, **settings).eval())
+    return fold(nn.Sequential(block))[0]
+
+
+@pytest.mark.parametrize("settings", [{}, dict(kernel_size=3, stride=2), dict(groups=2)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_gelu_is_part_of_the_convolution(settings, memory_format):
+    block = _conv_gelu(**settings)
+    x = torch.randn(2, 6, 9, 7).contiguous(memory_format=memory_format)
+    wanted = F.gelu(block.conv(x))
+    with Launches() as launches:
+        found = block(x)
+    assert launches.operators == {"_convolution_pointwise": 1}
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert found.is_contiguous(memory_format=memory_format)
+
+
+def test_gelu_is_a_layer_of_its_own_where_onednn_is_not():
+    block = _conv_gelu()
+    x = torch.randn(2, 6, 9, 7)
+    wanted = F.gelu(block.conv(x))
+    torch.testing.assert_close(block.double()(x.double()).float(), wanted)
+    block.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(x).dtype == torch.bfloat16
+    image = x.clone().requires_grad_()
+    block(image).sum().backward()
+    assert image.grad.abs().sum() > 0
+    assert block(x[:0]).shape == (0, 8, 9, 7)
+    with torch.backends.mkldnn.flags(enabled=False):
+        torch.testing.assert_close(block(x), wanted)
+    graph = torch.jit.trace(block, x).inlined_graph
+    assert "mkldnn" not in str(graph)
 
 
 @torch.no_grad()
