@@ -36,23 +36,25 @@ class InplaceGelu(nn.Module):
         return torch.ops.aten.gelu_(x)
 
 
-class ConvGelu(ConvNorm):
-    """A folded :class:`ConvNorm` with GELU, which on a CPU is one operator: oneDNN's convolution.
+class OneDnnConv(ConvNorm):
+    """A folded :class:`ConvNorm`, with its activation, as one operator of oneDNN on a CPU.
 
-    The GELU is computed while a result is in the processor's cache. It is the operator that
-    ``torch.compile`` puts there (torch/_inductor/fx_passes/mkldnn_fusion.py).
+    The activation is computed while a result is in the processor's cache. PyTorch itself takes a
+    slower convolution than oneDNN's for small maps. It is the operator that ``torch.compile`` puts
+    there (torch/_inductor/fx_passes/mkldnn_fusion.py).
     """
 
     @classmethod
-    def of(cls, block: ConvNorm) -> ConvGelu:
+    def of(cls, block: ConvNorm) -> OneDnnConv:
         """The same layers; they are used, not copied."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made.conv, made.bn, made.act = block.conv, block.bn, InplaceGelu()
+        made.conv, made.bn, made.act = block.conv, block.bn, block.act
         return made.train(block.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (isinstance(self.bn, nn.Identity) and _onednn_computes(x)):
+        activation = _ACTIVATIONS.get(type(self.act))
+        if activation is None or type(self.bn) is not nn.Identity or not _onednn_computes(x):
             return super().forward(x)
         conv = self.conv
         return torch.ops.mkldnn._convolution_pointwise(
@@ -63,10 +65,13 @@ class ConvGelu(ConvNorm):
             conv.stride,
             conv.dilation,
             conv.groups,
-            "gelu",
+            activation,
             [],
-            "none",  # by the error function, as in nn.GELU
+            "none",  # of GELU: by the error function, as in nn.GELU
         )
+
+
+_ACTIVATIONS = {nn.Identity: "none", InplaceGelu: "gelu", nn.ReLU: "relu"}
 
 
 def _onednn_computes(x: Tensor) -> bool:
@@ -176,13 +181,12 @@ def substitute(model: nn.Module) -> None:
     replace_modules(model, PoolBlock, lambda _, block: FoldedPoolBlock(block))
     replace_modules(model, LocalGlobalQuery, lambda _, query: query_in_one_convolution(query))
     for module in model.modules():
-        if isinstance(module, ConvNorm) and is_pointwise(module.conv):
-            module.conv = PointwiseConv.of(module.conv)
-    replace_modules(
-        model,
-        ConvNorm,
-        lambda _, block: ConvGelu.of(block) if isinstance(block.act, nn.GELU) else block,
-    )
+        if isinstance(module, ConvNorm):
+            if isinstance(module.act, nn.GELU):
+                module.act = InplaceGelu()
+            if is_pointwise(module.conv):
+                module.conv = PointwiseConv.of(module.conv)
+    replace_modules(model, ConvNorm, lambda _, block: OneDnnConv.of(block))
 
 
 def substitute_for_graph(model: nn.Module) -> None:

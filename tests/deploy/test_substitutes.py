@@ -66,18 +66,19 @@ def test_every_layer_with_gelu_works_in_place(small_variant):
     assert not any(isinstance(m, nn.GELU) for m in folded.modules())
 
 
-def _conv_gelu(**settings):
-    block = trained_like(ConvNorm(6, 8, act=nn.GELU, **settings).eval())
+def _folded_conv(act, **settings):
+    block = trained_like(ConvNorm(6, 8, act=act, **settings).eval())
     return fold(nn.Sequential(block))[0]
 
 
+@pytest.mark.parametrize("act", [None, nn.GELU, nn.ReLU])
 @pytest.mark.parametrize("settings", [{}, dict(kernel_size=3, stride=2), dict(groups=2)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()
-def test_gelu_is_part_of_the_convolution(settings, memory_format):
-    block = _conv_gelu(**settings)
+def test_the_activation_is_part_of_the_convolution(act, settings, memory_format):
+    block = _folded_conv(act, **settings)
     x = torch.randn(2, 6, 9, 7).contiguous(memory_format=memory_format)
-    wanted = F.gelu(block.conv(x))
+    wanted = (act or nn.Identity)()(block.conv(x))
     with Launches() as launches:
         found = block(x)
     assert launches.operators == {"_convolution_pointwise": 1}
@@ -85,8 +86,8 @@ def test_gelu_is_part_of_the_convolution(settings, memory_format):
     assert found.is_contiguous(memory_format=memory_format)
 
 
-def test_gelu_is_a_layer_of_its_own_where_onednn_is_not():
-    block = _conv_gelu()
+def test_layers_are_their_own_operators_where_onednn_is_not():
+    block = _folded_conv(nn.GELU)
     x = torch.randn(2, 6, 9, 7)
     wanted = F.gelu(block.conv(x))
     torch.testing.assert_close(block.double()(x.double()).float(), wanted)
