@@ -5,7 +5,8 @@ Weights and results are the same (up to rounding), but the computation is that o
 snap-research/EfficientFormer downstream (``detection/`` and ``segmentation/``). The bias matrix is
 expanded and resized by bicubic interpolation in every forward pass. The logits of all queries are
 one tensor; scale, bias and talking heads (as convolutions) take a pass each. Pooling and the norms
-of whole maps are PyTorch's on every device. Maps are NCHW, and nothing is folded or recomputed.
+of whole maps are PyTorch's on every device. Convolutions add their bias also before a norm. Maps
+are NCHW, and nothing is folded or recomputed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from mmeformer.backbones import efficientformer, efficientformer_v2
 from mmeformer.layers.attention import TalkingHead
 from mmeformer.layers.attention_bias import AttentionBias
-from mmeformer.layers.blocks import MapNorm
+from mmeformer.layers.blocks import ConvNorm, LayerScale, MapNorm
 
 
 def attend(
@@ -53,6 +54,16 @@ def mix(head, x):
     return F.conv2d(x, head.weight)
 
 
+def conv_norm(block, x):
+    """:meth:`mmeformer.layers.blocks.ConvNorm.forward`, bias included."""
+    return block.act(block.bn(block.conv(x)))
+
+
+def scale_channels(scale, x):
+    """:meth:`mmeformer.layers.blocks.LayerScale.forward` in the type of the factors."""
+    return x * (scale.gamma[:, None, None] if scale.channel_dim == 1 else scale.gamma)
+
+
 def from_heads(x, size):
     """:func:`mmeformer.backbones.efficientformer_v2.from_heads` in NCHW."""
     return x.transpose(2, 3).flatten(1, 2).unflatten(2, size)
@@ -74,6 +85,8 @@ class ReferenceWay(nn.Module):
             patch.object(efficientformer_v2, "attend", attend),
             patch.object(efficientformer, "average_neighbors", average_neighbors),
             patch.object(MapNorm, "forward", nn.GroupNorm.forward),
+            patch.object(ConvNorm, "forward", conv_norm),
+            patch.object(LayerScale, "forward", scale_channels),
             patch.object(efficientformer_v2, "from_heads", from_heads),
             patch.object(TalkingHead, "mix", mix),
             patch.object(TalkingHead, "forward", nn.Conv2d.forward),

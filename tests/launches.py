@@ -87,6 +87,8 @@ class _Dispatched(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name not in _NO_LAUNCH:
             self.counts.operators[name] += 1
+        if _has_bias(name, args):
+            self.counts.operators["bias of a convolution"] += 1
         if name in _WAITS or _reads_a_mask(name, args):
             self.counts.waits[name] += 1
         if name == "repeat_interleave" and not (kwargs or {}).get("output_size"):
@@ -108,6 +110,13 @@ class _Called(TorchFunctionMode):
         elif name in ("__getitem__", "__setitem__") and _has_list(args[1]):
             self.counts.waits["index by a list"] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _has_bias(name: str, args) -> bool:
+    """Whether a convolution adds its bias, or sums its gradient, in a kernel of its own."""
+    if name == "convolution":
+        return args[2] is not None
+    return name == "convolution_backward" and args[-1][2]
 
 
 def _reads_a_mask(name: str, args) -> bool:

@@ -76,7 +76,7 @@ _ACTIVATIONS = {nn.Identity: "none", InplaceGelu: "gelu", nn.ReLU: "relu"}
 
 def _onednn_computes(x: Tensor) -> bool:
     """Whether convolutions of a map are oneDNN's, launched one by one, without gradients."""
-    return (
+    return bool(
         not in_graph()
         and x.device.type == "cpu"
         and x.dtype == torch.float32

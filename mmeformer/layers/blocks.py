@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmeformer.layers.graphs import eager_on_gpu
+from mmeformer.layers.graphs import eager_on_gpu, in_graph
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -66,7 +67,52 @@ class ConvNorm(nn.Module):
         self.act = nn.Identity() if act is None else act()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and self._norm_removes_bias():
+            return self.act(self._norm_of_unbiased(x))
         return self.act(self.bn(self.conv(x)))
+
+    def _norm_removes_bias(self) -> bool:
+        """Whether the bias shifts the mean that the norm subtracts again, and nothing else."""
+        bn = self.bn
+        return (
+            type(bn) is BatchNorm
+            and bn.training
+            and type(self.conv) is nn.Conv2d
+            and self.conv.bias is not None
+            and not in_graph()
+        )
+
+    def _norm_of_unbiased(self, x: Tensor) -> Tensor:
+        """``bn(conv(x))`` by statistics of the batch, without a pass over the map for the bias.
+
+        On a GPU, adding the bias and summing its gradient would each read the whole map, and AMP
+        would cast both.
+        """
+        conv, bn = self.conv, self.bn
+        bias = cast(Tensor, conv.bias)
+        x = bn(_ZeroGradient.apply(conv._conv_forward(x, conv.weight, None), bias))  # type: ignore[no-untyped-call]
+        if bn.running_mean is not None:
+            # Not a change that autograd has to know of: gradients need the batch's mean alone.
+            mean, shift = bn.running_mean.data, bias.data
+            if bn.momentum is None:
+                mean.add_(shift / cast(Tensor, bn.num_batches_tracked))
+            else:
+                mean.add_(shift, alpha=bn.momentum)
+        return x
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """The first input; the second gets a gradient of zeros, as DDP waits for one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(bias)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        (bias,) = ctx.saved_tensors
+        return gradients[0], torch.zeros_like(bias) if ctx.needs_input_grad[1] else None
 
 
 class Stem(nn.Module):
@@ -153,7 +199,9 @@ class LayerScale(nn.Module):
         self.channel_dim = channel_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.gamma[:, None, None] if self.channel_dim == 1 else self.gamma)
+        # As float32, it would make the map and all that follow float32 under autocast.
+        gamma = self.gamma.to(x.dtype)
+        return x * (gamma[:, None, None] if self.channel_dim == 1 else gamma)
 
 
 class ConvMlp(nn.Module):

@@ -10,8 +10,8 @@ from mmeformer.variants import VARIANTS
 
 # What a step takes, and a little room for other versions of the libraries.
 CEILINGS = {
-    "efficientformerv2_s0": dict(forward=370, backward=530),
-    "efficientformer_l1": dict(forward=220, backward=340),
+    "efficientformerv2_s0": dict(forward=445, backward=605),
+    "efficientformer_l1": dict(forward=255, backward=375),
 }
 
 
@@ -27,6 +27,19 @@ def test_a_training_step_stays_below_its_ceilings(name, ceilings):
     assert not forward.waits and not backward.waits
     assert forward.operators.total() <= ceilings["forward"], forward.operators
     assert backward.operators.total() <= ceilings["backward"], backward.operators
+
+
+@pytest.mark.parametrize("name", CEILINGS)
+@pytest.mark.parametrize("training", [True, False])
+def test_maps_between_blocks_stay_in_half_precision(name, training):
+    backbone = build_backbone(VARIANTS[name], drop_path_rate=0.1, bias_grid=25).train(training)
+    seen = set()
+    for stage in backbone.stages:
+        for block in stage.blocks:
+            block.register_forward_hook(lambda _, inputs, out: seen.add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        levels = backbone(torch.randn(2, 3, 96, 128))
+    assert seen | {level.dtype for level in levels} == {torch.bfloat16}
 
 
 def test_the_counter_of_batches_serves_a_cumulative_average_only():

@@ -8,6 +8,7 @@ from torch import nn
 
 from mmeformer.layers.blocks import (
     ConvMlp,
+    ConvNorm,
     MapNorm,
     average_by_convolution,
     average_neighbors,
@@ -43,6 +44,39 @@ def test_checkpointing_changes_neither_numbers_nor_statistics(training, momentum
         results.append([out.detach(), x.grad, *gradients, *layer.buffers()])
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
     assert plain.fc1.bn.num_batches_tracked == int(training and momentum is None)
+
+
+@pytest.mark.parametrize("act", [None, nn.GELU, nn.ReLU])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+def test_a_bias_before_a_norm_is_left_out_in_training(act, momentum):
+    torch.manual_seed(0)
+    layer = ConvNorm(3, 4, 3, stride=2, act=act).double().train()
+    layer.bn.momentum = momentum
+    nn.init.normal_(layer.bn.weight), nn.init.normal_(layer.bn.bias)
+    plain = copy.deepcopy(layer)
+    results = []
+    for module, run in ((layer, layer), (plain, lambda x: plain.act(plain.bn(plain.conv(x))))):
+        for seed in range(2):
+            x = torch.randn(2, 3, 7, 6, generator=torch.Generator().manual_seed(seed)).double()
+            x.requires_grad_()
+            out = run(x)
+            out.square().sum().backward()
+        evaluated = module.eval()(x)
+        gradients = [parameter.grad for parameter in module.parameters()]
+        results.append([out, evaluated, x.grad, *gradients, *module.buffers()])
+    # The bias has no effect: its gradient, zero here, is a rounding error there.
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+    assert layer.conv.bias.grad.count_nonzero() == 0
+    assert plain.conv.bias.count_nonzero() == 4
+
+
+def test_a_bias_counts_where_the_norm_does_not_remove_it():
+    layer = ConvNorm(3, 4).train()
+    layer.bn.eval()
+    x = torch.randn(2, 3, 5, 5)
+    layer(x).sum().backward()
+    assert layer.conv.bias.grad.count_nonzero() == 4
+    torch.testing.assert_close(layer(x), layer.bn(layer.conv(x)))
 
 
 def test_checkpointing_keeps_the_input_alone():
