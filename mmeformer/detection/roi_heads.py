@@ -13,6 +13,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
+from mmeformer.detection.masks import PackedMasks
 from mmeformer.registry import MODELS
 
 __all__ = ["FCNMaskHead", "Shared2FCBBoxHead", "SingleRoIExtractor"]
@@ -188,7 +189,10 @@ def _crop(masks: BitmapMasks, result: SamplingResult, size: tuple[int, int]) -> 
         ],
         -1,
     ).flatten(1)
-    whole = torch.from_numpy(masks.masks).to(boxes.device, non_blocking=True)
+    if isinstance(masks, PackedMasks):
+        whole = masks.to_tensor(torch.uint8, boxes.device)
+    else:
+        whole = torch.from_numpy(masks.masks).to(boxes.device, non_blocking=True)
     index = result.pos_assigned_gt_inds
     if len(whole) > len(boxes):
         whole, index = whole[index], torch.arange(len(boxes), device=boxes.device)
