@@ -16,6 +16,7 @@ import torch
 from mmengine.dist import all_gather_object, all_reduce, broadcast, get_world_size
 from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.runner import Runner
+from torch import Tensor
 
 from mmeformer.checks.interface import CheckedDataset
 from mmeformer.errors import TrainingError
@@ -94,6 +95,21 @@ class UnreadableFilesHook(Hook):
         return "\n".join(lines)
 
 
+def on_host(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Copies of the numbers among an iteration's results, for which the host waits once in all.
+
+    Whoever reads numbers from a GPU one by one waits for each.
+    """
+    numbers = {
+        name: value.detach().float().reshape(())
+        for name, value in outputs.items()
+        if isinstance(value, Tensor) and value.numel() == 1
+    }
+    if not numbers:
+        return {}
+    return dict(zip(numbers, torch.stack(list(numbers.values())).cpu(), strict=True))
+
+
 class LossCheckHook(Hook):
     """Stop at a loss that is NaN or infinite, or exactly 0 for long, before more is saved.
 
@@ -106,8 +122,8 @@ class LossCheckHook(Hook):
             message names the iteration, all terms of the loss, and the last checkpoint.
     """
 
-    # Before any hook that saves the loss or the weights.
-    priority = "VERY_HIGH"
+    # Before any hook that saves the loss or the weights, and mmengine's, which reads every term.
+    priority = "HIGHEST"
 
     PATIENCE = 100
 
@@ -127,10 +143,10 @@ class LossCheckHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
     ) -> None:
         """Check the losses of this iteration in all processes."""
+        outputs = {} if outputs is None else outputs
+        outputs.update(on_host(outputs))
         terms = {
-            name: torch.as_tensor(value).item()
-            for name, value in (outputs or {}).items()
-            if "loss" in name
+            name: torch.as_tensor(value).item() for name, value in outputs.items() if "loss" in name
         }
         bad = not all(map(math.isfinite, terms.values()))
         positive = any(terms.values())

@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from launches import Launches
+from mmengine.hooks import RuntimeInfoHook
 from mmengine.registry import init_default_scope
+from mmengine.runner import get_priority
 from mmengine.structures import BaseDataElement
 
 from mmeformer.errors import TrainingError
 from mmeformer.training import engine
 from mmeformer.training.data import UNREADABLE, UnreadableFileError
-from mmeformer.training.hooks import LossCheckHook, UnreadableFilesHook, _samples
+from mmeformer.training.hooks import LossCheckHook, UnreadableFilesHook, _samples, on_host
 from mmeformer.training.runner import Runner
 
 IMAGES = {
@@ -349,6 +352,23 @@ def test_zeros_must_be_in_a_row(monkeypatch, caplog):
     hook.after_train_iter(runner, 0, outputs=dict(loss=0.0, acc=3))
     with pytest.raises(TrainingError, match="loss 0"):
         hook.after_train_iter(runner, 0, outputs=dict(loss=0.0, acc=3))
+
+
+def test_the_host_waits_once_for_all_losses():
+    names = [f"loss_{number}" for number in range(8)]
+    outputs = {name: torch.rand(1 + number % 2).sum() for number, name in enumerate(names)}
+    expected = {name: value.item() for name, value in outputs.items()}
+    outputs.update(acc=torch.tensor([3]), stage="rpn", map=torch.ones(2))
+    with Launches() as launches:
+        read = on_host(outputs)
+    assert launches.waits == {"cpu": 1}
+    assert {name: value.item() for name, value in read.items()} == expected | dict(acc=3)
+    assert on_host(dict(loss=1.0)) == {}
+    # Later hooks find them read.
+    runner = SimpleNamespace(iter=0, work_dir="none", logger=logging.getLogger("once"))
+    LossCheckHook().after_train_iter(runner, 0, outputs=outputs)
+    assert {name: outputs[name].item() for name in names} == expected
+    assert get_priority(LossCheckHook.priority) < get_priority(RuntimeInfoHook.priority)
 
 
 @pytest.mark.slow
