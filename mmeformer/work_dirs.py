@@ -13,6 +13,8 @@ POINTER = "last_checkpoint"
 BEST = "best_*.pth"
 """Name of the best checkpoint, with its metric and its epoch or iteration."""
 REPORT = "report.html"
+SCALARS = "*/vis_data/scalars.json"
+"""Logged numbers of mmengine's ``LocalVisBackend``, one file per run, named by its start."""
 
 
 def find_config(work_dir: str | Path) -> Path:

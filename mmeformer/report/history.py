@@ -13,8 +13,8 @@ from typing import Any
 
 from mmengine.config import Config
 
-SCALARS = "*/vis_data/scalars.json"
-"""Files of mmengine's ``LocalVisBackend`` in a work directory, one per run, named by its start."""
+from mmeformer.work_dirs import SCALARS
+
 NOT_METRICS = ("step", "after", "time", "data_time")
 Row = Mapping[str, Any]
 

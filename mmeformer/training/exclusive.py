@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training at a time in a work directory, with its own checkpoints only."""
+"""One training at a time in a work directory, with its own checkpoints and logs only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mmeformer.errors import TrainingError, UserError
 from mmeformer.files import is_draft
-from mmeformer.work_dirs import BEST, POINTER, REPORT, find_config
+from mmeformer.work_dirs import BEST, POINTER, REPORT, SCALARS, find_config
 
 try:
     import fcntl
@@ -30,7 +30,7 @@ INTERIM = "interim_iter_"
 CHECKPOINTS = (BEST, "epoch_*.pth", "iter_*.pth", f"{INTERIM}*.pth")
 """Names of a training's checkpoints; other files are the user's."""
 EARLIER = "earlier_"
-"""Begin of the names of folders for checkpoints of earlier trainings."""
+"""Begin of the names of folders for earlier trainings."""
 
 
 @contextmanager
@@ -96,29 +96,42 @@ def earlier_checkpoints(folder: Path, template: str) -> list[Path]:
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def set_aside(checkpoints: list[Path]) -> Path:
-    """Move the checkpoints of an earlier training to a folder beside them.
-
-    The folder is a work directory too: it gets a copy of the config, and the report.
+def earlier_runs(folder: Path, own: Path) -> list[Path]:
+    """Folders of the runs in a work directory that have logged numbers.
 
     Args:
-        checkpoints: of one folder, the newest first.
+        folder: a work directory.
+        own: ``log_dir`` of the run that begins, which is left out.
+    """
+    runs = (path.parent.parent for path in folder.glob(SCALARS))
+    return sorted(run for run in runs if run.resolve() != own.resolve())
+
+
+def set_aside(folder: Path, checkpoints: list[Path], runs: list[Path]) -> Path:
+    """Move what an earlier training has left to a folder of its own.
+
+    That is a work directory too: it also gets the report and a copy of the config.
+
+    Args:
+        folder: with all of it.
+        checkpoints: see :func:`earlier_checkpoints`.
+        runs: see :func:`earlier_runs`.
 
     Returns:
-        The new folder, ``earlier_`` and the time of the newest checkpoint.
+        The new folder, ``earlier_`` and the time of the newest checkpoint or run.
 
     Raises:
         OSError: they cannot be moved.
     """
-    folder = checkpoints[0].parent
-    stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(checkpoints[0].stat().st_mtime))
+    newest = max(path.stat().st_mtime for path in checkpoints or runs)
+    stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(newest))
     target = folder / f"{EARLIER}{stamp}"
     target.mkdir(exist_ok=True)
     # The out_dir of CheckpointHook has no config.
     with suppress(UserError):
         config = find_config(folder)
         shutil.copy2(config, target / config.name)
-    for path in [folder / POINTER, folder / REPORT, *checkpoints]:
-        if path.is_file():
+    for path in [folder / POINTER, folder / REPORT, *checkpoints, *runs]:
+        if path.exists():
             os.replace(path, target / path.name)
     return target

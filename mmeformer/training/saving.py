@@ -30,7 +30,7 @@ from mmeformer.checkpoints import safe_load
 from mmeformer.errors import CheckpointError, TrainingError
 from mmeformer.files import is_draft, write_bytes, write_text
 from mmeformer.signals import PREEMPTED
-from mmeformer.training.exclusive import INTERIM, earlier_checkpoints, set_aside
+from mmeformer.training.exclusive import INTERIM, earlier_checkpoints, earlier_runs, set_aside
 from mmeformer.training.preemption import Preempted, anywhere
 from mmeformer.training.schedule import wrappers
 from mmeformer.training.writer import NotWritten
@@ -189,22 +189,25 @@ class CheckpointHook(MMEngineCheckpointHook):
             write_text(Path(runner.work_dir, POINTER), str(own), sync=True)
 
     def _set_aside(self, runner: Runner, folder: Path, start: Path | None) -> None:
-        """Move checkpoints of an earlier training, from which this one would be resumed later.
+        """Move an earlier training's checkpoints and logs, which would pass for those of this one.
 
         Raises:
             TrainingError: this training has begun with one of them.
         """
-        if not (found := earlier_checkpoints(folder, self.filename_tmpl)):
+        found = earlier_checkpoints(folder, self.filename_tmpl)
+        runs = earlier_runs(folder, Path(runner.log_dir))
+        if not found and not runs:
             return
         if start is not None and start.resolve() in found:
             raise TrainingError(
                 f"load_from={start} is a checkpoint of the earlier training in {runner.work_dir}, "
                 "whose place a new one takes: choose another --work-dir"
             )
-        target = set_aside(found)
+        target = set_aside(folder, found, runs)
+        what = f"{len(found)} checkpoints" if found else "the logs"
+        hint = " (with --resume that training would have gone on)" if found else ""
         runner.logger.warning(
-            f"{folder} has {len(found)} checkpoints of an earlier training; they are in {target} "
-            "now (with --resume that training would have gone on)"
+            f"{folder} has {what} of an earlier training; they are in {target} now{hint}"
         )
 
     def after_train_iter(

@@ -4,6 +4,7 @@
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from mmengine.config import Config
 
 from mmeformer.errors import CheckpointError, TrainingError
+from mmeformer.report import history
 from mmeformer.training import engine, exclusive
 from mmeformer.training.exclusive import LOCK, earlier_checkpoints, only_training
 from mmeformer.work_dirs import best_checkpoint, find_config, last_checkpoint
@@ -59,6 +61,28 @@ class TestEarlierTraining:
         losses = tiny.train(config, tmp_path, resume="auto")
         assert sorted(losses) == [0, 1, 2, 3]
         assert tiny.equal(tiny.train(config, tmp_path / "alone"), losses)
+
+    def test_killed_before_its_first_log_line(self, folder, tmp_path):
+        """There are no curves then; a resumed run keeps its own."""
+        config = tiny.segmentation(folder, 4)
+
+        def killed(iteration, resume=None):
+            """Iterations in the logs after a run that is killed before it logs this one."""
+            run = partial(tiny.train, config, tmp_path, resume, at={iteration: tiny.kill})
+            assert tiny.fork(lambda rank: run()) == [-signal.SIGKILL]
+            return history.read(tmp_path).iterations
+
+        tiny.train(config, tmp_path)
+        assert history.read(tmp_path).iterations == 4
+        assert killed(0) == 0
+        assert history.read(earlier(tmp_path)).iterations == 4
+        # The earlier training may have no checkpoint either.
+        (tmp_path / "report.html").write_text("of the first")
+        assert killed(1) == 1
+        assert killed(0) == 0
+        assert not (tmp_path / "report.html").exists()
+        assert killed(3) == 3
+        assert killed(2, "auto") == 3
 
     def test_is_kept_whole(self, folder, tmp_path):
         config = best(tiny.segmentation(folder, 4))
