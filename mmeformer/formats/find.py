@@ -14,6 +14,7 @@ import numpy as np
 from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first, format_findings
 from mmeformer.errors import UserError
 from mmeformer.formats import folders, splits
+from mmeformer.formats.masks import in_mask_folder
 from mmeformer.formats.tree import Options, Tree
 from mmeformer.labeled import LabeledData, LabeledImage, LabeledObject, bounding_box
 
@@ -109,11 +110,13 @@ def recognize(tree: Tree, masks: bool = False) -> str:
             return name
     # A guess of what was meant: JPEG files are never read as masks.
     jpegs = tree.with_suffix(".jpg", ".jpeg")
-    lossy = [path for path in jpegs if folders.in_mask_folder(path, tree)]
+    lossy = [path for path in jpegs if in_mask_folder(path, tree)]
     hint = f"; {others}" if (others := tree.other_images()) else ""
     if lossy:
         shown = lossy[0].relative_to(tree.root)
         hint = f"; if {shown} is a mask: JPEG changes its values, so export masks as PNG"
+    if doubt := folders.doubtful_classes(tree):
+        hint += f"; {doubt}"
     raise UserError(
         f"{tree.root} has {len(tree.images)} images, but no labels that are known: "
         "COCO JSON, YOLO, Pascal VOC XML, LabelMe, DOTA text, masks, or a folder for each class"

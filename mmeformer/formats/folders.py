@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 from mmeformer.checks.findings import Finding
 from mmeformer.formats.lists import split_by_lists
-from mmeformer.formats.masks import MASK_FOLDER
-from mmeformer.formats.tree import Options, Tree, read_sizes, split_word
+from mmeformer.formats.masks import find as find_masks
+from mmeformer.formats.masks import in_mask_folder
+from mmeformer.formats.tree import IMAGE_FOLDERS, Options, Tree, read_sizes, split_word
 from mmeformer.labeled import FOLDERS, LabeledData, LabeledImage
 
 NAME = "class folders"
-_NO_CLASSES = {"images", "image", "imgs", "img", "jpegimages", "data"}
+FORMAT = "folders"
+"""What ``--format`` takes for it."""
 
 
 class _Place(NamedTuple):
@@ -26,28 +28,46 @@ class _Place(NamedTuple):
 def find(tree: Tree) -> list[Path]:
     """Images in at least two folders that can be classes."""
     places = _places(tree)
-    return list(places) if len({place.folders[0] for place in places.values()}) > 1 else []
+    return list(places) if len(_classes(places)) > 1 else []
 
 
-def in_mask_folder(path: Path, tree: Tree) -> bool:
-    """Whether an image lies below a folder such as ``masks``, which is no class."""
-    folders = path.relative_to(tree.root).parts[:-1]
-    return any(MASK_FOLDER.match(folder.lower()) for folder in folders)
+def doubtful_classes(tree: Tree) -> str:
+    """In words: folders such as ``masks`` and ``images`` that may be classes, with the option that
+    says so; empty if there are none."""
+    asked = _classes(_places(tree, asked=True))
+    if len(asked) < 2 or not (more := sorted(asked - _classes(_places(tree)))):
+        return ""
+    return f"to take {' and '.join(more)} for classes too, add --format {FORMAT}"
 
 
-def _places(tree: Tree) -> dict[Path, _Place]:
+def _classes(places: dict[Path, _Place]) -> set[str]:
+    return {place.folders[0] for place in places.values()}
+
+
+def _places(tree: Tree, asked: bool = False) -> dict[Path, _Place]:
     """Images in class folders; the first folder of each place is the class.
 
     Folders around all classes, such as that of an unpacked archive, are passed, and so are folders
     of splits. ``train`` and ``test`` are splits if they have class folders below; beside ``bus``
     and ``car``, without folders below, they are classes themselves.
+
+    Args:
+        tree: of the data set.
+        asked: the user says that folders are classes. Then so are ``images`` with images directly
+            in it, and ``masks`` without the names of other images.
     """
     places = {}
+    masks = set(find_masks(tree)) if asked else ()
     for path in tree.images:
-        if not in_mask_folder(path, tree):
+        if not in_mask_folder(path, tree) or (asked and path not in masks):
             folders = path.relative_to(tree.root).parts[:-1]
-            folders = tuple(name for name in folders if name.lower() not in _NO_CLASSES)
-            places[path] = _Place(folders, None)
+            kept = folders[-1:] if asked else ()
+            folders = tuple(
+                name
+                for name in folders[: len(folders) - len(kept)]
+                if name.lower() not in IMAGE_FOLDERS
+            )
+            places[path] = _Place((*folders, *kept), None)
     outermost = True
     while True:
         places = {path: place for path, place in places.items() if place.folders}
@@ -84,8 +104,8 @@ def _split_of(place: _Place) -> str | None:
 
 def read(tree: Tree, options: Options) -> LabeledData:
     """The images of all class folders."""
-    places = _places(tree)
-    classes = sorted({place.folders[0] for place in places.values()})
+    places = _places(tree, asked=options.format == FORMAT)
+    classes = sorted(_classes(places))
     findings: list[Finding] = []
     sizes = read_sizes(places, findings)
     images = [
@@ -99,7 +119,9 @@ def read(tree: Tree, options: Options) -> LabeledData:
     split_by_lists(tree, images, data.notes)
     if loose := [path for path in tree.images if path not in places]:
         shown = loose[0].relative_to(tree.root)
+        doubt = "" if options.format else doubtful_classes(tree)
         data.notes.append(
             f"{len(loose)} images are in no class folder and left out, such as {shown}"
+            f"{doubt and f'; {doubt}'}"
         )
     return data

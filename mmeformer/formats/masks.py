@@ -28,11 +28,20 @@ from mmeformer.checks.findings import ERROR, Finding, first_of
 from mmeformer.checks.images import UNREADABLE, in_threads
 from mmeformer.errors import UserError
 from mmeformer.formats.lists import split_by_lists
-from mmeformer.formats.tree import Options, Tree, class_names, is_drawn, read_names, read_sizes
+from mmeformer.formats.tree import (
+    IMAGE_FOLDERS,
+    Options,
+    Tree,
+    class_names,
+    is_drawn,
+    read_names,
+    read_sizes,
+    split_word,
+)
 from mmeformer.labeled import MASKS, UNLABELED, LabeledData, LabeledImage
 
 NAME = "masks"
-MASK_FOLDER = re.compile(
+_MASK_FOLDER = re.compile(
     r"^(masks?|labels?|annotations?|annots?|gt|ground_?truth|segmentationclass(aug)?|gtfine|"
     r"label_?ids?|seg(mentation)?s?|(train|val|valid|test)_?(masks?|labels?|annot))$"
 )
@@ -52,6 +61,16 @@ _RISING = 0.6
 """Share of the pixels between them that lie between their neighbors, at least: of blurred,
 resized and JPEG masks 64 to 100%, of labels with thin and tiny objects below 50%."""
 _TRIED = 20
+_LOOKED_AT = 5
+"""Images of a folder that tell whether they are photographs."""
+_PIXELS = 2**20
+"""About this many pixels of each are enough."""
+_BULK = 0.9
+"""Share of the pixels of a photograph that has more than :data:`_MANY` values."""
+_FLAT = 0.5
+"""Share of the pixels of a photograph that equal their neighbor, at most; of masks, nearly all."""
+_PHOTOS = "photographs"
+"""Key of ``Tree.found`` for folders with names of masks, but of photographs."""
 _IGNORED_NAMES = ("void", "ignore", "unlabeled", "unlabelled", "unknown")
 
 # The 19 classes that count, of cityscapesScripts' helpers/labels.py, by their numbers in labelIds.
@@ -91,9 +110,60 @@ def find(tree: Tree) -> list[Path]:
 def _is_mask(path: Path, tree: Tree) -> bool:
     if path.suffix.lower() not in (".png", ".bmp", ".tif", ".tiff") or _NO_MASK.search(path.stem):
         return False
-    folders = path.relative_to(tree.root).parts[:-1]
-    named = any(MASK_FOLDER.match(part.lower()) for part in folders)
-    return named or _MASK_ENDING.search(path.stem) is not None
+    return in_mask_folder(path, tree) or _MASK_ENDING.search(path.stem) is not None
+
+
+def in_mask_folder(path: Path, tree: Tree) -> bool:
+    """Whether an image lies below a folder such as ``masks``, which is no class."""
+    return any(
+        _MASK_FOLDER.match(name.lower()) and Path(*path.parts[:end]) not in _photo_folders(tree)
+        for end, name in enumerate(path.parts[:-1], start=1)
+        if end > len(tree.root.parts)
+    )
+
+
+def _photo_folders(tree: Tree) -> list[Path]:
+    """Folders called ``mask`` or the like that are classes: photographs, beside other classes."""
+    if _PHOTOS not in tree.found:
+        holders = {path.parent for path in tree.images}
+        folders = {
+            folder
+            for holder in holders
+            for folder in (holder, *holder.parents)
+            if folder != tree.root and folder.is_relative_to(tree.root)
+        }
+        classes = {
+            folder
+            for folder in folders
+            if folder.name.lower() not in IMAGE_FOLDERS and not split_word(folder.name)
+        }
+        tree.found[_PHOTOS] = [
+            folder
+            for folder in classes
+            if _MASK_FOLDER.match(folder.name.lower())
+            and any(other.parent == folder.parent for other in classes - {folder})
+            and _are_photos([path for path in tree.images if folder in path.parents])
+        ]
+    return tree.found[_PHOTOS]
+
+
+def _are_photos(paths: Sequence[Path]) -> bool:
+    """Whether most of some images are plainly photographs, and no masks."""
+    some = paths[:: max(1, len(paths) // _LOOKED_AT)][:_LOOKED_AT]
+    return sum(map(_is_photo, some)) > len(some) / 2
+
+
+def _is_photo(path: Path) -> bool:
+    try:
+        array, kind, _ = _open(path)
+    except UNREADABLE:
+        return False
+    array = array[:: max(1, array.size // _PIXELS)]
+    flat = np.mean(array[:, 1:] == array[:, :-1]) if array.shape[1] > 1 else 1.0
+    # Of masks saved with loss, only the last bits of colors vary.
+    values = array >> 3 & 0x1F1F1F if kind == "colors" else array
+    largest = np.sort(np.unique(values, return_counts=True)[1])[: -_MANY - 1 : -1]
+    return bool(flat < _FLAT and largest.sum() < _BULK * array.size)
 
 
 def _pairs(tree: Tree) -> tuple[list[tuple[Path, Path]], list[tuple[Path, Path]]]:

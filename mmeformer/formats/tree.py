@@ -29,6 +29,8 @@ SPLIT_KEYS = {name: _SPLIT_OF[name] for name in ("train", "val", "valid", "valid
 """Split by the keys and file names by which formats list its images."""
 # As a word of its own: train2017, instances_val, but not "strain" or "value".
 _SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLIT_OF)})(?:\d{{4}})?(?![a-z])")
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "data")
+"""Folders of all images, in lower case; they tell no class."""
 _DRAWN_FOLDER = re.compile(r"segmentation(class|object).*|masks?", re.IGNORECASE)
 _Content = TypeVar("_Content")
 
@@ -67,7 +69,7 @@ class Tree:
     Args:
         root: the folder.
         files: all files, sorted; hidden ones and those of macOS archives are left out.
-        found: files by which a format was recognized, by its name, where that takes long.
+        found: what takes long to find, such as the files by which a format was recognized.
     """
 
     root: Path

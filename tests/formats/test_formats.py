@@ -1351,6 +1351,68 @@ def test_masks_as_jpeg_are_no_class(tmp_path, images):
         read(tmp_path)
 
 
+def write_noise(folder, stems, gray=False, flat=False, suffix=".png"):
+    """Photographs as far as their pixels tell, or drawings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for stem in stems:
+        shape = (48, 64) if gray else (48, 64, 3)
+        image = np.zeros(shape, np.uint8) if flat else rng.normal(120, 40, shape).clip(0, 255)
+        Image.fromarray(image.astype(np.uint8)).save(folder / f"{stem}{suffix}")
+
+
+class TestClassesCalledLikeFoldersOfLabels:
+    @pytest.mark.parametrize("suffix", [".png", ".jpg"])
+    @pytest.mark.parametrize("gray", [False, True])
+    @pytest.mark.parametrize("name", ["mask", "Masks", "labels", "seg"])
+    def test_photographs(self, tmp_path, name, gray, suffix):
+        """Also if images of two classes have one name, as masks have."""
+        for split in ("train", "val"):
+            for label in (name, "none"):
+                write_noise(tmp_path / split / label, "abc", gray, suffix=suffix)
+        data = read(tmp_path)
+        assert data.kind == FOLDERS and set(data.classes) == {name, "none"} and not data.notes
+        assert len(data.images) == 12
+
+    @pytest.mark.parametrize(("folder", "other"), [("mask", "none"), ("images", "drawings")])
+    def test_others_are_a_question(self, tmp_path, folder, other):
+        write_noise(tmp_path / folder, "abc", flat=True)
+        write_noise(tmp_path / other, "def", flat=True)
+        question = f"no labels that are known.*; to take {folder} for classes too, add --format f"
+        with pytest.raises(UserError, match=question) as error:
+            read(tmp_path)
+        assert "\n" not in str(error.value)
+        data = read(tmp_path, format="folders")
+        assert set(data.classes) == {folder, other} and len(data.images) == 6
+
+    def test_one_of_several_is_named(self, tmp_path):
+        for name in ("cat", "dog", "images"):
+            write_noise(tmp_path / name, "abc")
+        data = read(tmp_path)
+        assert data.classes == ("cat", "dog")
+        assert data.notes[0].endswith(
+            "images/a.png; to take images for classes too, add --format folders"
+        )
+        assert read(tmp_path, format="folders").classes == ("cat", "dog", "images")
+
+    @pytest.mark.parametrize("images", ["images", "photos"])
+    def test_masks_stay_masks(self, tmp_path, images):
+        """Also those with a value for each of many objects."""
+        write_noise(tmp_path / images, "abc", suffix=".jpg")
+        (tmp_path / "masks").mkdir()
+        objects = np.arange(192, dtype=np.uint8).reshape(12, 16).repeat(4, 0).repeat(4, 1)
+        for stem in "abc":
+            Image.fromarray(objects).save(tmp_path / "masks" / f"{stem}.png")
+        assert read(tmp_path).kind == MASKS
+
+    def test_photographs_that_were_taken_for_masks(self, tmp_path):
+        """Beside a folder of images there are no classes."""
+        for name in ("images", "masks"):
+            write_noise(tmp_path / name, "abc")
+        with pytest.raises(UserError, match="it is no mask, or was saved with loss"):
+            read(tmp_path)
+
+
 class TestRecognition:
     def test_two_formats_are_a_question(self, tmp_path):
         sets.write_coco(tmp_path / "a")
