@@ -17,7 +17,7 @@ from mmengine.registry import DATASETS
 
 from mmeformer.files import refuse_url
 from mmeformer.paths import config_dir
-from mmeformer.settings import DATA_META, FREE
+from mmeformer.settings import DATA_META, FREE, require_class_names
 from mmeformer.without_onedl import drop_note
 
 # Here, as whatever reads a config imports this first, and the libraries that print the note later.
@@ -60,6 +60,7 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
     if options:
         _refuse_ignored(options, config, path)
         config.merge_from_dict(dict(options))
+    require_class_names(config)
     return config
 
 

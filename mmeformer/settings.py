@@ -35,8 +35,10 @@ MISSPELLED = 2
 """Names in one dict that may all be misspelled."""
 LIBRARIES = ("mmengine", "mmcv", "mmdet", "mmseg", "mmrotate", "mmpretrain", "mmeformer")
 """Packages whose modules hand settings on to each other."""
-DATA_META = ("classes", "palette")
-"""Names that every data set reads from ``metainfo``."""
+DATA_META = ("classes", "dropped_classes", "palette")
+"""Names that data sets read from ``metainfo``."""
+_LIKE_CLASSES = re.compile("class|categor|label|^names", re.IGNORECASE)
+"""Names that people give to a list of classes."""
 
 
 class SettingError(UserError, ValueError):
@@ -68,14 +70,45 @@ def check(config: Mapping, parts: Iterable[str]) -> list[str]:
         readers = [*_engine(), *_helpers(named)]
         for path, holder in _unread({part: config.get(part)}, readers):
             name = path[-1]
-            text = (
-                f"{dotted(path)}={short(holder[name])} changes nothing: nothing reads {name} there"
-            )
+            text = _useless(path, holder[name])
             if near := _nearest(name, holder, readers):
                 raise SettingError(f"{text}{_hint([dotted((*path[:-1], near))])}")
             print_log(text, "current", logging.WARNING)
             left.append(text)
     return left
+
+
+def require_class_names(config: Mapping) -> None:
+    """Refuse entries of ``metainfo`` that stand in place of those that data sets read.
+
+    Users may add entries of their own. But ``class`` or ``class_names`` would leave the classes of
+    a data set such as COCO in silence. mmengine cannot write a config with the former.
+
+    Args:
+        config: of any task; its classes need not be imported.
+
+    Raises:
+        SettingError: the message has the path, the value and the name that is read.
+    """
+    for path, metainfo in _dicts(config):
+        if len(path) < 2 or path[-1] != "metainfo" or not str(path[0]).endswith("_dataloader"):
+            continue
+        for name, value in metainfo.items():
+            near = get_close_matches(str(name).lower(), DATA_META, n=1, cutoff=0.8)
+            if not near and "classes" not in metainfo and _is_class_list(str(name), value):
+                near = ["classes"]
+            if near and name not in DATA_META:
+                hint = _hint([dotted((*path, near[0]))])
+                raise SettingError(f"{_useless((*path, name), value)}{hint}")
+
+
+def _is_class_list(name: str, value: Any) -> bool:
+    """Whether a setting can only be meant for names of classes, or a file of them."""
+    return isinstance(value, (str, list, tuple)) and bool(_LIKE_CLASSES.search(name))
+
+
+def _useless(path: Sequence, value: Any) -> str:
+    return f"{dotted(path)}={short(value)} changes nothing: nothing reads {path[-1]} there"
 
 
 def import_classes(scopes: Iterable[str]) -> None:
@@ -124,6 +157,8 @@ def _refused(function: str, name: str, config: Mapping) -> str | None:
     others = [key for key in holder if key not in (name, "type")]
     elsewhere = [dotted((*place, name)) for place, _ in places if place != path]
     near = get_close_matches(name, [*known, *others], n=1)
+    if "metainfo" in known and "classes" not in known and _is_class_list(name, holder[name]):
+        near = ["metainfo.classes"]
     hint = _hint([dotted((*path, other)) for other in near] or elsewhere)
     if not hint and known:
         hint = f"; it has {', '.join(known)}"
@@ -219,8 +254,6 @@ def _unread(part: Mapping, readers: Sequence[str]) -> Iterator[tuple[tuple, Mapp
         if "type" in value and not _classes(value["type"]):
             # Of a library with classes of its own: what it reads is not known.
             del todo[-len(value) :]
-        elif path[-1] == "metainfo":
-            yield from _unread_metainfo(path, value)
         elif path[-1] not in FREE:
             names = [key for key in value if isinstance(key, str) and key.isidentifier()]
             # mmengine takes an evaluator with `metrics` for one of another class.
@@ -237,13 +270,6 @@ def _unread(part: Mapping, readers: Sequence[str]) -> Iterator[tuple[tuple, Mapp
                 del todo[-len(value) :]
                 continue
             yield from (((*path, key), value) for key in names)
-
-
-def _unread_metainfo(path: tuple, metainfo: Mapping) -> Iterator[tuple[tuple, Mapping]]:
-    """Users may add entries of their own, but not in place of ``classes``."""
-    for key in metainfo:
-        if key not in DATA_META and get_close_matches(str(key).lower(), DATA_META, cutoff=0.8):
-            yield (*path, key), metainfo
 
 
 def _is_like(name: str, known: Sequence[str]) -> bool:

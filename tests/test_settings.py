@@ -10,7 +10,8 @@ import torch
 from mmengine.config import Config
 
 from mmeformer import configs, settings
-from mmeformer.commands import train
+from mmeformer.checks.dataset import check_model
+from mmeformer.commands import check_dataset, train
 from mmeformer.deploy import models
 from mmeformer.inference.predictor import load_predictor
 from mmeformer.paths import config_dir
@@ -72,15 +73,106 @@ WRONG = [
 ]  # fmt: skip
 
 
+def error_of(command, capfd, config, folder, *options) -> str:
+    """The one line that a command ends with."""
+    work = ["--out", str(folder)]
+    if command is train:
+        work = ["--work-dir", str(folder), "--log", "none"]
+    assert command.main([str(config), *work, *options]) == 1
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    return error
+
+
 @pytest.mark.parametrize(("task", "options", "message"), WRONG, ids=[row[1] for row in WRONG])
 def test_wrong_setting_is_one_line(files, tmp_path, capfd, task, options, message):
-    work = ["--work-dir", str(tmp_path / "run"), "--log", "none"]
-    assert train.main([str(files[task]), *work, "--cfg-options", *options.split()]) == 1
-    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    folder = tmp_path / "run"
+    error = error_of(train, capfd, files[task], folder, "--cfg-options", *options.split())
     name = options.split()[0].partition("=")[0].removeprefix("train_dataloader.")
-    assert len(error) == 1 and name in error[0]
-    assert re.search(message, error[0])
-    assert not list((tmp_path / "run").glob("*.pth"))
+    assert name in error and re.search(message, error)
+    assert not list(folder.glob("*.pth"))
+
+
+@pytest.mark.parametrize("command", [train, check_dataset])
+@pytest.mark.parametrize("key", ["class", "class_names", "CLASSES", "names", "categories"])
+@pytest.mark.parametrize("task", tiny.all_tasks())
+def test_classes_of_another_name(files, tmp_path, capfd, task, key, command):
+    """mmengine cannot write a config with `class`; others leave COCO's classes, or none."""
+    path = tmp_path / "config.py"
+    line = f"\ntrain_dataloader['dataset']['metainfo'] = {{{key!r}: ('a', 'b')}}\n"
+    path.write_text(files[task].read_text() + line)
+    error = error_of(command, capfd, path, tmp_path / "run")
+    place = "train_dataloader.dataset.metainfo"
+    assert f"{place}.{key}=('a', 'b') changes nothing" in error
+    assert error.endswith(f"did you mean {place}.classes?")
+
+
+@pytest.mark.parametrize("key", ["class_names", "classes"])
+@pytest.mark.parametrize("task", tiny.all_tasks())
+def test_classes_outside_of_metainfo(files, tmp_path, capfd, task, key):
+    if (task, key) == ("classification", "classes"):
+        pytest.skip("an argument of mmpretrain's data sets")
+    path = tmp_path / "config.py"
+    change = f"train_dataloader['dataset'].update(metainfo=None, {key}='a')"
+    path.write_text(f"{files[task].read_text()}\n{change}\n")
+    error = error_of(check_dataset, capfd, path, tmp_path / "run")
+    place = "train_dataloader.dataset"
+    meant = f"{place}.classes" if task == "classification" else f"{place}.metainfo.classes"
+    assert f"{place}.{key}='a'" in error and error.endswith(f"did you mean {meant}?")
+
+
+def test_entries_of_users_in_metainfo():
+    for metainfo in (
+        dict(classes=("a",), class_names=("b",), authors=["c"]),
+        dict(dropped_classes=("plane",)),
+        dict(palette=[(1, 2, 3)], task_name="of 2026"),
+    ):
+        dataset = dict(type="RepeatDataset", dataset=dict(metainfo=metainfo))
+        settings.require_class_names(dict(train_dataloader=dict(dataset=dataset)))
+
+
+# Task, setting, and number of the classes.
+COUNTS = [
+    ("detection", "model.roi_head.mask_head.num_classes", 4),
+    ("detection", "model.roi_head.bbox_head.num_classes", 4),
+    ("segmentation", "model.decode_head.num_classes", 5),
+    ("rotated", "model.bbox_head.num_classes", 4),
+    ("classification", "model.head.num_classes", 4),
+    ("classification", "model.head.loss.num_classes", 4),
+    ("classification", "model.data_preprocessor.num_classes", 4),
+]
+
+
+@pytest.mark.parametrize("command", [train, check_dataset])
+@pytest.mark.parametrize(("task", "name", "count"), COUNTS)
+def test_other_number_of_classes(files, tmp_path, capfd, task, name, count, command):
+    """Before the data are loaded, which here would fail."""
+    options = ("--cfg-options", f"{name}=7", "train_dataloader.dataset.data_root=/nowhere")
+    error = error_of(command, capfd, files[task], tmp_path / "run", *options)
+    assert error.startswith(
+        f"error: {name}=7, but train_dataloader.dataset has {count} classes ["
+    ) and error.endswith(f"]; set num_classes={count}, or correct metainfo.classes")
+
+
+@pytest.mark.parametrize("make", [tiny.boxes_only, tiny.with_masks])
+def test_other_number_of_classes_of_light_heads(tmp_path, make):
+    config = make(tmp_path)
+    check_model(config, ["train", "val"])
+    config.model.bbox_head.num_classes += 1
+    with pytest.raises(ValueError, match=r"^model.bbox_head.num_classes=\d, but train_dataloader"):
+        check_model(config, ["train", "val"])
+
+
+def test_which_numbers_of_classes_are_compared(files):
+    config = Config.fromfile(files["segmentation"])
+    dataset = config.val_dataloader.dataset
+    config.val_dataloader.dataset = dict(type="ConcatDataset", datasets=[dataset, dict(dataset)])
+    config.val_dataloader.dataset.datasets[1].metainfo = dict(classes=("sky", "sea"))
+    check_model(config, ["train"])
+    with pytest.raises(ValueError, match=r"but val_dataloader.dataset.datasets.1 has 2 classes"):
+        check_model(config, ["train", "val"])
+    # Who has removed the hook wants none.
+    config.custom_hooks = []
+    check_model(config, ["train", "val"])
 
 
 def parts(config):

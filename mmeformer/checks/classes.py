@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check the class names and palettes that configs give as ``metainfo``."""
+"""Check the class names and palettes that configs give as ``metainfo``, and models against them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mmengine.registry import DATASETS
+from torch import nn
 
 from mmeformer.checks.findings import first_of
+
+COUNTING_HOOKS = ("NumClassCheckHook", "SegNumClassCheckHook", "ClassNumCheckHook")
+"""Hooks that compare the number of classes once the data are loaded; configs may leave them out."""
+OTHER_COUNTS = ("rpn_head", "semantic_head")
+"""Parts of a model that have classes of their own, as in mmdet's ``NumClassCheckHook``."""
 
 
 def class_names(names: str | Sequence[str] | None, key: str = "classes") -> tuple[str, ...]:
@@ -40,3 +50,82 @@ def require_color_per_class(palette: Sequence, classes: Sequence[str]) -> None:
             f"{first_of(list(classes), 20)}; give one (red, green, blue) for each class, or no "
             "palette"
         )
+
+
+def require_count(model: Any, classes: Sequence[str], place: str = "the data set") -> None:
+    """Raise ValueError if parts of a model have another ``num_classes`` than a data set.
+
+    With too few classes they fail in an assertion on the GPU; with too many they train outputs that
+    no label uses.
+
+    Args:
+        model: of any task, also in wrappers for several processes or test-time augmentation.
+        classes: of the data set.
+        place: the data set in the config, for the message.
+    """
+    while hasattr(model, "module"):
+        model = model.module
+    counts = {
+        # The name of mmpretrain's attribute is not that of its setting.
+        f"model.{name.replace('loss_module', 'loss')}.num_classes": module.num_classes
+        for name, module in model.named_modules()
+        if name
+        and not name.endswith(OTHER_COUNTS)
+        and getattr(module, "num_classes", None) is not None
+    }
+    if wrong := [f"{path}={count}" for path, count in counts.items() if count != len(classes)]:
+        raise ValueError(
+            f"{' and '.join(wrong)}, but {place} has {len(classes)} classes "
+            f"{first_of(list(classes))}; set num_classes={len(classes)}, or correct "
+            "metainfo.classes"
+        )
+
+
+def require_counts(config: Mapping, model: nn.Module, splits: Sequence[str]) -> None:
+    """Compare a model with the data sets of a config before they are loaded.
+
+    Args:
+        config: with one of :data:`COUNTING_HOOKS`; without, nothing is compared.
+        model: built from the config.
+        splits: of the data that are to be loaded.
+
+    Raises:
+        ValueError: see :func:`require_count`.
+    """
+    kinds = [hook.get("type") for hook in config.get("custom_hooks") or ()]
+    if not any(getattr(kind, "__name__", str(kind)).endswith(COUNTING_HOOKS) for kind in kinds):
+        return
+    for split in splits:
+        loader = f"{split}_dataloader"
+        for path, settings in flat((config.get(loader) or {}).get("dataset"), f"{loader}.dataset"):
+            if classes := _configured(settings):
+                require_count(model, classes, path)
+
+
+def flat(settings: Any, path: str = "dataset") -> Iterator[tuple[str, Mapping]]:
+    """Configs of the data sets inside wrappers such as ``ConcatDataset``, with their paths."""
+    if not isinstance(settings, Mapping):
+        return
+    key = next((key for key in ("datasets", "dataset") if settings.get(key) is not None), None)
+    if key is None:
+        yield path, settings
+    elif isinstance(settings[key], Mapping):
+        yield from flat(settings[key], f"{path}.{key}")
+    else:
+        for index, item in enumerate(settings[key]):
+            yield from flat(item, f"{path}.{key}.{index}")
+
+
+def _configured(settings: Mapping) -> tuple[str, ...]:
+    """Classes of a data set's config; none if only its files tell."""
+    if any("class" in name for name in settings):
+        # An argument of mmpretrain's, which may be a file, or one that the data set will refuse.
+        return ()
+    kind = settings["type"]
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(kind)
+    # Of mmengine's BaseDataset: adds what the class itself knows.
+    load = getattr(kind, "_load_metainfo", None)
+    found = load(copy.deepcopy(settings.get("metainfo"))) if load else {}
+    return class_names(found.get("classes"))

@@ -6,17 +6,19 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.registry import DATASETS, METRICS, VISUALIZERS, init_default_scope
+from mmengine.registry import DATASETS, METRICS, MODELS, VISUALIZERS, init_default_scope
 
+from mmeformer.checks.classes import flat, require_counts
 from mmeformer.checks.findings import ERROR, Finding
 from mmeformer.checks.interface import CheckedDataset
+from mmeformer.configs import drop_pretrained
 from mmeformer.files import write_bytes
 from mmeformer.images import read_image
 from mmeformer.tasks import TASKS
@@ -41,7 +43,7 @@ def datasets_of(config: Config, split: str) -> list[BaseDataset]:
         raise ValueError(f"{config.filename} has no {split}_dataloader; choose another --split")
     init_default_scope(config.get("default_scope", "mmengine"))
     datasets = []
-    for settings in _flat(loader["dataset"]):
+    for _, settings in flat(loader["dataset"]):
         settings = copy.deepcopy(settings)
         pipeline = [
             transform
@@ -61,6 +63,20 @@ def datasets_of(config: Config, split: str) -> list[BaseDataset]:
     return datasets
 
 
+def check_model(config: Config, splits: Sequence[str]) -> None:
+    """Build the model of a config, if it has one, and compare its number of classes with the data.
+
+    Raises:
+        ValueError: they differ; the message names both settings.
+    """
+    if settings := config.get("model"):
+        init_default_scope(config.get("default_scope", "mmengine"))
+        settings = copy.deepcopy(settings)
+        # Nothing is computed, so that no weights need to be downloaded.
+        drop_pretrained(settings)
+        require_counts(config, MODELS.build(settings), splits)
+
+
 def check_evaluator(config: Config, split: str, dataset: CheckedDataset) -> list[Finding]:
     """A finding if the metrics of a split read other labels than its data set, or cannot."""
     settings = config.get(f"{split}_evaluator") or []
@@ -73,16 +89,6 @@ def check_evaluator(config: Config, split: str, dataset: CheckedDataset) -> list
     except (OSError, ValueError) as error:
         return [Finding(ERROR, "evaluator", f"{split}_evaluator", str(error))]
     return []
-
-
-def _flat(settings: dict) -> Iterator[dict]:
-    """Configs of the data sets inside wrappers such as ``ConcatDataset``."""
-    inner = settings.get("datasets", settings.get("dataset"))
-    if inner is None:
-        yield settings
-    else:
-        for item in inner if isinstance(inner, (list, tuple)) else [inner]:
-            yield from _flat(item)
 
 
 def location(dataset: BaseDataset) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from mmeformer.checks.classes import require_count
 from mmeformer.registry import HOOKS
 
 
@@ -43,13 +44,4 @@ class ClassNumCheckHook(Hook):
 
     @staticmethod
     def _check(runner: Runner, dataset: Any) -> None:
-        model: Any = runner.model
-        model = getattr(model, "module", model)
-        classes = dataset.metainfo["classes"]
-        for name, module in model.named_modules():
-            count = getattr(module, "num_classes", None)
-            if name and count is not None and count != len(classes):
-                raise ValueError(
-                    f"model.{name} has num_classes={count}, but the data set has {len(classes)} "
-                    "classes; make both agree in the config"
-                )
+        require_count(runner.model, dataset.metainfo["classes"])

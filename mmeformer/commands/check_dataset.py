@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check the data sets of a config before training on them.
+"""Check the data sets of a config before training on them, and that the model is for their classes.
 
 Prints a table of problems with the first places of each kind, and draws samples with their labels.
 The exit status is 1 if there are errors.
@@ -21,6 +21,7 @@ from rich.table import Table
 from mmeformer.checks.dataset import (
     SPLITS,
     check_evaluator,
+    check_model,
     datasets_of,
     draw_samples,
     location,
@@ -69,6 +70,7 @@ def work(args: argparse.Namespace) -> int:
     # Keep mmengine's messages about building out of the output.
     logging.getLogger("mmengine").setLevel(logging.ERROR)
     config = cli.load_config(args)
+    check_model(config, args.split)
     out = Path(args.out or Path("work_dirs", f"check_{Path(args.config).stem}"))
     console = Console(soft_wrap=False)
     errors = 0

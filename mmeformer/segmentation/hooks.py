@@ -6,6 +6,7 @@ from __future__ import annotations
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from mmeformer.checks.classes import require_count
 from mmeformer.registry import HOOKS
 from mmeformer.segmentation.settings import (
     plain_model,
@@ -19,10 +20,9 @@ from mmeformer.segmentation.settings import (
 class SegNumClassCheckHook(Hook):
     """Check, before anything runs, that model, data set and metric fit each other.
 
-    Compares ``num_classes`` of the heads with the classes of the data set, as mmdet's hook does
-    (a head with too few classes fails in an assertion on the GPU, and one with too many trains
-    outputs that no label uses), and checks ``ignore_index`` and the windows of testing
-    (:mod:`mmeformer.segmentation.settings`).
+    Compares ``num_classes`` of the heads with the classes of the data set
+    (:func:`mmeformer.checks.classes.require_count`), and checks ``ignore_index`` and the windows of
+    testing (:mod:`mmeformer.segmentation.settings`).
 
     Raises:
         ValueError: they do not fit; the message names the settings and their values.
@@ -58,11 +58,4 @@ class SegNumClassCheckHook(Hook):
     def _check(runner: Runner, dataset) -> None:
         model = plain_model(runner.model)
         require_windows(model)
-        classes = dataset.metainfo["classes"]
-        for name, module in model.named_modules():
-            count = getattr(module, "num_classes", None)
-            if name and count is not None and count != len(classes):
-                raise ValueError(
-                    f"model.{name} has num_classes={count}, but the data set has "
-                    f"{len(classes)} classes: {list(classes)}; make both agree in the config"
-                )
+        require_count(model, dataset.metainfo["classes"])

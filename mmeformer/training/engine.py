@@ -15,6 +15,7 @@ from mmengine.evaluator import DumpResults
 from mmengine.logging import print_log
 
 from mmeformer.checkpoints import safe_load
+from mmeformer.checks.classes import require_counts
 from mmeformer.configs import drop_pretrained, existing_checkpoint
 from mmeformer.training.device import prepare_device
 from mmeformer.training.pictures import PicturesHook
@@ -52,8 +53,8 @@ def build_train_runner(
             (``torch.use_deterministic_algorithms``); an operator without one raises an error.
 
     Raises:
-        ValueError: the config is not a training config, or does not have the base batch size for
-            ``auto_scale_lr``.
+        ValueError: the config is not a training config, its model has another number of classes
+            than its data, or it does not have the base batch size for ``auto_scale_lr``.
         FileNotFoundError: the checkpoint to resume from does not exist.
     """
     if amp:
@@ -84,6 +85,7 @@ def build_train_runner(
     prepare_device(config, launcher)
     safe_load.install()
     runner = Runner.from_cfg(config)
+    require_counts(config, runner.model, ("train", "val"))
     runner.resume_else, runner.load_else = resume_else, load_else
     return runner
 
@@ -109,8 +111,8 @@ def build_test_runner(
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
 
     Raises:
-        ValueError: ``out`` does not end in .pkl or .pickle, or the config does not have the entries
-            for ``tta`` or ``show_dir``.
+        ValueError: ``out`` does not end in .pkl or .pickle, the model has another number of classes
+            than the data, or the config does not have the entries for ``tta`` or ``show_dir``.
         FileNotFoundError: the checkpoint does not exist.
         OSError: ``show_dir`` or the folder of ``out`` cannot be written to.
     """
@@ -136,6 +138,7 @@ def build_test_runner(
     prepare_device(config, launcher)
     safe_load.install()
     runner = Runner.from_cfg(config)
+    require_counts(config, runner.model, ("test",))
     if show_dir is not None:
         runner.register_hook(PicturesHook(Path(show_dir).resolve(), **options))
     if out is not None:

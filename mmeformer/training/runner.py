@@ -115,6 +115,7 @@ class Runner(MMEngineRunner):
     @classmethod
     def from_cfg(cls, cfg):
         """mmengine's; settings that nothing reads are an error or a warning."""
+        settings.require_class_names(cfg)
         runner = super().from_cfg(cfg)
         settings.import_classes(("mmeformer", runner.default_scope.scope_name))
         read_here = known_settings() - {"report"}

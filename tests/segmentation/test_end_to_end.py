@@ -170,7 +170,7 @@ def test_head_must_have_the_classes_of_the_data(trained, tmp_path):
     config = small_config(root)
     config.work_dir = str(tmp_path)
     config.model.decode_head.num_classes = 4
-    with pytest.raises(ValueError, match=r"model.decode_head has num_classes=4, .* 5 classes"):
+    with pytest.raises(ValueError, match=r"model.decode_head.num_classes=4, .* 5 classes"):
         engine.build_train_runner(config).train()
 
 
