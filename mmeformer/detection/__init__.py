@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection and instance segmentation: additions to mmdet. Importing this registers them."""
 
+from mmeformer.colors import YOLOXHSVRandomAug
 from mmeformer.detection.assigner import BboxOverlaps2D, MaxIoUAssigner
 from mmeformer.detection.coco import CocoDataset
 from mmeformer.detection.coder import DeltaXYWHBBoxCoder
@@ -28,4 +29,5 @@ __all__ = [
     "RandomSampler",
     "Shared2FCBBoxHead",
     "SingleRoIExtractor",
+    "YOLOXHSVRandomAug",
 ]

@@ -13,6 +13,7 @@ except ImportError as error:
         f"segmentation work without it. ({error})"
     ) from error
 
+from mmeformer.colors import YOLOXHSVRandomAug
 from mmeformer.lite import LitePAFPN
 from mmeformer.ops.iou import rotated_iou
 
@@ -41,6 +42,7 @@ __all__ = [
     "RotatedIoULoss",
     "RotatedLiteGFLHead",
     "RotatedVisualizer",
+    "YOLOXHSVRandomAug",
     "detect_large_image",
     "from_instances",
     "merge_patches",
