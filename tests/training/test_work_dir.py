@@ -68,6 +68,7 @@ class TestEarlierTraining:
 
         def killed(iteration, resume=None):
             """Iterations in the logs after a run that is killed before it logs this one."""
+            time.sleep(1)  # runs are named by the second
             run = partial(tiny.train, config, tmp_path, resume, at={iteration: tiny.kill})
             assert tiny.fork(lambda rank: run()) == [-signal.SIGKILL]
             return history.read(tmp_path).iterations
