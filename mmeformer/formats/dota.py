@@ -13,26 +13,21 @@ from mmeformer.formats.lists import split_by_lists
 from mmeformer.formats.tree import (
     Options,
     Tree,
-    add_labeled,
     note_of_unlabeled,
-    read_sizes,
+    of_labeled_size,
     read_text,
+    sample,
+    sort_classes,
+    with_one_label_file,
 )
 from mmeformer.labeled import CORNERS, LabeledData, LabeledImage, LabeledObject
 
 NAME = "DOTA"
-_TRIED = 20
 
 
 def find(tree: Tree) -> list[Path]:
     """Label files."""
-    paths = _texts(tree)
-    return [path for path in paths[:: max(1, len(paths) // _TRIED)] if _looks_like_labels(path)]
-
-
-def _texts(tree: Tree) -> list[Path]:
-    stems = {path.stem for path in tree.images}
-    return [path for path in tree.with_suffix(".txt") if path.stem in stems]
+    return [path for path in sample(tree.named_like_images(".txt")) if _looks_like_labels(path)]
 
 
 def _looks_like_labels(path: Path) -> bool:
@@ -57,9 +52,9 @@ def read(tree: Tree, options: Options) -> LabeledData:
     from mmeformer.rotated.dota import read_labels
 
     findings: list[Finding] = []
-    texts = _texts(tree)
-    images: dict[Path, list] = {}
-    label_files: dict[Path, Path] = {}
+    texts = tree.named_like_images(".txt")
+    found: list[LabeledImage] = []
+    labels: dict[str, int] = {}
     for path in texts:
         try:
             objects = read_labels(path)
@@ -67,33 +62,22 @@ def read(tree: Tree, options: Options) -> LabeledData:
             text = " ".join(str(error).removeprefix(f"label file {path} ").split())
             findings.append(Finding(ERROR, "bad label file", str(path), text))
             continue
-        image = tree.find_image(path.stem, path, tree.split_of(path))
+        split = tree.split_of(path)
+        image = tree.find_image(path.stem, path, split)
         if image is None:
             continue
-        add_labeled(images, image, objects, path, label_files, findings)
-    sizes = read_sizes(images, findings)
-    classes = sorted({item.name for objects in images.values() for item in objects})
-    label = {name: index for index, name in enumerate(classes)}
-    found = [
-        LabeledImage(
-            path,
-            *sizes[path],
-            [
-                LabeledObject.cornered(
-                    label[item.name], item.polygon.ravel(), difficult=item.difficult
-                )
-                for item in objects
-            ],
-            split=tree.split_of(label_files[path]) or tree.split_of(path),
-            source=label_files[path],
-        )
-        for path, objects in images.items()
-        if path in sizes
-    ]
+        labeled = LabeledImage(image, 0, 0, split=split or tree.split_of(image), source=path)
+        for item in objects:
+            label = labels.setdefault(item.name, len(labels))
+            corners = item.polygon.ravel()
+            labeled.objects.append(LabeledObject.cornered(label, corners, difficult=item.difficult))
+        found.append(labeled)
+    kept = of_labeled_size(with_one_label_file(found, findings), findings)
+    classes = sort_classes(labels, kept)
     notes: list[str] = []
-    split_by_lists(tree, found, notes)
-    notes += note_of_unlabeled(tree, label_files, "label file")
+    split_by_lists(tree, kept, notes)
+    notes += note_of_unlabeled(tree, found, "label file")
     others = set(tree.with_suffix(".txt")).difference(texts)
     if lost := sorted(path for path in others if _looks_like_labels(path)):
         notes.append(f"{len(lost)} label files have no image, such as {lost[0]}")
-    return LabeledData(NAME, tree.root, CORNERS, tuple(classes), found, findings, notes)
+    return LabeledData(NAME, tree.root, CORNERS, tuple(classes), kept, findings, notes)

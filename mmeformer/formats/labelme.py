@@ -21,10 +21,11 @@ from mmeformer.formats.lists import split_by_lists
 from mmeformer.formats.tree import (
     Options,
     Tree,
-    add_labeled,
     note_of_unlabeled,
     of_labeled_size,
+    sample,
     sort_classes,
+    with_one_label_file,
 )
 from mmeformer.labeled import (
     BOXES,
@@ -38,7 +39,6 @@ from mmeformer.labeled import (
 )
 
 NAME = "LabelMe"
-_TRIED = 20
 _CIRCLE = 32
 """Corners of the polygon that stands for a circle."""
 _NOT_AREAS = ("point", "points", "line", "linestrip")
@@ -46,10 +46,8 @@ _NOT_AREAS = ("point", "points", "line", "linestrip")
 
 def find(tree: Tree) -> list[Path]:
     """Label files."""
-    images = {path.stem for path in tree.images}
-    paths = [path for path in tree.with_suffix(".json") if path.stem in images]
     found = []
-    for path in paths[:: max(1, len(paths) // _TRIED)]:
+    for path in sample(tree.named_like_images(".json")):
         try:
             content = json.loads(path.read_bytes())
         except ValueError:
@@ -62,8 +60,7 @@ def find(tree: Tree) -> list[Path]:
 def read(tree: Tree, options: Options) -> LabeledData:
     """Read all label files; folders or lists tell the splits."""
     findings: list[Finding] = []
-    images: dict[Path, LabeledImage] = {}
-    label_files: dict[Path, Path] = {}
+    found: list[LabeledImage] = []
     labels: dict[str, int] = {}
     kinds: set[str] = set()
     for path in tree.with_suffix(".json"):
@@ -71,15 +68,13 @@ def read(tree: Tree, options: Options) -> LabeledData:
             content = json.loads(path.read_bytes())
             if not isinstance(content, dict) or "shapes" not in content:
                 continue
-            image = _read(content, path, tree, labels, kinds, findings)
+            found.append(_read(content, path, tree, labels, kinds, findings))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             text = f"cannot be used: {error}"
             findings.append(Finding(ERROR, "bad label file", str(path), text))
-            continue
-        image.split = tree.split_of(path) or tree.split_of(image.path)
-        add_labeled(images, image.path, image, path, label_files, findings)
+    images = with_one_label_file(found, findings)
     notes: list[str] = []
-    split_by_lists(tree, images.values(), notes)
+    split_by_lists(tree, images, notes)
     kept = of_labeled_size(images, findings)
     classes = sort_classes(labels, kept)
     kind = BOXES if kinds == {"rectangle"} else CORNERS if kinds == {"rotation"} else POLYGONS
@@ -88,7 +83,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
             for item in image.objects:
                 if item.rle is None:
                     item.polygons = item.outlines()
-    notes += note_of_unlabeled(tree, label_files, "label file")
+    notes += note_of_unlabeled(tree, found, "label file")
     return LabeledData(NAME, tree.root, kind, tuple(classes), kept, findings, notes)
 
 
@@ -114,7 +109,8 @@ def _read(
                 "imagePath"
             )
     width, height = (int(content.get(key) or 0) for key in ("imageWidth", "imageHeight"))
-    found = LabeledImage(image, width, height, source=path)
+    split = split or tree.split_of(image)
+    found = LabeledImage(image, width, height, split=split, source=path)
     groups: dict[tuple[int, Any], LabeledObject] = {}
     for number, shape in enumerate(content["shapes"], start=1):
         kind = shape.get("shape_type") or "polygon"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from mmeformer.checks.findings import shorten
-from mmeformer.formats.tree import Tree, in_common, read_names, split_named
+from mmeformer.formats.tree import Tree, in_common, read_names, same_ending, split_named
 from mmeformer.images import IMAGE_SUFFIXES
 from mmeformer.labeled import SPLITS, LabeledImage
 
@@ -188,7 +188,7 @@ def _resolve(
             bare.add(line)
         ranks = [
             (
-                max(_same_ending(path, given) for path in _files(image)),
+                max(same_ending(path.parts[:-1], given) for path in _files(image)),
                 in_common(image.path.relative_to(tree.root).parts[:-1], own),
             )
             for image in found
@@ -223,13 +223,3 @@ def _lookup(
         if found:
             return path, found
     return PurePosixPath(line), []
-
-
-def _same_ending(path: Path, folders: Sequence[str]) -> int:
-    """Number of the last folders of a path that are those of a listed one."""
-    same = 0
-    for own, other in zip(path.parts[-2::-1], reversed(folders), strict=False):
-        if own != other:
-            break
-        same += 1
-    return same

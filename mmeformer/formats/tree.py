@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 from mmeformer.checks.findings import ERROR, Finding
 from mmeformer.checks.images import UNREADABLE, in_threads, read_header
@@ -32,14 +31,13 @@ _SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLIT_OF)})(?:\d{{4}})?(?![a-z
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "data")
 """Folders of all images, in lower case; they tell no class."""
 _DRAWN_FOLDER = re.compile(r"segmentation(class|object).*|masks?", re.IGNORECASE)
-_Content = TypeVar("_Content")
-
-
 _OTHER_IMAGES = (
     ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".nef", ".pgm",
     ".ppm",
 )  # fmt: skip
 """Suffixes of images that are not read."""
+_TRIED = 20
+"""Label files that are opened to recognize a format, or up to twice as many."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,11 @@ class Tree:
         """Image files, masks included."""
         return self.with_suffix(*IMAGE_SUFFIXES)
 
+    def named_like_images(self, suffix: str) -> list[Path]:
+        """Files with this suffix that have the name of an image."""
+        stems = {path.stem for path in self.images}
+        return [path for path in self.with_suffix(suffix) if path.stem in stems]
+
     def other_images(self) -> str:
         """In words: images of kinds that are not read, with the fix; empty if there are none."""
         others = self.with_suffix(*_OTHER_IMAGES)
@@ -157,16 +160,11 @@ class Tree:
         found = self._names.get(wanted.name)
         if found is None and wanted.suffix.lower() in IMAGE_SUFFIXES:
             found = self._names.get(wanted.stem + wanted.suffix.lower())
-        parts = wanted.parts[-2::-1]
         labels = near.relative_to(self.root).parts[:-1]
         hints = PurePosixPath(hint.replace("\\", "/")).parts[:-1]
 
         def likeness(path: Path) -> tuple[int, bool, bool, bool, int, int, int]:
-            same = 0
-            for own, other in zip(path.parts[-2::-1], parts, strict=False):
-                if own != other:
-                    break
-                same += 1
+            same = same_ending(path.parts[:-1], wanted.parts[:-1])
             of_split = split is not None and self.split_of(path) == split
             folders = path.relative_to(self.root).parts[:-1]
             shared = in_common(folders, labels)
@@ -210,6 +208,16 @@ def is_drawn(path: Path) -> bool:
     return _DRAWN_FOLDER.fullmatch(path.parent.name) is not None
 
 
+def same_ending(folders: Sequence[str], others: Sequence[str]) -> int:
+    """Number of the last folders that two paths have alike."""
+    same = 0
+    for own, other in zip(reversed(folders), reversed(others), strict=False):
+        if own != other:
+            break
+        same += 1
+    return same
+
+
 @functools.lru_cache(maxsize=2**16)
 def in_common(folders: tuple[str, ...], others: tuple[str, ...]) -> int:
     """Number of folders that two paths have in the same order, in any case.
@@ -233,6 +241,11 @@ def split_named(name: str) -> str | None:
     return split_word(name) if _SPLIT_WORD.fullmatch(name.lower()) else None
 
 
+def sample(paths: Sequence[Path]) -> Sequence[Path]:
+    """Some of the paths, spread evenly: as many as it takes to recognize a format."""
+    return paths[:: max(1, len(paths) // _TRIED)]
+
+
 def read_sizes(paths: Iterable[Path], findings: list[Finding]) -> dict[Path, tuple[int, int]]:
     """Width and height of images, from their headers; adds a finding for each unreadable one."""
     paths = list(dict.fromkeys(paths))
@@ -253,64 +266,49 @@ def read_sizes(paths: Iterable[Path], findings: list[Finding]) -> dict[Path, tup
     return sizes
 
 
-def of_labeled_size(
-    images: dict[Path, LabeledImage], findings: list[Finding]
+def with_one_label_file(
+    images: Iterable[LabeledImage], findings: list[Finding]
 ) -> list[LabeledImage]:
+    """Images that one label file is for; of several, nobody knows which one is right.
+
+    Adds a finding for each label file that is not the first of its image.
+    """
+    by_path: dict[Path, list[LabeledImage]] = defaultdict(list)
+    for image in images:
+        by_path[image.path].append(image)
+    for path, (first, *others) in by_path.items():
+        for other in others:
+            text = (
+                f"is for {path}, as {first.source} is; remove one of them, or name the folders of "
+                "label files like those of their images"
+            )
+            findings.append(Finding(ERROR, "two label files", str(other.source), text))
+    return [found[0] for found in by_path.values() if len(found) == 1]
+
+
+def of_labeled_size(images: Sequence[LabeledImage], findings: list[Finding]) -> list[LabeledImage]:
     """Images that can be read and have the size that their labels are for; sets unknown sizes.
 
     Adds a finding for each of the others.
     """
-    sizes = read_sizes(images, findings)
+    sizes = read_sizes([image.path for image in images], findings)
     kept = []
-    for path, image in images.items():
-        if path not in sizes:
+    for image in images:
+        if (size := sizes.get(image.path)) is None:
             continue
-        if (image.width, image.height) not in (sizes[path], (0, 0)):
+        if (image.width, image.height) not in (size, (0, 0)):
             text = (
-                f"is {sizes[path][0]} x {sizes[path][1]} px, but its labels are for {image.width} "
-                f"x {image.height} px; use the image that was labeled"
+                f"is {size[0]} x {size[1]} px, but its labels are for {image.width} x "
+                f"{image.height} px; use the image that was labeled"
             )
-            findings.append(Finding(ERROR, "wrong size", str(path), text))
+            findings.append(Finding(ERROR, "wrong size", str(image.path), text))
             continue
-        image.width, image.height = sizes[path]
+        image.width, image.height = size
         kept.append(image)
     return kept
 
 
-def add_labeled(
-    images: dict[Path, _Content],
-    image: Path,
-    content: _Content,
-    label_file: Path,
-    label_files: dict[Path, Path],
-    findings: list[Finding],
-) -> None:
-    """Add what a label file says of an image.
-
-    If another one was for the same image, that is an error, and the image is left out: nobody knows
-    which one is right.
-
-    Args:
-        images: what is known of each image.
-        image: that the label file is for.
-        content: of the label file.
-        label_file: its path.
-        label_files: first label file of each image.
-        findings: gets the error.
-    """
-    first = label_files.setdefault(image, label_file)
-    if first == label_file:
-        images[image] = content
-        return
-    images.pop(image, None)
-    text = (
-        f"is for {image}, as {first} is; remove one of them, or name the folders of label files "
-        "like those of their images"
-    )
-    findings.append(Finding(ERROR, "two label files", str(label_file), text))
-
-
-def note_of_unlabeled(tree: Tree, labeled: Iterable[Path], missing: str) -> list[str]:
+def note_of_unlabeled(tree: Tree, labeled: Iterable[LabeledImage], missing: str) -> list[str]:
     """A note on the images of a folder that have no label file, if there are any.
 
     Args:
@@ -318,7 +316,7 @@ def note_of_unlabeled(tree: Tree, labeled: Iterable[Path], missing: str) -> list
         labeled: images with a label file.
         missing: what they have none of.
     """
-    known = set(labeled)
+    known = {image.path for image in labeled}
     bare = [path for path in tree.images if path not in known and not is_drawn(path)]
     if not bare:
         return []

@@ -17,10 +17,11 @@ from mmeformer.formats.lists import split_by_lists
 from mmeformer.formats.tree import (
     Options,
     Tree,
-    add_labeled,
     note_of_unlabeled,
     of_labeled_size,
+    sample,
     sort_classes,
+    with_one_label_file,
 )
 from mmeformer.labeled import (
     BOXES,
@@ -34,13 +35,11 @@ from mmeformer.labeled import (
 from mmeformer.rotated_boxes import corners as corners_of
 
 NAME = "Pascal VOC"
-_TRIED = 20
 
 
 def find(tree: Tree) -> list[Path]:
     """Annotation files."""
-    paths = tree.with_suffix(".xml")
-    return [path for path in paths[:: max(1, len(paths) // _TRIED)] if _begins(path)]
+    return [path for path in sample(tree.with_suffix(".xml")) if _begins(path)]
 
 
 def _begins(path: Path) -> bool:
@@ -51,8 +50,7 @@ def _begins(path: Path) -> bool:
 def read(tree: Tree, options: Options) -> LabeledData:
     """Read all annotation files; lists or folders tell the splits."""
     findings: list[Finding] = []
-    images: dict[Path, LabeledImage] = {}
-    label_files: dict[Path, Path] = {}
+    found: list[LabeledImage] = []
     labels: dict[str, int] = {}
     for path in tree.with_suffix(".xml"):
         try:
@@ -61,12 +59,11 @@ def read(tree: Tree, options: Options) -> LabeledData:
             text = f"cannot be used: {error}"
             findings.append(Finding(ERROR, "bad label file", str(path), text))
             continue
-        if image is None:
-            continue
-        image.split = tree.split_of(path) or tree.split_of(image.path)
-        add_labeled(images, image.path, image, path, label_files, findings)
+        if image is not None:
+            found.append(image)
+    images = with_one_label_file(found, findings)
     notes: list[str] = []
-    split_by_lists(tree, images.values(), notes)
+    split_by_lists(tree, images, notes)
     kept = of_labeled_size(images, findings)
     classes = sort_classes(labels, kept)
     items = [item for image in kept for item in image.objects]
@@ -75,7 +72,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
         kind = CORNERS
     elif items and all(item.polygons for item in items):
         kind = POLYGONS
-    notes += note_of_unlabeled(tree, label_files, "annotation file")
+    notes += note_of_unlabeled(tree, found, "annotation file")
     notes += note_of_boxes(kept)
     return LabeledData(NAME, tree.root, kind, tuple(classes), kept, findings, notes)
 
@@ -96,7 +93,8 @@ def _read(path: Path, tree: Tree, labels: dict[str, int]) -> LabeledImage | None
     width, height = (int(float(root.findtext(f"size/{key}") or 0)) for key in ("width", "height"))
     # The files of VOC itself count pixels from 1; labeling tools have corners from 0.
     first = 1 if "VOC" in (root.findtext("source/database") or "") else 0
-    found = LabeledImage(image, width, height, source=path)
+    split = split or tree.split_of(image)
+    found = LabeledImage(image, width, height, split=split, source=path)
     for number, entry in enumerate(root.iter("object"), start=1):
         name = (entry.findtext("name") or "").strip()
         if not name:

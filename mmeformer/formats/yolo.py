@@ -29,6 +29,7 @@ from mmeformer.formats.tree import (
     read_names,
     read_sizes,
     read_text,
+    sample,
 )
 from mmeformer.labeled import (
     BOXES,
@@ -42,7 +43,6 @@ from mmeformer.labeled import (
 
 NAME = "YOLO"
 _NAME_FILES = ("classes.txt", "obj.names", "labels.txt")
-_TRIED = 20
 _BEYOND = 1e-3
 """Share of the image by which a point may lie outside it, by rounding."""
 _MOST = 0.25
@@ -85,10 +85,7 @@ def _settings_files(tree: Tree) -> list[Path]:
 
 def _label_files(tree: Tree) -> list[Path]:
     """Text files that begin like labels, of those that have the name of an image."""
-    stems = {path.stem for path in tree.images}
-    texts = [path for path in tree.with_suffix(".txt") if path.stem in stems]
-    step = max(1, len(texts) // _TRIED)
-    return [path for path in texts[::step] if _looks_like_labels(path)]
+    return [path for path in sample(tree.named_like_images(".txt")) if _looks_like_labels(path)]
 
 
 def _looks_like_labels(path: Path) -> bool:
