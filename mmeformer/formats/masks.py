@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -264,8 +264,17 @@ def _known(path: Path) -> bool:
 # --- values of mask files -------------------------------------------------------------------------
 
 
+def _packed(red: Any, green: Any, blue: Any) -> Any:
+    """One number for a color, or an array of them."""
+    return red << 16 | green << 8 | blue
+
+
+def _unpacked(value: int) -> Color:
+    return value >> 16, value >> 8 & 255, value & 255
+
+
 class _Values(NamedTuple):
-    """Values of one mask: numbers, or colors as ``red << 16 | green << 8 | blue``."""
+    """Values of one mask: numbers, or colors as :func:`_packed` makes them."""
 
     path: Path
     size: tuple[int, int]
@@ -287,7 +296,7 @@ def _open(path: Path) -> tuple[NDArray, str, dict[int, Color]]:
         if array.shape[2] == 3 and (array == array[..., :1]).all():
             array = array[..., :1]
         if array.shape[2] == 3:
-            return array[..., 0] << 16 | array[..., 1] << 8 | array[..., 2], "colors", palette
+            return _packed(*np.moveaxis(array, -1, 0)), "colors", palette
         array = array[..., 0]
     if array.ndim != 2 or not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
         raise ValueError(f"has {array.dtype} numbers of shape {array.shape}, which are no labels")
@@ -334,27 +343,22 @@ class _Labels(NamedTuple):
 
 def _labels(tree: Tree, options: Options, read, findings: list[Finding]) -> _Labels:
     legend = _legend(tree, options)
-    kinds = {values.kind for _, values in read}
+    gray = [index for index, (_, values) in enumerate(read) if values.kind == "ids"]
+    colored = len(gray) < len(read)
+    if colored and gray and legend is None:
+        raise UserError(
+            f"{tree.root}: some masks are colors and some are numbers ({read[gray[0]][1].path}); "
+            "name the colors in a file of lines name,red,green,blue and give it with --legend"
+        )
+    for index in gray if colored else ():
+        # A mask of one gray color among colored ones.
+        image, values = read[index]
+        counts = {_packed(value, value, value): count for value, count in values.counts.items()}
+        read[index] = image, values._replace(kind="colors", counts=counts)
     total: Counter[int] = Counter()
     for _, values in read:
         total.update(values.counts)
-    if len(kinds) > 1:
-        grays = next(values.path for _, values in read if values.kind == "ids")
-        # A mask of one gray color among colored ones.
-        for index, (image, values) in enumerate(read):
-            if values.kind == "ids":
-                counts = {value * 0x010101: count for value, count in values.counts.items()}
-                read[index] = image, values._replace(kind="colors", counts=counts)
-                total = Counter()
-        for _, values in read:
-            total.update(values.counts)
-        if legend is None:
-            raise UserError(
-                f"{tree.root}: some masks are colors and some are numbers ({grays}); name the "
-                "colors in a file of lines name,red,green,blue and give it with --legend"
-            )
-        kinds = {"colors"}
-    if kinds == {"colors"}:
+    if colored:
         return _of_colors(tree, legend, total, read, findings)
     palettes = [values.palette for _, values in read]
     if legend is not None and legend.colors is not None and any(palettes):
@@ -452,20 +456,18 @@ def _of_palette(legend: Legend, palette: dict[int, Color], total: Counter) -> _L
 
 def _of_colors(tree: Tree, legend: Legend | None, total, read, findings) -> _Labels:
     if legend is None or legend.colors is None:
-        shown = [(c >> 16, c >> 8 & 255, c & 255) for c, _ in total.most_common(6)]
+        shown = [_unpacked(value) for value, _ in total.most_common(6)]
         raise UserError(
             f"the masks of {tree.root} are {len(total)} colors without names, most of all "
             f"{', '.join(map(str, shown))} (red, green, blue); write a file with a line "
             "name,red,green,blue for each class and give it with --legend"
         )
     names, colors, ignored = _learned(legend)
-    table = {
-        red << 16 | green << 8 | blue: index for index, (red, green, blue) in enumerate(colors)
-    }
-    known = {*table, *(r << 16 | g << 8 | b for r, g, b in ignored)}
+    table = {_packed(*color): index for index, color in enumerate(colors)}
+    known = {*table, *(_packed(*color) for color in ignored)}
     for _, values in read:
         if strange := sorted(set(values.counts) - known):
-            shown = [(c >> 16, c >> 8 & 255, c & 255) for c in strange]
+            shown = [_unpacked(value) for value in strange]
             text = f"has colors that the legend lacks: {first_of(shown, 4)}"
             findings.append(Finding(ERROR, "unknown color", str(values.path), text))
     return _Labels(names, colors, table)
