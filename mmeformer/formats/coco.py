@@ -185,17 +185,19 @@ def _locate(content: dict, path: Path, split: str | None, tree: Tree, merged: _M
 
     Entries without an image of their own, and of their size, are left out.
     """
-    located = []
+    located: list[tuple[Any, Path | None]] = []
     names: dict[Path, set[str]] = defaultdict(set)
     for entry in content.get("images", []):
         name = entry.get("file_name") if isinstance(entry, dict) else None
-        image = tree.find_image(name, path, split) if isinstance(name, str) and name else None
-        if isinstance(name, str) and name and image is None:
+        if not isinstance(name, str) or not name:
+            located.append((entry, None))
+            continue
+        image = tree.find_image(name, path, split)
+        if image is None:
             text = f"image {name} is not below {tree.root}; add it or remove its entry"
             merged.findings.append(Finding(ERROR, "missing image", str(path), text))
             continue
-        if isinstance(name, str) and image is not None:
-            names[image].add(os.path.normpath(name))
+        names[image].add(os.path.normpath(name))
         located.append((entry, image))
     for image, several in names.items():
         if len(several) > 1:
@@ -207,25 +209,11 @@ def _locate(content: dict, path: Path, split: str | None, tree: Tree, merged: _M
     new = {image for _, image in located if image is not None} - merged.sizes.keys()
     merged.sizes.update(dict.fromkeys(new))
     merged.sizes.update(read_sizes(sorted(new), merged.findings))
-    kept = []
-    for entry, image in located:
-        if image is not None:
-            if (size := merged.sizes[image]) is None or len(names[image]) > 1:
-                continue
-            entry["file_name"] = image.relative_to(tree.root).as_posix()
-            for side, pixels in zip(("width", "height"), size, strict=True):
-                # Label Studio can leave them out.
-                if entry.get(side) is None:
-                    entry[side] = pixels
-            labeled = entry["width"], entry["height"]
-            if all(type(side) is int and side > 0 for side in labeled) and labeled != size:
-                text = (
-                    f"is {size[0]} x {size[1]} px, but its labels are for {labeled[0]} x "
-                    f"{labeled[1]} px ({merged.short(path)}); use the image that was labeled"
-                )
-                merged.findings.append(Finding(ERROR, "wrong size", str(image), text))
-                continue
-        kept.append(entry)
+    kept = [
+        entry
+        for entry, image in located
+        if image is None or (len(names[image]) == 1 and _fits(entry, image, path, merged))
+    ]
     gone = {str(e.get("id")) for e in content.get("images", []) if isinstance(e, dict)} - {
         str(e.get("id")) for e in kept if isinstance(e, dict)
     }
@@ -235,6 +223,26 @@ def _locate(content: dict, path: Path, split: str | None, tree: Tree, merged: _M
         for entry in content.get("annotations", [])
         if not (isinstance(entry, dict) and str(entry.get("image_id")) in gone)
     ]
+
+
+def _fits(entry: dict, image: Path, path: Path, merged: _Merged) -> bool:
+    """Complete an entry by its image, in place; False if that is unreadable or of another size."""
+    if (size := merged.sizes[image]) is None:
+        return False
+    entry["file_name"] = image.relative_to(merged.root).as_posix()
+    for side, pixels in zip(("width", "height"), size, strict=True):
+        # Label Studio can leave them out.
+        if entry.get(side) is None:
+            entry[side] = pixels
+    labeled = entry["width"], entry["height"]
+    if labeled == size or not all(type(side) is int and side > 0 for side in labeled):
+        return True
+    text = (
+        f"is {size[0]} x {size[1]} px, but its labels are for {labeled[0]} x {labeled[1]} px "
+        f"({merged.short(path)}); use the image that was labeled"
+    )
+    merged.findings.append(Finding(ERROR, "wrong size", str(image), text))
+    return False
 
 
 def _categories(content: dict) -> dict[str, str]:

@@ -104,7 +104,6 @@ def read(tree: Tree, options: Options) -> LabeledData:
     if len(settings) > 1:
         listed = ", ".join(str(path.relative_to(tree.root)) for path in settings)
         raise UserError(f"{tree.root} has several sets: {listed}; give the folder of one of them")
-    names: list[str] = []
     notes: list[str] = []
     has_points = False
     if settings:
@@ -119,7 +118,6 @@ def read(tree: Tree, options: Options) -> LabeledData:
         images = {path: tree.split_of(path) for path in tree.images}
         if not named and not options.classes:
             notes.append("no data.yaml or classes.txt names the classes; name them with --classes")
-    findings: list[Finding] = []
     labels = {path: _label_of(path, tree) for path in (*tree.images, *images)}
     if settings:
         notes += _without_labels(images, labels)
@@ -128,13 +126,13 @@ def read(tree: Tree, options: Options) -> LabeledData:
             notes.append(f"{len(others)} images {where}, such as {others[0]}")
     else:
         # Without a list of images, one without a label file was rather not labeled.
-        bare = [path for path in images if labels[path] is None]
-        if bare:
+        if bare := [path for path in images if labels[path] is None]:
             notes.append(
                 f"{len(bare)} images have no label file and are left out, such as {bare[0]}"
             )
         images = {path: split for path, split in images.items() if labels[path] is not None}
     notes += _without_images(tree, labels)
+    findings: list[Finding] = []
     sizes = read_sizes(images, findings)
     found = [
         LabeledImage(path, *sizes[path], split=split, source=labels[path])
@@ -143,19 +141,18 @@ def read(tree: Tree, options: Options) -> LabeledData:
     ]
     if not settings:
         split_by_lists(tree, found, notes)
-    lines: dict[int, list[_Line]] = {}
-    highest = -1
-    for image in found:
-        parsed = []
-        if image.source is not None:
-            parsed = _read_labels(image.source, len(names), findings, has_points)
-        lines[id(image)] = parsed
-        highest = max([highest, *(line.label for line in parsed)])
-    kind = _kind(found, lines, options)
-    for image in found:
-        image.objects = [_object(line, image, kind) for line in lines[id(image)]]
+    lines = [
+        (image, line)
+        for image in found
+        if image.source is not None
+        for line in _read_labels(image.source, len(names), findings, has_points)
+    ]
+    kind = _kind(lines, options)
+    for image, line in lines:
+        image.objects.append(_object(line, image, kind))
     notes += note_of_boxes(found)
-    classes = class_names(max(highest + 1, len(names)), options, names)
+    count = max([len(names), *(line.label + 1 for _, line in lines)])
+    classes = class_names(count, options, names)
     return LabeledData(NAME, tree.root, kind, tuple(classes), found, findings, notes)
 
 
@@ -262,11 +259,10 @@ def _without_labels(
         images: split of each.
         labels: label file of each.
     """
-    total = Counter(images.values())
     bare = [path for path in images if labels[path] is None]
-    counts = Counter(images[path] for path in bare)
     if not bare:
         return []
+    total, counts = Counter(images.values()), Counter(images[path] for path in bare)
     listed = " and ".join(f"{count} of {total[split]} {split}" for split, count in counts.items())
     return [f"{listed} images have no label file (background), such as {bare[0]}"]
 
@@ -323,17 +319,16 @@ def _fault(fields: list[str], classes: int) -> str | None:
     return None
 
 
-def _kind(images, lines, options: Options) -> str:
+def _kind(lines: Sequence[tuple[LabeledImage, _Line]], options: Options) -> str:
     """Kind of the labels. Four points in every line are corners if most make right angles."""
-    shapes = {len(line.values) for image in images for line in lines[id(image)]}
+    shapes = {len(line.values) for _, line in lines}
     if not shapes or 4 in shapes:
         return BOXES
     if shapes != {8} or options.corners is False:
         return POLYGONS
     right = [
         _is_rectangle(np.reshape(line.values, (4, 2)) * (image.width, image.height))
-        for image in images
-        for line in lines[id(image)]
+        for image, line in lines
     ]
     # Of DOTA's own boxes, many are not quite rectangles.
     if options.corners or np.mean(right) >= _MOST:
