@@ -30,6 +30,7 @@ from mmeformer.errors import UserError
 from mmeformer.files import refuse_url
 from mmeformer.images import PLAIN, VIDEO_SUFFIXES, Reading, as_image, write_image
 from mmeformer.results import (
+    SCORE_THR,
     Classification,
     Detections,
     Pyramid,
@@ -50,8 +51,6 @@ from mmeformer.work_dirs import (
 _Named = tuple[np.ndarray, Path | None, int | None]
 """An image (H, W, 3) in BGR, its file and the number of its frame."""
 
-SCORE_THR = 0.3
-"""Default score threshold."""
 _TAKES = (
     "load takes the work directory of a training, a checkpoint (.pth) with its config, or an "
     "exported .onnx, .tflite or .pte file"
@@ -129,11 +128,14 @@ def _refuse_others(path: Path) -> None:
     if path.is_dir():
         if suffix == ".mlpackage":
             raise UserError(f"{path} {_OTHER_FILES[suffix]}")
-        if not any(has_any(path) for has_any in (_has_config, best_checkpoint, last_checkpoint)):
-            raise UserError(
-                f"{path} has no config (*.py) and no checkpoint (*.pth), so it is not the work "
-                f"directory of a training; {_TAKES}"
-            )
+        if best_checkpoint(path) is None and last_checkpoint(path) is None:
+            try:
+                find_config(path)
+            except UserError:
+                raise UserError(
+                    f"{path} has no config (*.py) and no checkpoint (*.pth), so it is not the work "
+                    f"directory of a training; {_TAKES}"
+                ) from None
         return
     if suffix == ".bin" and path.with_suffix(".xml").exists():
         suffix = ".xml"
@@ -150,26 +152,19 @@ def _refuse_others(path: Path) -> None:
         raise UserError(f"{path} is no model; {_TAKES}")
 
 
-def _has_config(work_dir: Path) -> bool:
-    try:
-        find_config(work_dir)
-    except UserError:
-        return False
-    return True
-
-
 def _config_beside(checkpoint: Path) -> Path:
     """The config in the folder of a checkpoint.
 
     Raises:
         UserError: there is none.
     """
-    if not _has_config(checkpoint.parent):
+    try:
+        return find_config(checkpoint.parent)
+    except UserError:
         raise UserError(
             f"{checkpoint} has no config (*.py) beside it; give the one that it was trained with: "
             f'load("{checkpoint.name}", config="config.py")'
-        )
-    return find_config(checkpoint.parent)
+        ) from None
 
 
 class Model:
@@ -481,21 +476,16 @@ class _Trained(_Source):
         score_thr: float | None,
         classes: Sequence[str] | None,
     ) -> None:
-        import warnings
-
         from mmeformer.configs import load_config
         from mmeformer.inference.predictor import load_predictor
 
-        with warnings.catch_warnings():
-            # The visualizers warn that they have no folder, but this class draws into arrays.
-            warnings.filterwarnings("ignore", module="mmengine.visualization")
-            self.predictor = load_predictor(
-                load_config(config),
-                str(checkpoint),
-                device=device,
-                score_thr=score_thr,
-                classes=classes,
-            )
+        self.predictor = load_predictor(
+            load_config(config),
+            str(checkpoint),
+            device=device,
+            score_thr=score_thr,
+            classes=classes,
+        )
         self.classes = self.predictor.classes
         self.category_ids = tuple(self.predictor.category_ids)
         self.reading = self.predictor.reading
@@ -510,8 +500,6 @@ class _Trained(_Source):
 
     def entries(self, result: Any) -> list[dict]:
         """See the base class."""
-        if not self.predictor.writes_json:
-            raise ValueError(f"{type(result).__name__} has no objects, so no COCO annotations")
         return self.predictor.entries(result)
 
 
@@ -549,9 +537,7 @@ class _Exported(_Source):
                 "with; export it with a lower one"
             )
         self.score_thr = score_thr
-        self.labels = None
-        if classes is not None:
-            self.labels = chosen_labels(classes, self.classes)
+        self.labels = None if classes is None else chosen_labels(classes, self.classes)
 
     def predict(self, images: list[np.ndarray], batch_size: int) -> list[Any]:
         """See the base class; the runtime has its own batch of windows."""
@@ -582,7 +568,5 @@ class _Exported(_Source):
             raise UserError(
                 f"COCO annotations need {' and '.join(task.libraries)}: {error}"
             ) from error
-        if not predictor.writes_json:
-            raise ValueError(f"{type(result).__name__} has no objects, so no COCO annotations")
         entries: list[dict] = predictor.annotations(result, self.classes, self.category_ids)
         return entries

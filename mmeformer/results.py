@@ -41,6 +41,10 @@ def category_ids(dataset_meta: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(known) if len(known) == count else tuple(map(category_id, range(count)))
 
 
+SCORE_THR = 0.3
+"""Default score threshold of detections."""
+
+
 def check_score_thr(score_thr: float) -> None:
     """Raise if a score threshold is out of range.
 

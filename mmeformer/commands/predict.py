@@ -99,8 +99,7 @@ def work(args: argparse.Namespace) -> int:
     if args.track:
         require_video(sources)
     out = prepare_folder(args.out)
-    # The visualizers warn that they have no folder, but pictures are written by this command. They
-    # also warn of boxes that end at the border.
+    # The visualizers warn of boxes that end at the border.
     warnings.filterwarnings("ignore", module="mmengine.visualization")
     predictor = inference.load_predictor(
         config,

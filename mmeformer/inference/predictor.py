@@ -25,12 +25,9 @@ from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.deploy.fold import fold
 from mmeformer.images import PLAIN, Reading
-from mmeformer.results import category_ids, check_score_thr, chosen_labels
+from mmeformer.results import SCORE_THR, category_ids, check_score_thr, chosen_labels
 from mmeformer.training_images import TrainingImages
 from mmeformer.windows import Progress, Window, predict_windows, windows
-
-SCORE_THR = 0.3
-"""Default score threshold."""
 
 Result = TypeVar("Result")
 
@@ -314,8 +311,11 @@ class Predictor(ABC, Generic[Result]):
         Args:
             result: of an image.
             classes, category_ids: see the class.
+
+        Raises:
+            ValueError: the results of the task are no objects.
         """
-        raise NotImplementedError(f"{cls.__name__} writes no JSON")
+        raise ValueError(f"{type(result).__name__} has no objects, so no COCO annotations")
 
     def cells(self, result: Result) -> list[str]:
         """A row of the table, one text for each of :attr:`columns`."""

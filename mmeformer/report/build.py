@@ -138,10 +138,10 @@ class _Reviewed:
     summary: Summary
     images: list[_Image]
     """The worst and the best images, the worst first."""
-    scored: int
-    """Number of images with a score."""
     count: int
+    """Number of images that were predicted."""
     total: int
+    """Number of all validation images."""
     seconds: float
     """Of predicting one image."""
     predictor: Predictor
@@ -208,11 +208,14 @@ class _Report:
 
     # --- numbers ------------------------------------------------------------------------------
 
+    def _hook(self, name: str) -> dict:
+        """The settings of one of the config's ``default_hooks``."""
+        return (self.config.get("default_hooks") or {}).get(name) or {}
+
     @property
     def _unit(self) -> str:
         """What the places of metrics count."""
-        hook = (self.config.get("default_hooks") or {}).get("logger") or {}
-        by_epoch = hook.get("log_metric_by_epoch", True)
+        by_epoch = self._hook("logger").get("log_metric_by_epoch", True)
         return "epoch" if by_epoch and "max_epochs" in self.config.train_cfg else "iteration"
 
     def _metrics(self) -> list[history.Series]:
@@ -224,7 +227,7 @@ class _Report:
         metrics = self._metrics()
         if not metrics:
             return None
-        hook = (self.config.get("default_hooks") or {}).get("checkpoint") or {}
+        hook = self._hook("checkpoint")
         wanted = hook.get("save_best")
         wanted = wanted[0] if isinstance(wanted, (list, tuple)) and wanted else wanted
         series = next((item for item in metrics if item.name == wanted), metrics[0])
@@ -294,19 +297,16 @@ class _Report:
             raise UserError("the config has no val_dataloader")
         datasets = datasets_of(self.config, "val")
         kind = tasks.load(task.predictor)
-        with warnings.catch_warnings():
-            # The visualizers warn that they have no folder.
-            warnings.filterwarnings("ignore", module="mmengine.visualization")
-            predictor = load_predictor(
-                self.config,
-                str(self.checkpoint),
-                device=self.device,
-                score_thr=_score_thr(self.config.model) if kind.has_scores else None,
-            )
+        predictor = load_predictor(
+            self.config,
+            str(self.checkpoint),
+            device=self.device,
+            score_thr=_score_thr(self.config.model) if kind.has_scores else None,
+        )
         review = tasks.load(task.review)(predictor.classes)
         chosen, total = spread(datasets, self.images)
         images: list[_Image] = []
-        scored, seconds = 0, 0.0
+        seconds = 0.0
         for dataset, index in chosen:
             info = dataset.get_data_info(index)
             sample = dataset.pipeline(info)["data_samples"]
@@ -318,24 +318,17 @@ class _Report:
             seconds += time.perf_counter() - begin
             score = review.add(result, sample)
             if score is not None:
-                scored += 1
                 images.append(_Image(score, str(info["img_path"]), result, truth))
                 images = _extremes(images)
         return _Reviewed(
             review.summary(),
             images,
-            scored,
             len(chosen),
             total,
             seconds / max(len(chosen), 1),
             predictor,
             review,
         )
-
-    def _require_review(self) -> _Reviewed:
-        if self.reviewed is None:
-            raise UserError(self.problem)
-        return self.reviewed
 
     def _classes(self) -> str:
         if self.reviewed is None:
@@ -374,22 +367,8 @@ class _Report:
         for title, images in (("Worst", worst), ("Best", best)):
             if images:
                 text += page.heading(title if best else "From worst to best")
-                text += page.pictures([self._pair(image) for image in images])
+                text += page.pictures([_pair(found, image) for image in images])
         return text
-
-    def _pair(self, item: _Image) -> str:
-        found = self._require_review()
-        predictor = found.predictor
-        image = read_image(item.path, predictor.reading)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="mmengine.visualization")
-            sides = [
-                _shrunk(predictor.draw(image, result))
-                for result in (item.truth, found.review.shown(item.result))
-            ]
-        gap = np.full((sides[0].shape[0], 6, 3), 255, np.uint8)
-        caption = f"{item.score:.2f}  {Path(item.path).name}"
-        return page.picture(np.hstack([sides[0], gap, sides[1]]), caption)
 
     # --- everything else ----------------------------------------------------------------------
 
@@ -475,8 +454,8 @@ class _Report:
         last = self.history.training[-1] if self.history.training else {}
         if "max_epochs" in plan:
             return last.get("epoch", 0) < plan["max_epochs"]
-        hook = (self.config.get("default_hooks") or {}).get("logger") or {}
-        return self.history.iterations + hook.get("interval", 10) <= plan.get("max_iters", 0)
+        interval = self._hook("logger").get("interval", 10)
+        return self.history.iterations + interval <= plan.get("max_iters", 0)
 
     def _setup(self) -> str:
         device = "cpu"
@@ -522,6 +501,22 @@ def _score_thr(model: Any) -> float:
     settings = model.get("test_cfg") or {}
     threshold = (settings.get("rcnn") or settings).get("score_thr")
     return LOW_SCORE if threshold is None else float(threshold)
+
+
+def _pair(found: _Reviewed, item: _Image) -> str:
+    """Labels and prediction of an image side by side."""
+    predictor = found.predictor
+    image = read_image(item.path, predictor.reading)
+    with warnings.catch_warnings():
+        # Of boxes that end at the border.
+        warnings.filterwarnings("ignore", module="mmengine.visualization")
+        sides = [
+            _shrunk(predictor.draw(image, result))
+            for result in (item.truth, found.review.shown(item.result))
+        ]
+    gap = np.full((sides[0].shape[0], 6, 3), 255, np.uint8)
+    caption = f"{item.score:.2f}  {Path(item.path).name}"
+    return page.picture(np.hstack([sides[0], gap, sides[1]]), caption)
 
 
 def _extremes(images: list[_Image]) -> list[_Image]:
