@@ -41,12 +41,18 @@ def best_checkpoint(work_dir: str | Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def named_checkpoint(work_dir: str | Path) -> Path | None:
+    """The file that :data:`POINTER` names, which may have been moved since; None if it has none."""
+    pointer = Path(work_dir, POINTER)
+    text = pointer.read_text().strip() if pointer.is_file() else ""
+    return Path(text) if text else None
+
+
 def last_checkpoint(work_dir: str | Path) -> Path | None:
     """The latest checkpoint, also in a folder that was moved; None if there is none."""
     work_dir = Path(work_dir)
-    pointer = work_dir / POINTER
-    if pointer.is_file() and (text := pointer.read_text().strip()):
-        for path in (work_dir / Path(text).name, Path(text)):
+    if named := named_checkpoint(work_dir):
+        for path in (work_dir / named.name, named):
             if path.is_file():
                 return path
     best = set(work_dir.glob(BEST))

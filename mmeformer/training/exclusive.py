@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mmeformer.errors import TrainingError, UserError
 from mmeformer.files import is_draft
-from mmeformer.work_dirs import BEST, POINTER, REPORT, SCALARS, find_config
+from mmeformer.work_dirs import BEST, POINTER, REPORT, SCALARS, find_config, named_checkpoint
 
 try:
     import fcntl
@@ -90,9 +90,8 @@ def earlier_checkpoints(folder: Path, template: str) -> list[Path]:
         for path in folder.glob(pattern)
         if path.is_file() and not is_draft(path)
     }
-    pointer = folder / POINTER
-    if pointer.is_file() and (named := folder / Path(pointer.read_text().strip()).name).is_file():
-        found.add(named)
+    if (named := named_checkpoint(folder)) and (folder / named.name).is_file():
+        found.add(folder / named.name)
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 

@@ -51,7 +51,6 @@ from mmeformer.training.saving import (
     checkpoint_hook,
     find_nonfinite,
     last_checkpoint,
-    named_checkpoint,
     newest_resumable,
     read_resumable,
     restore_hooks,
@@ -60,6 +59,7 @@ from mmeformer.training.saving import (
 )
 from mmeformer.training.schedule import Schedule, other_length, wrappers
 from mmeformer.training.writer import HostCopy, Writer
+from mmeformer.work_dirs import named_checkpoint
 
 OUR_LOOPS = {
     "EpochBasedTrainLoop": EpochBasedTrainLoop,
@@ -205,10 +205,12 @@ class Runner(MMEngineRunner):
 
         ``default_hooks`` may have others, such as ``ema=dict(type="EMAHook")``; None removes any.
         """
-        hooks = dict(hooks or {})
-        for name in [name for name in hooks if hooks[name] is None and name not in OWN_HOOKS]:
-            # mmengine expects None for its own hooks only.
-            del hooks[name]
+        # mmengine expects None for its own hooks only.
+        hooks = {
+            name: hook
+            for name, hook in (hooks or {}).items()
+            if hook is not None or name in OWN_HOOKS
+        }
         for name in hooks.keys() - set(OWN_HOOKS):
             if near := get_close_matches(name, OWN_HOOKS, n=1, cutoff=0.85):
                 raise SettingError(
@@ -311,15 +313,15 @@ class Runner(MMEngineRunner):
         """Choose the file to resume from and use its seed, before any data is loaded."""
         start: list = [None, None]
         if is_main_process():
-            newest: tuple[str | Path, dict] | None
-            if self._load_from is None:
-                newest = newest_resumable(self.work_dir)
-                if newest is None and self.resume_else is not None:
-                    newest = self.resume_else, read_resumable(self.resume_else)
-            else:
-                newest = self._load_from, read_resumable(self._load_from)
-            if newest is not None:
-                path, content = newest
+            found: tuple[str | Path, dict] | None = None
+            given = self._load_from
+            if given is None:
+                found = newest_resumable(self.work_dir)
+                given = self.resume_else
+            if found is None and given is not None:
+                found = given, read_resumable(given)
+            if found is not None:
+                path, content = found
                 start = [str(path), content["meta"].get("seed")]
         broadcast_object_list(start)
         path, seed = start

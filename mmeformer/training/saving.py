@@ -34,7 +34,7 @@ from mmeformer.training.exclusive import INTERIM, earlier_checkpoints, earlier_r
 from mmeformer.training.preemption import Preempted, anywhere
 from mmeformer.training.schedule import wrappers
 from mmeformer.training.writer import NotWritten
-from mmeformer.work_dirs import POINTER
+from mmeformer.work_dirs import POINTER, named_checkpoint
 
 DISKS = {
     errno.ENOSPC: "the disk is full: make room",
@@ -99,19 +99,20 @@ def newest_resumable(work_dir: str | Path) -> tuple[Path, dict] | None:
 def _candidates(work_dir: Path) -> Iterator[Path]:
     """Files to resume from, in the order to try them."""
     folders = [work_dir]
-    named: list[Path] = []
-    pointer = work_dir / POINTER
-    if pointer.is_file() and (text := pointer.read_text().strip()):
+    named = named_checkpoint(work_dir)
+    if named is not None:
         # The folder may have been moved or copied: prefer files in it to those at the old path.
-        named = [work_dir / Path(text).name]
-        if not named[0].is_file():
-            named = [Path(text)]
-            folders = [named[0].parent, work_dir] if named[0].name != text else folders
+        if (moved := work_dir / named.name).is_file():
+            named = moved
+        elif named.parent != Path():
+            folders = [named.parent, work_dir]
     found = [path for folder in dict.fromkeys(folders) for path in folder.glob("*.pth")]
     # The best model is saved without optimizer; drafts may be incomplete.
     found = [path for path in found if not path.name.startswith("best_") and not is_draft(path)]
     found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    yield from dict.fromkeys(path for path in [*named, *found] if path.is_file())
+    if named is not None:
+        found.insert(0, named)
+    yield from dict.fromkeys(path for path in found if path.is_file())
 
 
 class CheckpointHook(MMEngineCheckpointHook):
@@ -178,15 +179,15 @@ class CheckpointHook(MMEngineCheckpointHook):
             self._saved = own.name, runner.epoch, runner.iter
         if not is_main_process():
             return
-        for folder in folders:
-            for path in folder.glob(".*"):
-                if is_draft(path) and path.is_file():
-                    path.unlink()
-            if own is None:
-                self._set_aside(runner, folder, start)
+        for path in [path for folder in folders for path in folder.glob(".*")]:
+            if is_draft(path) and path.is_file():
+                path.unlink()
         if own is not None:
             # It may be older than the newest, from which a later run would go on.
             write_text(Path(runner.work_dir, POINTER), str(own), sync=True)
+            return
+        for folder in folders:
+            self._set_aside(runner, folder, start)
 
     def _set_aside(self, runner: Runner, folder: Path, start: Path | None) -> None:
         """Move an earlier training's checkpoints and logs, which would pass for those of this one.
@@ -456,12 +457,6 @@ class PreemptionHook(Hook):
 def checkpoint_hook(runner: Runner) -> CheckpointHook | None:
     """The hook that saves checkpoints; None if the config has none, or mmengine's."""
     return next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
-
-
-def named_checkpoint(work_dir: str | Path) -> Path | None:
-    """The file that ``last_checkpoint`` names."""
-    pointer = Path(work_dir, POINTER)
-    return Path(pointer.read_text().strip()) if pointer.is_file() else None
 
 
 def last_checkpoint(runner: Runner) -> str:

@@ -14,8 +14,9 @@ import torch
 
 from mmeformer.errors import TrainingError
 from mmeformer.training import saving
-from mmeformer.training.saving import CheckpointHook, named_checkpoint, write_checkpoint
+from mmeformer.training.saving import CheckpointHook, write_checkpoint
 from mmeformer.training.writer import HostCopy, NotWritten, Writer
+from mmeformer.work_dirs import named_checkpoint
 
 LOGGER = logging.getLogger("writer")
 
