@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmeformer.files import write_bytes
-from mmeformer.tiff import Tiff
+from mmeformer.tiff import ORIENTATION, Tiff
 
 PERCENTILE = "percentile"
 """``stretch`` from the 2nd to the 98th percentile of each band of each image."""
@@ -46,6 +46,9 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".web
 
 DEFLATE = 1032
 """Bytes that one byte of a PNG file can stand for (zlib, "Maximum Compression Factor")."""
+
+SIDEWAYS = (5, 6, 7, 8)
+"""Orientations of TIFF and EXIF that exchange height and width."""
 
 LOADER = "mmeformer.LoadImageFromFile"
 """The loading step of pipelines that has these settings."""
@@ -214,7 +217,7 @@ def _layout(data: Any) -> Layout | None:
     if start.startswith(TIFF_STARTS):
         tiff = Tiff(data)
         height, width = tiff.height, tiff.width
-        if tiff.orientation in (5, 6, 7, 8):
+        if tiff.orientation in SIDEWAYS:
             height, width = width, height
         if tiff.has_coded_colors:
             return Layout(height, width, 3, 8, "u", 3)
@@ -373,7 +376,7 @@ def _read_bands(tiff: Tiff, layout: Layout, reading: Reading) -> NDArray[Any]:
 
 def upright(image: NDArray[Any], orientation: int) -> NDArray[Any]:
     """Turn and flip an image (H, W, C) as tag 274 of TIFF and EXIF says."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in SIDEWAYS:
         image = image.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):
         image = image[:, ::-1]
@@ -414,9 +417,6 @@ def _warn_once(text: str) -> None:
 Image = Any
 """A path, the content of a file (``bytes``), a binary file object, a Pillow image, or an array of
 ``uint8``: (H, W) or (H, W, 1) gray, (H, W, 3) BGR or (H, W, 4) BGRA."""
-
-_ORIENTATION = 274
-"""Tag of EXIF: how a Pillow image has to be turned, which OpenCV does when it reads a file."""
 
 
 def as_image(image: Image, reading: Reading = PLAIN) -> NDArray[Any]:
@@ -474,7 +474,8 @@ def _from_pillow(image: Any) -> NDArray[Any]:
             "to RGB yourself, scaled as in training"
         )
     pixels = np.asarray(image.convert("RGB"))[..., ::-1]
-    turned = upright(pixels, image.getexif().get(_ORIENTATION, 1))
+    # As OpenCV does when it reads a file.
+    turned = upright(pixels, image.getexif().get(ORIENTATION, 1))
     return np.ascontiguousarray(turned)
 
 

@@ -26,7 +26,8 @@ from mmeformer.checks.dataset import check_evaluator, datasets_of
 from mmeformer.checks.findings import ERROR, Finding, format_findings
 from mmeformer.errors import UserError
 from mmeformer.files import refuse_url, write_text
-from mmeformer.formats.find import read_folder, recognize
+from mmeformer.formats import masks
+from mmeformer.formats.find import read_folder
 from mmeformer.formats.tree import Options, Tree
 from mmeformer.labeled import BOXES, CORNERS, FOLDERS, MASKS, POLYGONS, SPLITS, LabeledData
 from mmeformer.paths import config_dir
@@ -302,7 +303,8 @@ def _options(request: Request, folder: Path) -> Options:
         return replace(request.options, answer=" or ".join(choices))
     labels = TASKS[request.task].labels
     options = replace(request.options, corners=CORNERS in labels)
-    if options.format is None and MASKS in labels and recognize(Tree.of(folder), masks=True):
+    if options.format is None and MASKS in labels and masks.find(Tree.of(folder)):
+        # They may lie beside other labels.
         options = replace(options, format=MASKS)
     return options
 

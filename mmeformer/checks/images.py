@@ -20,6 +20,7 @@ from mmeformer.images import (
     PLAIN,
     PNG_END,
     PNG_START,
+    SIDEWAYS,
     TIFF_STARTS,
     Layout,
     Reading,
@@ -29,10 +30,8 @@ from mmeformer.images import (
     largest_value,
     read_layout,
 )
+from mmeformer.tiff import ORIENTATION
 
-# EXIF: the image is stored rotated by 90 degrees. OpenCV rotates it back when reading.
-ORIENTATION_TAG = 274
-SIDEWAYS = (5, 6, 7, 8)
 # Pillow's errors for files that are truncated, not images, or too large.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
@@ -123,7 +122,8 @@ def read_header(path: str) -> ImageFile:
             return ImageFile(layout.height, layout.width, layout)
     with Image.open(path) as image:
         width, height = image.size
-        if image.getexif().get(ORIENTATION_TAG) in SIDEWAYS:
+        # OpenCV rotates it back when it reads the image.
+        if image.getexif().get(ORIENTATION) in SIDEWAYS:
             width, height = height, width
         return ImageFile(height, width, layout)
 

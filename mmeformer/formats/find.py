@@ -83,18 +83,12 @@ def read_folder(
     return data
 
 
-def recognize(tree: Tree, masks: bool = False) -> str:
+def recognize(tree: Tree) -> str:
     """Name of the one format of a folder.
-
-    Args:
-        tree: of the folder.
-        masks: ask only for masks, which may lie beside other labels: ``masks`` or nothing.
 
     Raises:
         UserError: no format fits, or several do.
     """
-    if masks:
-        return "masks" if import_module(FORMATS["masks"]).find(tree) else ""
     found: dict[str, Sequence[Path]] = {}
     for name in _LABEL_FILES:
         if evidence := import_module(FORMATS[name]).find(tree):

@@ -74,7 +74,7 @@ def find_sources(inputs: Sequence[str | Path], exclude: Iterable[Path] = ()) -> 
             raise FileNotFoundError(f"input {path} does not exist")
         for file, name in pairs:
             name = _below(name)
-            source = Source(file, name, str(Path(name).with_suffix("").as_posix()))
+            source = Source(file, name, Path(name).with_suffix("").as_posix())
             found.setdefault(file.resolve(), source)
     return _with_unique_names(list(found.values()))
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +218,8 @@ class _Run:
         self.tracker: Tracker | None = None
         self.done = 0
         self.total = 0
-        side = settings.window or predictor.window_size
-        overlap = settings.overlap
-        if settings.window != 0 and side is not None and (overlap or 0) >= side:
+        side, overlap = predictor.window_size, settings.overlap
+        if settings.window is None and side is not None and (overlap or 0) >= side:
             raise ValueError(
                 f"overlap {overlap} must be less than the window, {side} pixels (--window)"
             )
@@ -241,7 +241,7 @@ class _Run:
             waiting = []
             if isinstance(item, _Failure):
                 self.done += item.frame is None and not item.source.is_video
-                yield self._status(item, item.error)
+                yield Status(item.title, self.done, self.total, item.error)
             elif isinstance(item, _Image) and item.window is not None:
                 yield self._finish(item, self._predict_windows(item, item.window))
             else:
@@ -310,10 +310,7 @@ class _Run:
             yield self._finish(item, result)
 
     def _predict_windows(self, item: _Image, size: int) -> Any:
-        def progress(done: int, total: int) -> None:
-            if self.on_window is not None:
-                self.on_window(item.title, done, total)
-
+        progress = None if self.on_window is None else partial(self.on_window, item.title)
         overlap = size // 4 if self.settings.overlap is None else self.settings.overlap
         return self.predictor.predict_windows(
             item.image, size, overlap, self.settings.batch_size, progress
@@ -340,6 +337,3 @@ class _Run:
         self.done += 1
         warning = self.predictor.scale_warning(item.image.shape[:2], item.window)
         return Status(item.title, self.done, self.total, warning=warning)
-
-    def _status(self, item: _Item, error: str) -> Status:
-        return Status(item.title, self.done, self.total, error)
