@@ -22,6 +22,7 @@ from mmengine.hooks import Hook
 from mmeformer import configs, tasks
 from mmeformer.training import engine, saving
 from mmeformer.training import runner as runners
+from mmeformer.work_dirs import named_checkpoint
 
 CHANNELS = {
     "model.neck.out_channels": 256,
@@ -100,7 +101,7 @@ def main() -> None:
         with mock.patch.object(runners.Runner, "save_checkpoint", save):
             with mock.patch.object(runners, "write_checkpoint", write):
                 runner.train()
-        file = Path(saving.named_checkpoint(folder)).stat().st_size
+        file = Path(named_checkpoint(folder)).stat().st_size
     weights = sum(tensor.nbytes for tensor in runner.model.state_dict().values())
     iteration = median(clock.seconds[1:])
     print(f"weights {weights / 1e6:.0f} MB, checkpoint {file / 1e6:.0f} MB, {args.size} px")

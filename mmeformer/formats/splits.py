@@ -7,6 +7,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mmeformer.labeled import LabeledData, LabeledImage
@@ -53,7 +54,7 @@ def complete(data: LabeledData, seed: int) -> None:
     images = data.of_split("train")
     if len(images) == 1:
         image = images[0]
-        data.images.append(LabeledImage(**{**vars(image), "split": "val"}))
+        data.images.append(replace(image, split="val"))
         data.notes.append("there is one image, which trains and validates; scores mean little")
         return
     groups, rule = grouped(images)

@@ -49,15 +49,17 @@ from mmeformer.training.saving import (
     CheckpointHook,
     PreemptionHook,
     checkpoint_hook,
-    find_nonfinite,
     last_checkpoint,
+    write_checkpoint,
+)
+from mmeformer.training.schedule import Schedule, other_length, wrappers
+from mmeformer.training.state import (
+    find_nonfinite,
     newest_resumable,
     read_resumable,
     restore_hooks,
     training_state,
-    write_checkpoint,
 )
-from mmeformer.training.schedule import Schedule, other_length, wrappers
 from mmeformer.training.writer import HostCopy, Writer
 from mmeformer.work_dirs import named_checkpoint
 
@@ -80,8 +82,8 @@ class Runner(MMEngineRunner):
       (:mod:`mmeformer.training.randomness`), goes on after the samples seen
       (:mod:`mmeformer.training.loops`), and follows the config where it has changed
       (:mod:`mmeformer.training.schedule`).
-    - A checkpoint is complete or absent, and resuming takes the newest complete one
-      (:mod:`mmeformer.training.saving`). It is written in the background
+    - A checkpoint is complete or absent (:mod:`mmeformer.training.saving`), and resuming takes the
+      newest complete one (:mod:`mmeformer.training.state`). It is written in the background
       (:mod:`mmeformer.training.writer`).
     - SIGTERM and SIGUSR1 stop the run with a checkpoint (:mod:`mmeformer.training.preemption`).
     - Weights that do not fit the model are an error (:mod:`mmeformer.checkpoints.matching`).

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mmeformer.checkpoints import safe_load
 from mmeformer.errors import CheckpointError
-from mmeformer.training.saving import newest_resumable
+from mmeformer.training.state import newest_resumable
 
 CONTENT = dict(
     meta=dict(iter=3, seed=7, name="run"),

@@ -16,7 +16,7 @@ import torch
 from mmeformer import files
 from mmeformer.errors import CheckpointError, TrainingError
 from mmeformer.training import runner, saving
-from mmeformer.training.saving import newest_resumable
+from mmeformer.training.state import newest_resumable, read_resumable
 
 pytestmark = pytest.mark.forks
 
@@ -322,7 +322,7 @@ class TestSearch:
     def test_weights_alone_are_not_enough(self, work_dir):
         best = work_dir / "best_mIoU_iter_3.pth"
         with pytest.raises(CheckpointError, match="has no optimizer, message_hub"):
-            saving.read_resumable(best)
+            read_resumable(best)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmseg.evaluation import IoUMetric
 
 from mmeformer.training import engine
-from mmeformer.training.saving import hook_states, restore_hooks
+from mmeformer.training.state import hook_states, restore_hooks
 
 
 def best(work_dir):
