@@ -14,6 +14,7 @@ from mmengine.logging import print_log
 from mmeformer import configs, tasks
 from mmeformer.report.build import after_training
 from mmeformer.training import engine
+from mmeformer.work_dirs import named_checkpoint
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def run(
     runner = engine.build_train_runner(config.copy())
     with after_training(runner):
         runner.train()
-    checkpoint = Path(config.work_dir, "last_checkpoint").read_text().strip()
+    checkpoint = str(named_checkpoint(config.work_dir))
     draw_loss_curve(
         Path(runner.log_dir, "vis_data", "scalars.json"), Path(config.work_dir, "loss_curve.png")
     )

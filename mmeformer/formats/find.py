@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import cv2
@@ -13,15 +12,13 @@ import numpy as np
 
 from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first, format_findings
 from mmeformer.errors import UserError
-from mmeformer.formats import folders, splits
-from mmeformer.formats.masks import in_mask_folder
+from mmeformer.formats import coco, dota, folders, labelme, masks, splits, voc, yolo
 from mmeformer.formats.tree import Options, Tree
 from mmeformer.labeled import LabeledData, LabeledImage, LabeledObject, bounding_box
 
-FORMATS = {
-    name: f"mmeformer.formats.{name}"
-    for name in ("coco", "yolo", "voc", "labelme", "dota", "masks", "folders")
-}
+FORMATS = dict(
+    coco=coco, yolo=yolo, voc=voc, labelme=labelme, dota=dota, masks=masks, folders=folders
+)
 """Readers by the name that ``--format`` takes. Label files of others count more than ``masks``, and
 ``folders`` count only if there is nothing else."""
 _LABEL_FILES = tuple(name for name in FORMATS if name not in ("masks", "folders"))
@@ -57,7 +54,7 @@ def read_folder(
                 f"{option} is for {' and '.join(formats)}; leave it out: {name} has names itself"
             )
     try:
-        data = import_module(FORMATS[name]).read(tree, options)
+        data = FORMATS[name].read(tree, options)
     except ValueError as error:
         raise UserError(str(error)) from error
     if others := tree.other_images():
@@ -91,7 +88,7 @@ def recognize(tree: Tree) -> str:
     """
     found: dict[str, Sequence[Path]] = {}
     for name in _LABEL_FILES:
-        if evidence := import_module(FORMATS[name]).find(tree):
+        if evidence := FORMATS[name].find(tree):
             found[name] = evidence
     if len(found) > 1:
         listed = " and ".join(
@@ -100,11 +97,11 @@ def recognize(tree: Tree) -> str:
         choices = " or ".join(f"--format {name}" for name in found)
         raise UserError(f"{tree.root} has labels in several formats: {listed}; choose {choices}")
     for name in (*found, "masks", "folders"):
-        if name in found or import_module(FORMATS[name]).find(tree):
+        if name in found or FORMATS[name].find(tree):
             return name
     # A guess of what was meant: JPEG files are never read as masks.
     jpegs = tree.with_suffix(".jpg", ".jpeg")
-    lossy = [path for path in jpegs if in_mask_folder(path, tree)]
+    lossy = [path for path in jpegs if masks.in_mask_folder(path, tree)]
     hint = f"; {others}" if (others := tree.other_images()) else ""
     if lossy:
         shown = lossy[0].relative_to(tree.root)

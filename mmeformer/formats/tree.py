@@ -187,7 +187,7 @@ class Tree:
     def split_of(self, path: Path) -> str | None:
         """Split that the folders or the name of a file tell; the innermost folder counts."""
         relative = path.relative_to(self.root) if path.is_relative_to(self.root) else path
-        for part in (*relative.parts[-2::-1],):
+        for part in relative.parts[-2::-1]:
             if found := split_word(part):
                 return found
         return None

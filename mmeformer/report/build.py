@@ -16,7 +16,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -30,6 +29,7 @@ from mmeformer.checks.dataset import datasets_of
 from mmeformer.errors import UserError
 from mmeformer.files import write_text
 from mmeformer.images import read_image
+from mmeformer.inference.pictures import at_picture_size
 from mmeformer.inference.predictor import Predictor, load_predictor
 from mmeformer.report import charts, history, page
 from mmeformer.report.review import Review, Statistics, Summary
@@ -511,7 +511,7 @@ def _pair(found: _Reviewed, item: _Image) -> str:
         # Of boxes that end at the border.
         warnings.filterwarnings("ignore", module="mmengine.visualization")
         sides = [
-            _shrunk(predictor.draw(image, result))
+            at_picture_size(np.ascontiguousarray(predictor.draw(image, result)), 0, PICTURE)[0]
             for result in (item.truth, found.review.shown(item.result))
         ]
     gap = np.full((sides[0].shape[0], 6, 3), 255, np.uint8)
@@ -523,12 +523,3 @@ def _extremes(images: list[_Image]) -> list[_Image]:
     """The worst and the best images so far, the worst first."""
     ordered = sorted(images, key=lambda item: item.score)
     return ordered if len(ordered) <= 2 * SHOWN else ordered[:SHOWN] + ordered[-SHOWN:]
-
-
-def _shrunk(image: np.ndarray) -> np.ndarray:
-    """The image, no larger than :data:`PICTURE`."""
-    scale = PICTURE / max(image.shape[:2])
-    if scale >= 1:
-        return np.ascontiguousarray(image)
-    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-    return cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)

@@ -48,8 +48,7 @@ def prepare_device(config: Config, launcher: str) -> None:
         find_unused_parameters=config.get("find_unused_parameters", False),
     )
     config.sync_bn = None
-    if config.get("model") is not None:
-        _unsynchronize_norms(config.model)
+    _unsynchronize_norms(config.model)
     if launcher == "slurm":
         _export_slurm_ranks()
     if not torch.distributed.is_initialized():

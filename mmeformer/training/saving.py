@@ -149,11 +149,11 @@ class CheckpointHook(MMEngineCheckpointHook):
             return
         late = self.minutes is not None and time.monotonic() - self._saved_at > 60 * self.minutes
         stop, late = anywhere(runner.stop.signal is not None, late)
-        place = dict(epoch=runner.epoch, iter=runner.iter + 1)
+        meta = dict(epoch=runner.epoch, iter=runner.iter + 1)
         if stop:
-            self.stop(runner, place)
-        elif late and not self._is_saved(place):
-            self._save_interim(runner, place)
+            self.stop(runner, meta)
+        elif late and not self._is_saved(meta):
+            self._save_interim(runner, meta)
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
         """Save the model if it is the best so far."""
@@ -165,14 +165,14 @@ class CheckpointHook(MMEngineCheckpointHook):
         """Save the scores, and stop if a signal has arrived."""
         if runner.stop is None:
             return
-        place = dict(epoch=runner.epoch, iter=runner.iter, validated=True)
+        meta = dict(epoch=runner.epoch, iter=runner.iter, validated=True)
         if self._better:
             step = runner.epoch if self.by_epoch else runner.iter
-            self._save_checkpoint_with_step(runner, step, place)
-        elif self._saved is not None and self._is_saved(place):
-            self._save(runner, self._saved[0], place)
+            self._save_checkpoint_with_step(runner, step, meta)
+        elif self._saved is not None and self._is_saved(meta):
+            self._save(runner, self._saved[0], meta)
         if anywhere(runner.stop.signal is not None)[0]:
-            self.stop(runner, place)
+            self.stop(runner, meta)
 
     def after_train(self, runner: Runner) -> None:
         """Remove interim checkpoints, once the last checkpoint is complete."""
@@ -182,19 +182,19 @@ class CheckpointHook(MMEngineCheckpointHook):
             named = named_checkpoint(runner.work_dir)
             self._remove_interims("" if named is None else named.name)
 
-    def stop(self, runner: Runner, place: dict) -> None:
+    def stop(self, runner: Runner, meta: dict) -> None:
         """Stop the run with a checkpoint.
 
         Args:
             runner: of the training.
-            place: complete epochs (``epoch``) and iterations (``iter``).
+            meta: complete epochs (``epoch``) and iterations (``iter``).
 
         Raises:
             Preempted: the checkpoint is complete.
             TrainingError: it could not be written.
         """
-        if not self._is_saved(place):
-            self._save_interim(runner, place)
+        if not self._is_saved(meta):
+            self._save_interim(runner, meta)
         runner.writer.finish()
         barrier()
         runner.logger.warning(
@@ -203,11 +203,11 @@ class CheckpointHook(MMEngineCheckpointHook):
         )
         raise Preempted
 
-    def _is_saved(self, place: dict) -> bool:
-        return self._saved is not None and self._saved[1:] == (place["epoch"], place["iter"])
+    def _is_saved(self, meta: dict) -> bool:
+        return self._saved is not None and self._saved[1:] == (meta["epoch"], meta["iter"])
 
-    def _save_interim(self, runner: Runner, place: dict) -> None:
-        self._save(runner, f"{INTERIM}{place['iter']}.pth", dict(place))
+    def _save_interim(self, runner: Runner, meta: dict) -> None:
+        self._save(runner, f"{INTERIM}{meta['iter']}.pth", meta)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         if self._validating:
