@@ -69,9 +69,8 @@ class UnreadableFilesHook(Hook):
             )
 
     def _gather(self, runner: Runner) -> None:
-        if get_world_size() > 1:
-            for found in all_gather_object(self.found):
-                self._note(runner, found)
+        for found in all_gather_object(self.found):
+            self._note(runner, found)
 
     def _note(self, runner: Runner, found: dict[str, str]) -> None:
         new = {path: reason for path, reason in found.items() if path not in self.found}
@@ -281,9 +280,8 @@ class SharedBuffersHook(Hook):
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Take the buffers of the main process."""
-        if get_world_size() > 1:
-            for buffer in runner.model.buffers():
-                broadcast(buffer)
+        for buffer in runner.model.buffers():
+            broadcast(buffer)
 
 
 def _file_count(runner: Runner) -> int:

@@ -14,7 +14,7 @@ from numbers import Real
 from pathlib import Path
 
 import torch
-from mmengine.dist import all_gather_object, barrier, get_world_size, is_main_process
+from mmengine.dist import all_gather_object, barrier, is_main_process
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
@@ -353,10 +353,7 @@ class PreemptionHook(Hook):
     def before_val(self, runner: Runner) -> None:
         """Find how often the processes can ask each other."""
         if runner.stop is not None:
-            lengths = [len(runner.val_dataloader)]
-            if get_world_size() > 1:
-                lengths = all_gather_object(lengths[0])
-            self._shared = min(lengths)
+            self._shared = min(all_gather_object(len(runner.val_dataloader)))
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Stop if a signal has arrived."""
