@@ -48,7 +48,7 @@ train_pipeline = [
         type="RandomResizedCrop", scale=crop, crop_ratio_range=(0.3, 1.0), interpolation="bicubic"
     ),
     dict(type="RandomFlip", prob=0.5, direction="horizontal"),
-    dict(type="ColorJitter", brightness=0.3, contrast=0.3, saturation=0.3),
+    dict(type="ColorJitter", brightness=0.1, contrast=0.1, saturation=0.1),
     dict(type="PackInputs"),
 ]
 test_pipeline = [
