@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
+from mmeformer.errors import UserError
 from mmeformer.files import refuse_url
 from mmeformer.paths import config_dir
 from mmeformer.settings import DATA_META, FREE, require_class_names
@@ -41,11 +42,17 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
 
     Raises:
         FileNotFoundError: neither exists; the message names similar shipped configs.
+        UserError: it is a folder.
         ValueError: it cannot be read, or a name of it or an option would change nothing; the
             message says why.
     """
     refuse_url(path, "config")
     path = Path(path)
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder, not a config; mmeformer init makes a config from a folder of "
+            "images, and a work directory has one (*.py)"
+        )
     if not path.is_file():
         shipped = config_dir() / str(path).removeprefix("configs/")
         if not shipped.is_file():

@@ -55,9 +55,10 @@ _TAKES = (
     "load takes the work directory of a training, a checkpoint (.pth) with its config, or an "
     "exported .onnx, .tflite or .pte file"
 )
-_EXPORTED = (".onnx", ".tflite", ".pte")
+EXPORTED = (".onnx", ".tflite", ".pte")
 """Files that :mod:`mmeformer.runtime` runs."""
-_CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+"""Suffixes of checkpoints."""
 _CHECKPOINT_STARTS = (b"PK\x03\x04", b"\x80")
 """First bytes of PyTorch's files, new and old."""
 _EXPORT = "export the model with `mmeformer export --to onnx`, and load that file"
@@ -104,7 +105,7 @@ def load(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; {_TAKES}")
-    if path.is_file() and path.suffix.lower() in _EXPORTED:
+    if path.is_file() and path.suffix.lower() in EXPORTED:
         if config is not None or device not in (None, "cpu"):
             raise ValueError(
                 f"{path} is an exported file, which needs no config and runs on the CPU here; for "
@@ -143,7 +144,7 @@ def _refuse_others(path: Path) -> None:
         raise UserError(f"{path} {_OTHER_FILES[suffix]}")
     if suffix == ".json" and (model := path.with_suffix(".tflite")).exists():
         raise UserError(f"{path} describes {model.name}; load that file")
-    if suffix in _CHECKPOINTS:
+    if suffix in CHECKPOINTS:
         return
     with path.open("rb") as file:
         head = file.read(9)
@@ -213,6 +214,9 @@ class Model:
             if (many := _many(images, self.source.reading)) is not None:
                 return self._predict(many, batch_size)
         return next(self._predict(map(self._read, [images]), batch_size))
+
+    predict = __call__
+    """The same as calling the model."""
 
     def _read(self, image: Any) -> _Named:
         return as_image(image, self.source.reading), _path_of(image), None

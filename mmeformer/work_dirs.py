@@ -24,13 +24,17 @@ def find_config(work_dir: str | Path) -> Path:
         UserError: there is none.
     """
     work_dir = Path(work_dir)
+    if not work_dir.is_dir():
+        raise UserError(f"{work_dir} is not a folder; give the work directory of a training")
     found = [path for path in work_dir.glob("*.py") if not is_draft(path)]
     # A copy of the local visualizer.
     found = found or list(work_dir.glob("*/vis_data/config.py"))
     if not found:
+        below = sorted(work_dir.glob(f"*/{POINTER}"))
+        hint = f" such as {below[0].parent}" if below else ""
         raise UserError(
             f"{work_dir} has no config (*.py), so it is not the work directory of a training; give "
-            "the folder that training wrote (--work-dir), or the config too"
+            f"the folder that training wrote (--work-dir){hint}, or the config too"
         )
     return max(found, key=lambda path: path.stat().st_mtime)
 

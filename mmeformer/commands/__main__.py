@@ -38,6 +38,21 @@ COMMANDS = _ORDER | {
 }
 """Module of each sub-command: those of a usual project in their order, then all others."""
 
+_OTHER_WORDS = {
+    "benchmark": "profile",
+    "detect": "predict",
+    "eval": "test",
+    "evaluate": "test",
+    "finetune": "train",
+    "fit": "train",
+    "info": "doctor",
+    "new": "init",
+    "track": "predict --track",
+    "val": "test",
+    "validate": "test",
+}
+"""What commands of other projects are called here."""
+
 
 def overview() -> str:
     """Help of ``mmeformer`` itself: every sub-command with the first line of its module."""
@@ -72,14 +87,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run a sub-command; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     name = arguments[0] if arguments else "--help"
+    if name == "help" and arguments[1:]:
+        return main([arguments[1], "--help"])
     if name in ("-h", "--help", "help"):
         print(overview())
         return 0
-    if name in ("-V", "--version"):
+    if name in ("-V", "--version", "version"):
         print(f"mmeformer {__version__}")
         return 0
     if name not in COMMANDS:
-        near = get_close_matches(name, COMMANDS, n=1)
+        near = [*filter(None, [_OTHER_WORDS.get(name)]), *get_close_matches(name, COMMANDS, n=1)]
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         print(f"error: mmeformer has no command {name!r}; {hint}", file=sys.stderr)
         return 2

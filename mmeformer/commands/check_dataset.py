@@ -32,9 +32,7 @@ from mmeformer.commands import cli
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(__doc__)
     cli.add_config(parser)
     parser.add_argument(
         "--split", nargs="+", choices=SPLITS, default=["train", "val"], help="default: train val"

@@ -9,11 +9,15 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
+from typing import NoReturn
 
 from mmengine.config import Config, DictAction
 
 from mmeformer import configs, settings
 from mmeformer.errors import UserError
+from mmeformer.model import CHECKPOINTS, EXPORTED
+from mmeformer.work_dirs import choose_checkpoint, find_config
 
 # Functions of mmengine's loops, PyTorch's data loader and prediction that do the work itself.
 WORK = ("run_iter", "_next_data", "results_of_batch")
@@ -32,18 +36,119 @@ class ParserReady(Exception):  # noqa: N818 (no error)
         self.parser = parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Add ``--debug`` to a parser and parse the command line; suggests the nearest option."""
+_OTHER_NAMES = {
+    "--batch": ("--batch-size", "batch_size"),
+    "--batch-size": ("--batch", "batch_size"),
+    "--conf": ("--score-thr",),
+    "--epochs": ("epochs",),
+    "--format": ("--to",),
+    "--half": ("--fp16",),
+    "--imgsz": ("--size", "scale"),
+    "--learning-rate": ("learning_rate",),
+    "--lr": ("learning_rate",),
+    "--lr0": ("learning_rate",),
+    "--model": ("--arch",),
+    "--output": ("--out", "--work-dir"),
+    "--output-dir": ("--out", "--work-dir"),
+    "--project": ("--work-dir", "--out"),
+    "--threshold": ("--score-thr",),
+    "--workers": ("num_workers",),
+}
+"""What options of other projects are called here: options, or lines of a config."""
+_WITHOUT_OPTION = ("--data", "--source", "--input", "--config", "--checkpoint", "--weights")
+"""What other projects give by an option and these commands by its place."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help is the text of a command's module, and whose errors are one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with exit status 2."""
+        if "are required" in message:
+            message = f"{message}; example: {self.example()}"
+        self.exit(2, f"error: {message} ({self.prog} --help explains all)\n")
+
+    def example(self) -> str:
+        """The first of the examples in the help."""
+        lines = [line.strip() for line in (self.description or "").splitlines()]
+        return next((line for line in lines if line.startswith("mmeformer ")), f"{self.prog} ...")
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, model: bool = False
+) -> argparse.Namespace:
+    """Add ``--debug`` to a parser and parse the command line; suggests the nearest option.
+
+    Args:
+        parser: of the command.
+        argv: the command line; None takes that of the process.
+        model: the command begins with a config and a checkpoint. A work directory or a checkpoint
+            with its config beside it stands for both.
+    """
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     if argv is PARSER_ONLY:
         raise ParserReady(parser)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = list(parser._option_string_actions)
+    for word in argv:
+        name = word.partition("=")[0]
+        # Before what is missing, which may be what the unknown option was meant for.
+        if name.startswith("--") and not any(option.startswith(name) for option in options):
+            parser.error(f"unrecognized arguments: {word}{_meant(parser, name)}")
+    if model:
+        try:
+            argv = _with_config(argv)
+        except UserError as error:
+            parser.exit(2, f"error: {error}\n")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        options = list(parser._option_string_actions)
-        near = get_close_matches(unknown[0].partition("=")[0], options, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = "; KEY=VALUE follows --cfg-options" if "=" in unknown[0] else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return args
+
+
+def _meant(parser: argparse.ArgumentParser, name: str) -> str:
+    """What an unknown option may be meant for."""
+    options = list(parser._option_string_actions)
+    others = _OTHER_NAMES.get(name, ())
+    if near := [other for other in others if other in options]:
+        return f"; did you mean {near[0]}?"
+    if others and not others[-1].startswith("-"):
+        return f"; {others[-1]} is a line of the config that mmeformer init writes: change it there"
+    if name in _WITHOUT_OPTION and isinstance(parser, Parser):
+        return f"; give its value without it: {parser.example()}"
+    near = get_close_matches(name, [option for option in options if option != "--help"], 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _with_config(argv: list[str]) -> list[str]:
+    """A command line that begins with a config and a checkpoint.
+
+    Raises:
+        UserError: a folder has no config or no checkpoint, or an exported file has none before it.
+    """
+    if not argv:
+        return argv
+    first, rest = Path(argv[0]), argv[1:]
+    suffix = first.suffix.lower()
+    if suffix in EXPORTED:
+        raise UserError(
+            f"{first} is an exported file, whose config comes before it; Python needs the file "
+            f'alone: mmeformer.load("{first}")("photo.jpg").save("out.png")'
+        )
+    if suffix in CHECKPOINTS and first.is_file():
+        return [str(find_config(first.parent)), *argv]
+    if first.is_dir():
+        config = str(find_config(first))
+        if rest and Path(rest[0]).suffix.lower() in (*CHECKPOINTS, *EXPORTED):
+            return [config, *rest]
+        return [config, str(choose_checkpoint(first)), *rest]
+    if suffix == ".py" and rest and Path(rest[0]).is_dir():
+        return [argv[0], str(choose_checkpoint(rest[0])), *rest[1:]]
+    return argv
 
 
 def run(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
@@ -91,9 +196,12 @@ def _before_work(error: Exception) -> bool:
     return not any(frame.name in WORK for frame in traceback.extract_tb(error.__traceback__))
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the argument that names a config."""
-    parser.add_argument("config", help="config file, or its path below mmeformer's configs/")
+def add_config(parser: argparse.ArgumentParser, or_work_dir: bool = False) -> None:
+    """Add the argument that names a config, with a checkpoint behind it, or a work directory."""
+    text = "config file, or its path below mmeformer's configs/"
+    if or_work_dir:
+        text += "; or, in place of config and checkpoint, a work directory"
+    parser.add_argument("config", help=text)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

@@ -19,9 +19,7 @@ from mmeformer.commands.__main__ import COMMANDS, summary
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(__doc__)
     parser.add_argument("shell", choices=list(SCRIPTS))
     return cli.parse(parser, argv)
 

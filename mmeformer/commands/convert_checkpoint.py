@@ -24,9 +24,7 @@ from mmeformer.commands import cli
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(__doc__)
     parser.add_argument("source", metavar="SRC", help="file, URL or timm://<model>.<tag>")
     parser.add_argument("target", metavar="DST", help="file: .pth, .pt, .bin or .safetensors")
     parser.add_argument("--to", choices=TARGETS, default="native", help="default: %(default)s")

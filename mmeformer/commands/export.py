@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Export a trained model to ONNX, CoreML, TensorFlow Lite or ExecuTorch, checked against PyTorch.
 
+A work directory stands for its config and its best checkpoint, else the last.
+
 Examples:
-    mmeformer export CONFIG CHECKPOINT --to onnx --size 512 512 --out model.onnx
+    mmeformer export work_dirs/my_config --to onnx --size 512 512 --out model.onnx
     mmeformer export CONFIG CHECKPOINT --to onnx --dynamic --with-preprocessing --out model.onnx
     mmeformer export CONFIG CHECKPOINT --to onnx --size 512 512 --int8 images/ --out model.onnx
     mmeformer export CONFIG CHECKPOINT --to onnx --part backbone --size 224 224 --out s0.onnx
@@ -22,10 +24,8 @@ from mmeformer.inference.inputs import find_sources
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="config file, or its path below mmeformer's configs/")
+    parser = cli.Parser(__doc__)
+    cli.add_config(parser, or_work_dir=True)
     parser.add_argument("checkpoint", help="checkpoint of a model of this config")
     parser.add_argument("--to", choices=list(SUFFIXES), required=True)
     parser.add_argument(
@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     cli.add_config_options(parser)
-    args = cli.parse(parser, argv)
+    args = cli.parse(parser, argv, model=True)
     if args.dynamic and args.batch != 1:
         parser.error("--batch is for --size: with --dynamic any batch is possible")
     if args.max_drop is not None and not args.int8 and not args.int8_dynamic:

@@ -24,9 +24,7 @@ from mmeformer.variants import VARIANTS
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(__doc__)
     parser.add_argument("data", metavar="DATA", type=Path, help="folder of images and labels")
     parser.add_argument("--task", choices=list(TASKS), help="default: the one the labels are for")
     parser.add_argument(

@@ -6,11 +6,13 @@ The output folder gets pictures/ and videos/ with the results drawn in, and the 
 
 Images that cannot be read are named and skipped; the exit status is then 1.
 
+Of a work directory, the best checkpoint is taken, else the last.
+
 Examples:
-    mmeformer predict CONFIG CHECKPOINT photo.jpg
-    mmeformer predict CONFIG CHECKPOINT images/ "more/*/*.png" clip.mp4 --out results --batch-size 4
-    mmeformer predict CONFIG CHECKPOINT clip.mp4 --track
-    mmeformer predict CONFIG CHECKPOINT scene.tif --window 1024 --overlap 200 --device cuda:0
+    mmeformer predict work_dirs/my_config photo.jpg
+    mmeformer predict my_config.py epoch_12.pth images/ "more/*/*.png" clip.mp4 --out results
+    mmeformer predict work_dirs/my_config clip.mp4 --track --batch-size 4
+    mmeformer predict work_dirs/my_config scene.tif --window 1024 --overlap 200 --device cuda:0
 """
 
 import argparse
@@ -25,6 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmeformer import configs
 from mmeformer.commands import cli
+from mmeformer.errors import UserError
+from mmeformer.model import EXPORTED
 from mmeformer.tasks import TASKS
 
 # Seconds between lines of progress if the output is not a terminal.
@@ -34,11 +38,8 @@ LINE_EVERY = 30
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     outputs = "\n".join(f"  {task.name:<15}{task.outputs}" for task in TASKS.values())
-    parser = argparse.ArgumentParser(
-        description=__doc__.format(outputs=outputs),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="config file, or its path below mmeformer's configs/")
+    parser = cli.Parser(__doc__.format(outputs=outputs))
+    cli.add_config(parser, or_work_dir=True)
     parser.add_argument("checkpoint", help="checkpoint of a model of this config")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or glob")
     parser.add_argument(
@@ -74,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--no-pictures", action="store_true", help="results only, which is faster")
     cli.add_config_options(parser)
-    return cli.parse(parser, argv)
+    return cli.parse(parser, argv, model=True)
 
 
 def work(args: argparse.Namespace) -> int:
@@ -91,6 +92,11 @@ def work(args: argparse.Namespace) -> int:
         pictures=not args.no_pictures,
         track=args.track,
     )
+    if args.checkpoint.lower().endswith(EXPORTED):
+        raise UserError(
+            f"{args.checkpoint} is an exported file; this command takes the checkpoint, and Python "
+            f'both: mmeformer.load("{args.checkpoint}")("photo.jpg").save("out.png")'
+        )
     config = cli.load_config(args)
     configs.existing_checkpoint(args.checkpoint)
     # Outputs of an earlier run are no inputs, but pictures/ of a data set are.

@@ -35,12 +35,10 @@ from mmeformer.version import __version__
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser(__doc__)
     parser.add_argument(
-        "config", help=f"config file, or a published variant: {', '.join(VARIANTS)}"
+        "config",
+        help=f"config file, or a variant: {', '.join(VARIANTS)} (short: s0)",
     )
     parser.add_argument("--checkpoint", help="default: random weights")
     parser.add_argument("--part", choices=["model", "backbone"], default="model")
@@ -60,7 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> tuple[Profile, dict]:
     """Profile a model; returns the profile and the conditions of the measurement."""
-    variant = VARIANTS.get(args.config)
+    named = [item for item in VARIANTS.values() if args.config in (item.name, item.arch)]
+    variant = named[0] if named else None
     size = tuple(args.size or ((224, 224) if variant else (512, 512)))
     request = Request("onnx", BACKBONE if variant else args.part, size, args.batch)
     if variant is not None:

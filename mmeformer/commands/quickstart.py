@@ -13,10 +13,7 @@ from mmeformer.commands import cli
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.format(first=next(iter(tasks.TASKS))),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser(__doc__.format(first=next(iter(tasks.TASKS))))
     parser.add_argument("task", choices=list(tasks.TASKS))
     parser.add_argument(
         "--light", action="store_true", help="the light model of the task, for phones and CPUs"

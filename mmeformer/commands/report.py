@@ -14,9 +14,7 @@ from mmeformer.commands import cli
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(__doc__)
     parser.add_argument("work_dir", help="folder that training wrote")
     parser.add_argument("--config", help="of the training (default: that of the work directory)")
     parser.add_argument("--checkpoint", help="to predict with (default: the best, else the last)")

@@ -31,9 +31,7 @@ LINE_EVERY = 30
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(__doc__)
     parser.add_argument("sources", metavar="SRC", type=Path, nargs="+")
     parser.add_argument("target", metavar="DST", type=Path)
     parser.add_argument("--images", default="images", help="folder below SRC (%(default)s)")

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate a checkpoint, or a file exported from one, with its config.
 
+Of a work directory, the best checkpoint is taken, else the last.
+
 Examples:
+    mmeformer test work_dirs/my_config
     mmeformer test my_config.py work_dirs/my_config/epoch_24.pth
     mmeformer test my_config.py model.onnx --show-dir pictures/
 """
@@ -10,28 +13,27 @@ import argparse
 
 from mmeformer.commands import cli
 from mmeformer.configs import existing_checkpoint
+from mmeformer.model import EXPORTED
 from mmeformer.training import engine
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cli.add_config(parser)
+    parser = cli.Parser(__doc__)
+    cli.add_config(parser, or_work_dir=True)
     parser.add_argument("checkpoint", help="checkpoint, or exported .onnx, .tflite or .pte file")
     parser.add_argument("--out", metavar="FILE.pkl", help="file for all predictions")
     parser.add_argument("--show-dir", metavar="FOLDER", help="folder for pictures of predictions")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")
     cli.add_run_options(parser)
-    return cli.parse(parser, argv)
+    return cli.parse(parser, argv, model=True)
 
 
 def work(args: argparse.Namespace) -> None:
     """Evaluate."""
     config = cli.prepare_run(args)
     checkpoint = existing_checkpoint(args.checkpoint)
-    exported = checkpoint.endswith((".onnx", ".tflite", ".pte"))
+    exported = checkpoint.endswith(EXPORTED)
     if exported:
         # Needs a runtime, which evaluating checkpoints does not.
         from mmeformer.deploy.evaluate import use_exported

@@ -20,15 +20,16 @@ from mmeformer.commands import cli
 from mmeformer.errors import UserError
 from mmeformer.training import engine
 from mmeformer.training.trackers import DEFAULT, NONE, TRACKERS
+from mmeformer.work_dirs import POINTER, find_config
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(__doc__)
     parser.add_argument(
-        "config", help="config file, its path below mmeformer's configs/, or a folder of data"
+        "config",
+        help="config file, its path below mmeformer's configs/, or a folder of data; with --resume "
+        "also a work directory",
     )
     parser.add_argument(
         "--resume",
@@ -72,7 +73,16 @@ def _train(args: argparse.Namespace) -> int | None:
     # Needs what prediction needs, which takes a moment to import.
     from mmeformer.report.build import after_training
 
-    if Path(args.config).is_dir():
+    if Path(args.config, POINTER).is_file():
+        earlier = find_config(args.config)
+        if not args.resume:
+            raise UserError(
+                f"{args.config} is the work directory of a training: add --resume to go on with "
+                f"it, or train {earlier} anew in another --work-dir"
+            )
+        args.work_dir = args.work_dir or args.config
+        args.config = str(earlier)
+    elif Path(args.config).is_dir():
         if args.launcher != "none":
             raise UserError(
                 f"{args.config} is a folder; several processes need a config: run mmeformer init "

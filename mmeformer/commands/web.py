@@ -16,9 +16,7 @@ from mmeformer.deploy import website
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(__doc__)
     parser.add_argument("model", metavar="MODEL.onnx", help="exported file")
     parser.add_argument("--out", metavar="FOLDER", help="folder to write")
     parser.add_argument("--serve", action="store_true", help="serve the page on this machine")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mmeformer.commands import completion
+from mmeformer.commands import cli, completion
 from mmeformer.commands.__main__ import COMMANDS, main, summary
 from mmeformer.tasks import TASKS
 from mmeformer.version import __version__
@@ -51,6 +51,8 @@ def test_package_as_a_command():
         ("trian", "no command 'trian'; did you mean train?"),
         ("quick-start", "did you mean quickstart?"),
         ("dance", "choose one of init, train, test"),
+        ("val", "did you mean test?"),
+        ("detect", "did you mean predict?"),
     ],
 )
 def test_nearest_command(word, message, capsys):
@@ -59,13 +61,93 @@ def test_nearest_command(word, message, capsys):
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_nearest_option(capsys):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("init data --tsak detection", "unrecognized arguments: --tsak; did you mean --task?"),
+        ("train data --epochs 3", "--epochs; epochs is a line of the config that mmeformer init"),
+        ("train --data data", "--data; give its value without it: mmeformer train my_config.py"),
+        ("train a.py lr=3", "lr=3; KEY=VALUE follows --cfg-options"),
+        ("predict --source a.jpg --weights b.pth", "--source; give its value without it"),
+        ("predict a.py b.pth c.jpg --conf 0.5", "did you mean --score-thr?"),
+        ("export gone --format onnx", "--format; did you mean --to?"),
+        ("export", "required: config, checkpoint, --to, --out; example: mmeformer export work_"),
+        ("predict a.onnx photo.jpg", "a.onnx is an exported file, whose config comes before it"),
+    ],
+)
+def test_wrong_arguments_are_one_line_with_the_next_step(line, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["init", "data", "--tsak", "detection"])
+        main(line.split())
     assert stopped.value.code == 2
-    assert "unrecognized arguments: --tsak detection; did you mean --task?" in (
-        capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_help_of_a_command_by_its_name(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["help", "init"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: mmeformer init ")
+
+
+class TestConfigAndCheckpoint:
+    """A work directory, or a checkpoint in it, stands for both."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        for name in ("nuclei.py", "epoch_1.pth", "best_coco_bbox_mAP_epoch_1.pth"):
+            (tmp_path / name).touch()
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("given", "checkpoint"),
+        [
+            ("{}", "best_coco_bbox_mAP_epoch_1.pth"),
+            ("{}/epoch_1.pth", "epoch_1.pth"),
+            ("{}/nuclei.py {}", "best_coco_bbox_mAP_epoch_1.pth"),
+            ("{} {}/epoch_1.pth", "epoch_1.pth"),
+            ("{} {}/a.onnx", "a.onnx"),
+            ("{}/nuclei.py {}/epoch_1.pth", "epoch_1.pth"),
+        ],
     )
+    def test_both_are_found(self, folder, given, checkpoint):
+        words = [word.format(folder) for word in given.split()]
+        args = cli.parse(_parser(), [*words, "--flag"], model=True)
+        assert args.config == str(folder / "nuclei.py")
+        assert args.checkpoint == str(folder / checkpoint)
+
+    def test_folders_that_are_none(self, folder, capsys):
+        (folder / "last_checkpoint").touch()
+        for path, message in (
+            (folder.parent, f"has no config (*.py), .* such as {folder}"),
+            (folder / "gone", "are required: checkpoint"),
+        ):
+            with pytest.raises(SystemExit):
+                cli.parse(_parser(), [str(path)], model=True)
+            error = capsys.readouterr().err
+            assert re.search(message.replace("(*.py)", r"\(\*\.py\)"), error)
+
+
+def _parser():
+    parser = cli.Parser("text")
+    cli.add_config(parser, or_work_dir=True)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--flag", action="store_true")
+    return parser
+
+
+def test_train_takes_a_work_directory_to_resume_only(tmp_path, capsys):
+    for name in ("nuclei.py", "last_checkpoint"):
+        (tmp_path / name).touch()
+    assert main(["train", str(tmp_path)]) == 1
+    assert "add --resume to go on with it" in capsys.readouterr().err
+    assert main(["train", str(tmp_path), "--resume"]) == 1
+    assert f"{tmp_path / 'nuclei.py'} is not a training config" in capsys.readouterr().err
+
+
+def test_folder_in_place_of_a_config(tmp_path, capsys):
+    assert main(["check", str(tmp_path)]) == 1
+    assert "is a folder, not a config; mmeformer init makes a config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

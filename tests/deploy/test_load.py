@@ -89,6 +89,7 @@ def test_every_kind_of_input(task, models, trained, picture, tmp_path):
     inputs = [str(picture), picture, image, picture.read_bytes(), Image.open(picture)]
     for one in inputs:
         assert equal(model(one), expected, task)
+    assert equal(model.predict(picture), expected, task)
     many = model(inputs, batch_size=2)
     assert isinstance(many, list) and len(many) == 5
     # The values of a batch differ by rounding.
