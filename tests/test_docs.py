@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the docs name exists: linked files and headings, paths, commands with their options, Python."""
+"""What the docs name exists: files, headings, paths, commands with their options, Python names."""
 
 import ast
 import importlib
