@@ -20,6 +20,11 @@ import numpy as np
 from mmeformer.labeled import LabeledData, LabeledImage
 from mmeformer.variants import Variant
 
+OFTEN = 100
+"""Epochs from which training images are varied in size and direction (docs/recipes.md).
+
+Networks that see an image less often learn more from it as it is.
+"""
 COMPILE_FROM = 20_000
 """Iterations from which compiling the backbone, which takes minutes, pays on a GPU."""
 WIDE_LINE = 100
@@ -245,6 +250,22 @@ def epochs_for(images: int) -> int:
     Between the ranges of docs/finetuning.md, by the square root; at most 200.
     """
     return max(12, min(200, round(1000 / math.sqrt(max(images, 1)))))
+
+
+def varied(name: str, often: Any, seldom: Any, what: str, images: int) -> Setting:
+    """A setting of how training images are varied, by how often each is seen.
+
+    Args:
+        name: of the setting.
+        often: its value from :data:`OFTEN` epochs on.
+        seldom: its value in fewer.
+        what: the setting does, for people.
+        images: for training.
+    """
+    epochs = epochs_for(images)
+    if epochs >= OFTEN:
+        return Setting(name, str(often), f"{what}; each is seen {epochs} times")
+    return Setting(name, str(seldom), f"{what}; not in fewer than {OFTEN} epochs")
 
 
 def sides_of(images: Sequence[LabeledImage]) -> tuple[int, int]:

@@ -26,6 +26,10 @@ BOXES = {
 }
 
 
+OBJECT_COLORS = ((40, 200, 250), (250, 120, 60))
+"""Of the classes in the images: blue, green, red."""
+
+
 def quadrilaterals(name: str) -> np.ndarray:
     """Corners (N, 4, 2) of the objects of an image."""
     return corners(np.array([box[:5] for box in BOXES[name]]))
@@ -61,8 +65,7 @@ def write_images(folder: Path, names=NAMES, suffix=".png") -> None:
     for name in names:
         image = np.random.default_rng(len(name)).integers(0, 90, (HEIGHT, WIDTH, 3), np.uint8)
         for quad, label in zip(quadrilaterals(name), labels(name), strict=True):
-            color = ((40, 200, 250), (250, 120, 60))[label]
-            cv2.fillPoly(image, [np.rint(quad).astype(np.int32)], color)
+            cv2.fillPoly(image, [np.rint(quad).astype(np.int32)], OBJECT_COLORS[label])
         assert cv2.imwrite(str(folder / f"{name}{suffix}"), image)
 
 

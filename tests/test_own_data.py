@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from mmengine.registry import DATASETS, init_default_scope
 
 from mmeformer import configs, own_data, starter, tasks
 from mmeformer.detection import starter as detection_starter
@@ -118,6 +119,7 @@ def test_settings_are_alive(made, task, tmp_path):
             [6],
         ),
         "anchor_ratios": ("[1.0]", lambda c: c.model.rpn_head.anchor_generator.ratios, [1.0]),
+        "rotate": ("0.25", lambda c: c.train_dataloader.dataset.pipeline[5].prob, 0.25),
         "rois_per_image": ("4", lambda c: c.model.train_cfg.rcnn.sampler.num, 4),
         "data_root": ('"/d/"', lambda c: c.train_dataloader.dataset.data_root, "/d/"),
         "labels": ('"/l/"', lambda c: places(c)[0], "/l/"),
@@ -492,6 +494,38 @@ def test_small_images_come_in_larger_batches(task, kind, side, batch):
     """Up to four times as many as of 512 px."""
     data = data_of(side, side, (40, 40), kind=kind)
     assert task.STARTER.default_batch(data) == batch
+
+
+@pytest.mark.parametrize(("count", "often"), [(6, True), (100, True), (150, False)])
+def test_images_that_are_seen_often_are_varied(count, often):
+    for task, kind, name, value in (
+        (rotated_starter, CORNERS, "rotate", "0.5" if often else "0.0"),
+        (detection_starter, BOXES, "scales", "(0.75, 1.0)" if often else "(1.0, 1.0)"),
+        (detection_starter, POLYGONS, "scales", "(0.75, 1.0)" if often else "(1.0, 1.0)"),
+        (segmentation_starter, MASKS, "scales", "(1.0, 1.25)" if often else "(1.0, 1.0)"),
+    ):
+        data = data_of(256, 256, (40, 40), kind=kind, count=count)
+        assert values(task.STARTER.settings(data, PLAN))[name] == value
+
+
+def test_turned_images_have_their_boxes_on_the_objects(made):
+    config = configs.load_config(made["rotated"][0].config)
+    data = config.train_dataloader.dataset
+    turn = next(step for step in data.pipeline if step.type == "RandomRotate")
+    assert turn.prob == 0.5
+    turn.prob = 1.0
+    init_default_scope("mmrotate")
+    dataset = DATASETS.build(data)
+    np.random.seed(0)
+    found = 0
+    for sample in (dataset[index] for index in range(len(dataset))):
+        objects = sample["data_samples"].gt_instances
+        for (x, y, *_), label in zip(objects.bboxes.tensor.tolist(), objects.labels, strict=True):
+            pixel = sample["inputs"][:, int(y), int(x)].int()
+            color = torch.tensor(sets.OBJECT_COLORS[sets.CLASSES.index(config.classes[label])])
+            assert (pixel - color).abs().max() < 40
+            found += 1
+    assert found >= 6
 
 
 @pytest.mark.parametrize(

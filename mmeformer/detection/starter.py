@@ -41,6 +41,7 @@ from mmeformer.starter import (
     round_up,
     sides_of,
     smallest,
+    varied,
 )
 from mmeformer.variants import find_variant
 from mmeformer.windows import Window, crop, windows
@@ -52,6 +53,8 @@ SMALL = 16
 TINY = 8
 """Images are cut into tiles if small objects would be smaller than this."""
 TILE, OVERLAP = 800, 200
+SCALES = (0.75, 1.0)
+"""Larger images would fill a batch, which is padded to its largest one."""
 ROIS = (32, 64, 128)
 """Boxes of an image that its heads are trained on without a GPU; the published recipe has 512."""
 ROIS_PER_OBJECT = 8
@@ -122,9 +125,12 @@ class DetectionStarter(Starter):
 
     def settings(self, data: LabeledData, plan: Plan) -> list[Setting]:
         """See the base class."""
-        if data.kind != POLYGONS:
-            return light_starter.settings(data, plan)
         images = data.of_split("train")
+        scales = varied(
+            "scales", SCALES, (1.0, 1.0), "training images are resized by these", len(images)
+        )
+        if data.kind != POLYGONS:
+            return [*light_starter.settings(data, plan), scales]
         long, short = sides_of(images)
         small = smallest(data)
         factor = self._enlargement(data)
@@ -147,6 +153,7 @@ class DetectionStarter(Starter):
             ),
             Setting("anchor_ratios", str(ratios), f"height by width; boxes have {wide} shapes"),
             self._rois(images, plan),
+            scales,
             Setting("epochs", str(epochs), f"for {len(images)} images; see docs/finetuning.md"),
         ]
 
@@ -212,7 +219,7 @@ BODY = """\
 train_pipeline = [
     _base_.load_image,
     dict(type="LoadAnnotations", {load}),
-    dict(type="RandomResize", scale=scale, ratio_range=(0.75, 1.0), keep_ratio=True),
+    dict(type="RandomResize", scale=scale, ratio_range=scales, keep_ratio=True),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PackDetInputs"),
 ]

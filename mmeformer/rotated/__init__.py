@@ -5,6 +5,8 @@ Only this package imports mmrotate. Importing it registers its modules, so confi
 detectors have ``custom_imports = dict(imports=["mmeformer.rotated"])``.
 """
 
+import warnings
+
 try:
     import mmrotate.models  # noqa: F401  (registers the coders and anchors the head builds on)
 except ImportError as error:
@@ -30,6 +32,9 @@ from .losses import RotatedIoULoss
 from .metric import DOTAMetric
 from .visualizer import RotatedVisualizer
 from .writers import to_json, write_dota_text, write_json, write_picture, write_task1
+
+# mmrotate's RandomRotate asks for it each time: boxes may reach beyond the image.
+warnings.filterwarnings("ignore", message="The `clip` function does nothing in `RotatedBoxes`")
 
 __all__ = [
     "DOTADataset",

@@ -25,6 +25,7 @@ from mmeformer.starter import (
     round_up,
     sides_of,
     smallest,
+    varied,
 )
 from mmeformer.variants import find_variant
 from mmeformer.windows import windows
@@ -116,6 +117,7 @@ class RotatedStarter(Starter):
                 f"{kind} {long} x {short} px, a tenth of the objects below "
                 f"{smallest(data):.0f} px: {enlarged(self._enlargement(data))}",
             ),
+            varied("rotate", 0.5, 0.0, "share of training images turned by any angle", samples),
             Setting(
                 "epochs",
                 str(epochs_for(samples)),
@@ -152,6 +154,7 @@ model = dict(
 )
 train_pipeline = _base_.train_pipeline
 train_pipeline[3].scale = size
+train_pipeline.insert(5, dict(type="RandomRotate", prob=rotate, angle_range=180))
 val_pipeline = _base_.val_pipeline
 val_pipeline[1].scale = size
 

@@ -35,6 +35,7 @@ from mmeformer.starter import (
     file_names,
     relative_to,
     sides_of,
+    varied,
 )
 from mmeformer.variants import find_variant
 
@@ -150,10 +151,8 @@ class SegmentationStarter(Starter):
                 str((side, side)),
                 "height, width; " + ("as published" if side == CROP else "fits into most images"),
             ),
-            Setting(
-                "scales",
-                str(scales),
-                "training images are resized by these; as published, in long trainings: 0.5 to 2",
+            varied(
+                "scales", scales, (1.0, 1.0), "training images are resized by these", len(images)
             ),
             self._class_weight(data),
             Setting(
