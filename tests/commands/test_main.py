@@ -95,9 +95,11 @@ class TestConfigAndCheckpoint:
 
     @pytest.fixture
     def folder(self, tmp_path):
+        folder = tmp_path / "runs" / "nuclei"
+        folder.mkdir(parents=True)
         for name in ("nuclei.py", "epoch_1.pth", "best_coco_bbox_mAP_epoch_1.pth"):
-            (tmp_path / name).touch()
-        return tmp_path
+            (folder / name).touch()
+        return folder
 
     @pytest.mark.parametrize(
         ("given", "checkpoint"),
