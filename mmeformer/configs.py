@@ -25,6 +25,8 @@ from mmeformer.without_onedl import drop_note
 drop_note()
 
 
+SUFFIXES = (".py", ".json", ".yaml", ".yml")
+"""Of the files that mmengine reads as configs."""
 READ_LATER = (
     *("auto_scale_lr", "tta_model", "tta_pipeline", "custom_imports", "model_wrapper_cfg"),
     *("sync_bn", "find_unused_parameters", "activation_checkpointing", "compile", "report"),
@@ -192,16 +194,43 @@ def _reason(error: Exception) -> str:
 
 
 def _missing_config(path: Path) -> str:
+    missing = f"config {path} does not exist"
+    if path.suffix not in SUFFIXES:
+        missing = f"there is neither a config nor a folder {path}"
+    near: Sequence[str | Path]
     if path.with_suffix(".py").is_file():
-        return f"config {path} does not exist; did you mean {path.with_suffix('.py')}?"
-    names = {
-        file.name: file.relative_to(config_dir())
-        for file in config_dir().rglob("*.py")
-        if "_base_" not in file.parts
-    }
-    near = get_close_matches(path.name, names, n=3, cutoff=0.4)
-    hint = "; did you mean " + " or ".join(f"configs/{names[n]}" for n in near) if near else ""
-    return f"config {path} does not exist{hint}"
+        near = [path.with_suffix(".py")]
+    elif found := _nearest(path):
+        near = [found]
+    else:
+        names = {
+            file.name: f"configs/{file.relative_to(config_dir())}"
+            for file in config_dir().rglob("*.py")
+            if "_base_" not in file.parts
+        }
+        near = [names[name] for name in get_close_matches(path.name, names, n=3, cutoff=0.4)]
+    hint = f"; did you mean {' or '.join(map(str, near))}?" if near else ""
+    return f"{missing}{hint}"
+
+
+def _nearest(path: Path) -> Path | None:
+    """The existing path whose parts resemble those of a path that does not exist, if any."""
+    found = Path(path.anchor)
+    for part in path.parts[1:] if path.anchor else path.parts:
+        if not (found / part).exists():
+            try:
+                names = [
+                    file.name
+                    for file in found.iterdir()
+                    if file.suffix in SUFFIXES or file.is_dir()
+                ]
+            except OSError:
+                return None
+            if not (near := get_close_matches(part, names, n=1, cutoff=0.75)):
+                return None
+            part = near[0]
+        found /= part
+    return found
 
 
 def choose_work_dir(config: Config, path: str | Path, work_dir: str | None) -> None:

@@ -17,6 +17,7 @@ from mmengine.config import Config, DictAction
 from mmeformer import configs, settings
 from mmeformer.errors import UserError
 from mmeformer.model import CHECKPOINTS, EXPORTED
+from mmeformer.training import launch
 from mmeformer.work_dirs import choose_checkpoint, find_config
 
 # Functions of mmengine's loops, PyTorch's data loader and prediction that do the work itself.
@@ -40,6 +41,7 @@ _OTHER_NAMES = {
     "--batch": ("--batch-size", "batch_size"),
     "--batch-size": ("--batch", "batch_size"),
     "--conf": ("--score-thr",),
+    "--devices": ("--gpus",),
     "--epochs": ("epochs",),
     "--format": ("--to",),
     "--half": ("--fp16",),
@@ -48,8 +50,9 @@ _OTHER_NAMES = {
     "--lr": ("learning_rate",),
     "--lr0": ("learning_rate",),
     "--model": ("--arch",),
-    "--output": ("--out", "--work-dir"),
-    "--output-dir": ("--out", "--work-dir"),
+    "--nproc-per-node": ("--gpus",),
+    "--output": ("--work-dir", "--out"),
+    "--output-dir": ("--work-dir", "--out"),
     "--project": ("--work-dir", "--out"),
     "--threshold": ("--score-thr",),
     "--workers": ("num_workers",),
@@ -82,6 +85,8 @@ def parse(
 ) -> argparse.Namespace:
     """Add ``--debug`` to a parser and parse the command line; suggests the nearest option.
 
+    The command line itself is ``argv`` of what is returned.
+
     Args:
         parser: of the command.
         argv: the command line; None takes that of the process.
@@ -107,6 +112,7 @@ def parse(
     if unknown:
         hint = "; KEY=VALUE follows --cfg-options" if "=" in unknown[0] else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    args.argv = argv
     return args
 
 
@@ -158,19 +164,22 @@ def run(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
     that line with ``--debug``, and also if the error is not a
     :class:`~mmeformer.errors.UserError` and was raised in the middle of training, testing or
     prediction: then the input is rarely the cause, and nobody should have to repeat a long run to
-    see where it failed.
+    see where it failed. Of the processes that ``--gpus`` starts, the first prints its error line.
     """
     try:
         return work(args) or 0
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        if launch.tells_error():
+            print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         text = settings.explain(error, getattr(args, "loaded", {}))
         known = text is not None or isinstance(error, UserError)
-        if args.debug or not (known or _before_work(error)):
+        shown = args.debug or not (known or _before_work(error))
+        if shown:
             traceback.print_exc()
-        print(f"error: {text or one_text(error)}", file=sys.stderr)
+        if launch.tells_error() or shown:
+            print(f"error: {text or one_text(error)}", file=sys.stderr)
         return 1
 
 
@@ -209,13 +218,33 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work-dir", help="folder for logs and checkpoints")
     add_config_options(parser)
     parser.add_argument(
+        "--gpus",
+        type=_count,
+        metavar="N",
+        help="start one process on each of N GPUs, or N on the CPU if there is none",
+    )
+    parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
         default="none",
-        help="how the processes were started (see tools/dist_train.sh, tools/slurm_train.sh)",
+        help="how the processes were started, if not by --gpus: torchrun, srun or mpirun",
     )
     # torch.distributed.launch passes --local-rank; torchrun sets LOCAL_RANK instead.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number from 1 on")
+    return int(text)
+
+
+def start_processes(command: str, args: argparse.Namespace) -> int:
+    """Run the same command line in the processes of ``--gpus``; returns the exit status."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--gpus")
+    _, others = own.parse_known_args(args.argv)
+    return launch.start([command, "--launcher", "pytorch", *others], args.gpus)
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -236,8 +265,7 @@ def prepare_run(args: argparse.Namespace) -> Config:
         )
     if args.launcher == "pytorch" and "RANK" not in os.environ:
         raise UserError(
-            "--launcher pytorch is for processes that torchrun starts: use tools/dist_train.sh or "
-            "tools/dist_test.sh"
+            "--launcher pytorch is for processes that torchrun starts: use --gpus N in place of it"
         )
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config = load_config(args)

@@ -15,22 +15,40 @@ Examples:
 import argparse
 from pathlib import Path
 
+from mmeformer import own_data
 from mmeformer.commands import cli
 from mmeformer.formats.find import FORMATS
 from mmeformer.formats.tree import Options
 from mmeformer.tasks import TASKS
 from mmeformer.variants import VARIANTS
 
+ARCH = own_data.Request.arch
+
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.Parser(__doc__)
     parser.add_argument("data", metavar="DATA", type=Path, help="folder of images and labels")
+    add_choices(parser)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the split, if the data have none (%(default)s)"
+    )
+    return cli.parse(parser, argv)
+
+
+CHOICES = ("task", "arch", "out", "weights", "format", "classes", "legend", "skip_bad")
+"""What :func:`add_choices` adds."""
+
+
+def add_choices(parser: argparse._ActionsContainer) -> None:
+    """Add the options that messages about a folder of data ask for; ``train`` takes them too."""
     parser.add_argument("--task", choices=list(TASKS), help="default: the one the labels are for")
     parser.add_argument(
-        "--arch", default="s0", help=f"{', '.join(v.arch for v in VARIANTS.values())} (%(default)s)"
+        "--arch", help=f"{', '.join(v.arch for v in VARIANTS.values())} (default: {ARCH})"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.py", help="default: DATA's name, here")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.py", help="the config; default: the folder's name, here"
+    )
     parser.add_argument(
         "--weights", help="of the backbone: file, URL, or none (default: ImageNet's, downloaded)"
     )
@@ -42,35 +60,34 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--legend", type=Path, metavar="FILE", help="of color masks: lines name,red,green,blue"
     )
     parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out files and objects with errors"
+        "--skip-bad",
+        action="store_true",
+        default=None,
+        help="leave out files and objects with errors",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the split, if the data have none (%(default)s)"
+
+
+def request_of(args: argparse.Namespace, folder: Path, seed: int = 0) -> own_data.Request:
+    """What a command line with :func:`add_choices` asks for."""
+    return own_data.Request(
+        folder=folder,
+        out=args.out,
+        task=args.task,
+        arch=args.arch or ARCH,
+        weights=args.weights,
+        options=Options(
+            format=args.format,
+            classes=None if args.classes is None else tuple(args.classes),
+            legend=args.legend,
+        ),
+        skip_bad=bool(args.skip_bad),
+        seed=seed,
     )
-    return cli.parse(parser, argv)
 
 
 def work(args: argparse.Namespace) -> int:
     """Make the config; returns the exit status."""
-    # Imported here so that --help and errors in arguments do not wait for it.
-    from mmeformer import own_data
-
-    options = Options(
-        format=args.format,
-        classes=None if args.classes is None else tuple(args.classes),
-        legend=args.legend,
-    )
-    request = own_data.Request(
-        folder=args.data,
-        out=args.out,
-        task=args.task,
-        arch=args.arch,
-        weights=args.weights,
-        options=options,
-        skip_bad=args.skip_bad,
-        seed=args.seed,
-    )
-    made = own_data.make(request, report=print)
+    made = own_data.make(request_of(args, args.data, args.seed), report=print)
     if made.errors:
         return 1
     print(f"next: look at {made.config}, then: mmeformer train {made.config}")

@@ -5,7 +5,7 @@ Of a work directory, the best checkpoint is taken, else the last.
 
 Examples:
     mmeformer test work_dirs/my_config
-    mmeformer test my_config.py work_dirs/my_config/epoch_24.pth
+    mmeformer test my_config.py work_dirs/my_config/epoch_24.pth --gpus 4
     mmeformer test my_config.py model.onnx --show-dir pictures/
 """
 
@@ -14,7 +14,7 @@ import argparse
 from mmeformer.commands import cli
 from mmeformer.configs import existing_checkpoint
 from mmeformer.model import EXPORTED
-from mmeformer.training import engine
+from mmeformer.training import engine, launch
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -29,8 +29,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     return cli.parse(parser, argv, model=True)
 
 
-def work(args: argparse.Namespace) -> None:
-    """Evaluate."""
+def work(args: argparse.Namespace) -> int | None:
+    """Evaluate; returns the exit status."""
+    if launch.needed(args.gpus, args.launcher):
+        return cli.start_processes("test", args)
     config = cli.prepare_run(args)
     checkpoint = existing_checkpoint(args.checkpoint)
     exported = checkpoint.endswith(EXPORTED)
@@ -52,6 +54,7 @@ def work(args: argparse.Namespace) -> None:
         launcher=args.launcher,
     )
     runner.test()
+    return None
 
 
 def main(argv=None) -> int:
