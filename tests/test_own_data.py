@@ -15,7 +15,7 @@ import tiny
 import torch
 from mmengine.registry import DATASETS, init_default_scope
 
-from mmeformer import configs, own_data, starter, tasks
+from mmeformer import configs, own_data, signals, starter, tasks
 from mmeformer.detection import starter as detection_starter
 from mmeformer.errors import UserError
 from mmeformer.formats.tree import Options
@@ -793,6 +793,29 @@ def test_train_on_a_folder(task, tmp_path, monkeypatch):
     assert list((tmp_path / "work_dirs" / "data").glob("*_*.pth"))
     # The second time, the config is there.
     assert main(["train", str(root)]) == 1
+
+
+@pytest.mark.slow
+def test_several_processes_train_on_a_folder(tmp_path, monkeypatch, capfd):
+    """The config is made once, before they start, with the options of ``init``."""
+    from mmeformer.commands.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    # The test's own process has it set; what it starts has not.
+    monkeypatch.setattr(signals, "leave_on_signals", lambda: None)
+    root = sets.write_masks(tmp_path / "data", values={1: 7, 2: 3})
+    train = ["train", str(root), "--gpus", "2", "--out", "b.py"]
+    options = ["--weights", "none", "--cfg-options", "train_cfg.val_interval=9"]
+    assert main([*train, *options, "train_cfg.max_iters=1"]) == 0
+    text = capfd.readouterr().out
+    assert text.count("wrote ") == text.count("no GPU: 2 processes on the CPU") == 1
+    assert (tmp_path / "work_dirs/b/iter_1.pth").is_file()
+    assert main([*train, "--resume", *options, "train_cfg.max_iters=2"]) == 0
+    text = capfd.readouterr().out
+    assert "wrote " not in text and "resumed epoch: 0, iter: 1" in text
+    assert main(train) == 1
+    error = capfd.readouterr().err
+    assert f"error: {tmp_path / 'b.py'} exists; train it" in error and error.count("\n") == 1
 
 
 def test_seconds_of_a_step(made):

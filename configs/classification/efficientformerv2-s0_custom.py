@@ -95,6 +95,6 @@ param_scheduler = [
     ),
 ]
 optim_wrapper = dict(optimizer=dict(lr=learning_rate))
-# `tools/train.py --auto-scale-lr` scales the learning rate, which is for this batch size.
+# `mmeformer train --auto-scale-lr` scales the learning rate, which is for this batch size.
 auto_scale_lr = dict(base_batch_size=batch_size)
 default_hooks = dict(logger=dict(interval=10))

@@ -79,7 +79,7 @@ optim_wrapper = dict(
     constructor="DefaultOptimWrapperConstructor",
     clip_grad=dict(_delete_=True, max_norm=10, norm_type=2),
 )
-# `tools/train.py --auto-scale-lr` scales the learning rate, which is for this batch size.
+# `mmeformer train --auto-scale-lr` scales the learning rate, which is for this batch size.
 auto_scale_lr = dict(base_batch_size=32)
 default_hooks = dict(
     logger=dict(interval=10),

@@ -81,7 +81,7 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", by_epoch=False, begin=50, end=max_iters, eta_min=1e-5),
 ]
 optim_wrapper = dict(optimizer=dict(lr=5e-3), clip_grad=dict(max_norm=10, norm_type=2))
-# `tools/train.py --auto-scale-lr` scales the learning rate, which is for this batch size.
+# `mmeformer train --auto-scale-lr` scales the learning rate, which is for this batch size.
 auto_scale_lr = dict(base_batch_size=8)
 log_processor = dict(by_epoch=False)
 default_hooks = dict(

@@ -82,6 +82,6 @@ param_scheduler = [
     ),
 ]
 optim_wrapper = dict(optimizer=dict(lr=learning_rate), clip_grad=dict(max_norm=10, norm_type=2))
-# `tools/train.py --auto-scale-lr` scales the learning rate, which is for this batch size.
+# `mmeformer train --auto-scale-lr` scales the learning rate, which is for this batch size.
 auto_scale_lr = dict(base_batch_size=batch_size)
 default_hooks = dict(logger=dict(interval=10))

@@ -61,7 +61,7 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", by_epoch=False, begin=50, end=max_iters, eta_min=1e-5),
 ]
 optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=10, norm_type=2))
-# `tools/train.py --auto-scale-lr` scales the learning rate, which is for this batch size.
+# `mmeformer train --auto-scale-lr` scales the learning rate, which is for this batch size.
 auto_scale_lr = dict(base_batch_size=16)
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=max_iters, save_best=None))
 randomness = dict(seed=0)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import subprocess
 
@@ -93,6 +94,8 @@ def use_gpu(config: Config, bf16: bool) -> None:
 def _leave_process_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        # The model, which has the group too, is in a circle of references with its runner.
+        gc.collect()
 
 
 def _unsynchronize_norms(node) -> None:
@@ -112,8 +115,8 @@ def _export_slurm_ranks() -> None:
     environment = os.environ
     if "SLURM_PROCID" not in environment:
         raise ValueError(
-            "launcher slurm works only in a Slurm job (SLURM_PROCID is not set); use "
-            "tools/slurm_train.sh or tools/slurm_test.sh"
+            "launcher slurm works only in a Slurm job (SLURM_PROCID is not set); start the command "
+            "with srun"
         )
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]

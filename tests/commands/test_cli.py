@@ -119,7 +119,16 @@ CASES = [
     ("train", "{p}/detection.py --launcher slurm " + WORK, "only in a Slurm job"),
     ("train", "{p}/detection.py --cfg-options nonsense", "'nonsense' is not KEY=VALUE"),
     ("train", "{p}/detection.py --cfg-options custom_hooks=[dict(type='X')]", "one by one"),
-    ("train", "{p}/detection.py --launcher pytorch", "use tools/dist_train.sh"),
+    ("train", "{p}/detection.py --launcher pytorch", "use --gpus N in place of it"),
+    ("train", "{p}/detection.py --launcher slurm --gpus 2", "leave out --launcher slurm"),
+    ("train", "{p}/detection.py --gpus none", "--gpus: none must be a whole number from 1 on"),
+    ("train", "{p}/maskz", "neither a config nor a folder {p}/maskz; did you mean {p}/masks[?]"),
+    ("train", "{p}/maskz/images/trainin", "did you mean {p}/masks/images/training[?]"),
+    ("train", "{p}/nothing/like/it", "neither a config nor a folder {p}/nothing/like/it$"),
+    ("train", "{p}/detectoin.py", "{p}/detectoin.py does not exist; did you mean {p}/detection.py"),
+    ("train", "{p}/detection.py --format coco", "--format is for a folder of data, and .* none"),
+    ("train", "{p}/detection.py --skip-bad", "--skip-bad is for a folder of data, and .* none"),
+    ("train", "{p} --task rotated --format labelme " + WORK, "labelme"),
     (
         "export",
         "{p}/segmentation.py {p}/segmentation.pth --to onnx --size 64 64 --out {out}/a.onnx "
@@ -243,7 +252,8 @@ def test_bad_input(place, tmp_path, capfd, name, arguments, message):
     # argparse puts the command's name before it.
     assert len(re.findall(r"^(?:\S+: )?error: ", error, re.MULTILINE)) == 1, error
     # Where one of many inputs is bad, the output names it and the error counts them.
-    assert re.search(message, output + error if name == "predict" else error), error
+    message = message.replace("{p}", str(place))
+    assert re.search(message, (output + error if name == "predict" else error).strip()), error
     assert "Traceback" not in output + error
     assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in OUTPUTS]
     assert {path for path in place.rglob("*") if path.suffix in OUTPUTS} == before

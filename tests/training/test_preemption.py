@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -508,31 +509,35 @@ class TestScripts:
         ended, calls = self.run_slurm(tmp_path, [code], SLURM_JOB_ID="17")
         assert ended == code and len(calls) == 1
 
-    def run_torchrun(self, tmp_path, text, number=None):
-        script(tmp_path / "python", text)
-        process = subprocess.Popen(
-            [tools_dir() / "dist_train.sh", "config.py", "2"],
-            env={**os.environ, "PYTHON": str(tmp_path / "python")},
+    @pytest.mark.slow
+    def test_processes_of_dist_train_get_the_signal(self, folder, tmp_path):
+        config = tiny.segmentation(folder, iterations=1000)
+        config.dump(tmp_path / "config.py")
+        process, text = self.run_dist_train(tmp_path), ""
+        for line in process.stdout:
+            text += line
+            if "Iter(train) [   3/" in line:
+                process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == PREEMPTED and "stopped by SIGUSR1. The last good" in text
+        stopped = int(re.search(r"iter_(\d+)\.pth", named(tmp_path / "run"))[1])
+        process = self.run_dist_train(
+            tmp_path, "--resume", "--cfg-options", f"train_cfg.max_iters={stopped + 1}"
         )
-        if number is not None:
-            while not (tmp_path / "ready").exists():
-                assert process.poll() is None
-                time.sleep(0.02)
-            process.send_signal(number)
-        return process.wait(60)
+        text = process.communicate(timeout=120)[0]
+        assert process.returncode == 0 and f"Iter(train) [{stopped + 1}/{stopped + 1}]" in text
+        assert named(tmp_path / "run") == f"iter_{stopped + 1}.pth"
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-    def test_torchrun_gets_sigterm(self, tmp_path, number):
-        text = (
-            f"trap 'touch {tmp_path}/told; exit 1' TERM\n"
-            f"touch {tmp_path}/ready\nwhile :; do sleep 0.05; done"
+    def run_dist_train(self, tmp_path, *arguments):
+        return subprocess.Popen(
+            [
+                *(tools_dir() / "dist_train.sh", tmp_path / "config.py", "2"),
+                *("--work-dir", tmp_path / "run", *arguments),
+            ],
+            env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        assert self.run_torchrun(tmp_path, text, number) == PREEMPTED
-        assert (tmp_path / "told").exists()
-
-    @pytest.mark.parametrize("code", [0, 1])
-    def test_torchrun_ends_by_itself(self, tmp_path, code):
-        assert self.run_torchrun(tmp_path, f"exit {code}") == code
 
 
 def test_drafts_of_a_stopped_run_are_removed(folder, tmp_path):

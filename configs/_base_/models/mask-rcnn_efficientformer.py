@@ -140,7 +140,7 @@ model = dict(
         ),
     ),
 )
-# `tools/test.py --tta`: two scales, each also flipped (tta_pipeline in the data set's base config).
+# `mmeformer test --tta`: two scales, each also flipped (tta_pipeline in the data set's base config).
 tta_model = dict(
     type="mmeformer.InstanceTTAModel",
     tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100),

@@ -38,5 +38,5 @@ model = dict(
     # `--cfg-options model.test_cfg.mode=slide` tests in windows of crop_size that overlap by a third.
     test_cfg=dict(mode="whole", crop_size=(512, 512), stride=(341, 341)),
 )
-# `tools/test.py --tta`: six scales, each also flipped (tta_pipeline in the data set's base config).
+# `mmeformer test --tta`: six scales, each also flipped (tta_pipeline in the data set's base config).
 tta_model = dict(type="SegTTAModel")

@@ -19,5 +19,5 @@ optim_wrapper = dict(
         },
     ),
 )
-# `tools/train.py --auto-scale-lr` scales the learning rate to the actual batch size.
+# `mmeformer train --auto-scale-lr` scales the learning rate to the actual batch size.
 auto_scale_lr = dict(enable=False, base_batch_size=32)
