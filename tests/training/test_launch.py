@@ -175,6 +175,14 @@ def when_ready(tmp_path, count, *numbers, pause=0.0):
 
 
 class TestRun:
+    @pytest.fixture(autouse=True)
+    def heeded_signals(self):
+        """All of them, also where the tests themselves run under nohup or in the background."""
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in launch.HANDED_ON}
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     @pytest.mark.parametrize(
         ("codes", "expected"),
         [((0, 0), 0), ((0, 3), 3), ((PREEMPTED, 0), PREEMPTED), ((0, -9), 137), ((0, -15), 143)],
@@ -190,7 +198,6 @@ class TestRun:
 
     @pytest.mark.parametrize("number", launch.HANDED_ON)
     def test_signals_reach_all(self, tmp_path, number):
-        before = signal.getsignal(number)
         command = program(
             tmp_path,
             f"signal.signal({int(number)}, lambda *_: (told(*_), sys.exit(175)))\n"
@@ -201,7 +208,7 @@ class TestRun:
         assert {path.name for path in tmp_path.glob("told*")} == {
             f"told-{rank}-{int(number)}" for rank in (0, 1)
         }
-        assert signal.getsignal(number) is before
+        assert signal.getsignal(number) is signal.SIG_DFL
 
     def test_time_to_save(self, tmp_path, monkeypatch):
         """One has left by the signal; the other one saves for longer than after a fault."""
