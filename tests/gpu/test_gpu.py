@@ -10,15 +10,18 @@ import tiny
 import torch
 from helpers import build_backbone
 from launches import Launches
+from mmdet.structures.mask import BitmapMasks
 from mmengine.optim import build_optim_wrapper
 from samples import random_sample
 from trained_like import trained_like
 
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.deploy import fold, models
+from mmeformer.detection.masks import PackedMasks
 from mmeformer.layers import blocks
 from mmeformer.training import device as training_device
 from mmeformer.training.cuda_graphs import Recorded
+from mmeformer.training.hooks import on_host
 from mmeformer.training.optim import update_in_few_kernels
 
 pytestmark = [
@@ -372,3 +375,44 @@ def test_rotated_nms_equals_the_cpu():
     theirs = nms_rotated(boxes, scores, 0.3, labels)[1]
     ours = nms_rotated(boxes.cuda(), scores.cuda(), 0.3, labels.cuda())[1]
     assert ours.tolist() == theirs.tolist()
+
+
+def test_a_bias_that_the_norm_removes_changes_nothing():
+    torch.manual_seed(0)
+    layer = trained_like(blocks.ConvNorm(8, 16, 3, act=torch.nn.GELU)).train().cuda()
+    plain = copy.deepcopy(layer)
+    x = torch.randn(2, 8, 24, 20, device="cuda").to(memory_format=torch.channels_last)
+    found = layer(x)
+    expected = plain.act(plain.bn(plain.conv(x)))
+    assert relative(found, expected) < 1e-5
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    assert relative(layer.conv.weight.grad, plain.conv.weight.grad) < 1e-4
+    assert layer.conv.bias.grad.count_nonzero() == 0
+    for ours, theirs in zip(layer.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_maps_stay_in_half_precision(variant):
+    backbone = tiny_backbone(variant).train().cuda()
+    seen = set()
+    for stage in backbone.stages:
+        for block in stage.blocks:
+            block.register_forward_hook(lambda _, inputs, out: seen.add(out.dtype))
+    with torch.autocast("cuda", torch.bfloat16):
+        backbone(torch.randn(2, 3, SIDE, SIDE, device="cuda"))
+    assert seen == {torch.bfloat16}
+
+
+def test_masks_are_unpacked_on_the_device():
+    pixels = np.random.default_rng(0).integers(0, 2, (3, 20, 29), dtype=np.uint8)
+    masks = PackedMasks.of(BitmapMasks(pixels, 20, 29)).pad((32, 32))
+    on_device = masks.to_tensor(torch.bool, "cuda")
+    assert on_device.is_cuda and torch.equal(on_device.cpu(), torch.from_numpy(masks.masks) > 0)
+
+
+def test_losses_are_read_at_once():
+    outputs = {f"loss_{number}": torch.rand(1, device="cuda") for number in range(5)}
+    read = on_host(outputs)
+    assert all(not value.is_cuda and value == outputs[name].item() for name, value in read.items())
