@@ -508,6 +508,12 @@ def test_images_that_are_seen_often_are_varied(count, often):
         assert values(task.STARTER.settings(data, PLAN))[name] == value
 
 
+@pytest.mark.parametrize(("object_side", "side"), [(13, 128), (12, 128), (8, 192), (3, 256)])
+def test_small_rotated_objects_are_enlarged(object_side, side):
+    data = data_of(128, 128, (object_side, object_side), kind=CORNERS)
+    assert rotated_starter.STARTER.sample_size(data) == (side, side)
+
+
 def test_turned_images_have_their_boxes_on_the_objects(made):
     config = configs.load_config(made["rotated"][0].config)
     data = config.train_dataloader.dataset

@@ -35,7 +35,9 @@ PATCH = 1024
 HUGE = 1536
 """Longer images are cut into patches."""
 SMALL = 16
-"""Objects are enlarged to this side in pixels, up to twice: two cells at stride 8."""
+"""Images are cut if their objects would be below this side in pixels: two cells at stride 8."""
+TINY = 12
+"""Objects are enlarged to this side in pixels, up to twice."""
 
 
 class RotatedStarter(Starter):
@@ -86,11 +88,11 @@ class RotatedStarter(Starter):
         return replace(data, notes=[*data.notes, note])
 
     def _enlargement(self, data: LabeledData) -> float:
-        """How much images are enlarged, for objects below ``SMALL`` pixels."""
+        """How much images are enlarged, for objects below ``TINY`` pixels."""
         if is_cut(data):
             return 1.0
         long, _ = sides_of(data.of_split("train"))
-        return min(max(1.0, min(2.0, SMALL / smallest(data))), PATCH / long)
+        return min(max(1.0, min(2.0, TINY / smallest(data))), PATCH / long)
 
     def sample_size(self, data: LabeledData) -> tuple[int, int]:
         """See the base class."""
