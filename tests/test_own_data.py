@@ -508,6 +508,16 @@ def test_images_that_are_seen_often_are_varied(count, often):
         assert values(task.STARTER.settings(data, PLAN))[name] == value
 
 
+def test_label_maps_are_trained_in_their_colors(made):
+    pipeline = configs.load_config(made["segmentation"][0].config).train_dataloader.dataset.pipeline
+    assert [step.type for step in pipeline[2:]] == [
+        "RandomResize",
+        "RandomCrop",
+        "RandomFlip",
+        "PackSegInputs",
+    ]
+
+
 @pytest.mark.parametrize(("object_side", "side"), [(13, 128), (12, 128), (8, 192), (3, 256)])
 def test_small_rotated_objects_are_enlarged(object_side, side):
     data = data_of(128, 128, (object_side, object_side), kind=CORNERS)

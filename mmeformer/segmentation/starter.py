@@ -214,7 +214,7 @@ model = dict(
     ),
     test_cfg=dict(crop_size=crop_size, stride=tuple(side * 2 // 3 for side in crop_size)),
 )
-train_pipeline = _base_.train_pipeline
+train_pipeline = [t for t in _base_.train_pipeline if t["type"] != "PhotoMetricDistortion"]
 train_pipeline[2].update(scale=scale, ratio_range=scales)
 train_pipeline[3].crop_size = crop_size
 test_pipeline = _base_.test_pipeline
