@@ -2,6 +2,7 @@
 """No setting is ignored in silence: not below the model, not in a file, not for any task."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -120,14 +121,23 @@ def test_classes_outside_of_metainfo(files, tmp_path, capfd, task, key):
     assert f"{place}.{key}='a'" in error and error.endswith(f"did you mean {meant}?")
 
 
-def test_entries_of_users_in_metainfo():
-    for metainfo in (
-        dict(classes=("a",), class_names=("b",), authors=["c"]),
-        dict(dropped_classes=("plane",)),
-        dict(palette=[(1, 2, 3)], task_name="of 2026"),
-    ):
-        dataset = dict(type="RepeatDataset", dataset=dict(metainfo=metainfo))
+@pytest.mark.parametrize(
+    ("metainfo", "refused"),
+    [
+        (dict(class_names=("b",), authors=["c"]), True),
+        (dict(classes=("a",), class_names=("b",), authors=["c"]), False),
+        (dict(dropped_classes=("plane",)), False),
+        (dict(palette=[(1, 2, 3)], task_name="of 2026"), False),
+    ],
+)
+def test_entries_of_users_in_metainfo(metainfo, refused):
+    dataset = dict(type="RepeatDataset", dataset=dict(metainfo=metainfo))
+    expected = (
+        pytest.raises(settings.SettingError, match="class_names") if refused else nullcontext()
+    )
+    with expected as error:
         settings.require_class_names(dict(train_dataloader=dict(dataset=dataset)))
+    assert (error is not None) == refused
 
 
 # Task, setting, and number of the classes.

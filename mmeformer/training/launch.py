@@ -167,8 +167,9 @@ def tells_error() -> bool:
     except FileExistsError:
         return False
     except OSError:
-        # The one that started this process is gone.
-        pass
+        # The one that started this process is gone, with the folder, or the disk is full. An error
+        # that each process tells is better than one that none tells.
+        return True
     return True
 
 
