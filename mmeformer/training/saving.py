@@ -40,6 +40,9 @@ DISKS = {
 }
 """What to say about errors of the system."""
 
+OUTDATED = "outdated_checkpoints"
+"""Where a checkpoint's message hub lists the files that it replaces."""
+
 
 class CheckpointHook(MMEngineCheckpointHook):
     """mmengine's hook, with checkpoints by time, on signals and after validations.
@@ -49,7 +52,8 @@ class CheckpointHook(MMEngineCheckpointHook):
       removed at the end of the training.
     - After a validation, a checkpoint just saved is saved again, with the scores.
     - An old checkpoint is removed only after the new one is on the disk. mmengine removes it first,
-      so a kill or a full disk at that moment leaves none.
+      so a kill or a full disk at that moment leaves none. The new one lists what it replaces, so
+      that a run resumed after a kill in between removes it.
     - If ``save_best`` names a metric that is not evaluated, the closest one takes its place.
 
     :class:`mmeformer.training.runner.Runner` uses it in place of mmengine's.
@@ -85,7 +89,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         """Name, epoch and iteration of the newest checkpoint of this process."""
         self._saved_at = 0.0
         self._outdated: list[str] = []
-        """Files to remove when a newer checkpoint is on the disk."""
+        """Names of files to remove when a newer checkpoint is on the disk."""
         self._validating = False
         self._better = False
 
@@ -109,6 +113,10 @@ class CheckpointHook(MMEngineCheckpointHook):
             if is_draft(path) and path.is_file():
                 path.unlink()
         if own is not None:
+            newest = named_checkpoint(runner.work_dir)
+            if newest is not None and newest.resolve() == own.resolve():
+                self._outdated += runner.message_hub.get_info(OUTDATED, ())
+                self._remove_outdated()
             # It may be older than the newest, from which a later run would go on.
             write_text(Path(runner.work_dir, POINTER), str(own), sync=True)
             return
@@ -221,10 +229,7 @@ class CheckpointHook(MMEngineCheckpointHook):
             self.keep_ckpt_ids.clear()
             self.keep_ckpt_ids.extend(kept)
             runner.message_hub.update_info("keep_ckpt_ids", kept)
-            self._outdated += [
-                self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(known))
-                for known in outdated
-            ]
+            self._outdated += [self.filename_tmpl.format(known) for known in outdated]
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
@@ -233,6 +238,7 @@ class CheckpointHook(MMEngineCheckpointHook):
     def _save(self, runner: Runner, name: str, meta: dict) -> None:
         self._saved = name, meta["epoch"], meta["iter"]
         self._saved_at = time.monotonic()
+        runner.message_hub.update_info(OUTDATED, [*self._outdated])
         runner.save_checkpoint(
             self.out_dir,
             name,
@@ -251,6 +257,9 @@ class CheckpointHook(MMEngineCheckpointHook):
         path = self.file_backend.join_path(self.out_dir, name)
         write_text(Path(work_dir, POINTER), path, sync=True)
         self._remove_interims(name)
+        self._remove_outdated()
+
+    def _remove_outdated(self) -> None:
         while self._outdated:
             self._remove(self._outdated.pop())
 
@@ -258,7 +267,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         names = self.file_backend.list_dir_or_file(self.out_dir, list_dir=False, suffix=".pth")
         for name in list(names):
             if name.startswith(INTERIM) and name != kept:
-                self._remove(self.file_backend.join_path(self.out_dir, name))
+                self._remove(name)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if not self.save_best:
@@ -273,10 +282,9 @@ class CheckpointHook(MMEngineCheckpointHook):
         self._set_best({**before, **after})
         for name, path in before.items():
             if name in after and after[name] != path:
-                # After a resume from another folder, the best model there is not ours to remove.
-                own = self.file_backend.join_path(self.out_dir, Path(path).name)
-                if own != after[name]:
-                    self._outdated.append(own)
+                # Only its name: after a resume from another folder, that file is not ours to remove.
+                if Path(path).name != Path(after[name]).name:
+                    self._outdated.append(Path(path).name)
 
     def _require_indicators(self, runner: Runner, metrics: Mapping) -> None:
         """Replace metrics that are not evaluated by the closest ones that are.
@@ -323,7 +331,8 @@ class CheckpointHook(MMEngineCheckpointHook):
         else:
             self.best_ckpt_path = paths.get(None)
 
-    def _remove(self, path: str) -> None:
+    def _remove(self, name: str) -> None:
+        path = self.file_backend.join_path(self.out_dir, name)
         if self.file_backend.isfile(path):
             self.file_backend.remove(path)
 

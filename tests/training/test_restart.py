@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,19 @@ from mmeformer.training.state import newest_resumable, read_resumable
 pytestmark = pytest.mark.forks
 
 
-def at_call(number: int, action):
-    """A function that performs ``action`` at its ``number``-th call and else what it replaces."""
-    calls = [0]
+def at_call_for(name: str, action):
+    """A function that performs ``action`` at its first call for a file, else what it replaces.
+
+    Args:
+        name: in one of the paths of that call.
+        action: takes the same arguments.
+    """
+    done = []
 
     def wrap(original):
         def replacement(*args, **kwargs):
-            calls[0] += 1
-            if calls[0] == number:
+            if not done and any(name in str(argument) for argument in args):
+                done.append(name)
                 return action(*args, **kwargs)
             return original(*args, **kwargs)
 
@@ -52,16 +58,15 @@ def rename_and_kill(draft, target):
     tiny.kill()
 
 
-# The function replaced, at which of its calls, by what; the iterations that were then done for
-# good. Each save moves two files to their names: the checkpoint, then `last_checkpoint`.
+# The function replaced, for which file, by what; the iterations that were then done for good.
 MOMENTS = {
-    "half of the second checkpoint written": (Path, "write_bytes", 2, write_half_and_kill, 2),
-    "written, but not yet renamed": (files, "_move", 3, lambda *_: tiny.kill(), 2),
-    "renamed, but not yet named as the last": (files, "_move", 3, rename_and_kill, 2),
+    "half written": (Path, "write_bytes", ".iter_4.draft", write_half_and_kill, 2),
+    "not yet renamed": (files, "_move", "iter_4.pth", lambda *_: tiny.kill(), 2),
+    "renamed, but not yet named as the last": (files, "_move", "iter_4.pth", rename_and_kill, 2),
     "named as the last, old one still there": (
         saving.CheckpointHook,
         "_remove",
-        1,
+        "iter_2.pth",
         lambda *_: tiny.kill(),
         4,
     ),
@@ -100,11 +105,11 @@ def test_random_numbers_matter(folder, uninterrupted):
     ],
 )
 def test_killed_while_saving(folder, uninterrupted, tmp_path, monkeypatch, moment):
-    owner, name, number, action, done = MOMENTS[moment]
+    owner, name, file, action, done = MOMENTS[moment]
     config = tiny.segmentation(folder)
 
     def run(rank):
-        setattr(owner, name, at_call(number, action)(getattr(owner, name)))
+        setattr(owner, name, at_call_for(file, action)(getattr(owner, name)))
         tiny.train(config, tmp_path)
 
     assert tiny.fork(run) == [-signal.SIGKILL]
@@ -212,12 +217,12 @@ class TestDiskFull:
             write_half(self, content)
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        return lambda number: monkeypatch.setattr(
-            Path, "write_bytes", at_call(number, no_space)(Path.write_bytes)
+        return lambda name: monkeypatch.setattr(
+            Path, "write_bytes", at_call_for(f".{name}.draft", no_space)(Path.write_bytes)
         )
 
     def test_the_next_one_counts(self, folder, uninterrupted, tmp_path, fail):
-        fail(2)
+        fail("iter_4")
         losses = tiny.train(tiny.segmentation(folder), tmp_path)
         assert len(losses) == 8 and tiny.equal(uninterrupted("segmentation"), losses)
         log = next(tmp_path.glob("*/*.log")).read_text()
@@ -233,7 +238,7 @@ class TestDiskFull:
     def test_checkpoints_before_stay(self, folder, uninterrupted, tmp_path, fail, monkeypatch):
         config = tiny.segmentation(folder)
         config.default_hooks.checkpoint.stop_on_error = True
-        fail(2)
+        fail("iter_4")
         with pytest.raises(TrainingError, match="iter_4.pth could not be .*the disk is full"):
             tiny.train(config, tmp_path)
         assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_2.pth"]
@@ -244,7 +249,7 @@ class TestDiskFull:
     def test_the_last_one_must_succeed(self, folder, tmp_path, fail):
         config = tiny.segmentation(folder, iterations=2)
         config.val_cfg = config.val_dataloader = config.val_evaluator = None
-        fail(1)
+        fail("iter_2")
         with pytest.raises(TrainingError, match="iter_2.pth could not be .*the disk is full"):
             tiny.train(config, tmp_path)
         assert not list(tmp_path.glob("*.pth"))
@@ -348,6 +353,43 @@ def test_better_model_replaces_the_best_only_once_saved(folder, tmp_path, monkey
     assert [path.name for path in tmp_path.glob("best_*.pth")] == ["best_mIoU_iter_4.pth"]
     resumable = newest_resumable(tmp_path)[1]["message_hub"]["runtime_info"]
     assert Path(resumable["best_ckpt"]).name == "best_mIoU_iter_4.pth"
+
+
+@pytest.mark.parametrize("outdated", ["iter_2.pth", "best_mIoU_iter_2.pth"])
+def test_killed_before_what_is_outdated_is_removed(folder, tmp_path, monkeypatch, outdated):
+    """A run that is resumed then removes it, and no other file, though it trains no more."""
+    config = tiny.segmentation(folder, iterations=4)
+    config.train_cfg.val_interval = 2
+    config.default_hooks.checkpoint.update(save_best="mIoU", rule="greater")
+    monkeypatch.setattr(
+        "mmseg.evaluation.IoUMetric.compute_metrics", lambda *_: dict(mIoU=time.monotonic())
+    )
+
+    def run(rank):
+        remove = saving.CheckpointHook._remove
+        saving.CheckpointHook._remove = at_call_for(outdated, lambda *_: tiny.kill())(remove)
+        tiny.train(config, tmp_path)
+
+    assert tiny.fork(run) == [-signal.SIGKILL]
+    assert (tmp_path / outdated).exists()
+    (tmp_path / "best_mIoU_iter_1.pth").touch()
+    tiny.train(config, tmp_path, resume="auto")
+    left = {path.name for path in tmp_path.glob("*.pth")}
+    assert left == {"iter_4.pth", "best_mIoU_iter_4.pth", "best_mIoU_iter_1.pth"}
+
+
+def test_outdated_files_of_an_older_checkpoint_stay(folder, tmp_path):
+    """Who goes on from an older checkpoint may have files again that it has replaced."""
+    config = tiny.segmentation(folder, iterations=6)
+    config.default_hooks.checkpoint.max_keep_ckpts = 2
+    tiny.train(config, tmp_path)
+    older, newest = tmp_path / "iter_4.pth", tmp_path / "iter_6.pth"
+    content = torch.load(newest, weights_only=False)
+    assert content["message_hub"]["runtime_info"][saving.OUTDATED] == ["iter_2.pth"]
+    shutil.copy(newest, older)
+    (tmp_path / "iter_2.pth").touch()
+    tiny.train(config, tmp_path, resume=str(older))
+    assert (tmp_path / "iter_2.pth").exists()
 
 
 @pytest.mark.parametrize(
