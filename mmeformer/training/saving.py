@@ -282,7 +282,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         self._set_best({**before, **after})
         for name, path in before.items():
             if name in after and after[name] != path:
-                # Only its name: after a resume from another folder, that file is not ours to remove.
+                # By name: after a resume from another folder, that file is not ours to remove.
                 if Path(path).name != Path(after[name]).name:
                     self._outdated.append(Path(path).name)
 
