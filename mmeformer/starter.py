@@ -184,15 +184,15 @@ class Starter:
 
     def hooks(self, data: LabeledData, plan: Plan) -> str:
         """Config of the hooks: averaged weights, and compilation where it pays."""
-        lines = [
-            "custom_hooks = [",
-            "    *_base_.custom_hooks,",
-            '    dict(type="EMAHook", ema_type="MomentumAnnealingEMA", gamma=averaging, '
-            "momentum=0.0005, update_buffers=True),",
-        ]
+        averaged = (
+            'dict(type="EMAHook", ema_type="MomentumAnnealingEMA", gamma=averaging, '
+            "momentum=0.0005, update_buffers=True)"
+        )
+        hooks, why = "*_base_.custom_hooks, averaged", ""
         if plan.gpu and (steps := self.steps(data, plan)) >= COMPILE_FROM:
-            lines.append(f'    dict(type="mmeformer.CompileHook"),  # pays: {steps} iterations')
-        return "\n".join([*lines, "]"])
+            hooks += ', dict(type="mmeformer.CompileHook")'
+            why = f"  # compiling pays: {steps} iterations"
+        return f"averaged = {averaged}\ncustom_hooks = [{hooks}]{why}"
 
 
 def backbone(plan: Plan, keys: str, **settings: str) -> tuple[str, str]:
@@ -266,6 +266,26 @@ def varied(name: str, often: Any, seldom: Any, what: str, images: int) -> Settin
     if epochs >= OFTEN:
         return Setting(name, str(often), f"{what}; each is seen {epochs} times")
     return Setting(name, str(seldom), f"{what}; not in fewer than {OFTEN} epochs")
+
+
+def flips(data: LabeledData, upright: bool = True) -> Setting:
+    """How often training images are flipped.
+
+    Args:
+        data: if two classes are each other's mirror image by their names, images are not mirrored.
+        upright: whether images have an upper side; those from above have not.
+    """
+    known = {name.lower() for name in data.classes}
+    for name in data.classes:
+        other = name.lower().replace("left", "right")
+        if other != name.lower() and other in known:
+            value = "[0.0, 0.0, 0.0]" if upright else "[0.0, 0.0, 0.5]"
+            why = f"a mirrored {name} would be a {other}"
+            break
+    else:
+        value = "[0.5, 0.0, 0.0]" if upright else "[0.25, 0.25, 0.25]"
+        why = "[0.25, 0.25, 0.25] if images have no upper side" if upright else "seen from above"
+    return Setting("flips", value, f"shares flipped left to right, upside down, both; {why}")
 
 
 def sides_of(images: Sequence[LabeledImage]) -> tuple[int, int]:

@@ -16,12 +16,14 @@ import torch
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmeformer import configs, own_data, signals, starter, tasks
+from mmeformer.classification import starter as classification_starter
 from mmeformer.detection import starter as detection_starter
 from mmeformer.errors import UserError
 from mmeformer.formats.tree import Options
 from mmeformer.labeled import (
     BOXES,
     CORNERS,
+    FOLDERS,
     MASKS,
     POLYGONS,
     LabeledData,
@@ -119,6 +121,15 @@ def test_settings_are_alive(made, task, tmp_path):
             [6],
         ),
         "anchor_ratios": ("[1.0]", lambda c: c.model.rpn_head.anchor_generator.ratios, [1.0]),
+        "flips": (
+            "[0.1, 0.2, 0.3]",
+            lambda c: [
+                (step.prob, step.direction)
+                for step in c.train_dataloader.dataset.pipeline
+                if step.type.endswith("RandomFlip")
+            ],
+            [([0.1, 0.2, 0.3], ["horizontal", "vertical", "diagonal"])],
+        ),
         "rotate": ("0.25", lambda c: c.train_dataloader.dataset.pipeline[5].prob, 0.25),
         "rois_per_image": ("4", lambda c: c.model.train_cfg.rcnn.sampler.num, 4),
         "data_root": ('"/d/"', lambda c: c.train_dataloader.dataset.data_root, "/d/"),
@@ -506,6 +517,29 @@ def test_images_that_are_seen_often_are_varied(count, often):
     ):
         data = data_of(256, 256, (40, 40), kind=kind, count=count)
         assert values(task.STARTER.settings(data, PLAN))[name] == value
+
+
+@pytest.mark.parametrize(
+    ("classes", "upright", "from_above"),
+    [
+        (("car", "left", "bright"), "[0.5, 0.0, 0.0]", "[0.25, 0.25, 0.25]"),
+        (("turn-right", "Turn-Left"), "[0.0, 0.0, 0.0]", "[0.0, 0.0, 0.5]"),
+    ],
+)
+def test_images_are_not_mirrored_into_another_class(classes, upright, from_above):
+    for task, kind, expected in (
+        (detection_starter, BOXES, upright),
+        (detection_starter, POLYGONS, upright),
+        (segmentation_starter, MASKS, upright),
+        (classification_starter, FOLDERS, upright),
+        (rotated_starter, CORNERS, from_above),
+    ):
+        data = data_of(64, 64, (40, 40), kind=kind, classes=classes)
+        for image in data.images:
+            image.pixels = {0: 9}
+        found = {item.name: item for item in task.STARTER.settings(data, PLAN)}
+        assert found["flips"].value == expected
+        assert ("a mirrored Turn-Left" in found["flips"].reason) == ("Turn-Left" in classes)
 
 
 def test_label_maps_are_trained_in_their_colors(made):

@@ -14,6 +14,7 @@ from mmeformer.starter import (
     Starter,
     backbone,
     epochs_for,
+    flips,
     relative_to,
     round_up,
     sides_of,
@@ -69,6 +70,7 @@ class ClassificationStarter(Starter):
             Setting("crop", str(side), f"images are {long} x {short} px; {why}"),
             Setting("resize", str(resize), "shorter side of test images before the crop"),
             Setting("smallest_crop", f"{least:.2g}", f"of the area of a training image; {zoom}"),
+            flips(data),
             Setting(
                 "epochs",
                 str(epochs_for(len(images))),
@@ -106,6 +108,7 @@ model = dict(
 )
 train_pipeline = _base_.train_pipeline
 train_pipeline[1].update(scale=crop, crop_ratio_range=(smallest_crop, 1.0))
+train_pipeline[2].update(prob=flips, direction=["horizontal", "vertical", "diagonal"])
 test_pipeline = _base_.test_pipeline
 test_pipeline[1].scale = resize
 test_pipeline[2].crop_size = crop

@@ -36,6 +36,7 @@ from mmeformer.starter import (
     enlarged,
     epochs_for,
     file_names,
+    flips,
     nearest,
     relative_to,
     round_up,
@@ -130,7 +131,7 @@ class DetectionStarter(Starter):
             "scales", SCALES, (1.0, 1.0), "training images are resized by these", len(images)
         )
         if data.kind != POLYGONS:
-            return [*light_starter.settings(data, plan), scales]
+            return [*light_starter.settings(data, plan), scales, flips(data)]
         long, short = sides_of(images)
         small = smallest(data)
         factor = self._enlargement(data)
@@ -154,6 +155,7 @@ class DetectionStarter(Starter):
             Setting("anchor_ratios", str(ratios), f"height by width; boxes have {wide} shapes"),
             self._rois(images, plan),
             scales,
+            flips(data),
             Setting("epochs", str(epochs), f"for {len(images)} images; see docs/finetuning.md"),
         ]
 
@@ -220,7 +222,7 @@ train_pipeline = [
     _base_.load_image,
     dict(type="LoadAnnotations", {load}),
     dict(type="RandomResize", scale=scale, ratio_range=scales, keep_ratio=True),
-    dict(type="RandomFlip", prob=0.5),
+    dict(type="RandomFlip", prob=flips, direction=["horizontal", "vertical", "diagonal"]),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = _base_.test_pipeline

@@ -22,6 +22,7 @@ from mmeformer.starter import (
     enlarged,
     epochs_for,
     file_names,
+    flips,
     round_up,
     sides_of,
     smallest,
@@ -120,6 +121,7 @@ class RotatedStarter(Starter):
                 f"{smallest(data):.0f} px: {enlarged(self._enlargement(data))}",
             ),
             varied("rotate", 0.5, 0.0, "share of training images turned by any angle", samples),
+            flips(data, upright=False),
             Setting(
                 "epochs",
                 str(epochs_for(samples)),
@@ -156,6 +158,7 @@ model = dict(
 )
 train_pipeline = _base_.train_pipeline
 train_pipeline[3].scale = size
+train_pipeline[4].prob = flips
 train_pipeline.insert(5, dict(type="RandomRotate", prob=rotate, angle_range=180))
 val_pipeline = _base_.val_pipeline
 val_pipeline[1].scale = size

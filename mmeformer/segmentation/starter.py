@@ -33,6 +33,7 @@ from mmeformer.starter import (
     backbone,
     epochs_for,
     file_names,
+    flips,
     relative_to,
     sides_of,
     varied,
@@ -154,6 +155,7 @@ class SegmentationStarter(Starter):
             varied(
                 "scales", scales, (1.0, 1.0), "training images are resized by these", len(images)
             ),
+            flips(data),
             self._class_weight(data),
             Setting(
                 "max_iters",
@@ -217,6 +219,7 @@ model = dict(
 train_pipeline = [t for t in _base_.train_pipeline if t["type"] != "PhotoMetricDistortion"]
 train_pipeline[2].update(scale=scale, ratio_range=scales)
 train_pipeline[3].crop_size = crop_size
+train_pipeline[4].update(prob=flips, direction=["horizontal", "vertical", "diagonal"])
 test_pipeline = _base_.test_pipeline
 test_pipeline[1].scale = scale
 tta_pipeline = _base_.tta_pipeline
