@@ -33,6 +33,9 @@ DELAY = 1.0
 trained = False
 """Whether a training has something to save, so that its own handler decides."""
 
+stopped = False
+"""Whether a signal has stopped the training, which has said so; the process is about to end."""
+
 
 def leave_on_signals() -> None:
     """From here on a signal ends this process by :func:`leave`, unless it ignores signals.
@@ -54,6 +57,8 @@ def leave_on_signals() -> None:
 def leave(number: int) -> None:
     """End the process at once with exit status :data:`PREEMPTED`, and a line that says why.
 
+    No line if the training has been stopped by a signal before.
+
     Not by an exception: it would pass through whatever runs at this moment. mmengine makes a
     SyntaxError of everything that is raised while it formats a config, and Python drops what is
     raised in ``__del__``.
@@ -64,12 +69,13 @@ def leave(number: int) -> None:
     with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
         # There may be no output, or this signal has interrupted a flush.
         sys.stdout.flush()
-    with contextlib.suppress(OSError):
-        os.write(
-            2,
+    if not stopped:
+        line = (
             f"stopped by {signal.Signals(number).name} while nothing was trained: nothing is lost. "
-            f"Continue with --resume (exit status {PREEMPTED})\n".encode(),
+            f"Continue with --resume (exit status {PREEMPTED})\n"
         )
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())
     os._exit(PREEMPTED)
 
 
@@ -89,7 +95,8 @@ def before_errors() -> Iterator[None]:
 
 def _watch(reading: int) -> None:
     while text := os.read(reading, 1):
-        if text[0] in SIGNALS:
+        # Of a training that saves and ends meanwhile, the signal is answered.
+        if text[0] in SIGNALS and not trained:
             # The handler is faster, if it can run.
             time.sleep(DELAY)
             if not trained:

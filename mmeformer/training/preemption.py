@@ -29,6 +29,7 @@ class Preempted(SystemExit):
     """The run stops because of a signal; the exit status is that of ``PREEMPTED``."""
 
     def __init__(self) -> None:
+        signals.stopped = True
         super().__init__(PREEMPTED)
 
 
@@ -71,6 +72,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._process = os.getpid()
+        signals.stopped = False
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:

@@ -26,7 +26,7 @@ from mmeformer.commands import train
 from mmeformer.paths import tools_dir
 from mmeformer.report import build
 from mmeformer.signals import PREEMPTED
-from mmeformer.training import engine, preemption, saving
+from mmeformer.training import engine, preemption, runner, saving
 from mmeformer.training.data import GuardedDataset
 from mmeformer.training.preemption import StopRequest
 
@@ -264,6 +264,19 @@ BEFORE = {
 """Moments at which nothing is trained."""
 
 
+def signal_in_first_iteration(number):
+    """Send a signal when an iteration has been trained, which is not yet saved."""
+    after = saving.CheckpointHook.after_train_iter
+
+    def replacement(self, runner, *args, **kwargs):
+        if runner.iter == 0:
+            runner.stop.trained = True
+            send(number)()
+        after(self, runner, *args, **kwargs)
+
+    saving.CheckpointHook.after_train_iter = replacement
+
+
 def command(config, work_dir, prepare, *options):
     """Exit codes of the command for a config, and what it writes to standard error."""
     config.dump(work_dir.with_suffix(".py"))
@@ -346,14 +359,7 @@ def test_process_whose_peer_has_left_stops_too(folder, tmp_path):
         if rank == 1:
             at_first_call(saving.CheckpointHook, name, lambda: os._exit(PREEMPTED))
         else:
-            after = saving.CheckpointHook.after_train_iter
-
-            def replacement(self, runner, *args, **kwargs):
-                runner.stop.trained = True
-                send()()
-                after(self, runner, *args, **kwargs)
-
-            saving.CheckpointHook.after_train_iter = replacement
+            signal_in_first_iteration(signal.SIGTERM)
 
     codes, texts = command(config, tmp_path / "run", prepare, "--launcher", "pytorch")
     assert codes == [PREEMPTED] * 2 and "Traceback" not in texts[0]
@@ -373,6 +379,32 @@ def test_process_that_waits_in_c_leaves_too():
         library.pthread_mutex_lock(mutex)
 
     assert tiny.fork(run, timeout=30) == [PREEMPTED]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_process_that_has_stopped_may_take_time_to_end(folder, tmp_path, again):
+    """Trackers upload what is left, say. Another signal ends it at once, with the same status."""
+    config = tiny.segmentation(folder, iterations=4)
+
+    def prepare(rank):
+        signals.DELAY = 0.2
+        before = runner.Runner.train
+
+        def train_and_linger(self):
+            try:
+                before(self)
+            finally:
+                send(signal.SIGUSR1)() if again else time.sleep(1)
+                (tmp_path / "end").touch()
+
+        runner.Runner.train = train_and_linger
+        signal_in_first_iteration(signal.SIGUSR1)
+
+    codes, (text,) = command(config, tmp_path / "run", prepare)
+    assert codes == [PREEMPTED] and text.count("stopped by") == 0
+    assert (tmp_path / "end").exists() != again
+    log = next((tmp_path / "run").glob("*/*.log")).read_text()
+    assert log.count("stopped by SIGUSR1. The last good checkpoint is") == 1
 
 
 def test_evaluation_may_wrap_what_interrupts_it():
