@@ -9,6 +9,7 @@ imports only the standard library: the command calls it before it imports torch,
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -25,6 +26,8 @@ That of a temporary failure (75, ``sysexits.h``) plus 100: srun returns the high
 tasks, where 128 + N means that signal N killed one.
 """
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+_PR_SET_PDEATHSIG = 1
 
 DELAY = 1.0
 """Seconds in which a signal reaches all processes of a run."""
@@ -77,6 +80,16 @@ def leave(number: int) -> None:
         with contextlib.suppress(OSError):
             os.write(2, line.encode())
     os._exit(PREEMPTED)
+
+
+def end_with_starter() -> None:
+    """Let the process that has started this one send SIGTERM when it ends, even by SIGKILL.
+
+    Without it, processes of a killed launcher would train on and hold their GPUs. Linux only
+    (``prctl(2)``).
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -41,8 +41,8 @@ _TOLD = "MMEFORMER_ERROR_TOLD"
 _POLL = 0.1
 # Imports are those of this process, whatever the current folder has.
 _ENTRY = (
-    "import sys; sys.path[:] = {path!r}; from mmeformer.commands.__main__ import main; "
-    "sys.exit(main())"
+    "import sys; sys.path[:] = {path!r}; from mmeformer.signals import end_with_starter; "
+    "end_with_starter(); from mmeformer.commands.__main__ import main; sys.exit(main())"
 )
 
 

@@ -161,6 +161,14 @@ def ranks(count):
     return [dict(RANK=str(rank)) for rank in range(count)]
 
 
+def wait_for(folder, pattern, count):
+    """Wait for files."""
+    end = time.monotonic() + 20
+    while (found := len(list(folder.glob(pattern)))) < count:
+        assert time.monotonic() < end, f"{found} of {count} files {pattern}"
+        time.sleep(0.02)
+
+
 def when_ready(tmp_path, count, *numbers, pause=0.0):
     """Send signals to this process when all programs wait."""
 
@@ -270,6 +278,21 @@ class TestRun:
         )
         assert launch.run(command, ranks(2)) == PREEMPTED
         assert [path.name for path in tmp_path.glob("told*")] == ["told-1-15"]
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl(2)")
+    def test_processes_of_a_killed_launcher_stop(self, tmp_path):
+        entry = launch._ENTRY.format(path=sys.path).split("from mmeformer.commands")[0]
+        command = program(
+            tmp_path,
+            f"{entry}\nsignal.signal(signal.SIGTERM, lambda *_: (told(*_), sys.exit(175)))\n"
+            "ready()\ntime.sleep(60)\n",
+        )
+        code = f"from mmeformer.training import launch; launch.run({command!r}, {ranks(2)!r})"
+        launcher = subprocess.Popen([sys.executable, "-c", code])
+        wait_for(tmp_path, "ready-*", 2)
+        launcher.kill()
+        launcher.wait()
+        wait_for(tmp_path, f"told-?-{int(signal.SIGTERM)}", 2)
 
     def test_ignored_signals_stay_ignored(self, tmp_path):
         """Under nohup."""
