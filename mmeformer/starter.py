@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmeformer.checks.classes import mirrored
 from mmeformer.labeled import LabeledData, LabeledImage
 from mmeformer.variants import Variant
 
@@ -275,13 +276,9 @@ def flips(data: LabeledData, upright: bool = True) -> Setting:
         data: if two classes are each other's mirror image by their names, images are not mirrored.
         upright: whether images have an upper side; those from above have not.
     """
-    known = {name.lower() for name in data.classes}
-    for name in data.classes:
-        other = name.lower().replace("left", "right")
-        if other != name.lower() and other in known:
-            value = "[0.0, 0.0, 0.0]" if upright else "[0.0, 0.0, 0.5]"
-            why = f"a mirrored {name} would be a {other}"
-            break
+    if pair := mirrored(data.classes):
+        value = "[0.0, 0.0, 0.0]" if upright else "[0.0, 0.0, 0.5]"
+        why = f"a mirrored {pair[0]} looks like a {pair[1]}"
     else:
         value = "[0.5, 0.0, 0.0]" if upright else "[0.25, 0.25, 0.25]"
         why = "[0.25, 0.25, 0.25] if images have no upper side" if upright else "seen from above"

@@ -11,12 +11,13 @@ import torch
 from mmengine.config import Config
 
 from mmeformer import configs, settings
-from mmeformer.checks.dataset import check_model
+from mmeformer.checks.dataset import check_flips, check_model
 from mmeformer.commands import check_dataset, train
 from mmeformer.deploy import models
 from mmeformer.inference.predictor import load_predictor
 from mmeformer.paths import config_dir
 from mmeformer.tasks import TASKS
+from mmeformer.training import engine
 from mmeformer.training.runner import Runner
 
 pytestmark = pytest.mark.usefixtures("quiet_logging")
@@ -141,6 +142,7 @@ def test_entries_of_users_in_metainfo(metainfo, refused):
 
 
 # Task, setting, and number of the classes.
+FLIPS = ["horizontal", "vertical", "diagonal"]
 COUNTS = [
     ("detection", "model.roi_head.mask_head.num_classes", 4),
     ("detection", "model.roi_head.bbox_head.num_classes", 4),
@@ -183,6 +185,44 @@ def test_which_numbers_of_classes_are_compared(files):
     # Who has removed the hook wants none.
     config.custom_hooks = []
     check_model(config, ["train", "val"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "flip", "mirrors"),
+    [
+        (("Hand-Left", "hand-right"), dict(prob=0.5), True),
+        (("left", "right"), dict(prob=[0.0, 0.1, 0.0], direction=FLIPS), True),
+        (("right", "left"), dict(prob=[0.0, 0.0, 0.5], direction=FLIPS), False),
+        (("right", "left"), dict(prob=0.5, direction="diagonal"), False),
+        (("right", "left"), dict(prob=0.0), False),
+        (("left", "bright"), dict(prob=0.5), False),
+    ],
+)
+def test_classes_that_flips_mix_up(files, tmp_path, capfd, classes, flip, mirrors):
+    config = Config.fromfile(files["detection"])
+    dataset = config.train_dataloader.dataset
+    nested = dict(type="RandomApply", transforms=[dict(type="mmdet.RandomFlip", **flip)])
+    dataset.update(metainfo=dict(classes=classes), pipeline=[*dataset.pipeline[:2], nested])
+    config.train_dataloader.dataset = dict(type="RepeatDataset", times=2, dataset=dataset)
+    found = check_flips(config, "train")
+    assert len(found) == mirrors and not check_flips(config, "val")
+    if mirrors:
+        assert str(found[0]) == (
+            f"warning: train_dataloader: a mirrored {classes[0]} looks like a {classes[1]}, but "
+            "RandomFlip mirrors images: leave it out, or let its direction be diagonal"
+        )
+
+
+def test_training_says_that_flips_mix_up_classes(tmp_path):
+    config = tiny.segmentation(tmp_path)
+    config.work_dir = str(tmp_path / "run")
+    others = range(config.model.decode_head.num_classes - 2)
+    names = ("turn_left", "turn_right", *map(str, others))
+    for loader in (config.train_dataloader, config.val_dataloader):
+        loader.dataset.metainfo = dict(classes=names)
+    engine.build_train_runner(config)
+    (log,) = tmp_path.glob("run/*/*.log")
+    assert "train_dataloader: a mirrored turn_left looks like a turn_right" in log.read_text()
 
 
 def parts(config):

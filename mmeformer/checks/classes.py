@@ -102,6 +102,57 @@ def require_counts(config: Mapping, model: nn.Module, splits: Sequence[str]) -> 
                 require_count(model, classes, path)
 
 
+def mirrored(classes: Sequence[str]) -> tuple[str, str] | None:
+    """Two classes that are each other's mirror image by their names: turn_left, turn_right."""
+    known = {name.lower(): name for name in classes}
+    for name in classes:
+        other = name.lower().replace("left", "right")
+        if other != name.lower() and other in known:
+            return name, known[other]
+    return None
+
+
+def mirrored_by_flips(config: Mapping, split: str) -> str | None:
+    """A message if a config flips images of one class into those of another one.
+
+    Args:
+        config: with ``{split}_dataloader``.
+        split: such as ``"train"``.
+    """
+    loader = config.get(f"{split}_dataloader") or {}
+    if not any(_mirrors(step) for step in _flips(loader)):
+        return None
+    for _, settings in flat(loader.get("dataset")):
+        if pair := mirrored(_configured(settings)):
+            return (
+                f"a mirrored {pair[0]} looks like a {pair[1]}, but RandomFlip mirrors images: "
+                "leave it out, or let its direction be diagonal"
+            )
+    return None
+
+
+def _flips(settings: Any) -> Iterator[Mapping]:
+    """All flips in a part of a config."""
+    if isinstance(settings, Mapping):
+        if str(settings.get("type")).endswith("RandomFlip"):
+            yield settings
+        settings = settings.values()
+    elif not isinstance(settings, (list, tuple)):
+        return
+    for item in settings:
+        yield from _flips(item)
+
+
+def _mirrors(flip: Mapping) -> bool:
+    """Whether a flip (mmcv's ``RandomFlip``) is not always a turn by 180 degrees."""
+    directions = flip.get("direction", "horizontal")
+    directions = [directions] if isinstance(directions, str) else directions
+    chances = flip.get("prob") or 0
+    chances = chances if isinstance(chances, (list, tuple)) else [chances] * len(directions)
+    pairs = zip(directions, chances, strict=False)
+    return any(direction != "diagonal" and chance > 0 for direction, chance in pairs)
+
+
 def flat(settings: Any, path: str = "dataset") -> Iterator[tuple[str, Mapping]]:
     """Configs of the data sets inside wrappers such as ``ConcatDataset``, with their paths."""
     if not isinstance(settings, Mapping):

@@ -15,8 +15,8 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, METRICS, MODELS, VISUALIZERS, init_default_scope
 
-from mmeformer.checks.classes import flat, require_counts
-from mmeformer.checks.findings import ERROR, Finding
+from mmeformer.checks.classes import flat, mirrored_by_flips, require_counts
+from mmeformer.checks.findings import ERROR, WARNING, Finding
 from mmeformer.checks.interface import CheckedDataset
 from mmeformer.configs import drop_pretrained
 from mmeformer.files import write_bytes
@@ -75,6 +75,12 @@ def check_model(config: Config, splits: Sequence[str]) -> None:
         # Nothing is computed, so that no weights need to be downloaded.
         drop_pretrained(settings)
         require_counts(config, MODELS.build(settings), splits)
+
+
+def check_flips(config: Config, split: str) -> list[Finding]:
+    """A finding if images of a split are flipped into those of another class."""
+    message = mirrored_by_flips(config, split)
+    return [Finding(WARNING, "flips", f"{split}_dataloader", message)] if message else []
 
 
 def check_evaluator(config: Config, split: str, dataset: CheckedDataset) -> list[Finding]:

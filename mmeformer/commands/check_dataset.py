@@ -21,6 +21,7 @@ from rich.table import Table
 from mmeformer.checks.dataset import (
     SPLITS,
     check_evaluator,
+    check_flips,
     check_model,
     datasets_of,
     draw_samples,
@@ -78,6 +79,7 @@ def work(args: argparse.Namespace) -> int:
             started = time.monotonic()
             findings = dataset.findings(decode=args.full)
             findings += check_evaluator(config, split, dataset)
+            findings += check_flips(config, split)
             seconds = time.monotonic() - started
             bad = sum(finding.severity == ERROR for finding in findings)
             errors += bad

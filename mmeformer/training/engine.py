@@ -15,7 +15,7 @@ from mmengine.evaluator import DumpResults
 from mmengine.logging import print_log
 
 from mmeformer.checkpoints import safe_load
-from mmeformer.checks.classes import require_counts
+from mmeformer.checks.classes import mirrored_by_flips, require_counts
 from mmeformer.configs import drop_pretrained, existing_checkpoint
 from mmeformer.training.device import prepare_device
 from mmeformer.training.pictures import PicturesHook
@@ -86,6 +86,8 @@ def build_train_runner(
     safe_load.install()
     runner = Runner.from_cfg(config)
     require_counts(config, runner.model, ("train", "val"))
+    if message := mirrored_by_flips(config, "train"):
+        runner.logger.warning(f"train_dataloader: {message}")
     runner.resume_else, runner.load_else = resume_else, load_else
     return runner
 
