@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from mmengine.dist import broadcast_object_list, get_world_size, is_main_process, master_only
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.hooks import EMAHook as MMEngineEMAHook
+from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
@@ -29,6 +31,7 @@ from mmeformer.errors import CheckpointError, TrainingError
 from mmeformer.files import write_text
 from mmeformer.settings import SettingError
 from mmeformer.signals import PREEMPTED
+from mmeformer.training.averaging import EMAHook
 from mmeformer.training.data import GuardedDataset, leaves
 from mmeformer.training.deterministic import deterministic_kernels
 from mmeformer.training.exclusive import only_training
@@ -225,6 +228,12 @@ class Runner(MMEngineRunner):
                 checkpoint = {**checkpoint, "type": CheckpointHook}
             hooks["checkpoint"] = MMENGINE_HOOKS.build(checkpoint)
         super().register_default_hooks(hooks)
+
+    def register_hook(self, hook: Hook | dict, priority=None) -> None:
+        """mmengine's, with our ``EMAHook`` instead of its own."""
+        if isinstance(hook, Mapping) and hook["type"] in ("EMAHook", MMEngineEMAHook):
+            hook = {**hook, "type": EMAHook}
+        super().register_hook(hook, priority)
 
     def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
         """Hooks of mmengine and of the config, and the guards that the config does not name."""
