@@ -29,7 +29,8 @@ class EMAHook(MMEngineEMAHook):
 def update(averaged: BaseAveragedModel, model: nn.Module) -> None:
     """Do what ``averaged.update_parameters(model)`` does, for all tensors at once.
 
-    mmengine launches a kernel per tensor: 704 per iteration for the light detector with V2-S0.
+    mmengine launches a kernel per tensor: 704 per iteration for the light detector with V2-S0. It
+    averages weights that layers share (RTMDet's heads) once per layer; here they are averaged once.
 
     Args:
         averaged: any of mmengine's averages.
@@ -40,15 +41,15 @@ def update(averaged: BaseAveragedModel, model: nn.Module) -> None:
         averaged.update_parameters(model)
         return
     sources = model.state_dict() if averaged.update_buffers else dict(model.named_parameters())
-    averages = {
-        name: average
+    pairs = {
+        average.data_ptr(): (average.data, sources[name].data.to(average.device))
         for name, average in averaged.avg_parameters.items()
         if average.is_floating_point()
     }
-    new = [sources[name].data.to(average.device) for name, average in averages.items()]
-    if not averaged.update_buffers:
-        torch._foreach_copy_([*averaged.module.buffers()], [*model.buffers()])
-    torch._foreach_lerp_([average.data for average in averages.values()], new, share)
+    old, new = zip(*pairs.values(), strict=True)
+    torch._foreach_lerp_(old, new, share)
+    if not averaged.update_buffers and (buffers := [*model.buffers()]):
+        torch._foreach_copy_([*averaged.module.buffers()], buffers)
     averaged.steps += 1
 
 

@@ -63,6 +63,7 @@ from mmeformer.training.state import (
     restore_hooks,
     training_state,
 )
+from mmeformer.training.transport import send_small_tensors_whole
 from mmeformer.training.writer import HostCopy, Writer
 from mmeformer.work_dirs import named_checkpoint
 
@@ -167,7 +168,7 @@ class Runner(MMEngineRunner):
             if isinstance(dataloader["sampler"], Mapping):
                 dataloader["sampler"] = dict(type=PositionSampler, sampler=dataloader["sampler"])
         loader = MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)
-        loader.worker_init_fn = deaf_worker(loader.worker_init_fn)
+        loader.worker_init_fn = send_small_tensors_whole(deaf_worker(loader.worker_init_fn))
         _require_batches(loader)
         return loader
 

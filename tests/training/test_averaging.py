@@ -69,6 +69,21 @@ def test_averages_are_those_of_mmengine(kind, settings, exact, interval, update_
     assert not torch.equal(expected[-1]["module.0.weight"], expected[1]["module.0.weight"])
 
 
+@pytest.mark.parametrize("update_buffers", [True, False])
+def test_shared_weights_are_averaged_once(update_buffers):
+    first, other = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+    other.weight = first.weight
+    model = nn.Sequential(first, first, other)
+    averaged = ExponentialMovingAverage(model, momentum=0.25, update_buffers=update_buffers)
+    averaging.update(averaged, model)
+    before = first.weight.detach().clone()
+    with torch.no_grad():
+        first.weight += 1
+    averaging.update(averaged, model)
+    torch.testing.assert_close(averaged.module[2].weight.data, before + 0.25)
+    assert averaged.module[0] is averaged.module[1]
+
+
 def test_a_training_averages_in_few_kernels(tmp_path):
     config = tiny.everything("segmentation", tmp_path)
     config.work_dir = str(tmp_path / "run")
