@@ -18,7 +18,7 @@ from mmengine.registry import DATASETS
 from mmeformer.errors import UserError
 from mmeformer.files import refuse_url
 from mmeformer.paths import config_dir
-from mmeformer.settings import DATA_META, FREE, require_class_names
+from mmeformer.settings import DATA_META, FREE, prepare_flips, require_class_names
 from mmeformer.without_onedl import drop_note
 
 # Here, as whatever reads a config imports this first, and the libraries that print the note later.
@@ -70,6 +70,7 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
         _refuse_ignored(options, config, path)
         config.merge_from_dict(dict(options))
     require_class_names(config)
+    prepare_flips(config)
     return config
 
 

@@ -102,6 +102,59 @@ def require_class_names(config: Mapping) -> None:
                 raise SettingError(f"{_useless((*path, name), value)}{hint}")
 
 
+def prepare_flips(config: Mapping) -> None:
+    """Check the shares of every ``RandomFlip`` and make them floats, in place: mmcv takes no 0.
+
+    Args:
+        config: of any task; its classes need not be imported.
+
+    Raises:
+        SettingError: a share is no number from 0 to 1, they are more than 1 together, or not one
+            for each direction.
+    """
+    for path, step in _flips(config):
+        prob = step["prob"]
+        shares = prob if isinstance(prob, (list, tuple)) else [prob]
+        directions = _listed(step.get("direction", "horizontal"))
+        if (
+            not all(isinstance(share, (int, float)) and share >= 0 for share in shares)
+            or sum(shares) > 1
+            or (shares is prob and len(shares) != len(directions))
+        ):
+            raise SettingError(
+                f"{dotted((*path, 'prob'))}={short(prob)} must be the share of flipped images, or "
+                f"a list with one for {', '.join(directions)}; none negative, together at most 1"
+            )
+        step["prob"] = [float(share) for share in shares] if shares is prob else float(prob)
+        if shares is prob:
+            step["direction"] = directions
+
+
+def flip_directions(part: Any) -> set[str]:
+    """Directions in which the ``RandomFlip`` of a part of a config flip images.
+
+    Args:
+        part: such as a pipeline; of a config that :func:`prepare_flips` has checked.
+    """
+    found = set()
+    for _, step in _flips(part):
+        directions, prob = _listed(step.get("direction", "horizontal")), step["prob"]
+        shares = prob if isinstance(prob, list) else [prob] * len(directions)
+        found |= {name for name, share in zip(directions, shares, strict=True) if share}
+    return found
+
+
+def _flips(part: Any) -> Iterator[tuple[tuple, Any]]:
+    """All ``RandomFlip`` of a part of a config, with their paths."""
+    for path, step in _dicts(part):
+        if str(step.get("type")).rpartition(".")[2] == "RandomFlip" and "prob" in step:
+            yield path, step
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else list(value)
+
+
 def _is_class_list(name: str, value: Any) -> bool:
     """Whether a setting can only be meant for names of classes, or a file of them."""
     return isinstance(value, (str, list, tuple)) and bool(_LIKE_CLASSES.search(name))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from mmcv.transforms import RandomFlip
 from mmengine.config import Config
 
 from mmeformer import configs, settings
@@ -106,6 +107,41 @@ def test_classes_of_another_name(files, tmp_path, capfd, task, key, command):
     place = "train_dataloader.dataset.metainfo"
     assert f"{place}.{key}=('a', 'b') changes nothing" in error
     assert error.endswith(f"did you mean {place}.classes?")
+
+
+ALL_WAYS = ["horizontal", "vertical", "diagonal"]
+
+
+@pytest.mark.parametrize(
+    ("step", "prob", "directions"),
+    [
+        (dict(prob=[0.5, 0, 0], direction=ALL_WAYS), [0.5, 0.0, 0.0], {"horizontal"}),
+        (dict(prob=(0, 0, 0), direction=ALL_WAYS), [0.0, 0.0, 0.0], set()),
+        (dict(prob=1), 1.0, {"horizontal"}),
+        (dict(prob=[0.5]), [0.5], {"horizontal"}),
+        (dict(prob=0), 0.0, set()),
+        (dict(prob=0.6, direction=ALL_WAYS), 0.6, set(ALL_WAYS)),
+    ],
+)
+def test_flips_may_be_whole_numbers(step, prob, directions):
+    """mmcv takes floats only, and fails without a message."""
+    inner = dict(type="mmdet.RandomFlip", **step)
+    config = Config(dict(train_dataloader=dict(dataset=dict(dataset=dict(pipeline=[inner])))))
+    settings.prepare_flips(config)
+    made = config.train_dataloader.dataset.dataset.pipeline[0]
+    assert repr(made.prob) == repr(prob)
+    assert settings.flip_directions(config.train_dataloader) == directions
+    RandomFlip(**{key: value for key, value in made.items() if key != "type"})
+
+
+@pytest.mark.parametrize("prob", [[0.5, 0.5, 0.5], [0.5], [0.5, -0.1, 0], "often", 2, ["a", 0, 0]])
+def test_flips_that_are_no_shares(tmp_path, prob):
+    path = tmp_path / "config.py"
+    step = dict(type="RandomFlip", prob=prob, direction=ALL_WAYS)
+    path.write_text(f"train_dataloader = dict(dataset=dict(pipeline=[{step}]))")
+    expected = "train_dataloader.dataset.pipeline.0.prob=.* must be the share of flipped images"
+    with pytest.raises(settings.SettingError, match=expected):
+        configs.load_config(path)
 
 
 @pytest.mark.parametrize("key", ["class_names", "classes"])
