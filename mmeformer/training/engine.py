@@ -17,6 +17,7 @@ from mmengine.logging import print_log
 from mmeformer.checkpoints import safe_load
 from mmeformer.checks.classes import mirrored_by_flips, require_counts
 from mmeformer.configs import drop_pretrained, existing_checkpoint
+from mmeformer.settings import flip_directions
 from mmeformer.training.device import prepare_device
 from mmeformer.training.pictures import PicturesHook
 from mmeformer.training.runner import Runner
@@ -109,7 +110,8 @@ def build_test_runner(
             :class:`mmeformer.deploy.evaluate.ExportedModel`.
         out: ``.pkl`` file for all predictions.
         show_dir: folder for pictures of predictions.
-        tta: test-time augmentation with the config's ``tta_model`` and ``tta_pipeline``.
+        tta: test-time augmentation with the config's ``tta_model`` and ``tta_pipeline``, without
+            flips in directions in which no training image is flipped.
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
 
     Raises:
@@ -129,6 +131,7 @@ def build_test_runner(
                 "test-time augmentation needs tta_model and tta_pipeline in the config"
             )
         _warn_if_scales_differ(config)
+        _leave_out_flips(config)
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
         config.model = ConfigDict(**config.tta_model, module=config.model)
     # Fail now rather than after hours of testing.
@@ -159,6 +162,29 @@ def _warn_if_scales_differ(config: Config) -> None:
             "current",
             logging.WARNING,
         )
+
+
+def _leave_out_flips(config: Config) -> None:
+    """Leave out views flipped as no training image is: a mirrored turn_left is a turn_right."""
+    if "train_dataloader" not in config:
+        return
+    unknown = flip_directions(config.tta_pipeline) - flip_directions(config.train_dataloader)
+    if not unknown:
+        return
+    for step in config.tta_pipeline:
+        if "transforms" not in step:
+            continue
+        step.transforms = [
+            kept
+            for views in step.transforms
+            if (kept := [view for view in views if not flip_directions([view]) & unknown])
+        ]
+    print_log(
+        f"tta_pipeline flips images ({', '.join(sorted(unknown))}) as training never does: these "
+        "views are left out",
+        "current",
+        logging.WARNING,
+    )
 
 
 def _scales(steps) -> Iterator[tuple[int, ...]]:

@@ -100,6 +100,29 @@ class TestConfigs:
             with pytest.raises(ValueError, match=message):
                 engine.build_test_runner(config.copy(), str(checkpoint), **kwargs)
 
+    @pytest.mark.parametrize(
+        ("trained", "views"),
+        [
+            ([0.5, 0.0, 0.0], [0.0, 1.0]),
+            # A mirrored turn_left would be a turn_right.
+            ([0.0, 0.0, 0.0], [0.0]),
+            ([0.0, 0.5, 0.0], [0.0]),
+        ],
+    )
+    def test_test_time_augmentation_flips_as_training(self, monkeypatch, trained, views):
+        lines: list[str] = []
+        monkeypatch.setattr(engine, "print_log", lambda text, *args: lines.append(text))
+        config = configs.load_config(f"{V2_S0}_custom.py")
+        (flip,) = [s for s in config.train_dataloader.dataset.pipeline if s.type == "RandomFlip"]
+        flip.update(prob=trained, direction=["horizontal", "vertical", "diagonal"])
+        scales, flips, *others = config.tta_pipeline[1].transforms
+        engine._leave_out_flips(config)
+        assert config.tta_pipeline[1].transforms[0] == scales
+        assert [step.prob for step in config.tta_pipeline[1].transforms[1]] == views
+        assert config.tta_pipeline[1].transforms[2:] == others
+        assert len(lines) == (len(views) == 1)
+        assert all("flips images (horizontal) as training never does" in line for line in lines)
+
 
 def shipped(pattern, setting=""):
     """Configs of all tasks with a setting; those of a task without its libraries are skipped."""
