@@ -107,7 +107,14 @@ test_dataloader = val_dataloader
 train_cfg = dict(max_iters=max_iters, val_interval=max(1, max_iters // 10))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=warmup_iters),
-    dict(type="PolyLR", power=0.9, eta_min=1e-6, by_epoch=False, begin=warmup_iters, end=max_iters),
+    dict(
+        type="PolyLR",
+        power=0.9,
+        eta_min=1e-6,
+        by_epoch=False,
+        begin=min(warmup_iters, max_iters - 1),
+        end=max_iters,
+    ),
 ]
 optim_wrapper = dict(optimizer=dict(lr=learning_rate), clip_grad=dict(max_norm=10, norm_type=2))
 # `mmeformer train --auto-scale-lr` scales the learning rate, which is for this batch size.

@@ -240,7 +240,7 @@ test_dataloader = dict(dataset=test_data, **loader)
 train_cfg = dict(max_iters=max_iters, val_interval=max(1, max_iters // 10))
 param_scheduler = _base_.param_scheduler
 param_scheduler[0].end = warmup_iters
-param_scheduler[1].update(begin=warmup_iters, end=max_iters)
+param_scheduler[1].update(begin=min(warmup_iters, max_iters - 1), end=max_iters)
 optim_wrapper = dict(type=optimizer_type, optimizer=dict(lr=learning_rate))
 auto_scale_lr = dict(base_batch_size=batch_size)
 default_hooks = dict(checkpoint=dict(interval=max(1, max_iters // 10)))

@@ -209,6 +209,15 @@ def test_custom_template_from_scratch(tmp_path):
     assert model.backbone.layer_scale_init_value is None and model.neck.norm_cfg is None
 
 
+def test_custom_template_of_a_training_shorter_than_its_warm_up(tmp_path):
+    """mmengine refuses a schedule that ends before it begins, without naming the setting."""
+    for iterations in (1, 40):
+        config = edited_template(tmp_path, max_iters=str(iterations))
+        schedule = config.param_scheduler[1]
+        assert schedule.begin < schedule.end == iterations
+    assert edited_template(tmp_path).param_scheduler[1].begin == 200
+
+
 def test_custom_template_carries_its_settings_everywhere(tmp_path):
     config = edited_template(
         tmp_path,
