@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from functools import singledispatch
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,10 @@ _OTHER_FILES = {
     'load("epoch_12.pth", config="config.py")',
 }
 """What files that may be taken for models are, by suffix, and the next step."""
+
+
+_DRAWING = Lock()
+"""Visualizers draw every picture into the same figure, and matplotlib is for one thread."""
 
 
 def load(
@@ -490,17 +495,24 @@ class _Trained(_Source):
             score_thr=score_thr,
             classes=classes,
         )
+        for remark in self.predictor.remarks:
+            warnings.warn(remark, stacklevel=3)
         self.classes = self.predictor.classes
         self.category_ids = tuple(self.predictor.category_ids)
         self.reading = self.predictor.reading
 
     def predict(self, images: list[np.ndarray], batch_size: int) -> list[Any]:
-        """See the base class."""
+        """See the base class; warns of images unlike those of the training."""
+        for height, width in {image.shape[:2] for image in images}:
+            window = self.predictor.window_of((height, width))
+            if text := self.predictor.scale_warning((height, width), window):
+                warnings.warn(f"image of {width} x {height} px: {text}", stacklevel=4)
         return self.predictor.predict_images(images, batch_size)
 
     def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
-        """See the base class; by the visualizer of the config."""
-        return np.ascontiguousarray(self.predictor.draw(image, result))
+        """See the base class; by the visualizer of the config, for one thread at a time."""
+        with _DRAWING:
+            return np.ascontiguousarray(self.predictor.draw(image, result))
 
     def entries(self, result: Any) -> list[dict]:
         """See the base class."""

@@ -3,8 +3,10 @@
 
 import shutil
 import sys
+import time
 import types
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -157,6 +159,27 @@ def test_a_prediction(task, models, picture, tmp_path):
     names = {entry["id"]: entry["name"] for entry in coco["categories"]}
     assert [names[entry["category_id"]] for entry in coco["annotations"]] == found.names
     assert all(entry["image_id"] == 1 and entry["score"] > 0.05 for entry in coco["annotations"])
+
+
+@pytest.mark.parametrize("task", EACH)
+def test_pictures_of_several_threads(task, models, picture, monkeypatch):
+    """Each is drawn alone: a visualizer draws all into one figure."""
+    model, drawing, most = models(task), [], []
+    draw = model.source.predictor.draw
+
+    def watched(image, result):
+        drawing.append(image)
+        most.append(len(drawing))
+        time.sleep(0.02)
+        drawn = draw(image, result)
+        drawing.pop()
+        return drawn
+
+    monkeypatch.setattr(model.source.predictor, "draw", watched)
+    found = [model(picture), model(picture.read_bytes())] * 2
+    with ThreadPoolExecutor(4) as pool:
+        shapes = {drawn.shape for drawn in pool.map(lambda one: one.plot(), found)}
+    assert len(shapes) == 1 and most == [1] * 4
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import tiny
 import torch
 from mmengine.registry import init_default_scope
 
-from mmeformer import configs
+from mmeformer import configs, load
 from mmeformer.inference import load_predictor
 from mmeformer.registry import DATASETS
 from mmeformer.rotated.inference import detect_large_image
@@ -219,6 +219,20 @@ def test_scale_of_an_image_unlike_the_training_is_named(trained):
     assert predictor.scale_warning((400, 300), 32) is None, "small windows are padded"
     assert "0.5 times" in predictor.scale_warning((400, 300), 128)
     assert "0.16 times" in predictor.scale_warning((400, 300), None), "--window 0"
+
+
+def test_what_the_command_says_python_warns_of(trained, tmp_path):
+    """As an exported file does: a scale unlike that of the training, and what was guessed."""
+    config, checkpoint = trained("whole")
+    config.dump(tmp_path / "config.py")
+    model = load(checkpoint, config=tmp_path / "config.py", device="cpu")
+    model(noise(100, 100))
+    with pytest.warns(UserWarning, match="image of 400 x 300 px: objects appear at 0.5 times"):
+        model([noise(100, 100), noise(400, 300)])
+    bare = tmp_path / "bare.pth"
+    torch.save(torch.load(checkpoint, weights_only=False)["state_dict"], bare)
+    with pytest.warns(UserWarning, match="does not tell whether"):
+        load(bare, config=tmp_path / "config.py", device="cpu")
 
 
 def test_the_config_overrides_the_checkpoint_and_a_guess_is_named(trained):
