@@ -11,6 +11,7 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from mmeformer.checks.findings import first_of
+from mmeformer.settings import flip_directions
 
 COUNTING_HOOKS = ("NumClassCheckHook", "SegNumClassCheckHook", "ClassNumCheckHook")
 """Hooks that compare the number of classes once the data are loaded; configs may leave them out."""
@@ -116,11 +117,12 @@ def mirrored_by_flips(config: Mapping, split: str) -> str | None:
     """A message if a config flips images of one class into those of another one.
 
     Args:
-        config: with ``{split}_dataloader``.
+        config: with ``{split}_dataloader``; of ``load_config``.
         split: such as ``"train"``.
     """
     loader = config.get(f"{split}_dataloader") or {}
-    if not any(_mirrors(step) for step in _flips(loader)):
+    # Both, diagonal, is a turn by 180 degrees.
+    if not flip_directions(loader) - {"diagonal"}:
         return None
     for _, settings in flat(loader.get("dataset")):
         if pair := mirrored(_configured(settings)):
@@ -129,28 +131,6 @@ def mirrored_by_flips(config: Mapping, split: str) -> str | None:
                 "leave it out, or let its direction be diagonal"
             )
     return None
-
-
-def _flips(settings: Any) -> Iterator[Mapping]:
-    """All flips in a part of a config."""
-    if isinstance(settings, Mapping):
-        if str(settings.get("type")).endswith("RandomFlip"):
-            yield settings
-        settings = settings.values()
-    elif not isinstance(settings, (list, tuple)):
-        return
-    for item in settings:
-        yield from _flips(item)
-
-
-def _mirrors(flip: Mapping) -> bool:
-    """Whether a flip (mmcv's ``RandomFlip``) is not always a turn by 180 degrees."""
-    directions = flip.get("direction", "horizontal")
-    directions = [directions] if isinstance(directions, str) else directions
-    chances = flip.get("prob") or 0
-    chances = chances if isinstance(chances, (list, tuple)) else [chances] * len(directions)
-    pairs = zip(directions, chances, strict=False)
-    return any(direction != "diagonal" and chance > 0 for direction, chance in pairs)
 
 
 def flat(settings: Any, path: str = "dataset") -> Iterator[tuple[str, Mapping]]:
