@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,6 +24,8 @@ from mmeformer.work_dirs import choose_checkpoint, find_config
 # Functions of mmengine's loops, PyTorch's data loader and prediction that do the work itself.
 WORK = ("run_iter", "_next_data", "results_of_batch")
 INTERRUPTED = 130
+_PACKAGE = Path(__file__).parents[1]
+_usual_format = warnings.formatwarning
 
 
 PARSER_ONLY = ("",)
@@ -165,7 +168,9 @@ def run(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
     :class:`~mmeformer.errors.UserError` and was raised in the middle of training, testing or
     prediction: then the input is rarely the cause, and nobody should have to repeat a long run to
     see where it failed. Of the processes that ``--gpus`` starts, the first prints its error line.
+    Warnings of this project are one line each, too.
     """
+    warnings.formatwarning = _format_warning
     try:
         return work(args) or 0
     except KeyboardInterrupt:
@@ -181,6 +186,13 @@ def run(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
         if launch.tells_error() or shown:
             print(f"error: {text or one_text(error)}", file=sys.stderr)
         return 1
+
+
+def _format_warning(message, category, filename, lineno, line=None) -> str:
+    """Without the place in our code; the place of others' warnings tells whose they are."""
+    if Path(filename).is_relative_to(_PACKAGE):
+        return f"warning: {message}\n"
+    return _usual_format(message, category, filename, lineno, line)
 
 
 def one_text(error: Exception) -> str:

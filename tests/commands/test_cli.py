@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import cv2
@@ -16,7 +17,7 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
-from mmeformer import configs
+from mmeformer import configs, images
 from mmeformer.commands import cli
 from mmeformer.errors import CheckpointError, TrainingError, UserError
 from mmeformer.paths import tools_dir
@@ -296,6 +297,19 @@ class TestRun:
 
         assert cli.run(run_iter, self.Arguments) == 1
         assert capsys.readouterr().err == "error: the loss is not finite\n"
+
+    def test_own_warnings_are_one_line(self, monkeypatch, capfd):
+        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+
+        def work(args):
+            for module in (images, np):
+                text = warnings.formatwarning("a.png is dark", UserWarning, module.__file__, 3)
+                print(text, end="")
+
+        assert cli.run(work, self.Arguments) == 0
+        first, second, *_ = capfd.readouterr().out.splitlines()
+        assert first == "warning: a.png is dark"
+        assert second.endswith("__init__.py:3: UserWarning: a.png is dark")
 
     def test_statuses(self):
         assert cli.run(lambda args: None, self.Arguments) == 0
