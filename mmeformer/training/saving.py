@@ -115,7 +115,9 @@ class CheckpointHook(MMEngineCheckpointHook):
         if own is not None:
             newest = named_checkpoint(runner.work_dir)
             if newest is not None and newest.resolve() == own.resolve():
-                self._outdated += runner.message_hub.get_info(OUTDATED, ())
+                outdated = runner.message_hub.get_info(OUTDATED, ())
+                # The file may be a stranger's: nothing outside of the folder.
+                self._outdated += [name for name in outdated if Path(name).name == name]
                 self._remove_outdated()
             # It may be older than the newest, from which a later run would go on.
             write_text(Path(runner.work_dir, POINTER), str(own), sync=True)

@@ -378,6 +378,21 @@ def test_killed_before_what_is_outdated_is_removed(folder, tmp_path, monkeypatch
     assert left == {"iter_4.pth", "best_mIoU_iter_4.pth", "best_mIoU_iter_1.pth"}
 
 
+def test_outdated_files_outside_of_the_folder_stay(folder, tmp_path):
+    """A checkpoint from a stranger may name them."""
+    config = tiny.segmentation(folder, iterations=2)
+    work_dir = tmp_path / "run"
+    tiny.train(config, work_dir)
+    content = torch.load(work_dir / "iter_2.pth", weights_only=False)
+    mine = tmp_path / "mine.pth"
+    mine.touch()
+    (work_dir / "old.pth").touch()
+    content["message_hub"]["runtime_info"][saving.OUTDATED] = ["../mine.pth", str(mine), "old.pth"]
+    torch.save(content, work_dir / "iter_2.pth")
+    tiny.train(config, work_dir, resume="auto")
+    assert mine.exists() and not (work_dir / "old.pth").exists()
+
+
 def test_outdated_files_of_an_older_checkpoint_stay(folder, tmp_path):
     """Who goes on from an older checkpoint may have files again that it has replaced."""
     config = tiny.segmentation(folder, iterations=6)
