@@ -129,6 +129,10 @@ class Starter:
         """The learning rates; those of a task whose models differ by the data override it."""
         return self.rates
 
+    def full_rate(self, data: LabeledData) -> float:
+        """Share of the training at the full learning rate, before it falls by a cosine."""
+        return 0.0
+
     # --- what the tasks share ---------------------------------------------------------------------
 
     def steps(self, data: LabeledData, plan: Plan) -> int:
@@ -161,6 +165,11 @@ class Starter:
                 "learning_rate",
                 f"min({rates.largest:g}, {rate:g} * (batch_size / {self.base_batch}) ** 0.5)",
                 f"{start}; root of the batch (AdamW: arXiv 2205.10287)",
+            ),
+            Setting(
+                "full_rate",
+                str(self.full_rate(data)),
+                "share of the training at the full learning rate, before it falls by a cosine",
             ),
             Setting(
                 "warmup_iters",

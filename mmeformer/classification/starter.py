@@ -125,7 +125,7 @@ test_evaluator = val_evaluator
 train_cfg = dict(max_epochs=epochs, val_interval=max(1, epochs // 12))
 param_scheduler = _base_.param_scheduler
 param_scheduler[0] = dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=warmup_iters)
-param_scheduler[1].update(begin=0, end=epochs)
+param_scheduler[1].update(begin=min(int(full_rate * epochs), epochs - 1), end=epochs)
 optim_wrapper = dict(type=optimizer_type, optimizer=dict(lr=learning_rate))
 auto_scale_lr = dict(base_batch_size=batch_size)
 {hooks}

@@ -83,6 +83,10 @@ class DetectionStarter(Starter):
         """See the base class."""
         return self.rates if data.kind == POLYGONS else light_starter.RATES
 
+    def full_rate(self, data: LabeledData) -> float:
+        """See the base class."""
+        return super().full_rate(data) if data.kind == POLYGONS else light_starter.FULL_RATE
+
     def _enlargement(self, data: LabeledData) -> float:
         """How much images are enlarged (for objects below ``SMALL`` pixels) or reduced."""
         long, short = sides_of(data.of_split("train"))
@@ -242,7 +246,7 @@ test_evaluator = dict(ann_file=labels + "{test}.json")
 train_cfg = dict(max_epochs=epochs, val_interval=max(1, epochs // 12))
 param_scheduler = _base_.param_scheduler
 param_scheduler[0].end = warmup_iters
-param_scheduler[1].end = epochs
+param_scheduler[1].update(begin=min(int(full_rate * epochs), epochs - 1), end=epochs)
 optim_wrapper = dict(type=optimizer_type, optimizer=dict(lr=learning_rate))
 auto_scale_lr = dict(base_batch_size=batch_size)
 {hooks}
