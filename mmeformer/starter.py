@@ -91,11 +91,15 @@ class Starter:
             row), if the user asks for it.
         base_batch: batch size of the published or default learning rate on a CPU.
         rates: learning rates for that batch.
+        full_rate: share of the training at the full rate, before it falls by a cosine: half, as in
+            RTMDet's recipe (mmdet, configs/rtmdet). From the start it would be low for most of a
+            short training (docs/recipes.md).
     """
 
     kinds: tuple[str, ...] = ()
     base_batch: int = 2
     rates = Rates(1e-4, 1e-3)
+    full_rate = 0.5
 
     def template(self, data: LabeledData) -> str:
         """The shipped config to inherit, below ``configs/``."""
@@ -128,10 +132,6 @@ class Starter:
     def rates_for(self, data: LabeledData) -> Rates:
         """The learning rates; those of a task whose models differ by the data override it."""
         return self.rates
-
-    def full_rate(self, data: LabeledData) -> float:
-        """Share of the training at the full learning rate, before it falls by a cosine."""
-        return 0.0
 
     # --- what the tasks share ---------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class Starter:
             ),
             Setting(
                 "full_rate",
-                str(self.full_rate(data)),
+                str(self.full_rate),
                 "share of the training at the full learning rate, before it falls by a cosine",
             ),
             Setting(

@@ -30,8 +30,6 @@ BATCH = 8
 """Images per step without a GPU: neck and head have batch norms, also in fine-tuning."""
 RATES = Rates(1e-4, 2.5e-3, largest=5e-3)
 """For two images. From scratch the light head needs a higher rate than others: 5e-3 for eight."""
-FULL_RATE = 0.5
-"""Share of the training, as in RTMDet's recipe (mmdet, configs/rtmdet)."""
 
 
 def settings(data: LabeledData, plan: Plan) -> list[Setting]:

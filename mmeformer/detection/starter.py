@@ -83,10 +83,6 @@ class DetectionStarter(Starter):
         """See the base class."""
         return self.rates if data.kind == POLYGONS else light_starter.RATES
 
-    def full_rate(self, data: LabeledData) -> float:
-        """See the base class."""
-        return super().full_rate(data) if data.kind == POLYGONS else light_starter.FULL_RATE
-
     def _enlargement(self, data: LabeledData) -> float:
         """How much images are enlarged (for objects below ``SMALL`` pixels) or reduced."""
         long, short = sides_of(data.of_split("train"))

@@ -95,10 +95,6 @@ class RotatedStarter(Starter):
         long, _ = sides_of(data.of_split("train"))
         return min(max(1.0, min(2.0, TINY / smallest(data))), PATCH / long)
 
-    def full_rate(self, data: LabeledData) -> float:
-        """See the base class."""
-        return 0.5
-
     def sample_size(self, data: LabeledData) -> tuple[int, int]:
         """See the base class."""
         long, _ = sides_of(data.of_split("train"))
