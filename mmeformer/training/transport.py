@@ -36,10 +36,10 @@ def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
 
 def _reduce(tensor: Tensor) -> tuple:
     plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
-    if plain and not tensor.requires_grad and tensor.nbytes <= SMALL:
-        try:
-            return torch.from_numpy, (tensor.numpy(),)
-        except TypeError:
-            # A type that NumPy does not have.
-            pass
-    return reduce_tensor(tensor)
+    if not plain or tensor.requires_grad or tensor.nbytes > SMALL:
+        return reduce_tensor(tensor)
+    try:
+        return torch.from_numpy, (tensor.numpy(),)
+    except TypeError:
+        # A type that NumPy does not have.
+        return reduce_tensor(tensor)

@@ -291,8 +291,10 @@ class TestRun:
         launcher = subprocess.Popen([sys.executable, "-c", code])
         wait_for(tmp_path, "ready-*", 2)
         launcher.kill()
-        launcher.wait()
-        wait_for(tmp_path, f"told-?-{int(signal.SIGTERM)}", 2)
+        assert launcher.wait() == -signal.SIGKILL
+        wait_for(tmp_path, "told-*", 2)
+        told = sorted(path.name for path in tmp_path.glob("told-*"))
+        assert told == [f"told-{rank}-{int(signal.SIGTERM)}" for rank in range(2)]
 
     def test_ignored_signals_stay_ignored(self, tmp_path):
         """Under nohup."""
