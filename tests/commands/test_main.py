@@ -5,8 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import labeled_sets as sets
 import pytest
+import yaml
 
 from mmeformer.commands import cli, completion
 from mmeformer.commands.__main__ import COMMANDS, main, summary
@@ -145,6 +148,30 @@ def test_train_takes_a_work_directory_to_resume_only(tmp_path, capsys):
     assert "add --resume to go on with it" in capsys.readouterr().err
     assert main(["train", str(tmp_path), "--resume"]) == 1
     assert f"{tmp_path / 'nuclei.py'} is not a training config" in capsys.readouterr().err
+
+
+def test_data_yaml_in_place_of_a_folder(tmp_path, monkeypatch, capsys):
+    """Its ``path`` tells the folder, which has another set too; ``train`` takes the same."""
+    root = sets.write_yolo(tmp_path / "birds", yaml_file=False)
+    content = dict(path="../birds", val="images/val", names=["duck", "goose"])
+    (tmp_path / "configs").mkdir()
+    settings = tmp_path / "configs" / "some.yaml"
+    for path, train in ((root / "all.yaml", "images"), (settings, "images/train")):
+        path.write_text(yaml.safe_dump(dict(content, train=train)))
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", str(settings), "--weights", "none"]) == 0
+    config = Path("birds.py").read_text()
+    assert f"{root} (YOLO): 4 train, 2 val images" in config
+    assert 'classes = ("duck", "goose")' in config
+    for arguments, message in (
+        (["train", str(settings)], "birds.py exists; train it"),
+        (["init", str(settings), "--format", "coco"], "leave out --format coco"),
+    ):
+        assert main(arguments) == 1
+        assert message in capsys.readouterr().err
+    settings.write_text(yaml.safe_dump(dict(content, train="images", path="gone")))
+    assert main(["init", str(settings)]) == 1
+    assert f"{settings}: path: gone is no folder; correct it" in capsys.readouterr().err
 
 
 def test_folder_in_place_of_a_config(tmp_path, capsys):
