@@ -11,6 +11,7 @@ import labeled_sets as sets
 import pytest
 import yaml
 
+from mmeformer.commands import __main__ as command
 from mmeformer.commands import cli, completion
 from mmeformer.commands.__main__ import COMMANDS, main, summary
 from mmeformer.tasks import TASKS
@@ -84,6 +85,29 @@ def test_wrong_arguments_are_one_line_with_the_next_step(line, message, capsys):
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ImportError("libGL.so.1: cannot open shared object file"),
+            "ImportError: libGL.so.1: cannot open shared object file; install only the OpenCV that",
+        ),
+        (ModuleNotFoundError("No module named 'timm'"), "'timm'; mmeformer doctor names the fix"),
+    ],
+)
+def test_broken_installation_is_one_line_with_the_fix(error, message, monkeypatch, capsys):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(command, "import_module", fail)
+    assert main(["train", "a.py"]) == 1
+    text = capsys.readouterr().err
+    assert message in text and text.startswith("error: this installation does not work: ")
+    assert text.count("\n") == 1
+    with pytest.raises(ImportError):
+        main(["train", "a.py", "--debug"])
 
 
 def test_help_of_a_command_by_its_name(capsys):
