@@ -65,8 +65,9 @@ TORCH_FIX = (
 # Patterns of error messages, and the fix.
 KNOWN_FAILURES = {
     r"torchvision::nms|different CUDA major versions": TORCH_FIX,
-    r"libGL\.so|libgthread": "install only the OpenCV that needs no graphics library: pip uninstall "
-    "-y opencv-python opencv-python-headless && pip install --no-deps opencv-python-headless",
+    r"libGL\.so|libgthread": "install only the OpenCV that needs no graphics library: "
+    "pip uninstall -y opencv-python opencv-python-headless && "
+    "pip install --no-deps opencv-python-headless",
     r"_ARRAY_API|numpy\.core\.multiarray|numpy\.dtype size changed": "it was built for another "
     "numpy: make repair (or reinstall it together with numpy)",
     r"pkg_resources": "newer setuptools do not have it: pip install 'setuptools<81'",
