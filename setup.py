@@ -46,7 +46,8 @@ DEPLOY = [
     "onnx",
     "onnxruntime>=1.15",
     "onnxscript",
-    "coremltools>=9; sys_platform == 'linux' or sys_platform == 'darwin'",
+    # Where there is a build: without its libraries it cannot write a model.
+    "coremltools>=9; sys_platform != 'win32' and python_version < '3.14'",
 ]
 TRACK = ["trackers>=2.6,<3"]
 # Outside of "all" and of constraints.txt: they bring jax and transformers, or hundreds of MB.

@@ -15,6 +15,14 @@ def build_backbone(variant: Variant, **kwargs):
     return cls(variant.arch, **kwargs)
 
 
+def needs_coremltools():
+    """The package; skips the test where it is not installed or has no build, as on Python 3.14."""
+    pytest.importorskip("coremltools.libmilstoragepython", reason="no build of coremltools")
+    import coremltools
+
+    return coremltools
+
+
 def larger_are_slow(names: list[str]) -> list:
     """Parameters of a test from names of configs; those of larger variants are slow tests."""
     larger = re.compile("-l3_|-l7_|v2-s1_|v2-s2_|v2-l_")

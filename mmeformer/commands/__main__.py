@@ -113,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
 
         text = f"{type(error).__name__}: {error}"
         fix = known_fix(text) or "mmeformer doctor names the fix"
+        if isinstance(error, ModuleNotFoundError):
+            fix = "pip install 'mmeformer[all]'"
         print(f"error: this installation does not work: {text}; {fix}", file=sys.stderr)
         return 1
     return command.main(arguments[1:])
