@@ -6,6 +6,7 @@ import timm
 import torch
 from golden_weights import golden, image, published_state_dict, relative_error, weight
 from helpers import build_backbone
+from mmengine.registry import DefaultScope
 from torch import nn
 
 from mmeformer.checkpoints.load import load_content
@@ -14,6 +15,13 @@ pytest.importorskip("mmpretrain")
 from mmpretrain.structures import DataSample
 
 from mmeformer.classification.head import EfficientFormerHead
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    """Losses are found by their bare names, whatever scope an earlier test has left."""
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        yield
 
 
 class Classifier(nn.Module):
