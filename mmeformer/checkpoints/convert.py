@@ -29,6 +29,7 @@ from mmeformer.checkpoints.formats import (
     NATIVE,
     REFERENCE,
     REFERENCE_DOWNSTREAM,
+    TABLE,
     TIMM,
     Format,
 )
@@ -40,7 +41,6 @@ from mmeformer.checkpoints.parse import (
 )
 from mmeformer.checkpoints.report import Report, shorten
 from mmeformer.checkpoints.translate import (
-    TABLE,
     Translation,
     backbone_shapes,
     from_native,
@@ -138,7 +138,7 @@ def convert_content(
     if variant.family not in form.families:
         raise CheckpointError(f"{source} holds {variant.name}, which {form.title} does not have")
     head = head_tensors(parsed)
-    found = _to_native(parsed, variant, source)
+    found = _to_native(parsed, variant)
     check_head(head, variant, source)
     check_values(
         {parsed.prefix + found.origin[name]: tensor for name, tensor in found.tensors.items()},
@@ -189,7 +189,7 @@ def convert_content(
     return {key: {**state}, "meta": meta}, report
 
 
-def _to_native(parsed: ParsedCheckpoint, variant: Variant, source: str) -> Translation:
+def _to_native(parsed: ParsedCheckpoint, variant: Variant) -> Translation:
     shapes = backbone_shapes(variant.family, variant.arch)
     found = to_native(parsed.backbone, parsed.format, variant.family, variant.architecture, shapes)
     if found.unexplained:
@@ -198,7 +198,8 @@ def _to_native(parsed: ParsedCheckpoint, variant: Variant, source: str) -> Trans
             for name in found.unexplained
         ]
         raise CheckpointError(
-            f"{source} holds {variant.name} and tensors that are no part of it: {shorten(unknown)}"
+            f"{parsed.source} holds {variant.name} and tensors that are no part of it: "
+            f"{shorten(unknown)}"
         )
     return found
 

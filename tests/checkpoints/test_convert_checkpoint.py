@@ -17,7 +17,8 @@ from mmengine.registry import MODELS, DefaultScope
 
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.convert import convert, convert_content
-from mmeformer.checkpoints.load import load_content
+from mmeformer.checkpoints.load import load_backbone
+from mmeformer.checkpoints.parse import parse_checkpoint
 from mmeformer.checkpoints.translate import backbone_shapes
 from mmeformer.errors import CheckpointError
 from mmeformer.paths import config_dir, tools_dir
@@ -269,7 +270,7 @@ def test_backbones_of_every_variant_there_and_back(to, any_variant):
         first = (0,) * tensor.dim()
         assert tensor.shape == ours[name].shape and tensor[first] == ours[name][first], name
     backbone = build_backbone(variant)
-    report = load_content(backbone, there, "there.pth")
+    report = load_backbone(backbone, parse_checkpoint(there, "there.pth"))
     assert len(report.loaded) == len(ours)
 
 
@@ -278,7 +279,9 @@ def test_converted_file_loads_by_init_cfg(tool, tmp_path):
     torch.save(model.state_dict(), tmp_path / "timm.bin")
     assert tool(tmp_path / "timm.bin", tmp_path / "ours.safetensors")[0] == 0
     backbone = build_backbone(L1)
-    report = load_content(backbone, safe_load.read(tmp_path / "ours.safetensors"), "ours")
+    report = load_backbone(
+        backbone, parse_checkpoint(safe_load.read(tmp_path / "ours.safetensors"), "ours")
+    )
     assert report.format == "mmeformer" and report.variant == L1.name
     assert torch.equal(backbone.stem.conv1.conv.weight, model.stem.conv1.weight)
 
