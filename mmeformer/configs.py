@@ -18,7 +18,7 @@ from mmengine.registry import DATASETS
 from mmeformer.errors import UserError
 from mmeformer.files import refuse_url
 from mmeformer.paths import config_dir
-from mmeformer.settings import DATA_META, FREE, prepare_flips, require_class_names
+from mmeformer.settings import DATA_META, FREE, prepare_flips, require_class_names, type_name
 from mmeformer.without_onedl import drop_note
 
 # Here, as whatever reads a config imports this first, and the libraries that print the note later.
@@ -279,7 +279,7 @@ def native_size(config: Config) -> int | None:
     segmentor's test settings or of its data preprocessor, else None.
     """
     for step in config.test_dataloader.dataset.pipeline:
-        if step["type"].rpartition(".")[2] == "Resize" and "scale" in step:
+        if type_name(step) == "Resize" and "scale" in step:
             return _shorter_side(step["scale"])
     for settings, key in (
         (config.model.get("test_cfg"), "crop_size"),

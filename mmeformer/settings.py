@@ -147,8 +147,30 @@ def flip_directions(part: Any) -> set[str]:
 def _flips(part: Any) -> Iterator[tuple[tuple, Any]]:
     """All ``RandomFlip`` of a part of a config, with their paths."""
     for path, step in _dicts(part):
-        if str(step.get("type")).rpartition(".")[2] == "RandomFlip" and "prob" in step:
+        if type_name(step) == "RandomFlip" and "prob" in step:
             yield path, step
+
+
+def type_name(part: Mapping) -> str:
+    """Name of the class that a dict of a config stands for, without scope and module.
+
+    Args:
+        part: such as a step of a pipeline; its ``type`` is a name or a class.
+
+    Returns:
+        Such as ``RandomFlip``; empty if there is no type.
+    """
+    kind = part.get("type", "")
+    return (kind if isinstance(kind, str) else str(kind.__name__)).rpartition(".")[2]
+
+
+def without_annotations(pipeline: Iterable[Any]) -> list[Any]:
+    """Steps of a test pipeline that an image without annotations passes."""
+    return [
+        step
+        for step in pipeline
+        if "Annotation" not in (name := type_name(step)) and name != "ConvertBoxType"
+    ]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -21,6 +21,7 @@ from mmeformer.checks.interface import CheckedDataset
 from mmeformer.configs import drop_pretrained
 from mmeformer.files import write_bytes
 from mmeformer.images import read_image
+from mmeformer.settings import type_name
 from mmeformer.tasks import TASKS
 
 SPLITS = ("train", "val", "test")
@@ -48,7 +49,7 @@ def datasets_of(config: Config, split: str) -> list[BaseDataset]:
         pipeline = [
             transform
             for transform in settings.get("pipeline", [])
-            if transform["type"].split(".")[-1].startswith(KEPT_TRANSFORMS)
+            if type_name(transform).startswith(KEPT_TRANSFORMS)
         ]
         dataset = DATASETS.build({**settings, "pipeline": pipeline, "lazy_init": True})
         if not isinstance(dataset, CheckedDataset):
