@@ -14,11 +14,8 @@ from mmengine.registry import TRANSFORMS
 
 from mmeformer.inference.pictures import at_picture_size
 from mmeformer.inference.predictor import Predictor
-from mmeformer.results import Classification
+from mmeformer.results import BEST, Classification
 from mmeformer.windows import Window
-
-BEST = 5
-"""Number of classes that are reported of an image."""
 
 
 class ArrayInferencer(BaseInferencer):
@@ -54,7 +51,7 @@ def _as_loaded(image: np.ndarray) -> dict:
 
 
 class ClassificationPredictor(Predictor[Classification]):
-    """Predicts :class:`mmeformer.results.Classification`; reports the best :data:`BEST` classes."""
+    """Predicts :class:`mmeformer.results.Classification`; reports the best classes."""
 
     inferencer_class = ArrayInferencer
     large = float("inf")
