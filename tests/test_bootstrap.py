@@ -3,7 +3,6 @@
 
 import ast
 import fcntl
-import importlib.util
 import json
 import os
 import re
@@ -18,19 +17,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools" / "bootstrap.py"
 
 
-def load_bootstrap():
-    spec = importlib.util.spec_from_file_location("bootstrap", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bootstrap = load_bootstrap()
+bootstrap = load_script(SCRIPT)
 
 
 def program(folder: Path, name: str, text: str) -> Path:

@@ -2,7 +2,6 @@
 """The conversion tool: both directions, whole models into the shipped configs, safe writing."""
 
 import argparse
-import importlib.util
 import json
 import re
 
@@ -11,7 +10,7 @@ import safetensors
 import timm
 import torch
 from golden_weights import golden, image, manifest, published_state_dict, relative_error, weight
-from helpers import build_backbone
+from helpers import build_backbone, load_script
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
@@ -92,11 +91,7 @@ def published_model(variant, task, model, value):
 @pytest.fixture
 def tool(capsys):
     """Calls the command line: (arguments) -> (exit status, stdout, stderr)."""
-    spec = importlib.util.spec_from_file_location(
-        "convert_checkpoint", tools_dir() / "convert_checkpoint.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(tools_dir() / "convert_checkpoint.py")
 
     def call(*arguments):
         status = module.main([str(argument) for argument in arguments])

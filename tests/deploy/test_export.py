@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import build_backbone, needs_coremltools
 from mmengine.config import Config
-from tiny import exported, small_config
+from tiny import EXPORTS, exported, small_config
 from torch import nn
 from trained_like import trained_like
 
@@ -23,19 +23,8 @@ from mmeformer.errors import CheckpointError, UserError
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.variants import STRIDES, VARIANTS
 
-CASES = [
-    ("segmentation", dict(size=None, preprocessing=False)),
-    ("segmentation", dict(size=(64, 96), batch=2, preprocessing=True)),
-    ("detection", dict(size=None, preprocessing=True)),
-    ("detection", dict(size=(64, 96), batch=2, preprocessing=False)),
-    ("rotated", dict(size=None, preprocessing=False)),
-    ("rotated", dict(size=(64, 64), preprocessing=True)),
-    ("detection", dict(size=None, part="backbone")),
-    ("segmentation", dict(size=(32, 64), part="backbone", batch=3, preprocessing=True)),
-]
 
-
-@pytest.mark.parametrize("task, request_", CASES)
+@pytest.mark.parametrize("task, request_", EXPORTS)
 def test_exports_pass_their_check(exports, task, request_):
     path, lines = exports(task, **request_)
     assert lines[0] == "compared with PyTorch on 2 random and 1 real images:"
