@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from mmeformer.detection import light_starter
@@ -292,8 +291,7 @@ def _area(item: LabeledObject) -> float:
     if item.rle is not None:
         return float(decode_rle(item.rle).sum())
     if item.polygons:
-        points = (np.reshape(polygon, (-1, 1, 2)).astype(np.float32) for polygon in item.polygons)
-        return float(sum(cv2.contourArea(polygon) for polygon in points))
+        return item.polygon_area()
     return item.box[2] * item.box[3]
 
 
