@@ -586,9 +586,9 @@ def test_workers_end_with_their_program():
     """They ignore SIGTERM, by which multiprocessing ends those that wait for more work."""
     program = (
         "from torch.utils.data import DataLoader\n"
-        "from mmeformer.training.preemption import deaf_worker\n"
+        "from mmeformer.training.preemption import ignoring_signals\n"
         "loader = DataLoader(range(4), num_workers=2, persistent_workers=True,\n"
-        "                    worker_init_fn=deaf_worker(None))\n"
+        "                    worker_init_fn=ignoring_signals(None))\n"
         "print([int(item) for item in loader])\n"
     )
     done = subprocess.run(
