@@ -475,6 +475,28 @@ def fork(function, world_size: int = 1, timeout: float = 300) -> list[int]:
     return [codes[child] for child in children]
 
 
+def train_two(config: Config, work_dir: Path, at=None, rank_of_at=None, **choices) -> list[int]:
+    """Exit codes of two processes that train together; :func:`losses_of` has their losses.
+
+    Args:
+        config, work_dir, at, **choices: as of :func:`train`.
+        rank_of_at: the process that ``at`` is for; None for both.
+    """
+
+    def one(rank):
+        own = at if rank_of_at in (None, rank) else None
+        losses = train(config, work_dir, launcher="pytorch", at=own, **choices)
+        Path(work_dir, f"losses-{rank}.json").write_text(json.dumps(losses))
+
+    return fork(one, world_size=2)
+
+
+def losses_of(work_dir: Path, rank: int) -> dict:
+    """Losses by iteration of one process of :func:`train_two`."""
+    content = json.loads(Path(work_dir, f"losses-{rank}.json").read_text())
+    return {int(iteration): loss for iteration, loss in content.items()}
+
+
 def equal(first: dict, second: dict) -> bool:
     """Whether two runs had the very same losses in the iterations of ``second``."""
     shared = [first[iteration] for iteration in second]
