@@ -167,7 +167,7 @@ def run(
     Raises:
         ValueError: the overlap is not less than the window.
         UserError: there is nothing to track: no video, or results without boxes; or ``out`` has
-            files of others with the names of outputs.
+            files of others.
         OSError: an output cannot be written.
     """
     if settings.track:

@@ -32,7 +32,7 @@ def prepare_folder(out: str | Path) -> Path:
 
     Raises:
         ValueError: it is not.
-        UserError: files of others would be replaced.
+        UserError: it has files of others.
     """
     refuse_url(out, "output folder")
     out = Path(out)
@@ -55,26 +55,27 @@ def is_marked(out: str | Path) -> bool:
 
 
 def refuse_files_of_others(out: Path) -> None:
-    """Raise if a folder has files with the names of outputs, such as the labels of a data set.
+    """Raise if a folder has files or folders in it but those of an earlier run, or hidden ones.
+
+    Whatever is there may be a data set, and pictures of results in it would become part of it.
 
     Raises:
         UserError: it has.
     """
-    if is_marked(out):
+    if is_marked(out) or not out.exists():
         return
-    for name in (*FOLDERS, RESULTS, TABLE, LEGEND):
-        if (out / name).exists():
-            raise UserError(
-                f"{out / name} exists and was not written by predict (there is no {MARKER} beside "
-                "it); choose another --out"
-            )
+    if found := sorted(path.name for path in out.iterdir() if not path.name.startswith(".")):
+        raise UserError(
+            f"{out / found[0]} was not written by predict (there is no {MARKER} beside it); choose "
+            "a new or empty folder with --out"
+        )
 
 
 def mark(out: Path) -> None:
     """Say that a folder is one of outputs; comes before the first of them.
 
     Raises:
-        UserError: files of others would be replaced.
+        UserError: the folder has files of others.
     """
     refuse_files_of_others(out)
     write_text(out / MARKER, "mmeformer predict wrote this folder, and may write it again.\n")

@@ -266,7 +266,7 @@ def test_files_of_others_are_left_alone(tmp_path):
     own.parent.mkdir()
     own.write_text("my label")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=r"in/labels exists and was not written by predict"):
+    with pytest.raises(UserError, match=r"in/a.png was not written by predict"):
         predict(tmp_path / "in", tmp_path / "in")
     assert own.read_text() == "my label" and sorted(tmp_path.rglob("*")) == before
 

@@ -118,23 +118,22 @@ def test_folder_that_cannot_be_written_to(tmp_path):
             prepare_folder(path)
 
 
-@pytest.mark.parametrize("name", ["pictures", "videos", "masks", "labels"])
+@pytest.mark.parametrize("name", ["pictures/a.jpg", "cat/a.jpg", "predictions.json", "a.png"])
 def test_a_folder_of_others_is_refused_and_an_own_one_is_not(tmp_path, name):
-    (tmp_path / name).mkdir()
-    for use in (prepare_folder, mark):
-        with pytest.raises(
-            UserError, match=f"{name} exists and was not written by predict .*--out"
-        ):
-            use(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    mark(tmp_path / "new")
-    (tmp_path / "new" / name).mkdir()
-    mark(tmp_path / "new")
-    assert prepare_folder(tmp_path / "new") == tmp_path / "new"
-
-
-@pytest.mark.parametrize("name", ["predictions.json", "predictions.csv", "classes.json"])
-def test_files_of_others_are_refused(tmp_path, name):
+    """Also a data set with one folder per class, in which pictures/ would be another class."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=f"{name} exists"):
-        prepare_folder(tmp_path)
+    first = name.partition("/")[0]
+    for use in (prepare_folder, mark):
+        with pytest.raises(UserError, match=f"{first} was not written by predict .*--out"):
+            use(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [first]
+
+
+def test_an_empty_folder_and_one_of_an_earlier_run_are_taken(tmp_path):
+    (tmp_path / ".DS_Store").write_text("")
+    assert prepare_folder(tmp_path) == tmp_path
+    mark(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    mark(tmp_path)
+    assert prepare_folder(tmp_path) == tmp_path

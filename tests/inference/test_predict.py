@@ -538,7 +538,7 @@ def test_images_and_labels_of_the_user_are_not_replaced(place, tmp_path, capfd):
     argv = [place / "detection.py", place / "detection.pth", own]
     assert predict_main([*argv, "--out", own]) == 1
     error = capfd.readouterr().err
-    assert re.search(r"^error: .*own/pictures exists and was not .*another --out$", error, re.M)
+    assert re.search(r"^error: .*own/b.png was not written .* with --out$", error, re.M)
     assert sorted(path.name for path in own.rglob("*")) == ["a.jpg", "b.png", "pictures"]
     assert (own / "pictures" / "a.jpg").read_bytes() == content
     # In another folder they are inputs, of the first run and of the next; outputs never are.
