@@ -67,7 +67,7 @@ def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Modu
             if isinstance(child, DropPath):
                 setattr(module, name, nn.Identity())
     if image_size is not None:
-        _fix_biases(model, image_size)
+        fix_size(model, image_size)
     return model
 
 
@@ -127,7 +127,12 @@ def _scale_queries(attention: MapAttention | AttentionDownsample | TokenAttentio
     attention.scale = 1.0
 
 
-def _fix_biases(model: nn.Module, image_size: tuple[int, int]) -> None:
+def fix_size(model: nn.Module, image_size: tuple[int, int]) -> None:
+    """Make the attention biases of a folded copy constants for images of ``image_size`` (H, W).
+
+    Raises:
+        ValueError: the model has none of our backbones.
+    """
     backbones = [module for module in model.modules() if isinstance(module, PyramidBackbone)]
     if not backbones:
         raise ValueError(

@@ -21,7 +21,7 @@ from mmeformer import tasks
 from mmeformer.backbones.base import PyramidBackbone
 from mmeformer.deploy import check
 from mmeformer.deploy.biases import GraphBias, replace_biases
-from mmeformer.deploy.fold import fold
+from mmeformer.deploy.fold import fix_size, fold
 from mmeformer.deploy.substitutes import substitute_for_graph
 from mmeformer.images import as_image
 from mmeformer.runtime.images import prepare
@@ -57,6 +57,10 @@ class Graph(nn.Module):
 
     output_names: tuple[str, ...]
     raw_names: tuple[str, ...] = ()
+
+    window: tuple[int, int] | None = None
+    """(H, W) in pixels of the windows in which the network sees images, or whole images that are
+    smaller; None: it sees all images whole."""
 
     compare: Callable[[Sequence[tuple], check.Comparison], None]
     """Compares results of this task; see :mod:`mmeformer.deploy.check`."""
@@ -161,14 +165,18 @@ def build_graph(
     graph: Callable[..., Graph], model: nn.Module, metadata: Metadata, channels_last: bool
 ) -> Graph:
     """The graph of a folded copy of ``model``; ``channels_last``: see :class:`Normalize`."""
-    folded = fold(model, metadata.size)
+    folded = fold(model)
     substitute_for_graph(folded)
-    if metadata.size is None:
-        replace_biases(folded, lambda _, bias: GraphBias(bias))
     normalize = None
     if metadata.preprocessing_in_graph:
         normalize = Normalize(metadata.mean, metadata.std, metadata.bgr_to_rgb, channels_last)
-    return graph(folded, normalize).eval()
+    made = graph(folded, normalize).eval()
+    if metadata.size is None:
+        replace_biases(made, lambda _, bias: GraphBias(bias))
+    else:
+        height, width = map(min, metadata.size, made.window or metadata.size)
+        fix_size(made, (height, width))
+    return made
 
 
 @torch.no_grad()
@@ -356,11 +364,15 @@ def top_k(scores: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     count = scores.shape[1]
     if limit <= 0:
         return scores.sort(dim=1, descending=True)
+    return scores.topk(smaller(count, limit), dim=1)
+
+
+def smaller(size: Any, limit: int) -> Any:
+    """The smaller of a size of a tensor, which is a tensor itself in a trace, and a number."""
     if not torch.jit.is_tracing():
-        return scores.topk(min(limit, count), dim=1)
+        return min(size, limit)
     # A number would become the constant of the traced example.
-    traced: Any = torch.minimum(torch.tensor(limit), torch.as_tensor(count))
-    return scores.topk(traced, dim=1)
+    return torch.minimum(torch.tensor(limit), torch.as_tensor(size))
 
 
 def cell_shifts(size: tuple[int, ...], stride: tuple[int, int], like: Tensor) -> Tensor:

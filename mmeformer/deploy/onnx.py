@@ -34,7 +34,7 @@ TRACED_SIZE = (64, 96)
 """Height and width of the example image of a graph for any size: small, and its sides differ."""
 
 RANDOM_SIZE = (160, 224)
-"""Height and width of the random images that such a graph is compared on."""
+"""Height and width of the random images that such a graph is compared on, if it has no windows."""
 
 
 def write(
@@ -75,6 +75,9 @@ def write(
     finished = runtime.load(path, torch.get_num_threads())
 
     height, width = metadata.size or RANDOM_SIZE
+    if metadata.size is None and graph.window is not None:
+        # Several windows, the last of which are moved back to the border.
+        height, width = graph.window[0] + 32, 2 * graph.window[1]
     randoms = [check.random_image(height, width, 0), check.random_image(width, height, 1)]
     comparison = check.Comparison(
         f"compared with PyTorch on {len(randoms)} random and {len(images)} real images"

@@ -16,23 +16,25 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from mmeformer.deploy import check
-from mmeformer.deploy.graphs import Graph, require
+from mmeformer.deploy.graphs import Graph, require, smaller
 from mmeformer.deploy.metadata import cut_settings, task_settings
 from mmeformer.runtime import Segmentation
+from mmeformer.segmentation.settings import require_windows
 
 
 class SegmentationGraph(Graph):
     """Class of every pixel: ``labels`` (B, H, W), ``uint8`` up to 256 classes.
 
     Logits are resized to the size of the input and then to ``output_size``, as in mmseg, so that
-    the labels of an image that was resized for the network are those of mmseg.
+    the labels of an image that was resized for the network are those of mmseg. A model that tests
+    in windows (``mode=slide``) sees all windows of an image as one batch.
 
     Args:
-        model: an ``EncoderDecoder`` in "whole" test mode.
+        model: an ``EncoderDecoder``.
         normalize: see :class:`Graph`.
 
     Raises:
-        ValueError: another kind of model.
+        ValueError: another kind of model, or windows with gaps between them.
     """
 
     extra_inputs: tuple[str, ...] = ("output_size",)
@@ -46,11 +48,10 @@ class SegmentationGraph(Graph):
             isinstance(model, EncoderDecoder) and isinstance(model.decode_head, nn.Module),
             f"{type(model).__name__} is not an EncoderDecoder of mmseg",
         )
-        require(
-            model.test_cfg.get("mode", "whole") == "whole",
-            "the model tests in windows, but a graph sees whole images: set "
-            "--cfg-options model.test_cfg.mode=whole",
-        )
+        require_windows(model)
+        if model.test_cfg.get("mode") == "slide":
+            height, width = model.test_cfg.crop_size
+            self.window = (height, width)
         self.model = model
         for name, module in list(model.named_modules()):
             if isinstance(module, Upsample) and not module.size:
@@ -60,8 +61,11 @@ class SegmentationGraph(Graph):
     def run(self, image: Tensor, output_size: Tensor | None = None) -> tuple[Tensor, ...]:
         """See :meth:`Graph.run`."""
         head = self.model.decode_head
-        raw = head(self.model.extract_feat(image))
-        logits = self._resize(raw, image.shape[-2:])
+        if self.window is None:
+            raw = head(self.model.extract_feat(image))
+            logits = self._resize(raw, image.shape[-2:])
+        else:
+            logits = raw = self._in_windows(image, self.window, self.model.test_cfg.stride)
         if output_size is not None:
             # A trace records tensors, but not the Python numbers in them.
             size: Any = output_size.unbind() if torch.jit.is_tracing() else output_size.tolist()
@@ -71,6 +75,15 @@ class SegmentationGraph(Graph):
         else:
             labels = logits.argmax(1)
         return labels.to(torch.uint8 if head.num_classes <= 256 else torch.int32), raw
+
+    def _in_windows(self, image: Tensor, window: Sequence[int], stride: Sequence[int]) -> Tensor:
+        """Logits (B, classes, H, W), means over windows, as in mmseg's ``slide_inference``."""
+        rows = _Windows(image.shape[-2], window[0], stride[0])
+        columns = _Windows(image.shape[-1], window[1], stride[1])
+        parts = columns.cut(rows.cut(image.transpose(-2, -1)).transpose(-2, -1))
+        logits = self.model.decode_head(self.model.extract_feat(parts))
+        logits = columns.join(self._resize(logits, parts.shape[-2:]))
+        return rows.join(logits.transpose(-2, -1)).transpose(-2, -1)
 
     def _resize(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         return F.interpolate(
@@ -107,6 +120,50 @@ class FixedSizeSegmentationGraph(SegmentationGraph):
     """
 
     extra_inputs = ()
+
+
+class _Windows:
+    """Windows along the last axis of maps; the last one is moved back to end at the border.
+
+    No map has more than five axes, which CoreML requires.
+
+    Args:
+        length: of the axis.
+        window: length of a window; if the axis is shorter, it is one window.
+        stride: from the start of a window to that of the next.
+    """
+
+    def __init__(self, length: int, window: int, stride: int) -> None:
+        self.length, self.stride = length, stride
+        self.most = -(-window // stride) + 1
+        """Largest number of windows that share a place, with the one that was moved back."""
+        self.side = smaller(length, window)
+        last = length - self.side
+        self.count = (last + stride - 1) // stride + 1
+        self.starts = (torch.arange(self.count) * stride).clamp(max=last)
+
+    def cut(self, maps: Tensor) -> Tensor:
+        """(B, C, H, length) -> (B * count, C, H, side)."""
+        parts = maps[..., self.starts[:, None] + torch.arange(self.side)]
+        return parts.permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+    def join(self, parts: Tensor) -> Tensor:
+        """(B * count, C, H, side) -> (B, C, H, length): the mean of the windows at every place."""
+        parts = parts.reshape(-1, self.count, *parts.shape[1:]).permute(0, 2, 3, 1, 4).flatten(-2)
+        places = torch.arange(self.length)
+        total: Any = 0
+        found: Any = 0
+        for index in range(self.most):
+            number = (places // self.stride + 1).clamp(max=self.count - 1) - index
+            exists = number >= 0
+            number = number.clamp(min=0)
+            inside = places - self.starts[number]
+            exists = exists & (inside >= 0) & (inside < self.side)
+            inside = inside.clamp(min=0).clamp(max=self.side - 1)
+            weight = exists.to(parts.dtype)
+            total = total + parts[..., number * self.side + inside] * weight
+            found = found + weight
+        return total / found
 
 
 class _AnyUpsample(nn.Module):

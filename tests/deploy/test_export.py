@@ -246,10 +246,10 @@ class TestBadInput:
         with pytest.raises(FileNotFoundError, match="gone.pth"):
             models.build_model(trained("segmentation").config, "gone.pth")
 
-    def test_windows_are_no_graph(self, trained, tmp_path):
+    def test_windows_with_gaps(self, trained, tmp_path):
         small = trained("segmentation")
-        small.config.model.test_cfg.mode = "slide"
-        with pytest.raises(ValueError, match="tests in windows"):
+        small.config.model.test_cfg = dict(mode="slide", crop_size=(64, 64), stride=(65, 64))
+        with pytest.raises(ValueError, match="stride .* must be at least 1 and at most crop_size"):
             self.run(small, tmp_path / "model.onnx")
 
     def test_unknown_pipeline_steps(self, trained, tmp_path):
