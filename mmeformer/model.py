@@ -19,6 +19,7 @@ import glob
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import singledispatch
 from itertools import islice
 from pathlib import Path
@@ -550,14 +551,13 @@ class _Exported(_Source):
                 f"score_thr {score_thr} is below the threshold {lowest} that {path} was exported "
                 "with; export it with a lower one"
             )
-        self.score_thr = score_thr
+        # Before the results of windows are merged, as in prediction with a checkpoint.
+        self.predictor.metadata = replace(metadata, score_threshold=score_thr)
         self.labels = None if classes is None else chosen_labels(classes, self.classes)
 
     def predict(self, images: list[np.ndarray], batch_size: int) -> list[Any]:
         """See the base class; the runtime has its own batch of windows."""
         results: list[Any] = list(self.predictor.predict_batch(images))
-        if self.score_thr is not None:
-            results = [result.take(result.scores > self.score_thr) for result in results]
         if self.labels is not None:
             results = [result.take(np.isin(result.labels, self.labels)) for result in results]
         return results

@@ -29,6 +29,8 @@ class Export:
             CoreML.
         candidates_graph: the same for ONNX with NMS outside the file; None if it always is, or if
             there is none.
+        merger: function that merges the results of the windows of a large image; see there. None if
+            no image is cut.
     """
 
     graph: str
@@ -37,6 +39,7 @@ class Export:
     stretches: bool
     litert_graph: str | None = None
     candidates_graph: str | None = None
+    merger: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ _ROWS = (
             decoder="mmeformer.runtime.decoders:decode_detections",
             stretches=False,
             candidates_graph="mmeformer.detection.dense_graph:DenseCandidatesGraph",
+            merger="mmeformer.runtime.decoders:join_detections",
         ),
         quickstart="mmeformer.detection.quickstart:QUICKSTART",
         datasets=("mmeformer.CocoDataset",),
@@ -109,6 +113,7 @@ _ROWS = (
             decoder="mmeformer.runtime.decoders:decode_segmentation",
             # Attention would see padding.
             stretches=True,
+            merger="mmeformer.runtime.decoders:join_segmentations",
         ),
         quickstart="mmeformer.segmentation.quickstart:QUICKSTART",
         datasets=("mmeformer.SegmentationDataset", "mmeformer.ADE20KDataset"),
@@ -128,6 +133,7 @@ _ROWS = (
             decoder="mmeformer.runtime.decoders:decode_rotated",
             stretches=False,
             litert_graph="mmeformer.rotated.graph:RotatedCandidatesGraph",
+            merger="mmeformer.runtime.decoders:join_rotated",
         ),
         quickstart="mmeformer.rotated.quickstart:QUICKSTART",
         datasets=("mmeformer.DOTADataset",),

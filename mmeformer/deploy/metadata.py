@@ -91,12 +91,14 @@ def class_settings(config: Config, model: nn.Module) -> dict[str, Any]:
 
 
 def cut_settings(config: Config, model: nn.Module) -> dict[str, Any]:
-    """Metadata field of models of photographs; the rule is that of
+    """Metadata fields of models of photographs; the rule is that of
     :meth:`mmeformer.inference.predictor.Predictor.window_of`."""
     side = native_size(config)
+    if side is None:
+        return {}
     record = TrainingImages.from_meta(getattr(model, "dataset_meta", None))
     _, longest = (record and record.sides) or (0, 0)
-    return dict(cut_above=None if side is None else int(LARGE * max(side, longest)))
+    return dict(cut_above=int(LARGE * max(side, longest)), window=side)
 
 
 def detector_settings(config: Config, model: nn.Module, test_cfg: dict) -> dict[str, Any]:

@@ -152,7 +152,8 @@ def _compare(
 ) -> None:
     """Compare raw tensors and results with those of the model as it was trained."""
     # Both get the image as it is: the network is compared, not the cutting into windows.
-    finished = runtime.Predictor(finished.session, replace(finished.metadata, patch_size=0))
+    whole = replace(finished.metadata, patch_size=0, cut_above=None)
+    finished = runtime.Predictor(finished.session, whole)
     metadata = finished.metadata
     reference = graph_class(copy.deepcopy(model)).eval()
     raw = reference.raw_names or reference.output_names

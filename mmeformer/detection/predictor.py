@@ -12,9 +12,9 @@ from mmengine.config import ConfigDict
 
 # Registers the visualizer.
 from mmeformer.detection import visualizer
-from mmeformer.detection.merging import merge_windows
 from mmeformer.detection.writers import to_json
 from mmeformer.inference.predictor import Predictor
+from mmeformer.merging import merge_detections
 from mmeformer.results import Detections, Mask
 from mmeformer.windows import LARGE, Window
 
@@ -38,8 +38,8 @@ class DetectionPredictor(Predictor[Detections]):
     def merge(
         self, places: Sequence[Window], results: Iterable[Detections], size: tuple[int, int]
     ) -> Detections:
-        """See the base class and :func:`mmeformer.detection.merging.merge_windows`."""
-        return merge_windows(places, results, size)
+        """See the base class and :func:`mmeformer.merging.merge_detections`."""
+        return merge_detections(places, results, size)
 
     def draw(self, image: np.ndarray, result: Detections) -> np.ndarray:
         """See the base class; drawn by the visualizer of the config."""

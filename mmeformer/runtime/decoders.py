@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert the outputs of an exported file to results: one function per task, named in its row.
 
-Every function takes the prepared images of a run, the graph's outputs by name and the file's
+Another function per task merges the results of the windows of a large image.
+
+A decoder takes the prepared images of a run, the graph's outputs by name and the file's
 metadata, and returns one result per image, in pixels of the image. The batch of a graph with a
 fixed batch size may have been filled up, so there may be outputs for more images than given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from mmeformer.merging import merge_detections, merge_segmentations
 from mmeformer.results import (
     Classification,
     Detections,
@@ -26,6 +29,7 @@ from mmeformer.results import (
 from mmeformer.runtime.images import Prepared
 from mmeformer.runtime.masks import dynamic_masks, masks_of_maps
 from mmeformer.runtime.metadata import Metadata
+from mmeformer.windows import Window
 
 Result = Classification | Detections | Pyramid | RotatedDetections | Segmentation
 Outputs = Mapping[str, NDArray[Any]]
@@ -167,6 +171,38 @@ def _suppressed(
     found = np.asarray(kept, np.int64).reshape(-1)
     best: NDArray[Any] = found[np.argsort(-scores[found], kind="stable")]
     return best[: metadata.max_per_image]
+
+
+def join_detections(
+    places: Sequence[Window],
+    results: Iterable[Detections],
+    size: tuple[int, int],
+    metadata: Metadata,
+) -> Detections:
+    """Merge the results of the windows of an image of ``size`` (H, W)."""
+    return merge_detections(places, results, size)
+
+
+def join_segmentations(
+    places: Sequence[Window],
+    results: Iterable[Segmentation],
+    size: tuple[int, int],
+    metadata: Metadata,
+) -> Segmentation:
+    """Merge the label maps of the windows of an image of ``size`` (H, W)."""
+    dtype = np.uint8 if len(metadata.classes) <= 256 else np.uint16
+    return merge_segmentations(places, results, size, dtype)
+
+
+def join_rotated(
+    places: Sequence[Window],
+    results: Iterable[RotatedDetections],
+    size: tuple[int, int],
+    metadata: Metadata,
+) -> RotatedDetections:
+    """Merge the results of an image's windows by NMS within each class."""
+    assert metadata.iou_threshold is not None, "the export of a rotated detector has one"
+    return RotatedDetections.merged(places, results, metadata.iou_threshold)
 
 
 def _by_image(

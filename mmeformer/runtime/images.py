@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +34,11 @@ def prepare(image: NDArray[Any], metadata: Metadata) -> Prepared:
     original = (image.shape[0], image.shape[1])
     if metadata.shorter_side is not None and metadata.crop is not None:
         image = _center(image, metadata.shorter_side, metadata.crop)
-        height, width = metadata.crop
     else:
-        height, width = _network_size(original, metadata)
-        image = _resize(image, height, width)
-    if metadata.multiple > 1:
-        height, width = (_round_up(side, metadata.multiple) for side in (height, width))
-        image = _resize(image, height, width)
-    full = metadata.size or tuple(_round_up(side, metadata.pad_divisor) for side in (height, width))
+        image = _resize(image, *_network_size(original, metadata))
+    height, width = _stretched(image.shape[:2], metadata)
+    image = _resize(image, height, width)
+    full = _padded((height, width), metadata)
     if metadata.preprocessing_in_graph:
         data = np.zeros((*full, 3), np.uint8)
         data[:height, :width] = image
@@ -48,6 +46,24 @@ def prepare(image: NDArray[Any], metadata: Metadata) -> Prepared:
         data = np.zeros((3, *full), np.float32)
         data[:, :height, :width] = normalize(image, metadata)
     return Prepared(data, (height, width), original)
+
+
+def input_size(original: tuple[int, int], metadata: Metadata) -> tuple[int, int]:
+    """(height, width) of the network's input, with padding, for an image of ``original`` size."""
+    size = metadata.crop or _network_size(original, metadata)
+    return _padded(_stretched(size, metadata), metadata)
+
+
+def _stretched(size: Sequence[int], metadata: Metadata) -> tuple[int, int]:
+    height, width = (_round_up(side, metadata.multiple) for side in size)
+    return height, width
+
+
+def _padded(size: tuple[int, int], metadata: Metadata) -> tuple[int, int]:
+    if metadata.size is not None:
+        return metadata.size
+    height, width = (_round_up(side, metadata.pad_divisor) for side in size)
+    return height, width
 
 
 def normalize(image: NDArray[Any], metadata: Metadata) -> NDArray[Any]:

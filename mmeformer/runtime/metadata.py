@@ -29,6 +29,7 @@ _ADDED_LATER = {
     "candidates",
     "category_ids",
     "cut_above",
+    "window",
 }
 """Entries that files of earlier versions do not have; their defaults hold."""
 
@@ -72,9 +73,9 @@ class Metadata:
             if unknown, or if objects have any size in pixels.
         candidates: largest number of boxes of a level that go into non-maximum suppression in
             :mod:`mmeformer.runtime.decoders`; None for all.
-        cut_above: prediction with the checkpoint cuts images whose longer side exceeds this number
-            of pixels into windows; exported files take them whole, with a warning. None if it cuts
-            none, or if the files are cut by ``patch_size``.
+        cut_above, window: of models of photographs: images whose longer side exceeds ``cut_above``
+            pixels are cut into windows of this side, as in prediction with the checkpoint. None if
+            none is cut, or if they are cut by ``patch_size``.
         category_ids: of COCO, by label; empty if they count from 1.
         bands, stretch: how imagery in files is read; see :class:`mmeformer.images.Reading`.
     """
@@ -108,6 +109,7 @@ class Metadata:
     candidates: int | None = None
     category_ids: tuple[int, ...] = ()
     cut_above: int | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if self.task not in tasks.exports():

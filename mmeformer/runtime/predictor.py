@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from mmeformer import tasks
 from mmeformer.files import refuse_url
 from mmeformer.images import Image, as_image
-from mmeformer.results import RotatedDetections
 from mmeformer.runtime import executorch, litert
 from mmeformer.runtime.decoders import Result
 from mmeformer.runtime.images import Prepared, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
+from mmeformer.runtime.parts import patch_side, size_warning, window_side
 from mmeformer.training_images import TrainingImages
 from mmeformer.windows import as_patch, crop, predict_windows, windows
 
@@ -191,31 +191,38 @@ class Predictor:
         """Predict on several images; see :meth:`predict`.
 
         Images of one size go through the network together, as many as the model's batch allows.
-        No image is padded to the size of another. For a model that was trained on patches, images
-        that are larger are cut into overlapping windows, and those that are smaller are padded.
+        No image is padded to the size of another. Images that prediction with the checkpoint cuts
+        into overlapping windows are cut here too; those that are smaller than the patches that a
+        model was trained on are padded.
         """
         arrays = [as_image(image, self.metadata.reading) for image in images]
         self._warn_of_scale(arrays)
         self._warn_of_size(arrays)
-        side = self.patch_size
-        is_large = [bool(side) and max(image.shape[:2]) > side for image in arrays]
-        whole = [as_patch(a, side) for a, large in zip(arrays, is_large, strict=True) if not large]
+        sides = [window_side(image.shape[:2], self.metadata) for image in arrays]
+        whole = [
+            as_patch(image, self.patch_size)
+            for image, side in zip(arrays, sides, strict=True)
+            if not side
+        ]
         results = iter(self._predict_whole(whole))
         return [
-            self._predict_windows(image) if large else next(results)
-            for image, large in zip(arrays, is_large, strict=True)
+            self._predict_windows(image, side) if side else next(results)
+            for image, side in zip(arrays, sides, strict=True)
         ]
 
     @property
     def patch_size(self) -> int:
-        """Side in pixels of the windows that images are cut into or padded to; 0: neither.
+        """See :func:`mmeformer.runtime.parts.patch_side`."""
+        return patch_side(self.metadata)
 
-        That of the training, or less if the file's own size has no room for it at the same scale.
-        """
-        size, scale = self.metadata.size, self.metadata.scale
-        if size is None or scale is None:
-            return self.metadata.patch_size
-        return int(min(1.0, min(size) / min(scale)) * self.metadata.patch_size)
+    def _warn_of_size(self, images: Sequence[NDArray[Any]]) -> None:
+        """Warn of the first image that this file, which has one size, shows otherwise."""
+        for image in images:
+            if self._warned_of_size:
+                return
+            if text := size_warning(image.shape[:2], self.metadata):
+                self._warned_of_size = True
+                warnings.warn(text, stacklevel=3)
 
     def _warn_of_scale(self, images: Sequence[NDArray[Any]]) -> None:
         record = TrainingImages(self.metadata.training_sides, self.metadata.patch_size)
@@ -225,30 +232,17 @@ class Predictor:
             if text := record.scale_warning(max(height, width)):
                 warnings.warn(f"image of {width} x {height} px: {text}", stacklevel=3)
 
-    def _warn_of_size(self, images: Sequence[NDArray[Any]]) -> None:
-        """Warn of the first image that the checkpoint, unlike this file, would cut."""
-        limit = self.metadata.cut_above
-        if limit is None or self._warned_of_size:
-            return
-        for height, width in (image.shape[:2] for image in images):
-            if max(height, width) > limit:
-                self._warned_of_size = True
-                warnings.warn(
-                    f"image of {width} x {height} px is not cut into windows, as prediction with "
-                    f"the checkpoint cuts images longer than {limit} px: small objects may be "
-                    "missed; give this file pieces of it, or use the checkpoint",
-                    stacklevel=3,
-                )
-                return
-
-    def _predict_windows(self, image: NDArray[Any]) -> Result:
-        """Predict on an image that is larger than a patch, window by window."""
+    def _predict_windows(self, image: NDArray[Any], side: int) -> Result:
+        """Predict on a large image, window by window."""
         height, width = image.shape[:2]
-        places = windows(width, height, self.patch_size, self.patch_size // 4)
+        places = windows(width, height, side, side // 4)
         step = self.metadata.batch or WINDOWS_AT_ONCE
-        found = predict_windows(image, places, self._predict_whole, step, self.patch_size)
-        assert self.metadata.iou_threshold is not None, "the export of a rotated detector has one"
-        return RotatedDetections.merged(places, found, self.metadata.iou_threshold)
+        pad_to = side if self.patch_size else None
+        found = predict_windows(image, places, self._predict_whole, step, pad_to)
+        merger = self.metadata.export.merger
+        assert merger is not None, "tasks without a merger cut no image"
+        result: Result = tasks.load(merger)(places, found, (height, width), self.metadata)
+        return result
 
     def _predict_whole(self, images: Sequence[NDArray[Any]]) -> list[Any]:
         """Predict on images as they are."""
@@ -276,13 +270,13 @@ class Predictor:
 
     def inputs(self, image: Image) -> Iterator[dict[str, NDArray[Any]]]:
         """Inputs of the graph by name, of every run for one image: one, or one per window."""
-        array, side = as_image(image, self.metadata.reading), self.patch_size
+        array = as_image(image, self.metadata.reading)
         height, width = array.shape[:2]
-        if side and max(height, width) > side:
+        if side := window_side((height, width), self.metadata):
             places = windows(width, height, side, side // 4)
-            parts = [crop(array, place, side) for place in places]
+            parts = [crop(array, place, side if self.patch_size else None) for place in places]
         else:
-            parts = [as_patch(array, side)]
+            parts = [as_patch(array, self.patch_size)]
         for part in parts:
             yield self._inputs([prepare(part, self.metadata)])
 

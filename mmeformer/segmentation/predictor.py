@@ -18,10 +18,11 @@ from torch.nn import functional
 from mmeformer.inference.outputs import write_mask
 from mmeformer.inference.pictures import at_picture_size
 from mmeformer.inference.predictor import Predictor
+from mmeformer.merging import merge_segmentations
 from mmeformer.results import Segmentation
 from mmeformer.segmentation.settings import require_windows
 from mmeformer.segmentation.visualizer import draw_labels
-from mmeformer.windows import LARGE, Window, cores
+from mmeformer.windows import LARGE, Window
 
 LOGITS_AT_ONCE = 2**26
 """Numbers (256 MiB) that are computed at once when logits are resized to the image."""
@@ -94,8 +95,8 @@ class SegmentationPredictor(Predictor[Segmentation]):
     def merge(
         self, places: Sequence[Window], results: Iterable[Segmentation], size: tuple[int, int]
     ) -> Segmentation:
-        """See the base class and :func:`merge_windows`."""
-        return merge_windows(places, results, size, self.dtype)
+        """See the base class and :func:`mmeformer.merging.merge_segmentations`."""
+        return merge_segmentations(places, results, size, self.dtype)
 
     def draw(self, image: np.ndarray, result: Segmentation) -> np.ndarray:
         """See the base class; drawn by the visualizer of the config, with names of the classes."""
@@ -108,31 +109,6 @@ class SegmentationPredictor(Predictor[Segmentation]):
         """Write ``masks/NAME.png``, indexed with the palette or as gray values (``ids``)."""
         palette = self.palette if self.mask_format == "palette" else None
         write_mask(out / "masks" / f"{name}.png", result.labels, palette)
-
-
-def merge_windows(
-    places: Sequence[Window],
-    results: Iterable[Segmentation],
-    size: tuple[int, int],
-    dtype: type = np.uint8,
-) -> Segmentation:
-    """Merge the label maps of windows into that of the whole image.
-
-    Each pixel gets its class from the window in which it is farthest from the border, where the
-    model sees most of its surroundings. Results are read one by one.
-
-    Args:
-        places: the windows.
-        results: of each window.
-        size: height and width of the image.
-        dtype: of the labels.
-    """
-    labels: np.ndarray = np.empty(size, dtype)
-    for window, core, found in zip(places, cores(places), results, strict=True):
-        x0, y0, x1, y1 = core
-        left, top = window[:2]
-        labels[y0:y1, x0:x1] = found.labels[y0 - top : y1 - top, x0 - left : x1 - left]
-    return Segmentation(labels)
 
 
 def _without_padding(logits: Tensor, meta: dict) -> Tensor:

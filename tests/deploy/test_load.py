@@ -252,7 +252,8 @@ class FakeFile:
         count = len(self.metadata.classes)
         boxes = np.tile(np.array([[1, 1, 5, 5]], np.float32), (count, 1))
         scores = np.full(count, 0.5, np.float32)
-        return [Detections(boxes, scores, np.arange(count), (10, 12), None) for _ in images]
+        found = Detections(boxes, scores, np.arange(count), (10, 12), None)
+        return [found.take(scores > self.metadata.score_threshold) for _ in images]
 
 
 @pytest.fixture

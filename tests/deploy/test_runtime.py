@@ -251,7 +251,9 @@ def test_the_size_from_which_the_checkpoint_cuts_is_recorded(trained, task, side
     model = models.build_model(known.config, known.checkpoint)
     if sides:
         model.dataset_meta = model.dataset_meta | TrainingImages(sides).to_meta()
-    limit = export_metadata(known.config, model, task).cut_above
+    metadata = export_metadata(known.config, model, task)
+    limit = metadata.cut_above
+    assert metadata.window == configs.native_size(known.config)
     assert limit == 8 * (400 if sides else configs.native_size(known.config))
     predictor = load_predictor(known.config, known.checkpoint, device="cpu")
     predictor.training_images = TrainingImages(sides)
@@ -262,21 +264,10 @@ def test_a_rotated_detector_cuts_by_its_patches(onnx_file):
     assert runtime.load(onnx_file("rotated", size=None)).metadata.cut_above is None
 
 
-def test_an_image_that_the_checkpoint_would_cut_is_named_once(onnx_file):
-    file = runtime.load(onnx_file("segmentation", size=None))
-    predictor = runtime.Predictor(file.session, replace(file.metadata, cut_above=100))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        predictor.predict(pixels(100, 20))
-    with pytest.warns(UserWarning, match="101 x 20 px is not cut .* longer than 100 px") as told:
-        predictor.predict_batch([pixels(20, 101), pixels(120, 20)])
-        predictor.predict(pixels(20, 130))
-    assert len(told) == 1 and told[0].filename == __file__
-
-
 def test_files_of_earlier_versions_load():
     values = json.loads(METADATA.to_json())
-    del values["patch_size"], values["training_sides"], values["category_ids"], values["cut_above"]
+    for name in ("patch_size", "training_sides", "category_ids", "cut_above", "window"):
+        del values[name]
     assert Metadata.from_json(json.dumps(values), "old.onnx") == METADATA
 
 

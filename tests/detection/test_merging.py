@@ -13,10 +13,10 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from pycocotools import mask as coco_mask
 
-from mmeformer.detection.merging import merge_windows
 from mmeformer.detection.predictor import DetectionPredictor, from_sample
 from mmeformer.detection.visualizer import paste_scaled
 from mmeformer.detection.writers import run_length_code
+from mmeformer.merging import merge_detections
 from mmeformer.results import Detections, Mask
 
 small = st.integers(1, 9)
@@ -218,7 +218,7 @@ def test_a_whole_view_beats_a_part_with_a_higher_score():
     left, right = (0, 0, 100, 100), (60, 0, 160, 100)
     whole = detections([(10, 30, 40, 50)], scores=[0.4])  # 70 to 100 of the image, in the right
     part = detections([(70, 30, 99, 50)], scores=[0.95])  # cut at 99, in the left
-    found = merge_windows([left, right], [part, whole], (100, 160))
+    found = merge_detections([left, right], [part, whole], (100, 160))
     assert by_place(found) == [((70, 30, 100, 50), 0)] and found.scores[0] == np.float32(0.4)
 
 
@@ -228,13 +228,13 @@ def test_suppression_is_greedy_and_between_windows_only():
     boxes = [(10, 10, 50, 50), (20, 10, 60, 50), (30, 10, 70, 50)]
     first = detections([boxes[0], boxes[2]], scores=[0.9, 0.7])
     second = detections([boxes[1]], scores=[0.8])
-    found = merge_windows([left, right], [first, second], (100, 100))
+    found = merge_detections([left, right], [first, second], (100, 100))
     assert by_place(found) == expected_of([boxes[0], boxes[2]], [0, 0])
     # A model that left both in one window has its reasons.
     crowd = detections([boxes[0], boxes[1]], scores=[0.9, 0.8])
-    found = merge_windows([left, right], [crowd, detections([])], (100, 100))
+    found = merge_detections([left, right], [crowd, detections([])], (100, 100))
     assert by_place(found) == expected_of(boxes[:2], [0, 0])
-    found = merge_windows([left, right], [first, second], (100, 100), iou_thr=0.7)
+    found = merge_detections([left, right], [first, second], (100, 100), iou_thr=0.7)
     assert len(found) == 3
 
 
@@ -246,10 +246,10 @@ def test_without_masks_and_without_objects():
         (100, 100),
     )
     window = (0, 0, 100, 100)
-    found = merge_windows([window] * 2, [plain] * 2, (100, 100))
+    found = merge_detections([window] * 2, [plain] * 2, (100, 100))
     assert len(found) == 1 and found.instance_masks is None
-    assert len(merge_windows([window], [detections([])], (100, 100))) == 0
-    assert len(merge_windows([], [], (100, 100))) == 0
+    assert len(merge_detections([window], [detections([])], (100, 100))) == 0
+    assert len(merge_detections([], [], (100, 100))) == 0
 
 
 def test_detections_of_a_sample():

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merge the objects of overlapping windows into those of the whole image."""
+"""Merge the results of overlapping windows into that of the whole image; only numpy is needed.
+
+Rotated boxes have :meth:`mmeformer.results.RotatedDetections.merged`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from torchvision.ops import box_iou
+from numpy.typing import DTypeLike, NDArray
 
-from mmeformer.results import Detections
-from mmeformer.windows import Window
+from mmeformer.results import Detections, Segmentation
+from mmeformer.windows import Window, cores
+
+Array = NDArray[Any]
 
 SAME = 0.5
 """Two boxes are one object above this IoU, computed in the pixels that both windows see."""
@@ -23,7 +26,32 @@ NEAR_BORDER = 0.02
 Pairs = list[tuple[int, int]]
 
 
-def merge_windows(
+def merge_segmentations(
+    places: Sequence[Window],
+    results: Iterable[Segmentation],
+    size: tuple[int, int],
+    dtype: DTypeLike = np.uint8,
+) -> Segmentation:
+    """Merge the label maps of windows into that of the whole image.
+
+    Each pixel gets its class from the window in which it is farthest from the border, where the
+    model sees most of its surroundings. Results are read one by one.
+
+    Args:
+        places: the windows.
+        results: of each window.
+        size: height and width of the image.
+        dtype: of the labels.
+    """
+    labels: Array = np.empty(size, dtype)
+    for window, core, found in zip(places, cores(places), results, strict=True):
+        x0, y0, x1, y1 = core
+        left, top = window[:2]
+        labels[y0:y1, x0:x1] = found.labels[y0 - top : y1 - top, x0 - left : x1 - left]
+    return Segmentation(labels)
+
+
+def merge_detections(
     places: Sequence[Window],
     results: Iterable[Detections],
     size: tuple[int, int],
@@ -71,21 +99,22 @@ def merge_windows(
     return merged.take(np.argsort(-merged.scores, kind="stable"))
 
 
-def _is_cut(boxes: np.ndarray, windows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(N,) bool: whether a box ends at a border of its window that is not a border of the image."""
+def _is_cut(boxes: Array, windows: Array, size: tuple[int, int]) -> Array:
+    """(N,) bool: whether a box ends at a border of its window that is no border of the image."""
     height, width = size
     sides = windows[:, 2:] - windows[:, :2]
     reach = np.maximum(2, NEAR_BORDER * sides)
     before = (boxes[:, :2] - windows[:, :2] < reach) & (windows[:, :2] > 0)
     after = (windows[:, 2:] - boxes[:, 2:] < reach) & (windows[:, 2:] < [width, height])
-    return (before | after).any(1)
+    reached: Array = np.asarray((before | after).any(1))
+    return reached
 
 
 def _related(
     objects: Detections,
-    window_of: np.ndarray,
-    windows: np.ndarray,
-    cut: np.ndarray,
+    window_of: Array,
+    windows: Array,
+    cut: Array,
     iou_thr: float,
 ) -> tuple[Pairs, Pairs]:
     """Pairs of complete objects that overlap, and pairs that show one object, at least once cut."""
@@ -94,22 +123,19 @@ def _related(
     for first, second, shared in _neighbors(window_of, windows):
         same_class = objects.labels[first][:, None] == objects.labels[second]
         both_whole = ~cut[first][:, None] & ~cut[second]
-        boxes = [torch.from_numpy(objects.boxes[which]) for which in (first, second)]
-        low, high = torch.from_numpy(shared[:2]).repeat(2), torch.from_numpy(shared[2:]).repeat(2)
-        visible = [torch.minimum(torch.maximum(box, low), high) for box in boxes]
-        # Boxes outside the shared pixels give 0 / 0 = NaN there, which exceeds no threshold.
+        boxes, others = objects.boxes[first], objects.boxes[second]
+        low, high = np.tile(shared[:2], 2), np.tile(shared[2:], 2)
+        visible = _iou(np.clip(boxes, low, high), np.clip(others, low, high))
         for pairs, overlap, threshold, wanted in (
-            (duplicates, box_iou(*boxes), iou_thr, both_whole),
-            (same, box_iou(*visible), SAME, ~both_whole),
+            (duplicates, _iou(boxes, others), iou_thr, both_whole),
+            (same, visible, SAME, ~both_whole),
         ):
-            rows, columns = np.nonzero((overlap.numpy() > threshold) & same_class & wanted)
+            rows, columns = np.nonzero((overlap > threshold) & same_class & wanted)
             pairs += zip(first[rows].tolist(), second[columns].tolist(), strict=True)
     return duplicates, same
 
 
-def _neighbors(
-    window_of: np.ndarray, windows: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _neighbors(window_of: Array, windows: Array) -> Iterator[tuple[Array, Array, Array]]:
     """For every two windows that overlap: the objects of each, and the rectangle that both see."""
     ends = np.searchsorted(window_of, np.arange(len(windows) + 1))
     members = [np.arange(ends[index], ends[index + 1]) for index in range(len(windows))]
@@ -124,7 +150,17 @@ def _neighbors(
                 yield members[index], members[index + 1 + other], shared[other]
 
 
-def _suppress(scores: np.ndarray, whole: np.ndarray, duplicates: Pairs) -> np.ndarray:
+def _iou(boxes: Array, others: Array) -> Array:
+    """Overlap (N, M) of upright boxes (N, 4) and (M, 4); 0 if both are empty."""
+    low = np.maximum(boxes[:, None, :2], others[:, :2])
+    high = np.minimum(boxes[:, None, 2:], others[:, 2:])
+    shared = (high - low).clip(0).prod(-1)
+    areas, more = ((item[:, 2:] - item[:, :2]).prod(-1) for item in (boxes, others))
+    overlap: Array = shared / np.maximum(areas[:, None] + more - shared, 1e-9)
+    return overlap
+
+
+def _suppress(scores: Array, whole: Array, duplicates: Pairs) -> Array:
     """(N,) bool: which ``whole`` objects stay; of a pair, the lower score is removed."""
     others: dict[int, list[int]] = {}
     for first, second in duplicates:
@@ -139,7 +175,7 @@ def _suppress(scores: np.ndarray, whole: np.ndarray, duplicates: Pairs) -> np.nd
     return stays
 
 
-def _joined(objects: Detections, fragments: np.ndarray, links: Pairs) -> list[Detections]:
+def _joined(objects: Detections, fragments: Array, links: Pairs) -> list[Detections]:
     """Objects joined from fragments, one for each group of fragments that links connect.
 
     Args:
@@ -150,10 +186,22 @@ def _joined(objects: Detections, fragments: np.ndarray, links: Pairs) -> list[De
     if not len(fragments):
         return []
     edges = np.searchsorted(fragments, np.array(links, np.int64).reshape(-1, 2))
-    count = len(fragments)
-    graph = coo_array((np.ones(len(edges)), tuple(edges.T)), shape=(count, count))
-    groups, group_of = connected_components(graph, directed=False)
-    return [_union(objects.take(fragments[group_of == group])) for group in range(groups)]
+    group_of = _groups(len(fragments), edges)
+    return [_union(objects.take(fragments[group_of == group])) for group in np.unique(group_of)]
+
+
+def _groups(count: int, edges: Array) -> Array:
+    """The group (count,) of each of ``count`` items, which is its first item.
+
+    Args:
+        count: of the items.
+        edges: (E, 2), pairs of items of one group.
+    """
+    group_of = np.arange(count)
+    for first, second in edges:
+        one, other = group_of[first], group_of[second]
+        group_of[group_of == max(one, other)] = min(one, other)
+    return group_of
 
 
 def _union(fragments: Detections) -> Detections:
