@@ -21,6 +21,7 @@ from mmeformer.deploy import website
 from mmeformer.deploy.check import match, random_image
 from mmeformer.runtime.images import prepare
 from mmeformer.runtime.metadata import Metadata
+from mmeformer.runtime.parts import patch_side, window_side
 from mmeformer.windows import windows
 
 SOURCES = Path(mmeformer.__file__).parent / "deploy/web"
@@ -104,16 +105,22 @@ def test_pictures_are_prepared_as_in_python(tmp_path):
 
 
 @needs_node
-def test_windows_are_those_of_the_runtime(tmp_path):
-    sizes = [(150, 50), (64, 64), (30, 20), (65, 200)]
+@pytest.mark.parametrize("room", [{}, dict(scale=(64, 64), size=(48, 64))])
+def test_windows_are_those_of_the_runtime(tmp_path, room):
+    sizes = [(150, 50), (64, 64), (64, 48), (48, 64), (30, 20), (65, 200)]
+    meta = replace(METADATA, task="rotated", patch_size=64, **{"scale": None, **room})
     found = in_node(
         tmp_path,
         "console.log(JSON.stringify(values[1].map(([width, height]) =>"
         " images.windows({ width, height }, values[0]))));",
-        [page(replace(METADATA, task="rotated", patch_size=64, scale=None)), sizes],
+        [page(meta), sizes],
     )
+    side = patch_side(meta)
     for (width, height), ours in zip(sizes, found, strict=True):
-        assert list(map(tuple, ours)) == windows(width, height, 64, 16)
+        if max(width, height) == 64 and window_side((height, width), meta) is None:
+            assert ours is None
+        else:
+            assert list(map(tuple, ours)) == windows(width, height, side, side // 4)
 
 
 def outputs_of(task: str) -> dict[str, np.ndarray]:

@@ -194,8 +194,13 @@ export function patchSize(meta) {
 // Windows of a picture for a model of patches, else null: the picture as it is.
 export function windows(picture, meta) {
   const size = patchSize(meta);
-  if (!size) return null;
   const { width, height } = picture;
+  // One that is as long as a patch is taken as it is, where a file of one size has room for it.
+  const factor = Math.min(...(meta.scale ?? [0])) / meta.patch_size;
+  const fits =
+    !meta.size || !meta.scale ||
+    (Math.round(height * factor) <= meta.size[0] && Math.round(width * factor) <= meta.size[1]);
+  if (!size || (Math.max(width, height) === meta.patch_size && fits)) return null;
   const overlap = Math.trunc(size / 4);
   return starts(height, size, overlap).flatMap((y) =>
     starts(width, size, overlap).map((x) => [
