@@ -413,11 +413,11 @@ def load_predictor(
     dataset.pipeline = [
         step
         for step in dataset.pipeline
-        if "Annotations" not in step.type and "ConvertBoxType" not in step.type
+        if "Annotations" not in (name := settings.type_name(step.type)) and name != "ConvertBoxType"
     ]
     reading = Reading.of_config(dataset.pipeline)
     for index, step in enumerate(dataset.pipeline):
-        if step.type.endswith("LoadImageFromFile"):
+        if settings.type_name(step.type).endswith("LoadImageFromFile"):
             # The inferencers put one in its place that takes arrays.
             dataset.pipeline[index] = ConfigDict(type="LoadImageFromFile")
     safe_load.install()

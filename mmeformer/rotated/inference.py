@@ -18,6 +18,7 @@ from mmeformer.images import Reading, read_image
 from mmeformer.results import RotatedDetections
 from mmeformer.rotated.detections import MERGE_IOU, from_instances, to_sample
 from mmeformer.rotated.scale import training_images
+from mmeformer.settings import type_name
 from mmeformer.windows import Progress, Window, predict_windows, windows
 
 
@@ -97,7 +98,9 @@ def merge_windows(
 def _predictor(model: BaseDetector) -> Callable[[list[np.ndarray]], Sequence[RotatedDetections]]:
     """A function that predicts the boxes of a batch of crops, through the model's test pipeline."""
     steps = [
-        step for step in get_test_pipeline_cfg(model.cfg.copy()) if "Annotations" not in step.type
+        step
+        for step in get_test_pipeline_cfg(model.cfg.copy())
+        if "Annotations" not in type_name(step.type)
     ]
     steps[0] = dict(type="mmdet.LoadImageFromNDArray")
     # Another model may have been built since, with another scope.

@@ -18,6 +18,7 @@ from mmeformer.rotated.detections import from_instances
 from mmeformer.rotated.inference import merge_windows
 from mmeformer.rotated.scale import training_images
 from mmeformer.rotated.writers import draw_boxes, to_json, write_dota_text
+from mmeformer.settings import type_name
 from mmeformer.windows import Window, as_patch
 
 
@@ -58,7 +59,7 @@ class RotatedPredictor(Predictor[RotatedDetections]):
     @classmethod
     def set_visualizer(cls, settings: ConfigDict) -> None:
         """See the base class."""
-        if settings.type == "RotLocalVisualizer":
+        if type_name(settings.type) == "RotLocalVisualizer":
             # mmrotate's cannot handle crowded pictures and boxes beyond the border.
             settings.type = "mmeformer.RotatedVisualizer"
 

@@ -17,7 +17,7 @@ from mmengine.logging import print_log
 from mmeformer.checkpoints import safe_load
 from mmeformer.checks.classes import mirrored_by_flips, require_counts
 from mmeformer.configs import drop_pretrained, existing_checkpoint
-from mmeformer.settings import flip_directions
+from mmeformer.settings import flip_directions, type_name
 from mmeformer.training.device import prepare_device
 from mmeformer.training.pictures import PicturesHook
 from mmeformer.training.runner import Runner
@@ -86,7 +86,8 @@ def build_train_runner(
     prepare_device(config, launcher)
     safe_load.install()
     runner = Runner.from_cfg(config)
-    require_counts(config, runner.model, ("train", "val"))
+    if message := require_counts(config, runner.model, ("train", "val")):
+        runner.logger.warning(message)
     if message := mirrored_by_flips(config, "train"):
         runner.logger.warning(f"train_dataloader: {message}")
     runner.resume_else, runner.load_else = resume_else, load_else
@@ -143,7 +144,8 @@ def build_test_runner(
     prepare_device(config, launcher)
     safe_load.install()
     runner = Runner.from_cfg(config)
-    require_counts(config, runner.model, ("test",))
+    if message := require_counts(config, runner.model, ("test",)):
+        runner.logger.warning(message)
     if show_dir is not None:
         runner.register_hook(PicturesHook(Path(show_dir).resolve(), **options))
     if out is not None:
@@ -192,11 +194,9 @@ def _scales(steps) -> Iterator[tuple[int, ...]]:
     for step in steps:
         if isinstance(step, (list, tuple)):
             yield from _scales(step)
-        elif step["type"].split(".")[-1] == "TestTimeAug":
+        elif type_name(step["type"]) == "TestTimeAug":
             yield from _scales(step["transforms"])
-        elif step["type"].split(".")[-1] == "Resize" and isinstance(
-            step.get("scale"), (list, tuple)
-        ):
+        elif type_name(step["type"]) == "Resize" and isinstance(step.get("scale"), (list, tuple)):
             yield tuple(step["scale"])
 
 
@@ -208,12 +208,13 @@ def _require_writable(folder: Path) -> None:
 def _drawing_options(config: Config) -> dict[str, Any]:
     """Settings of the config's visualization hook, which itself is turned off."""
     hook = config.default_hooks.get("visualization")
-    if hook is None or hook.get("type", "").split(".")[-1] not in VISUALIZATION_HOOKS:
+    kind = type_name((hook or {}).get("type"))
+    if kind not in VISUALIZATION_HOOKS:
         raise ValueError(
             "pictures of predictions need default_hooks.visualization in the config, one of "
             f"{' or '.join(VISUALIZATION_HOOKS)}"
         )
-    hook["enable" if hook.type.split(".")[-1] == "VisualizationHook" else "draw"] = False
-    if hook.type.split(".")[-1] == "DetVisualizationHook":
+    hook["enable" if kind == "VisualizationHook" else "draw"] = False
+    if kind == "DetVisualizationHook":
         return dict(pred_score_thr=hook.get("score_thr", 0.3))
     return {}

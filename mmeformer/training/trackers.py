@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from mmengine.config import Config, ConfigDict
 
 from mmeformer.errors import UserError
+from mmeformer.settings import type_name
 
 TRACKERS = {
     "tensorboard": "TensorboardVisBackend",
@@ -55,7 +56,7 @@ def add_trackers(config: Config, names: Sequence[str] | None = None) -> None:
         return
     visualizer = config.get("visualizer") or ConfigDict(type="Visualizer")
     backends = list(visualizer.get("vis_backends") or [dict(type="LocalVisBackend")])
-    known = {str(backend["type"]).rpartition(".")[2] for backend in backends}
+    known = {type_name(backend["type"]) for backend in backends}
     for name in names:
         if TRACKERS[name] not in known:
             backend = dict(type=TRACKERS[name])
