@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Every command makes or completes .venv first, which takes no time when it is up to date.
 
-# Any Python 3 will do: one outside of 3.10 to 3.13 looks for another on PATH.
+# Any Python 3 will do: one outside of 3.10 to 3.14 looks for another on PATH.
 PYTHON ?= python3
 # Processes for the tests, each with one core.
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -60,7 +60,7 @@ test: install ## Run the tests, without the slow ones
 test-all: install ## Run all tests, on newly drawn inputs where inputs are drawn
 	@$(PARALLEL) --hypothesis-profile=explore
 
-test-install: install ## Install the built wheel into fresh environments (Python 3.10, 3.13) and use it
+test-install: install ## Install the built wheel into fresh environments (Python 3.10, 3.13, 3.14) and use it
 	@$(PARALLEL) -m "install and not slow"
 
 smoke: install ## Import everything and run each task once, in a minute
@@ -91,7 +91,7 @@ lock: install ## Write constraints.txt anew, with the newest versions within the
 	@grep '^#' constraints.txt > build/constraints.txt
 	@sed -E -e '/^(cuda|nvidia|triton)/d' \
 		-e "s/ (and|;) \((sys_platform == '[a-z]+'|[ ]or[ ])+\)//" \
-		-e "s/python_full_version < '3.14' and //; s/ (and|;) python_full_version < '3.14'//" \
+		-e "s/python_full_version < '3.15' and //; s/ (and|;) python_full_version < '3.15'//" \
 		-e 's/ ; /; /' -e '/^hf-xet/s/;.*//' build/resolved.txt >> build/constraints.txt
 	@mv build/constraints.txt constraints.txt
 

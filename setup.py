@@ -46,7 +46,8 @@ DEPLOY = [
     "onnx",
     "onnxruntime>=1.15",
     "onnxscript",
-    "coremltools>=9; sys_platform == 'linux' or sys_platform == 'darwin'",
+    # Where there is a build: without its libraries it cannot write a model.
+    "coremltools>=9; sys_platform != 'win32' and python_version < '3.14'",
 ]
 TRACK = ["trackers>=2.6,<3"]
 # Outside of "all" and of constraints.txt: they bring jax and transformers, or hundreds of MB.
@@ -144,9 +145,10 @@ setup(
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    python_requires=">=3.10,<3.14",
+    python_requires=">=3.10,<3.15",
     packages=find_packages(include=["mmeformer", "mmeformer.*"]),
     package_data={"mmeformer.deploy": ["web/*"]},
     cmdclass={"build_py": build_py_with_configs},

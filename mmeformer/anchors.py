@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AnchorCache", "device_row", "level_sizes", "valid_indices", "valid_sizes"]
+__all__ = ["AnchorCache", "denormalize", "level_sizes", "normalize", "valid_indices", "valid_sizes"]
 
 Sizes = list[tuple[int, int]]
 """Height and width per level."""
@@ -84,3 +84,21 @@ def valid_indices(generator: Any, sizes: Sizes, valid: Sizes, device: torch.devi
 def device_row(values: Sequence[float], like: Tensor) -> Tensor:
     """A few numbers (N,) in type and on the device of ``like``; ``torch.tensor`` copies them."""
     return torch.cat([like.new_full((1,), value) for value in values])
+
+
+def normalize(offsets: Tensor, means: Sequence[float], stds: Sequence[float]) -> Tensor:
+    """Offsets (..., N) less their means (N), divided by their deviations (N)."""
+    if any(means):
+        offsets = offsets - device_row(means, offsets)
+    if any(std != 1 for std in stds):
+        offsets = offsets / device_row(stds, offsets)
+    return offsets
+
+
+def denormalize(offsets: Tensor, means: Sequence[float], stds: Sequence[float]) -> Tensor:
+    """The inverse of :func:`normalize`."""
+    if any(std != 1 for std in stds):
+        offsets = offsets * device_row(stds, offsets)
+    if any(means):
+        offsets = offsets + device_row(means, offsets)
+    return offsets

@@ -344,7 +344,7 @@ def native_size(config: Config) -> int | None:
     segmentor's test settings or of its data preprocessor, else None.
     """
     for step in config.test_dataloader.dataset.pipeline:
-        if type_name(step["type"]) == "Resize" and "scale" in step:
+        if type_name(step) == "Resize" and "scale" in step:
             return _shorter_side(step["scale"])
     for settings, key in (
         (config.model.get("test_cfg"), "crop_size"),

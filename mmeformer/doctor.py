@@ -65,8 +65,9 @@ TORCH_FIX = (
 # Patterns of error messages, and the fix.
 KNOWN_FAILURES = {
     r"torchvision::nms|different CUDA major versions": TORCH_FIX,
-    r"libGL\.so|libgthread": "install the OpenCV that needs no graphics library: pip install "
-    "--force-reinstall --no-deps opencv-python-headless",
+    r"libGL\.so|libgthread": "install only the OpenCV that needs no graphics library: "
+    "pip uninstall -y opencv-python opencv-python-headless && "
+    "pip install --no-deps opencv-python-headless",
     r"_ARRAY_API|numpy\.core\.multiarray|numpy\.dtype size changed": "it was built for another "
     "numpy: make repair (or reinstall it together with numpy)",
     r"pkg_resources": "newer setuptools do not have it: pip install 'setuptools<81'",
@@ -321,6 +322,12 @@ def check_gpu(facts: Facts) -> Iterator[Problem]:
         yield Problem(f"There is an NVIDIA GPU that torch cannot use: {why}.", fix, note=True)
 
 
+def known_fix(error: str) -> str | None:
+    """The fix for an import that failed with this message, or None."""
+    found = (fix for pattern, fix in KNOWN_FAILURES.items() if re.search(pattern, error))
+    return next(found, None)
+
+
 def check_imports(facts: Facts, told: list[Problem]) -> Iterator[Problem]:
     """Imports and trials that fail, and task packages that are not installed.
 
@@ -339,8 +346,7 @@ def check_imports(facts: Facts, told: list[Problem]) -> Iterator[Problem]:
             yield Problem(f"{name} is not installed.", extra, note=True)
         # Of what is not installed, check_requirements has told.
         elif explained.isdisjoint((name, *needs)) and (installed or not facts.requires_python):
-            known = (fix for pattern, fix in KNOWN_FAILURES.items() if re.search(pattern, error))
-            yield Problem(f"{name} does not work: {error}.", next(known, "make repair"))
+            yield Problem(f"{name} does not work: {error}.", known_fix(error) or "make repair")
         explained.add(name)
 
 

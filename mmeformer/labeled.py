@@ -84,6 +84,11 @@ class LabeledObject:
             return cv2.boxPoints(cv2.minAreaRect(points.astype(np.float32))).astype(np.float64)
         return np.reshape(np.array(self.outlines()[0]), (4, 2))
 
+    def polygon_area(self) -> float:
+        """Area of its polygons in square pixels; overlaps count several times."""
+        points = (np.reshape(polygon, (-1, 1, 2)).astype(np.float32) for polygon in self.polygons)
+        return float(sum(map(cv2.contourArea, points)))
+
 
 @dataclass
 class LabeledImage:

@@ -40,6 +40,7 @@ from mmeformer.results import (
     category_id,
     check_score_thr,
     chosen_labels,
+    mask_extent,
 )
 from mmeformer.without_onedl import drop_note
 from mmeformer.work_dirs import (
@@ -441,10 +442,7 @@ def _(result: RotatedDetections) -> dict[str, Any]:
 def _(result: Segmentation) -> dict[str, Any]:
     labels = np.unique(result.labels)
     masks = result.labels[None] == labels[:, None, None]
-    boxes = []
-    for mask in masks:
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+    boxes = [mask_extent(mask) for mask in masks]
     return dict(xyxy=np.array(boxes, np.float32), mask=masks, class_id=labels.astype(int))
 
 

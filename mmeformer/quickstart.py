@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmengine.logging import print_log
 
 from mmeformer import configs, tasks
+from mmeformer.report import history
 from mmeformer.report.build import after_training
+from mmeformer.report.history import Series
 from mmeformer.training import engine
 from mmeformer.work_dirs import named_checkpoint
 
@@ -71,9 +72,7 @@ def run(
     with after_training(runner):
         runner.train()
     checkpoint = str(named_checkpoint(config.work_dir))
-    draw_loss_curve(
-        Path(runner.log_dir, "vis_data", "scalars.json"), Path(config.work_dir, "loss_curve.png")
-    )
+    draw_losses(history.read(config.work_dir).losses(), Path(config.work_dir, "loss_curve.png"))
 
     pictures = Path(config.work_dir, "pictures")
     metrics = engine.build_test_runner(config, checkpoint, show_dir=str(pictures)).test()
@@ -82,27 +81,21 @@ def run(
     return metrics
 
 
-def draw_loss_curve(scalars: Path, picture: Path) -> None:
-    """Plot all losses of mmengine's ``scalars.json`` against the iteration."""
-    import matplotlib
+def draw_losses(losses: Sequence[Series], picture: Path) -> None:
+    """Plot losses against the iteration."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [json.loads(line) for line in scalars.read_text().splitlines() if line.strip()]
-    rows = [row for row in rows if "loss" in row]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name in sorted({key for row in rows for key in row if "loss" in key}):
-        steps = [row["step"] for row in rows if name in row]
-        values = [row[name] for row in rows if name in row]
-        axes.plot(steps, values, label=name, linewidth=2 if name == "loss" else 1)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for series in losses:
+        width = 2 if series.name == "loss" else 1
+        axes.plot(series.steps, series.values, label=series.name, linewidth=width)
     axes.set_xlabel("iteration")
     axes.set_ylabel("loss")
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
 
 
 def _report(

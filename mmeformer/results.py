@@ -19,6 +19,11 @@ from mmeformer.windows import Window
 Array = NDArray[Any]
 SHOWN = 0.01
 """Probability from which pictures name a class that is not the most likely one."""
+BEST = 5
+"""Most classes of a classified image that are reported and drawn."""
+NAME_PIXELS = 20000
+"""Pixels of a picture per name. With more objects, names are left out, as they would cover the
+picture; the colors show the classes."""
 
 
 def category_id(label: int) -> int:
@@ -128,6 +133,18 @@ class Segmentation:
         return colors
 
 
+def mask_extent(mask: Array) -> tuple[int, int, int, int] | None:
+    """Left, top, right and bottom edge of the pixels of a mask (H, W) that are not 0.
+
+    Returns:
+        In pixels, right and bottom exclusive; None if there are no such pixels.
+    """
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
 @dataclass(frozen=True)
 class Mask:
     """The pixels of one object, stored only for the rectangle around them.
@@ -147,11 +164,11 @@ class Mask:
     @classmethod
     def from_array(cls, pixels: Array, x: int = 0, y: int = 0) -> Mask:
         """Make a mask from ``pixels`` (H, W) ``bool``, the first of which is at (x, y)."""
-        rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
-        if not len(rows):
+        extent = mask_extent(pixels)
+        if extent is None:
             return cls(x, y, 0, 0, b"")
-        top, left = int(rows[0]), int(columns[0])
-        crop = pixels[top : rows[-1] + 1, left : columns[-1] + 1]
+        left, top, right, bottom = extent
+        crop = pixels[top:bottom, left:right]
         height, width = crop.shape
         return cls(x + left, y + top, width, height, np.packbits(crop).tobytes())
 

@@ -147,8 +147,30 @@ def flip_directions(part: Any) -> set[str]:
 def _flips(part: Any) -> Iterator[tuple[tuple, Any]]:
     """All ``RandomFlip`` of a part of a config, with their paths."""
     for path, step in dicts(part):
-        if type_name(step.get("type")) == "RandomFlip" and "prob" in step:
+        if type_name(step) == "RandomFlip" and "prob" in step:
             yield path, step
+
+
+def type_name(part: Mapping) -> str:
+    """Name of the class that a dict of a config stands for, without scope and module.
+
+    Args:
+        part: such as a step of a pipeline; its ``type`` is a name or a class.
+
+    Returns:
+        Such as ``RandomFlip``; empty if there is no type.
+    """
+    kind = part.get("type", "")
+    return (kind if isinstance(kind, str) else str(kind.__name__)).rpartition(".")[2]
+
+
+def without_annotations(pipeline: Iterable[Any]) -> list[Any]:
+    """Steps of a test pipeline that an image without annotations passes."""
+    return [
+        step
+        for step in pipeline
+        if "Annotation" not in (name := type_name(step)) and name != "ConvertBoxType"
+    ]
 
 
 def _listed(value: Any) -> list[Any]:
@@ -266,15 +288,6 @@ def _parameters(item: Any) -> Sequence[inspect.Parameter]:
 
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
-
-def type_name(kind: Any) -> str:
-    """Name of a ``type``, which may be a class, without its scope or modules; "" if there is none.
-
-    Texts are ``CocoDataset``, ``mmdet.CocoDataset`` or ``mmdet.datasets.CocoDataset``.
-    """
-    name: str = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
-    return name.rpartition(".")[2]
 
 
 def is_of_mmengine(kind: Any, cls: type) -> bool:
@@ -419,7 +432,7 @@ def _classes(kind: Any) -> list[Any]:
     """Classes and functions that a ``type`` may mean: of its name, in its scope, if that has it."""
     if not isinstance(kind, str):
         return [kind] if callable(kind) else []
-    name, scope = type_name(kind), kind.partition(".")[0]
+    name, scope = kind.rpartition(".")[2], kind.partition(".")[0]
     having = [registry for registry in _registries() if name in registry.module_dict]
     # mmpretrain has an EfficientFormer too.
     nearest = [registry for registry in having if registry.scope == scope] or having

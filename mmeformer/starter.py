@@ -28,9 +28,6 @@ Networks that see an image less often learn more from it as it is.
 """
 COMPILE_FROM = 20_000
 """Iterations from which compiling the backbone, which takes minutes, pays on a GPU."""
-WIDE_LINE = 100
-
-
 USUAL_SIDE = 512
 """Side of the samples that the default batch is meant for, in pixels."""
 
@@ -138,9 +135,11 @@ class Starter:
     def steps(self, data: LabeledData, plan: Plan) -> int:
         """Iterations of the training."""
         samples = self.samples(data)
-        return epochs_for(samples) * math.ceil(
-            samples / (plan.batch_size or self.default_batch(data))
-        )
+        return epochs_for(samples) * math.ceil(samples / self._batch(data, plan))
+
+    def _batch(self, data: LabeledData, plan: Plan) -> int:
+        """Images per step of a data set that has at least as many."""
+        return plan.batch_size or self.default_batch(data)
 
     def samples(self, data: LabeledData) -> int:
         """Number of training samples."""
@@ -148,7 +147,7 @@ class Starter:
 
     def common(self, data: LabeledData, plan: Plan) -> list[Setting]:
         """Batch, workers, learning rate, weights, precision and averaging."""
-        batch = min(plan.batch_size or self.default_batch(data), self.samples(data))
+        batch = min(self._batch(data, plan), self.samples(data))
         if plan.batch_size is not None:
             why = f"per GPU; measured on {plan.gpu}: the largest that fits, up to 32"
         else:
@@ -158,7 +157,7 @@ class Starter:
         rate = rates.scratch if plan.checkpoint is None else rates.pretrained
         start = "from scratch" if plan.checkpoint is None else "from pretrained weights"
         steps = self.steps(data, plan)
-        found = [
+        return [
             Setting("batch_size", str(batch), why),
             Setting("num_workers", str(workers), f"processes that load images; {plan.cores} cores"),
             Setting(
@@ -190,7 +189,6 @@ class Starter:
                 "twentieth",
             ),
         ]
-        return found
 
     def hooks(self, data: LabeledData, plan: Plan) -> str:
         """Config of the hooks: averaged weights, and compilation where it pays."""
@@ -205,18 +203,15 @@ class Starter:
         return f"averaged = {averaged}\ncustom_hooks = [{hooks}]{why}"
 
 
-def backbone(plan: Plan, keys: str, **settings: str) -> tuple[str, str]:
-    """Config of the backbone and the neck's ``in_channels``, where they differ from the template.
+def backbone(plan: Plan, keys: str, **settings: str) -> str:
+    """Settings of the backbone that differ from the template, as text inside ``dict(...)``.
 
     Args:
         plan: with variant and weights; the templates have V2-S0 with pretrained weights.
         keys: cells at stride 32 of an input, as an expression of the config.
         **settings: further settings of the backbone, as expressions.
-
-    Returns:
-        Both as text inside ``dict(...)``; empty if nothing differs.
     """
-    variant, scratch = plan.variant, plan.checkpoint is None
+    variant = plan.variant
     parts: dict[str, str] = dict(settings)
     if variant.family == "v1":
         parts = {
@@ -227,14 +222,28 @@ def backbone(plan: Plan, keys: str, **settings: str) -> tuple[str, str]:
         }
     elif variant.arch != "s0":
         parts["arch"] = repr_text(variant.arch)
-    if scratch:
+    if plan.checkpoint is None:
         parts["norm_eval"] = "False"
         parts["layer_scale_init_value"] = "0.5"
         if variant.family == "v2":
             parts["head_bias_keys"] = keys
     parts["init_cfg"] = 'checkpoint and dict(type="Pretrained", checkpoint=checkpoint)'
-    neck = ['norm_cfg=dict(_delete_=True, type="BN")'] if scratch else []
-    return ", ".join(f"{key}={value}" for key, value in parts.items()), ", ".join(neck)
+    return ", ".join(f"{key}={value}" for key, value in parts.items())
+
+
+def neck(plan: Plan, first: int = 0) -> str:
+    """Settings of the FPN that differ from the template, as text inside ``dict(...)``.
+
+    Args:
+        plan: see :func:`backbone`.
+        first: index of the finest level that the neck takes.
+    """
+    parts = []
+    if plan.variant.name != "efficientformerv2_s0":
+        parts.append(f"in_channels={list(plan.variant.architecture.widths[first:])}")
+    if plan.checkpoint is None:
+        parts.append('norm_cfg=dict(_delete_=True, type="BN")')
+    return ", ".join(parts)
 
 
 def default_checkpoint(variant: Variant) -> str:
@@ -260,6 +269,12 @@ def epochs_for(images: int) -> int:
     Between the ranges of docs/finetuning.md, by the square root; at most 200.
     """
     return max(12, min(200, round(1000 / math.sqrt(max(images, 1)))))
+
+
+def epochs_setting(samples: int, unit: str = "images") -> Setting:
+    """The length of a training by epochs."""
+    text = f"for {samples} {unit}; see docs/finetuning.md"
+    return Setting("epochs", str(epochs_for(samples)), text)
 
 
 def varied(name: str, often: Any, seldom: Any, what: str, images: int) -> Setting:
@@ -301,10 +316,13 @@ def sides_of(images: Sequence[LabeledImage]) -> tuple[int, int]:
     return int(long), int(short)
 
 
-def object_sizes(data: LabeledData, split: str = "train") -> np.ndarray:
-    """Square root of the area of every object's box or rotated box, in pixels; at least one."""
+def object_sizes(data: LabeledData) -> np.ndarray:
+    """Square root of the area of every training object's box or rotated box, in pixels.
+
+    Without objects, one size of 32.
+    """
     sizes = []
-    for image in data.of_split(split):
+    for image in data.of_split("train"):
         for item in image.objects:
             if item.corners is not None:
                 a, b, c, _ = np.reshape(item.corners, (4, 2))
@@ -327,9 +345,9 @@ def enlarged(factor: float) -> str:
     return f"enlarged {factor:.2g} times" if factor > 1 else f"reduced to {factor:.0%}"
 
 
-def round_up(value: float, step: int = 32) -> int:
-    """The next multiple, up to rounding errors."""
-    return max(step, math.ceil(value / step - 1e-6) * step)
+def round_up(value: float) -> int:
+    """The next multiple of 32, the coarsest stride; up to rounding errors."""
+    return max(32, math.ceil(value / 32 - 1e-6) * 32)
 
 
 def nearest(value: float, choices: Sequence[Any]) -> Any:

@@ -5,6 +5,7 @@ import logging
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -102,6 +103,23 @@ def uncollected_data_sets():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmengine.dataset.base_dataset.gc", SimpleNamespace(collect=lambda: 0))
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """The data of ``tiny.TASKS`` in one folder, to be read only."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tiny_data")
+    for make in tiny.TASKS.values():
+        make(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_copy(tiny_data, tmp_path):
+    """A copy of ``tiny_data`` for the test alone."""
+    return Path(shutil.copytree(tiny_data, tmp_path / "data"))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 
 import ast
 import fcntl
-import importlib.util
 import json
 import os
 import re
@@ -18,19 +17,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools" / "bootstrap.py"
 
 
-def load_bootstrap():
-    spec = importlib.util.spec_from_file_location("bootstrap", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bootstrap = load_bootstrap()
+bootstrap = load_script(SCRIPT)
 
 
 def program(folder: Path, name: str, text: str) -> Path:
@@ -88,9 +81,9 @@ def test_range_of_pythons_is_that_of_the_package():
     declared = re.search(r'python_requires="([^"]+)"', (ROOT / "setup.py").read_text()).group(1)
     oldest, newest = bootstrap.OLDEST, bootstrap.NEWEST
     assert declared == f">={oldest[0]}.{oldest[1]},<{newest[0]}.{newest[1] + 1}"
-    versions = ([], (3, 9), (3, 10), (3, 13, 7), (3, 14))
+    versions = ([], (3, 9), (3, 10), (3, 14, 7), (3, 15))
     assert [bootstrap.in_range(v) for v in versions] == [False, False, True, True, False]
-    assert {f"python3.{minor}" for minor in range(10, 14)} == set(bootstrap.INTERPRETERS)
+    assert {f"python3.{minor}" for minor in range(10, 15)} == set(bootstrap.INTERPRETERS)
 
 
 @pytest.mark.parametrize("place", ["bin", "pyenv/versions/3.10.4/bin"])
@@ -103,7 +96,7 @@ def test_interpreter_that_only_pretends_is_passed_over(tmp_path, path, place):
 
 def test_no_interpreter_in_range(path):
     with pytest.raises(
-        bootstrap.Failure, match=r"needs Python 3\.10 to 3\.13.*(?s:.)*make PYTHON="
+        bootstrap.Failure, match=r"needs Python 3\.10 to 3\.14.*(?s:.)*make PYTHON="
     ) as caught:
         bootstrap.other_interpreter()
     assert sys.version.split()[0] in str(caught.value)
@@ -112,7 +105,7 @@ def test_no_interpreter_in_range(path):
 def test_script_hands_over_to_an_interpreter_in_range(path, monkeypatch):
     other = program(path, "python3.11", "echo 3 11 0\n")
     handed = []
-    monkeypatch.setattr(bootstrap.sys, "version_info", (3, 14, 0))
+    monkeypatch.setattr(bootstrap.sys, "version_info", (3, 15, 0))
     monkeypatch.setattr(bootstrap.sys, "argv", [str(SCRIPT), "folder"])
 
     def execv(path, arguments):
@@ -155,7 +148,7 @@ def bare(monkeypatch):
     monkeypatch.setattr(bootstrap.subprocess, "run", without_pip)
 
 
-@pytest.mark.parametrize("answer", ["exit 1", "echo 3 14 0", "echo 3 9 1"])
+@pytest.mark.parametrize("answer", ["exit 1", "echo 3 15 0", "echo 3 9 1"])
 def test_environment_without_a_usable_python_is_made_again(folder, answer, bare):
     python = Path(bootstrap.python_of(folder))
     python.unlink()

@@ -109,7 +109,11 @@ def test_mmeformer_not_installed():
             "NotImplementedError: Could not run 'torchvision::nms' with arguments from 'CUDA'",
             "in one command",
         ),
-        ("cv2", "ImportError: libGL.so.1: cannot open shared object file", "python-headless"),
+        (
+            "cv2",
+            "ImportError: libGL.so.1: cannot open shared object file",
+            "uninstall -y opencv-python ",
+        ),
         ("cv2", "AttributeError: _ARRAY_API not found", "another numpy"),
         ("mmengine", "ModuleNotFoundError: No module named 'pkg_resources'", "setuptools<81"),
         ("mmseg", "ValueError: something else", "make repair"),

@@ -3,8 +3,6 @@
 
 import copy
 import json
-import shutil
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -47,17 +45,9 @@ def steps(config):
                 yield step
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    for make in tiny.TASKS.values():
-        make(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(source, tmp_path):
-    return Path(shutil.copytree(source, tmp_path / "data"))
+def folder(tiny_copy):
+    return tiny_copy
 
 
 def first_image(config):

@@ -2,15 +2,14 @@
 """The benchmark of light detectors, at small sizes."""
 
 import copy
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from helpers import load_script
 from mmengine.structures import InstanceData
 
 from mmeformer.synthetic.shapes import write_coco_dataset
@@ -22,11 +21,7 @@ SIDE = 64
 @pytest.fixture
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("lite_benchmark", BENCHMARKS / "lite.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(BENCHMARKS / "lite.py")
 
 
 @pytest.mark.parametrize("name", ["RTMDet-tiny", "lite V2-S0"])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainings of a chosen length in the comparison of recipes."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from helpers import load_script
 from mmengine.config import Config
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "recipes.py"
@@ -12,10 +12,7 @@ FILE = Path(__file__).parents[1] / "benchmarks" / "recipes.py"
 
 @pytest.fixture(scope="module")
 def recipes():
-    spec = importlib.util.spec_from_file_location("recipes", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FILE)
 
 
 def schedule(warmup, end, by_epoch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from mmcv.transforms import RandomFlip
+from mmcv.transforms import LoadAnnotations, RandomFlip
 from mmengine.config import Config
 
 from mmeformer import configs, settings
@@ -384,3 +384,21 @@ def test_errors_about_something_else():
         ValueError("Nope is not in the mmdet::model registry"),
     ):
         assert settings.explain(error, config) is None
+
+
+def test_name_of_a_type():
+    assert (
+        settings.type_name(dict(type="mmdet.LoadAnnotations", with_mask=True)) == "LoadAnnotations"
+    )
+    assert settings.type_name(dict(type=RandomFlip)) == "RandomFlip"
+    assert settings.type_name({}) == ""
+
+
+def test_steps_of_annotations_are_found_by_name_and_by_class():
+    image, packing = dict(type="LoadImageFromFile"), dict(type="mmdet.PackDetInputs")
+    labels = [
+        dict(type="mmdet.LoadAnnotations"),
+        dict(type=LoadAnnotations),
+        dict(type="ConvertBoxType", box_type_mapping=dict(gt_bboxes="rbox")),
+    ]
+    assert settings.without_annotations([image, *labels, packing]) == [image, packing]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models of all tasks: configs, checkpoints, exports, and trainings in seconds."""
 
+import contextlib
 import copy
 import faulthandler
 import json
@@ -10,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -292,6 +293,16 @@ class Trained:
     folder: Path
     """Empty."""
 
+    def copy(self) -> "Trained":
+        """With a config of its own, which building the model changes."""
+        return replace(self, config=copy.deepcopy(self.config))
+
+
+def small_trained(folder: Path, task: str, path: str | None = None) -> Trained:
+    """The small model of a task or a shipped config, with the weights of :func:`save_trained`."""
+    config = small_config(task, path)
+    return Trained(config, save_trained(config, folder), folder)
+
 
 def save_trained(config: Config, folder: Path, seed: int = 0) -> str:
     """A checkpoint with spread weights, so that scores and boxes tell objects apart."""
@@ -316,6 +327,19 @@ def save_trained(config: Config, folder: Path, seed: int = 0) -> str:
     meta = dict(dataset_meta=dict(config.test_dataloader.dataset.metainfo))
     torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
     return str(path)
+
+
+EXPORTS = [
+    ("segmentation", dict(size=None, preprocessing=False)),
+    ("segmentation", dict(size=(64, 96), batch=2, preprocessing=True)),
+    ("detection", dict(size=None, preprocessing=True)),
+    ("detection", dict(size=(64, 96), batch=2, preprocessing=False)),
+    ("rotated", dict(size=None, preprocessing=False)),
+    ("rotated", dict(size=(64, 64), preprocessing=True)),
+    ("detection", dict(size=None, part="backbone")),
+    ("segmentation", dict(size=(32, 64), part="backbone", batch=3, preprocessing=True)),
+]
+"""(task, request) of every kind of exported file."""
 
 
 def exported(trained, picture, name="model.onnx", lines=None, folder=None, **request):
@@ -375,17 +399,23 @@ def train(config: Config, work_dir: Path, resume=None, at=None, **choices) -> di
     """
     config = Config(config.copy().to_dict())
     config.work_dir = str(work_dir)
-    threads = torch.get_num_threads()
-    # Sums of several threads may differ in the last bit.
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         runner = engine.build_train_runner(config, resume=resume, **choices)
         recorder = Recorder(at)
         runner.register_hook(recorder)
         runner.train()
+    return recorder.losses
+
+
+@contextlib.contextmanager
+def one_thread():
+    """PyTorch computes on one thread: sums of several may differ in the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
-    return recorder.losses
 
 
 def fork(function, world_size: int = 1, timeout: float = 300) -> list[int]:
@@ -443,6 +473,28 @@ def fork(function, world_size: int = 1, timeout: float = 300) -> list[int]:
     if hung:
         raise TimeoutError(f"{len(hung)} of {world_size} processes ran longer than {timeout} s")
     return [codes[child] for child in children]
+
+
+def train_two(config: Config, work_dir: Path, at=None, rank_of_at=None, **choices) -> list[int]:
+    """Exit codes of two processes that train together; :func:`losses_of` has their losses.
+
+    Args:
+        config, work_dir, at, **choices: as of :func:`train`.
+        rank_of_at: the process that ``at`` is for; None for both.
+    """
+
+    def one(rank):
+        own = at if rank_of_at in (None, rank) else None
+        losses = train(config, work_dir, launcher="pytorch", at=own, **choices)
+        Path(work_dir, f"losses-{rank}.json").write_text(json.dumps(losses))
+
+    return fork(one, world_size=2)
+
+
+def losses_of(work_dir: Path, rank: int) -> dict:
+    """Losses by iteration of one process of :func:`train_two`."""
+    content = json.loads(Path(work_dir, f"losses-{rank}.json").read_text())
+    return {int(iteration): loss for iteration, loss in content.items()}
 
 
 def equal(first: dict, second: dict) -> bool:

@@ -19,9 +19,9 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INPUTS = ("constraints.txt", "setup.py", "pyproject.toml", "tools/bootstrap.py")
-OLDEST, NEWEST = (3, 10), (3, 13)
+OLDEST, NEWEST = (3, 10), (3, 14)
 # The one that most tests run on comes first.
-INTERPRETERS = ("python3.11", "python3.12", "python3.13", "python3.10")
+INTERPRETERS = ("python3.11", "python3.12", "python3.13", "python3.14", "python3.10")
 STAMP = "mmeformer-stamp.json"
 
 # Known ways to fail, as patterns of what pip or venv prints, and the way out.
@@ -91,7 +91,7 @@ def other_interpreter():
                 return path
     names = ", ".join(INTERPRETERS)
     raise Failure(
-        f"mmeformer needs Python 3.10 to 3.13; this one is {sys.version.split()[0]}, and none of "
+        f"mmeformer needs Python 3.10 to 3.14; this one is {sys.version.split()[0]}, and none of "
         f"{names} on PATH or of pyenv runs.\nInstall one (Debian, Ubuntu: sudo apt install "
         "python3.11 python3.11-venv) or name one: make PYTHON=/path/to/python3.11 install"
     )

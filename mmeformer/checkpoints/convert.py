@@ -29,6 +29,7 @@ from mmeformer.checkpoints.formats import (
     NATIVE,
     REFERENCE,
     REFERENCE_DOWNSTREAM,
+    TABLE,
     TIMM,
     Format,
 )
@@ -40,7 +41,6 @@ from mmeformer.checkpoints.parse import (
 )
 from mmeformer.checkpoints.report import Report, shorten
 from mmeformer.checkpoints.translate import (
-    TABLE,
     Translation,
     backbone_shapes,
     from_native,
@@ -127,19 +127,10 @@ def convert_content(
         ``{"state_dict" or "model": tensors, "meta": dict}``, and the report.
     """
     parsed = parse_checkpoint(content, source, prefix, key, ema)
-    held = identify_variant(parsed.backbone, parsed.format)
-    if held is None or not held.complete:
-        raise CheckpointError(
-            f"{source} holds {held or 'no published variant'}: only complete backbones of the "
-            "published variants can be converted"
-        )
-    variant = held.variant
     form = _target_format(to, parsed)
-    if variant.family not in form.families:
-        raise CheckpointError(f"{source} holds {variant.name}, which {form.title} does not have")
-    head = head_tensors(parsed)
-    found = _to_native(parsed, variant, source)
-    check_head(head, variant, source)
+    variant = _require_variant(parsed, form)
+    found = _to_native(parsed, variant)
+    check_head(head_tensors(parsed), variant, source)
     check_values(
         {parsed.prefix + found.origin[name]: tensor for name, tensor in found.tensors.items()},
         source,
@@ -161,15 +152,7 @@ def convert_content(
     state, no_place = from_native(found.tensors, form, variant.family, variant.architecture)
     for rule, names in no_place.items():
         report.drop(rule, names)
-    if head:
-        count_as_head(report, head_names(parsed))
-        state = classifier_state(state, head, form)
-    elif parsed.other_tensors and form in CLASSIFIERS_ONLY:
-        report.drop(parsed.other_parts(), parsed.other_tensors)
-    elif parsed.other_tensors:
-        state = {f"{BACKBONE}{name}": tensor for name, tensor in state.items()}
-        state |= parsed.other_tensors
-        report.notes.append(f"kept as they are: {len(parsed.other_tensors)} {parsed.other_parts()}")
+    state = _add_other_parts(state, parsed, form, report)
     report.notes += parsed.notes
     report.warnings += parsed.warnings
     if parsed.other_entries:
@@ -189,7 +172,46 @@ def convert_content(
     return {key: {**state}, "meta": meta}, report
 
 
-def _to_native(parsed: ParsedCheckpoint, variant: Variant, source: str) -> Translation:
+def _require_variant(parsed: ParsedCheckpoint, form: Format) -> Variant:
+    """The published variant that a checkpoint holds completely and that a format has."""
+    held = identify_variant(parsed.backbone, parsed.format)
+    if held is None or not held.complete:
+        raise CheckpointError(
+            f"{parsed.source} holds {held or 'no published variant'}: only complete backbones of "
+            "the published variants can be converted"
+        )
+    if held.variant.family not in form.families:
+        raise CheckpointError(
+            f"{parsed.source} holds {held.variant.name}, which {form.title} does not have"
+        )
+    return held.variant
+
+
+def _add_other_parts(
+    state: dict[str, Tensor], parsed: ParsedCheckpoint, form: Format, report: Report
+) -> dict[str, Tensor]:
+    """State dict of the whole model if the format has such models, else of the backbone.
+
+    Args:
+        state: of the backbone, in the names of ``form``.
+        parsed: the checkpoint with the other parts.
+        form: to convert to.
+        report: of the conversion.
+    """
+    if head := head_tensors(parsed):
+        count_as_head(report, head_names(parsed))
+        return classifier_state(state, head, form)
+    if not parsed.other_tensors:
+        return state
+    if form in CLASSIFIERS_ONLY:
+        report.drop(parsed.other_parts(), parsed.other_tensors)
+        return state
+    report.notes.append(f"kept as they are: {len(parsed.other_tensors)} {parsed.other_parts()}")
+    whole = {f"{BACKBONE}{name}": tensor for name, tensor in state.items()}
+    return whole | parsed.other_tensors
+
+
+def _to_native(parsed: ParsedCheckpoint, variant: Variant) -> Translation:
     shapes = backbone_shapes(variant.family, variant.arch)
     found = to_native(parsed.backbone, parsed.format, variant.family, variant.architecture, shapes)
     if found.unexplained:
@@ -198,7 +220,8 @@ def _to_native(parsed: ParsedCheckpoint, variant: Variant, source: str) -> Trans
             for name in found.unexplained
         ]
         raise CheckpointError(
-            f"{source} holds {variant.name} and tensors that are no part of it: {shorten(unknown)}"
+            f"{parsed.source} holds {variant.name} and tensors that are no part of it: "
+            f"{shorten(unknown)}"
         )
     return found
 

@@ -15,10 +15,10 @@ from functools import partial
 
 from torch import Tensor
 
-from mmeformer.checkpoints.huggingface import huggingface_layout, huggingface_name
-from mmeformer.checkpoints.mmpretrain import mmpretrain_layout, mmpretrain_name
+from mmeformer.checkpoints.huggingface import huggingface_name
+from mmeformer.checkpoints.mmpretrain import mmpretrain_name
 from mmeformer.checkpoints.reference import reference_layout, reference_name
-from mmeformer.checkpoints.timm import timm_layout, timm_name
+from mmeformer.checkpoints.timm import timm_name
 from mmeformer.variants import Architecture
 
 HEADS = "classifier heads"
@@ -26,6 +26,9 @@ FINAL_NORM = "final norm of the classifier"
 INDICES = "computed indices, not weights"
 UNREAD_TABLES = "ImageNet bias tables that the reference never reads downstream"
 NO_PLACE = "pyramid norms, which this format has no place for"
+
+TABLE = ".attention_bias.table"
+"""End of our name of a bias table."""
 
 _NORM_LEAVES = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 
@@ -75,6 +78,11 @@ def _same_layout(name: str, tensor: Tensor, family: str) -> Tensor:
     return tensor
 
 
+def _flat_tables(name: str, tensor: Tensor, family: str) -> Tensor:
+    """Reshape a bias table as everywhere but in our format: (heads, rows * columns)."""
+    return tensor.flatten(1) if name.endswith(TABLE) else tensor
+
+
 NATIVE = Format(
     "mmeformer",
     _same_name,
@@ -107,7 +115,7 @@ REFERENCE_DOWNSTREAM = Format(
 TIMM = Format(
     "timm",
     timm_name,
-    timm_layout,
+    _flat_tables,
     drops=(
         (r"head(_dist)?\.(weight|bias)", HEADS),
         (rf"norm\.{_NORM_LEAVES}", FINAL_NORM),
@@ -118,7 +126,7 @@ TIMM = Format(
 HUGGINGFACE = Format(
     "Hugging Face transformers",
     huggingface_name,
-    huggingface_layout,
+    _flat_tables,
     families=("v1",),
     drops=(
         (r"(distillation_)?classifier\.(weight|bias)", HEADS),
@@ -134,7 +142,7 @@ HUGGINGFACE = Format(
 MMPRETRAIN = Format(
     "mmpretrain, classification",
     mmpretrain_name,
-    mmpretrain_layout,
+    _flat_tables,
     families=("v1",),
     drops=((rf"norm3\.{_NORM_LEAVES}", FINAL_NORM), (r".+\.attention_bias_idxs", INDICES)),
     classifier={"norm": "backbone.norm3", "fc": "head.head", "fc_dist": "head.dist_head"},
@@ -143,7 +151,7 @@ MMPRETRAIN = Format(
 MMPRETRAIN_DOWNSTREAM = Format(
     "mmpretrain, backbone of a detector or segmentor",
     mmpretrain_name,
-    mmpretrain_layout,
+    _flat_tables,
     families=("v1",),
     pyramid_norms=True,
     drops=((r".+\.attention_bias_idxs", INDICES),),

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 
-from torch import Tensor
-
 from mmeformer.variants import Architecture
 
 _STEM = {
@@ -69,8 +67,3 @@ def _block_name(rest: str) -> str:
         return _BLOCK[rest]
     module, leaf = rest.rsplit(".", 1)
     return f"{_BLOCK[module]}.{leaf}"
-
-
-def huggingface_layout(name: str, tensor: Tensor, family: str) -> Tensor:
-    """Reshape our tensor as in transformers: bias tables are flat, (heads, rows * columns)."""
-    return tensor.flatten(1) if name.endswith(".attention_bias.table") else tensor

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from mmeformer.backbones.base import PyramidBackbone
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.classifier import count_as_head, head_names, head_tensors
-from mmeformer.checkpoints.formats import NATIVE, REFERENCE_DOWNSTREAM
+from mmeformer.checkpoints.formats import NATIVE, REFERENCE_DOWNSTREAM, TABLE
 from mmeformer.checkpoints.parse import ParsedCheckpoint, check_values, parse_checkpoint
 from mmeformer.checkpoints.report import NEW_COUNTERS, NEW_NORMS, Report
 from mmeformer.checkpoints.safe_load import MapLocation
 from mmeformer.checkpoints.translate import (
-    TABLE,
     Translation,
     VariantMatch,
     backbone_shapes,
@@ -123,12 +122,11 @@ def load_pretrained(
             "use mmengine's load_checkpoint"
         )
     content = safe_load.load(checkpoint, map_location)
+    parsed = parse_checkpoint(content, str(checkpoint), prefix, key, ema)
     if isinstance(backbone, PyramidBackbone):
-        report = load_content(backbone, content, str(checkpoint), prefix, allow_partial, key, ema)
+        report = load_backbone(backbone, parsed, allow_partial)
     else:
-        report = load_classifier(
-            backbone, content, str(checkpoint), prefix, allow_partial, key, ema
-        )
+        report = load_classifier(backbone, parsed, allow_partial)
     _log(report)
     return report
 
@@ -146,29 +144,19 @@ def is_classifier(model: nn.Module) -> bool:
     )
 
 
-def load_classifier(
-    model: Any,
-    content: Mapping[str, object],
-    source: str,
-    prefix: str | None = None,
-    allow_partial: bool = False,
-    key: str | None = None,
-    ema: bool = False,
-) -> Report:
-    """Load a checkpoint that was already read into a whole classifier; logs nothing.
+def load_classifier(model: Any, parsed: ParsedCheckpoint, allow_partial: bool = False) -> Report:
+    """Load a checkpoint of any format into a whole classifier; logs nothing.
 
     Args:
         model: with our backbone and head, see :func:`is_classifier`.
-        content: the file's dict, in any format.
-        source: the file, for messages.
-        prefix, key, ema: as in :func:`load_pretrained`.
-        allow_partial: the same, for the backbone; the head must fit.
+        parsed: the checkpoint.
+        allow_partial: as in :func:`load_pretrained`, for the backbone; the head must fit.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape or is unknown; the model is then
             unchanged.
     """
-    parsed = parse_checkpoint(content, source, prefix, key, ema)
+    source = parsed.source
     names, tensors = head_names(parsed), head_tensors(parsed)
     if not tensors:
         raise CheckpointError(
@@ -189,7 +177,7 @@ def load_classifier(
             "the file, or load the backbone alone by model.backbone.init_cfg"
         )
     check_values({names[name]: tensor for name, tensor in tensors.items()}, source)
-    report = load_content(model.backbone, content, source, prefix, allow_partial, key, ema)
+    report = load_backbone(model.backbone, parsed, allow_partial)
     model.head.load_state_dict({**model.head.state_dict(), **tensors}, strict=True)
     count_as_head(report, names)
     return report
@@ -219,24 +207,17 @@ def use_published(model: Any, content: MutableMapping[str, Any], source: str) ->
         return  # the comparison with the model that follows says what is wrong
     if parsed.format is NATIVE or not head_names(parsed):
         return
-    _log(load_classifier(model, content, source))
+    _log(load_classifier(model, parsed))
     meta = content.get("meta")
     content.clear()
     content.update(state_dict=model.state_dict(), meta=meta if isinstance(meta, dict) else {})
 
 
-def load_content(
-    backbone: PyramidBackbone,
-    content: Mapping[str, object],
-    source: str,
-    prefix: str | None = None,
-    allow_partial: bool = False,
-    key: str | None = None,
-    ema: bool = False,
+def load_backbone(
+    backbone: PyramidBackbone, parsed: ParsedCheckpoint, allow_partial: bool = False
 ) -> Report:
-    """Load a checkpoint that was already read; as :func:`load_pretrained`, but logs nothing."""
-    parsed = parse_checkpoint(content, source, prefix, key, ema)
-    model = variant_name(backbone)
+    """Load a checkpoint of any format; as :func:`load_pretrained`, but logs nothing."""
+    source, model = parsed.source, variant_name(backbone)
     held = identify_variant(parsed.backbone, parsed.format)
     report = Report(
         title=f"loaded into {model}",

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 
-from torch import Tensor
-
 from mmeformer.variants import Architecture
 
 _TABLE = ".attention_bias.table"
@@ -45,8 +43,3 @@ def _block_name(rest: str) -> str:
     if match := re.fullmatch(r"mlp\.(\w+\.(?:conv|bn))\.(\w+)", rest):
         return f"mlp.{_CONV_MLP[match[1]]}.{match[2]}"
     return rest.replace(_TABLE, ".attention_biases")
-
-
-def mmpretrain_layout(name: str, tensor: Tensor, family: str) -> Tensor:
-    """Reshape our tensor as in mmpretrain: bias tables are flat, (heads, rows * columns)."""
-    return tensor.flatten(1) if name.endswith(_TABLE) else tensor

@@ -33,6 +33,7 @@ class ParsedCheckpoint:
     """The backbone in a checkpoint, and the rest of its content.
 
     Args:
+        source: the file, for messages.
         format: format of the backbone's tensors.
         backbone: name without prefix -> tensor of the backbone.
         prefix: start of those names in the file, such as ``"backbone."``; may be empty.
@@ -42,6 +43,7 @@ class ParsedCheckpoint:
         notes, warnings: of the choice of the weights, for reports.
     """
 
+    source: str
     format: Format
     backbone: dict[str, Tensor]
     prefix: str
@@ -111,6 +113,7 @@ def parse_checkpoint(
     # Necks and heads are named as in the model itself, without what wraps it.
     wrapper = prefix.partition(BACKBONE)[0]
     parsed = ParsedCheckpoint(
+        source=source,
         format=form,
         backbone=backbone,
         prefix=prefix,

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import re
 
-from torch import Tensor
-
 from mmeformer.variants import Architecture
 
 _TABLE = ".attention_bias.table"
@@ -36,8 +34,3 @@ def timm_name(name: str, family: str, architecture: Architecture) -> str:
         if position >= architecture.depths[stage] - architecture.attention_blocks[stage]:
             name = f"stages.{stage}.blocks.{position + 1}.{name[match.end() :]}"
     return name
-
-
-def timm_layout(name: str, tensor: Tensor, family: str) -> Tensor:
-    """Reshape our tensor as in timm: bias tables are flat, (heads, rows * columns)."""
-    return tensor.flatten(1) if name.endswith(_TABLE) else tensor

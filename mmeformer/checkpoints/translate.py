@@ -14,10 +14,8 @@ from torch import Tensor
 
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.backbones.base import PyramidBackbone
-from mmeformer.checkpoints.formats import NO_PLACE, Format
+from mmeformer.checkpoints.formats import NO_PLACE, TABLE, Format
 from mmeformer.variants import VARIANTS, Architecture, Variant
-
-TABLE = ".attention_bias.table"
 
 
 @dataclass

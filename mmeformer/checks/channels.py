@@ -52,7 +52,7 @@ def _expected(
         if isinstance(wanted, (list, tuple)) and type(module).__module__.startswith(LIBRARIES):
             yield f"{path}.in_channels", list(wanted), widths
         # Only this one gives the head the channels of the backbone.
-        if type_name(neck.get("type")) != "GlobalAveragePooling":
+        if type_name(neck) != "GlobalAveragePooling":
             return
     for name in ("head", "decode_head", "auxiliary_head"):
         head = settings.get(name) or {}

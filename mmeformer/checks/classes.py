@@ -96,7 +96,7 @@ def require_counts(config: Mapping, model: nn.Module, splits: Sequence[str]) -> 
     Raises:
         ValueError: see :func:`require_count`.
     """
-    hooks = {type_name(hook.get("type")) for hook in config.get("custom_hooks") or ()}
+    hooks = {type_name(hook) for hook in config.get("custom_hooks") or ()}
     try:
         for split in splits:
             path = f"{split}_dataloader.dataset"

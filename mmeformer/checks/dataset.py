@@ -73,9 +73,7 @@ def _build(settings: Mapping) -> Any:
     """A data set that only loads images and labels."""
     settings = copy.deepcopy(settings)
     pipeline = [
-        step
-        for step in settings.get("pipeline", [])
-        if type_name(step["type"]).startswith(KEPT_TRANSFORMS)
+        step for step in settings.get("pipeline", []) if type_name(step).startswith(KEPT_TRANSFORMS)
     ]
     dataset = DATASETS.build({**settings, "pipeline": pipeline, "lazy_init": True})
     # Samples are drawn even if the data set has errors.

@@ -14,12 +14,9 @@ from mmengine.registry import TRANSFORMS
 
 from mmeformer.inference.pictures import at_picture_size
 from mmeformer.inference.predictor import Predictor
-from mmeformer.results import Classification
+from mmeformer.results import BEST, Classification
 from mmeformer.settings import type_name
 from mmeformer.windows import Window
-
-BEST = 5
-"""Number of classes that are reported of an image."""
 
 
 class ArrayInferencer(BaseInferencer):
@@ -37,7 +34,7 @@ class ArrayInferencer(BaseInferencer):
         steps = [
             TRANSFORMS.build(step)
             for step in cfg.test_dataloader.dataset.pipeline
-            if not type_name(step.type).endswith("LoadImageFromFile")
+            if not type_name(step).endswith("LoadImageFromFile")
         ]
         return Compose([_as_loaded, *steps])
 
@@ -55,7 +52,7 @@ def _as_loaded(image: np.ndarray) -> dict:
 
 
 class ClassificationPredictor(Predictor[Classification]):
-    """Predicts :class:`mmeformer.results.Classification`; reports the best :data:`BEST` classes."""
+    """Predicts :class:`mmeformer.results.Classification`; reports the best classes."""
 
     inferencer_class = ArrayInferencer
     large = float("inf")

@@ -13,13 +13,12 @@ from mmeformer.starter import (
     Setting,
     Starter,
     backbone,
-    epochs_for,
+    epochs_setting,
     flips,
     relative_to,
     round_up,
     sides_of,
 )
-from mmeformer.variants import find_variant
 
 SIDE = 224
 """Side of the images of the published recipe, in pixels."""
@@ -73,11 +72,7 @@ class ClassificationStarter(Starter):
             Setting("resize", str(resize), "shorter side of test images before the crop"),
             Setting("smallest_crop", f"{least:.2g}", f"of the area of a training image; {zoom}"),
             flips(data),
-            Setting(
-                "epochs",
-                str(epochs_for(len(images))),
-                f"for {len(images)} images; see docs/finetuning.md",
-            ),
+            epochs_setting(len(images)),
         ]
 
     def body(self, data: LabeledData, plan: Plan) -> str:
@@ -86,12 +81,11 @@ class ClassificationStarter(Starter):
         more = dict(bias_grid="-(-crop // 32)") if plan.checkpoint is None else {}
         if family == "v1":
             more |= dict(out_indices="(3,)", pyramid_norms="False")
-        network, _ = backbone(plan, "(-(-crop // 32)) ** 2", **more)
-        widths = find_variant(family, plan.variant.arch).architecture.widths
+        network = backbone(plan, "(-(-crop // 32)) ** 2", **more)
         return BODY.format(
             backbone=network,
             family=family,
-            width=widths[-1],
+            width=plan.variant.architecture.widths[-1],
             test="test" if data.of_split("test") else "val",
             hooks=self.hooks(data, plan),
         )

@@ -104,7 +104,20 @@ def main(argv: list[str] | None = None) -> int:
         signals.leave_on_signals()
     # Help and errors of argparse begin with this.
     sys.argv[0] = f"mmeformer {name}"
-    return import_module(f"mmeformer.commands.{COMMANDS[name]}").main(arguments[1:])
+    try:
+        command = import_module(f"mmeformer.commands.{COMMANDS[name]}")
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        from mmeformer.doctor import known_fix
+
+        text = f"{type(error).__name__}: {error}"
+        fix = known_fix(text) or "mmeformer doctor names the fix"
+        if isinstance(error, ModuleNotFoundError):
+            fix = "pip install 'mmeformer[all]'"
+        print(f"error: this installation does not work: {text}; {fix}", file=sys.stderr)
+        return 1
+    return command.main(arguments[1:])
 
 
 if __name__ == "__main__":

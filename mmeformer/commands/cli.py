@@ -176,7 +176,7 @@ def run(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
     try:
         return work(args) or 0
     except KeyboardInterrupt:
-        if launch.tells_error():
+        if launch.shows_error():
             print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
@@ -185,7 +185,7 @@ def run(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
         shown = args.debug or not (known or _before_work(error))
         if shown:
             traceback.print_exc()
-        if launch.tells_error() or shown:
+        if launch.shows_error() or shown:
             print(f"error: {text or one_text(error)}", file=sys.stderr)
         return 1
 

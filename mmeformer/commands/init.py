@@ -8,6 +8,7 @@ beside it, a folder of labels; nothing is written over.
 
 Examples:
     mmeformer init datasets/nuclei
+    mmeformer init datasets/birds/data.yaml
     mmeformer init datasets/street --task segmentation --legend colors.csv --out street.py
     mmeformer init datasets/ships --arch s1 --weights none
 """
@@ -17,10 +18,13 @@ from pathlib import Path
 
 from mmeformer import own_data
 from mmeformer.commands import cli
+from mmeformer.errors import UserError
+from mmeformer.formats import yolo
 from mmeformer.formats.find import FORMATS
 from mmeformer.formats.tree import Options
 from mmeformer.tasks import TASKS
 from mmeformer.variants import VARIANTS
+from mmeformer.work_dirs import POINTER
 
 ARCH = own_data.Request.arch
 
@@ -28,7 +32,9 @@ ARCH = own_data.Request.arch
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("data", metavar="DATA", type=Path, help="folder of images and labels")
+    parser.add_argument(
+        "data", metavar="DATA", type=Path, help="folder of images and labels, or YOLO's data.yaml"
+    )
     add_choices(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="of the split, if the data have none (%(default)s)"
@@ -67,18 +73,33 @@ def add_choices(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def request_of(args: argparse.Namespace, folder: Path, seed: int = 0) -> own_data.Request:
-    """What a command line with :func:`add_choices` asks for."""
+def is_data(path: Path) -> bool:
+    """Whether a path is that of labeled images, and not of a config or a training."""
+    return yolo.is_settings(path) or (path.is_dir() and not Path(path, POINTER).is_file())
+
+
+def request_of(args: argparse.Namespace, data: Path, seed: int = 0) -> own_data.Request:
+    """What a command line with :func:`add_choices` asks for.
+
+    Args:
+        args: the command line.
+        data: folder of images and labels, or YOLO's ``data.yaml``.
+        seed: of the split.
+    """
+    settings = data if yolo.is_settings(data) else None
+    if settings and args.format not in (None, "yolo"):
+        raise UserError(f"{data} is read as YOLO's settings; leave out --format {args.format}")
     return own_data.Request(
-        folder=folder,
+        folder=yolo.folder_of(settings) if settings else data,
         out=args.out,
         task=args.task,
         arch=args.arch or ARCH,
         weights=args.weights,
         options=Options(
-            format=args.format,
+            format="yolo" if settings else args.format,
             classes=None if args.classes is None else tuple(args.classes),
             legend=args.legend,
+            settings=settings,
         ),
         skip_bad=bool(args.skip_bad),
         seed=seed,

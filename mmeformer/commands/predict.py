@@ -18,21 +18,19 @@ Examples:
 import argparse
 import signal
 import sys
-import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmeformer import configs
+from mmeformer.bars import Bars
 from mmeformer.commands import cli
 from mmeformer.errors import UserError
 from mmeformer.model import EXPORTED
 from mmeformer.tasks import TASKS
-
-# Seconds between lines of progress if the output is not a terminal.
-LINE_EVERY = 30
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -117,46 +115,7 @@ def work(args: argparse.Namespace) -> int:
     )
     for remark in predictor.remarks:
         print(f"note: {remark}", file=sys.stderr)
-
-    console = Console()
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    failed, finished, doubtful, told = 0, 0, 0, time.monotonic()
-    with Progress(*columns, console=console) as progress:
-        images = progress.add_task("images", total=len(sources))
-        windows = progress.add_task("windows", visible=False)
-
-        def tell(text: str) -> None:
-            nonlocal told
-            if not console.is_terminal and time.monotonic() > told + LINE_EVERY:
-                told = time.monotonic()
-                console.print(text, markup=False, highlight=False)
-
-        def on_window(name: str, done: int, total: int) -> None:
-            if done == 1:
-                progress.reset(windows, total=total, visible=True)
-            progress.update(windows, completed=done, visible=done < total)
-            tell(f"{name}: {done} of {total} windows{_left(progress, windows)}")
-
-        for status in inference.run(predictor, sources, out, settings, on_window):
-            progress.update(images, completed=status.done, total=status.total)
-            if status.error is not None:
-                failed += 1
-                progress.console.print(
-                    f"skipped: {status.error}", markup=False, highlight=False, soft_wrap=True
-                )
-            else:
-                finished += 1
-            if status.warning is not None:
-                doubtful += 1
-                if doubtful == 1:
-                    text = f"warning: {status.name}: {status.warning}"
-                    progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-            tell(f"{status.done} of {status.total} images{_left(progress, images)}")
+    finished, failed, doubtful = _predict_all(predictor, sources, out, settings)
     print(f"predicted on {finished} images; results in {out}")
     if doubtful > 1:
         print(f"warning: of {doubtful} images, objects appear at another scale than in training")
@@ -166,9 +125,44 @@ def work(args: argparse.Namespace) -> int:
     return 0
 
 
-def _left(progress: Progress, task) -> str:
-    left = progress.tasks[task].time_remaining
-    return "" if left is None else f", {left / 60:.0f} min left"
+def _predict_all(
+    predictor: Any, sources: Sequence[Any], out: Path, settings: Any
+) -> tuple[int, int, int]:
+    """Predict and show how far it is; arguments as of :func:`mmeformer.inference.run`.
+
+    Returns:
+        Numbers of images that are finished, that failed, and whose scale is doubtful.
+    """
+    from mmeformer import inference
+
+    finished = failed = doubtful = 0
+    bars = Bars(Console())
+    images = bars.add_task("images", total=len(sources))
+    windows = bars.add_task("windows", visible=False)
+
+    def say(text: str) -> None:
+        bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def on_window(name: str, done: int, total: int) -> None:
+        if done == 1:
+            bars.reset(windows, total=total, visible=True)
+        bars.update(windows, completed=done, visible=done < total)
+        bars.line(f"{name}: {done} of {total} windows", windows)
+
+    with bars:
+        for status in inference.run(predictor, sources, out, settings, on_window):
+            bars.update(images, completed=status.done, total=status.total)
+            if status.error is not None:
+                failed += 1
+                say(f"skipped: {status.error}")
+            else:
+                finished += 1
+            if status.warning is not None:
+                doubtful += 1
+                if doubtful == 1:
+                    say(f"warning: {status.name}: {status.warning}")
+            bars.line(f"{status.done} of {status.total} images", images)
+    return finished, failed, doubtful
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,18 +15,14 @@ import argparse
 import os
 import signal
 import sys
-import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmeformer.bars import Bars
 from mmeformer.commands import cli
 from mmeformer.errors import UserError
-
-# Seconds between lines of progress if the output is not a terminal.
-LINE_EVERY = 30
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -134,14 +130,13 @@ def work(args: argparse.Namespace) -> int:
             markup=False,
             soft_wrap=True,
         )
-    patches, lost, failed, printed = 0, split.lost, [], time.monotonic()
-    columns = TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    patches, lost, failed = 0, split.lost, []
     outcomes = split.run(args.workers)
     try:
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=total)
+        with Bars(console) as bars:
+            task = bars.add_task("images", total=total)
             for done, outcome in enumerate(outcomes, start=1):
-                progress.advance(task)
+                bars.advance(task)
                 patches += len(outcome.patches)
                 lost += outcome.lost
                 if outcome.error is not None:
@@ -149,11 +144,7 @@ def work(args: argparse.Namespace) -> int:
                     console.print(
                         f"{outcome.job.name}: {outcome.error}", markup=False, soft_wrap=True
                     )
-                if not console.is_terminal and time.monotonic() > printed + LINE_EVERY:
-                    printed = time.monotonic()
-                    seconds = progress.tasks[0].time_remaining
-                    left = "" if seconds is None else f", {seconds / 60:.0f} min left"
-                    console.print(f"{done} of {total} images{left}")
+                bars.line(f"{done} of {total} images", task)
     except KeyboardInterrupt:
         outcomes.close()
         print("interrupted; run the same command again to continue", file=sys.stderr)

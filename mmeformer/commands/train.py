@@ -25,7 +25,7 @@ from mmeformer.commands import cli, init
 from mmeformer.errors import UserError
 from mmeformer.training import engine, launch
 from mmeformer.training.trackers import DEFAULT, NONE, TRACKERS
-from mmeformer.work_dirs import POINTER, find_config
+from mmeformer.work_dirs import find_config
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -33,8 +33,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument(
         "config",
-        help="config file, its path below mmeformer's configs/, or a folder of data; with --resume "
-        "also a work directory",
+        help="config file, its path below mmeformer's configs/, a folder of data or its data.yaml; "
+        "with --resume also a work directory",
     )
     parser.add_argument(
         "--resume",
@@ -102,7 +102,7 @@ def _train(args: argparse.Namespace) -> int | None:
 def _find_config(args: argparse.Namespace) -> int:
     """Put a config in place of a work directory or a folder of data; returns the exit status."""
     given = Path(args.config)
-    if given.is_dir() and not Path(given, POINTER).is_file():
+    if init.is_data(given):
         return _make_config(args)
     if choices := [name for name in init.CHOICES if getattr(args, name) is not None]:
         option = f"--{choices[0].replace('_', '-')}"
@@ -128,7 +128,7 @@ def _make_config(args: argparse.Namespace) -> int:
             return 0
         if args.launcher != "none":
             raise UserError(
-                f"{args.config} is a folder; several processes need a config: run mmeformer init "
+                f"{args.config} is data, and several processes need a config: run mmeformer init "
                 f"{args.config} first"
             )
     made = own_data.make(request, report=print)
@@ -138,7 +138,7 @@ def _make_config(args: argparse.Namespace) -> int:
 
 def _prepare_alone(args: argparse.Namespace) -> int:
     """Do once what comes before several processes; returns the exit status."""
-    if not Path(args.config).is_dir():
+    if not init.is_data(Path(args.config)):
         return _find_config(args)
     # What measures the batch leaves memory of the first GPU to its process.
     process = multiprocessing.get_context("spawn").Process(target=_exit_prepared, args=(args,))

@@ -17,10 +17,8 @@ from coremltools.converters.mil import Builder, register_torch_op
 from coremltools.converters.mil.mil.types import builtin_to_string
 from torch import nn
 
-from mmeformer.deploy.check import Comparison, random_image
-from mmeformer.deploy.graphs import Graph, build_graph, compare_graphs
-from mmeformer.images import as_image
-from mmeformer.runtime.images import Prepared, prepare
+from mmeformer.deploy.check import Comparison
+from mmeformer.deploy.graphs import Graph, build_graph, compare_graphs, examples
 from mmeformer.runtime.metadata import KEY, Metadata
 
 TARGET = coremltools.target.iOS16
@@ -65,30 +63,21 @@ def write(
     """
     graph = build_graph(graph_class, model, metadata, channels_last=False)
     reference = graph_class(copy.deepcopy(model), graph.normalize).eval()
-    assert metadata.size is not None and metadata.batch is not None
-    randoms = [random_image(*metadata.size, seed) for seed in range(metadata.batch)]
-    batches: list[list[Any]] = [randoms, *([image] * metadata.batch for image in images)]
-    examples = [
-        _planes([prepare(as_image(image, metadata.reading), metadata) for image in batch])
-        for batch in batches
-    ]
+    inputs = [_planes(example) for example in examples(metadata, images)]
     comparison = Comparison("CoreML runs on Apple's systems alone; what was checked here")
-    compare_graphs(graph, reference, examples, comparison, "the folded program")
+    compare_graphs(graph, reference, inputs, comparison, "the folded program")
     graph.raw_names = ()
-    package = convert(graph, examples[0], metadata, half)
+    package = convert(graph, inputs[0], metadata, half)
     package.save(str(path))
-    check_package(path, package, graph, examples[0], half, comparison)
+    check_package(path, package, graph, inputs[0], half, comparison)
     version = coremltools.__version__
     comparison.add(f"not checked: its answers (coremltools {version} predicts on macOS only)", True)
     return comparison
 
 
-def _planes(batch: list[Prepared]) -> torch.Tensor:
-    """Prepared images as the (B, 3, H, W) of a graph whose channels come first."""
-    data = np.stack([item.data for item in batch])
-    if data.dtype == np.uint8:
-        data = data.transpose(0, 3, 1, 2).astype(np.float32)
-    return torch.from_numpy(data)
+def _planes(example: torch.Tensor) -> torch.Tensor:
+    """An input as the (B, 3, H, W) of a graph whose channels come first."""
+    return example.permute(0, 3, 1, 2).float() if example.dtype == torch.uint8 else example
 
 
 def convert(

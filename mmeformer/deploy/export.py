@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +21,7 @@ from mmeformer.deploy import models
 from mmeformer.deploy.graphs import TARGETS, graph_class
 from mmeformer.deploy.inputs import compare_inputs
 from mmeformer.deploy.metadata import export_metadata
+from mmeformer.errors import UserError
 from mmeformer.files import replacing, write_bytes, write_text
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.tasks import BACKBONE, of_config
@@ -29,6 +33,14 @@ SUFFIXES = {
     "executorch": ".pte",
 }
 
+_PACKAGES = {
+    "onnx": ("onnxscript", "deploy"),
+    # What writes weights; a coremltools without it is installed where there is no build.
+    "coreml": ("coremltools.libmilstoragepython", "deploy"),
+    "tflite": ("litert_torch", "litert"),
+    "executorch": ("executorch", "executorch"),
+}
+"""Module that a target needs, and mmeformer's extra that installs it."""
 QUANTIZER = "1.19"
 """Oldest onnxruntime that quantizes; older ones run the files."""
 REAL_IMAGES = 4
@@ -140,6 +152,7 @@ def export(
 
     Raises:
         ValueError: this model, or this request, cannot be exported.
+        UserError: the target's package is not installed.
         FileNotFoundError: a file does not exist.
         FileExistsError: ``out`` or its JSON file exists.
         CheckFailed: the exported model gives other results; nothing is written.
@@ -163,6 +176,7 @@ def export(
     task = request.task(config)
     # First without the model, which takes time to build, for what the target cannot do at all.
     graph_class(task, request.target, nms=request.nms)
+    _require_package(request.target)
     model = models.build_model(config, checkpoint)
     graph = graph_class(task, request.target, model, request.nms)
     metadata = export_metadata(
@@ -207,6 +221,17 @@ def export(
             _quantize(draft, out, config, metadata, pictures, request.max_drop, report, method)
     write_text(sidecar, metadata.to_json() + "\n")
     return out
+
+
+def _require_package(target: str) -> None:
+    module, extra = _PACKAGES[target]
+    with suppress(ModuleNotFoundError):
+        if find_spec(module) is not None:
+            return
+    fix = f"pip install 'mmeformer[{extra}]'"
+    if target == "coreml" and sys.version_info >= (3, 14):
+        fix = "use Python 3.13, the newest that coremltools is built for"
+    raise UserError(f"--to {target} needs {module}, which is not installed: {fix}")
 
 
 def _require_quantizer() -> None:

@@ -22,7 +22,7 @@ from mmeformer.deploy import check
 from mmeformer.images import read_image, write_image
 from mmeformer.runtime.images import prepare
 from mmeformer.runtime.metadata import Metadata
-from mmeformer.settings import type_name
+from mmeformer.settings import type_name, without_annotations
 from mmeformer.tasks import BACKBONE
 
 _ANY = None
@@ -117,7 +117,7 @@ def input_steps(config: Config) -> list[Any]:
             f"test_dataloader.dataset is a {dataset.type} without a pipeline: set it to the data "
             "set inside, whose pipeline the export follows"
         )
-    return [step for step in dataset.pipeline if not _is_of_annotations(type_name(step["type"]))]
+    return without_annotations(dataset.pipeline)
 
 
 def pipeline_settings(config: Config) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def crop_settings(config: Config) -> dict[str, Any]:
 def _pixel_steps(config: Config) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Names and settings of the steps that change pixels."""
     for step in input_steps(config):
-        name = type_name(step["type"])
+        name = type_name(step)
         if name in _STEPS:
             given = {**_DEFAULTS.get(name, {}), **step}
             _require_accepted(given, _STEPS[name], f"step {name} of the test pipeline")
@@ -187,7 +187,7 @@ def preprocessor_settings(config: Config, task: str) -> dict[str, Any]:
         ValueError: it is of another type, or has an argument that the runtime does not follow.
     """
     preprocessor = config.model.get("data_preprocessor") or dict(type="none")
-    name = type_name(preprocessor.get("type"))
+    name = type_name(preprocessor)
     if task != BACKBONE and name not in _PREPROCESSORS:
         raise ValueError(
             f"model.data_preprocessor is {name}, but the runtime follows only "
@@ -248,10 +248,6 @@ def compare_inputs(
         "that of the config's own test pipeline",
         difference <= check.RAW_TOLERANCE and ours.size == shape,
     )
-
-
-def _is_of_annotations(name: str) -> bool:
-    return "Annotation" in name or name == "ConvertBoxType"
 
 
 def _require_accepted(settings: Mapping[str, Any], accepted: _Accepted, where: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,12 +70,52 @@ def check_coco(
 
     images = _by_id(content.get("images", []), "image", _image_fault, wrong)
     categories = _by_id(content.get("categories", []), "category", _category_fault, wrong)
-    used: set[str] = set()
-    instances: Counter = Counter()
-    crowds: Counter = Counter()
-    others: Counter = Counter()
+    annotations = content.get("annotations", [])
+    counts = _check_annotations(annotations, images, categories, classes, masks, wrong)
+    findings += _repeated_names(categories.values(), counts.used, path)
+    findings += _crowds(sum(counts.crowds.values()), sum(counts.instances.values()), path)
+    for name, count in counts.others.items():
+        wrong(
+            "unused category",
+            f"{count} annotations are of {name!r}, which is not a class of the config",
+            WARNING,
+        )
+    if training and (unused := [name for name in classes if not counts.instances[name]]):
+        message = f"{first_of(unused, 20)} have no usable annotation and cannot be learned"
+        wrong("unused class", message, WARNING)
+    findings += _repeated_images(images.values(), path)
+    findings += _check_images(images.values(), image_dir, limit, decode, reading)
+    return errors_first(findings)
+
+
+@dataclass
+class _Counts:
+    """Sums of the annotations of a file.
+
+    Args:
+        used: ids of the categories that occur.
+        instances, crowds: class -> number of usable objects.
+        others: category that is no class -> number of objects.
+    """
+
+    used: set[str] = field(default_factory=set)
+    instances: Counter[str] = field(default_factory=Counter)
+    crowds: Counter[str] = field(default_factory=Counter)
+    others: Counter[str] = field(default_factory=Counter)
+
+
+def _check_annotations(
+    annotations: Sequence[Any],
+    images: Mapping[str, dict],
+    categories: Mapping[str, dict],
+    classes: Sequence[str],
+    masks: bool,
+    wrong: Callable[..., None],
+) -> _Counts:
+    """Check the entries of ``annotations`` one by one; ``wrong`` gets what is found."""
+    counts = _Counts()
     seen: set[str] = set()
-    for index, annotation in enumerate(content.get("annotations", [])):
+    for index, annotation in enumerate(annotations):
         if fault := _annotation_fault(annotation):
             wrong("bad entry", f"annotations[{index}] {fault}; export the file again")
             continue
@@ -87,38 +128,26 @@ def check_coco(
             message = f"annotation {number} belongs to image {image_id}, which is not in `images`"
             wrong("unknown image", message)
             continue
+        where = f"annotation {number} ({image['file_name']})"
         category = categories.get(str(annotation["category_id"]))
         if category is None:
             wrong(
                 "unknown category",
-                f"annotation {number} ({image['file_name']}) has category_id "
-                f"{annotation['category_id']}, which is not in `categories`",
+                f"{where} has category_id {annotation['category_id']}, which is not in "
+                "`categories`",
             )
             continue
-        used.add(str(category["id"]))
+        counts.used.add(str(category["id"]))
         if category["name"] not in classes:
-            others[category["name"]] += 1
+            counts.others[category["name"]] += 1
             continue
         found = _object_findings(annotation, image, masks)
         for kind, message, severity in found:
-            where = f"annotation {number} ({image['file_name']})"
             wrong(kind, f"{where}: {message}", severity)
         if all(severity == WARNING for _, _, severity in found):
-            (crowds if annotation["iscrowd"] else instances)[category["name"]] += 1
-    findings += _repeated_names(categories.values(), used, path)
-    findings += _crowds(sum(crowds.values()), sum(instances.values()), path)
-    for name, count in others.items():
-        wrong(
-            "unused category",
-            f"{count} annotations are of {name!r}, which is not a class of the config",
-            WARNING,
-        )
-    if training and (unused := [name for name in classes if not instances[name]]):
-        message = f"{first_of(unused, 20)} have no usable annotation and cannot be learned"
-        wrong("unused class", message, WARNING)
-    findings += _repeated_images(images.values(), path)
-    findings += _check_images(images.values(), image_dir, limit, decode, reading)
-    return errors_first(findings)
+            kept = counts.crowds if annotation["iscrowd"] else counts.instances
+            kept[category["name"]] += 1
+    return counts
 
 
 def is_image(entry: Any) -> bool:

@@ -8,7 +8,7 @@ from mmdet.models.task_modules import coders
 from mmdet.structures.bbox import HorizontalBoxes, get_box_tensor
 from torch import Tensor
 
-from mmeformer.anchors import device_row
+from mmeformer.anchors import denormalize, normalize
 from mmeformer.registry import TASK_UTILS
 
 __all__ = ["DeltaXYWHBBoxCoder"]
@@ -30,11 +30,7 @@ class DeltaXYWHBBoxCoder(coders.DeltaXYWHBBoxCoder):
         centers, sizes = _center_and_size(boxes)
         shifts = (centers - anchor_centers) / anchor_sizes
         deltas = torch.cat([shifts, (sizes / anchor_sizes).log()], -1)
-        if any(self.means):
-            deltas = deltas - device_row(self.means, deltas)
-        if any(std != 1 for std in self.stds):
-            deltas = deltas / device_row(self.stds, deltas)
-        return deltas
+        return normalize(deltas, self.means, self.stds)
 
     def decode(self, bboxes, pred_bboxes, max_shape=None, wh_ratio_clip=16 / 1000):
         """Boxes (N, C * 4) from offsets (N, C * 4) and boxes (N, 4).
@@ -51,10 +47,7 @@ class DeltaXYWHBBoxCoder(coders.DeltaXYWHBBoxCoder):
         if pred_bboxes.ndim != 2 or self.add_ctr_clamp or torch.onnx.is_in_onnx_export():
             return super().decode(bboxes, pred_bboxes, max_shape, wh_ratio_clip)
         deltas = pred_bboxes.reshape(len(pred_bboxes), pred_bboxes.shape[1] // 4, 4)
-        if any(std != 1 for std in self.stds):
-            deltas = deltas * device_row(self.stds, deltas)
-        if any(self.means):
-            deltas = deltas + device_row(self.means, deltas)
+        deltas = denormalize(deltas, self.means, self.stds)
         anchor_centers, anchor_sizes = _center_and_size(get_box_tensor(bboxes)[:, None])
         limit = abs(math.log(wh_ratio_clip))
         centers = anchor_centers + anchor_sizes * deltas[..., :2]

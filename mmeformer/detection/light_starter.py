@@ -10,12 +10,11 @@ from mmeformer.starter import (
     Setting,
     backbone,
     enlarged,
-    epochs_for,
+    epochs_setting,
     round_up,
     sides_of,
     smallest,
 )
-from mmeformer.variants import find_variant
 
 TEMPLATE = "detection/gfl-lite_efficientformerv2-s0_pafpn_custom.py"
 SIDE = 640
@@ -53,22 +52,19 @@ def settings(data: LabeledData, plan: Plan) -> list[Setting]:
         ),
         Setting("stride", str(stride), f"of the finest level; small objects have {size:.0f} px"),
         Setting("width", "128" if wide else "96", "channels of neck and head, for this backbone"),
-        Setting(
-            "epochs", str(epochs_for(len(images))), f"for {len(images)} images; docs/finetuning.md"
-        ),
+        epochs_setting(len(images)),
     ]
 
 
 def model(plan: Plan) -> str:
     """The model of the config, which follows from the settings."""
-    variant = find_variant(plan.variant.family, plan.variant.arch)
-    network, _ = backbone(
+    network = backbone(
         plan,
         "(scale[0] // 32) * (scale[1] // 32)",
         out_indices="tuple(range(first, 4))",
         bias_grid="[max(1, side // 32) for side in scale[::-1]]",
     )
-    return MODEL.format(backbone=network, widths=list(variant.architecture.widths))
+    return MODEL.format(backbone=network, widths=list(plan.variant.architecture.widths))
 
 
 MODEL = """\

@@ -29,7 +29,7 @@ class DetectionPredictor(Predictor[Detections]):
     @classmethod
     def set_visualizer(cls, settings: ConfigDict) -> None:
         """See the base class."""
-        if type_name(settings.type) == "DetLocalVisualizer":
+        if type_name(settings) == "DetLocalVisualizer":
             settings.type = "mmeformer.InstanceVisualizer"
 
     def results_of_batch(self, batch: dict) -> list[Detections]:

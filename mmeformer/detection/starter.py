@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from mmeformer.detection import light_starter
@@ -34,17 +33,17 @@ from mmeformer.starter import (
     Starter,
     backbone,
     enlarged,
-    epochs_for,
+    epochs_setting,
     file_names,
     flips,
     nearest,
+    neck,
     relative_to,
     round_up,
     sides_of,
     smallest,
     varied,
 )
-from mmeformer.variants import find_variant
 from mmeformer.windows import Window, crop, windows
 
 LONG, SHORT = 1333, 800
@@ -139,7 +138,6 @@ class DetectionStarter(Starter):
         anchor = nearest(small * factor / 4, (2, 4, 8))
         ratios = self._ratios(images)
         wide = "also long" if len(ratios) > 3 else "usual"
-        epochs = epochs_for(len(images))
         return [
             Setting(
                 "scale",
@@ -156,7 +154,7 @@ class DetectionStarter(Starter):
             self._rois(images, plan),
             scales,
             flips(data),
-            Setting("epochs", str(epochs), f"for {len(images)} images; see docs/finetuning.md"),
+            epochs_setting(len(images)),
         ]
 
     def _rois(self, images: Sequence[LabeledImage], plan: Plan) -> Setting:
@@ -193,15 +191,12 @@ class DetectionStarter(Starter):
 
 def _with_masks(plan: Plan) -> str:
     """The model of the config: Mask R-CNN."""
-    widths = list(find_variant(plan.variant.family, plan.variant.arch).architecture.widths)
-    network, neck = backbone(
+    network = backbone(
         plan,
         "(scale[0] // 32) * (scale[1] // 32)",
         bias_grid="[max(1, side // 32) for side in scale[::-1]]",
     )
-    if plan.variant.name != "efficientformerv2_s0":
-        neck = ", ".join(filter(None, [f"in_channels={widths}", neck]))
-    return MODEL.format(backbone=network, neck=neck)
+    return MODEL.format(backbone=network, neck=neck(plan))
 
 
 MODEL = """\
@@ -296,8 +291,7 @@ def _area(item: LabeledObject) -> float:
     if item.rle is not None:
         return float(decode_rle(item.rle).sum())
     if item.polygons:
-        points = (np.reshape(polygon, (-1, 1, 2)).astype(np.float32) for polygon in item.polygons)
-        return float(sum(cv2.contourArea(polygon) for polygon in points))
+        return item.polygon_area()
     return item.box[2] * item.box[3]
 
 

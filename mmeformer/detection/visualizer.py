@@ -10,9 +10,9 @@ from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 
-from mmeformer.inference.pictures import NAME_PIXELS, at_picture_size
+from mmeformer.inference.pictures import at_picture_size
 from mmeformer.registry import VISUALIZERS
-from mmeformer.results import Detections, Mask
+from mmeformer.results import NAME_PIXELS, Detections, Mask, mask_extent
 
 DRAWN_AT_ONCE = 2**28
 """Bytes of the masks that are drawn over a picture at once."""
@@ -48,9 +48,9 @@ class InstanceVisualizer(DetLocalVisualizer):
         """
         image = self.get_image().copy()
         for mask, color in zip(binary_masks, colors, strict=True):
-            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            if len(rows):
-                place = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+            if extent := mask_extent(mask):
+                left, top, right, bottom = extent
+                place = slice(top, bottom), slice(left, right)
                 pixels, inside = image[place], mask[place]
                 blended = pixels[inside] * (1 - alphas) + np.array(color) * alphas
                 pixels[inside] = np.rint(blended).astype(np.uint8)

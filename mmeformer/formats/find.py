@@ -141,7 +141,7 @@ def _fault(item: LabeledObject, image: LabeledImage) -> str | None:
     elif round(width, 3) < _SMALLEST or round(height, 3) < _SMALLEST:
         text = f"the box of {width:.3g} x {height:.3g} px"
         return f"{text} is less than a pixel wide or high; remove it"
-    elif item.polygons and not _area(item):
+    elif item.polygons and not round(item.polygon_area(), 3):  # as labels are written
         return "the outline encloses no area; remove it"
     if x + width <= 0 or y + height <= 0 or x >= image.width or y >= image.height:
         return (
@@ -156,12 +156,6 @@ def _fault(item: LabeledObject, image: LabeledImage) -> str | None:
             # pycocotools can crash on it.
             return f"the outline reaches far beyond its image of {size}; correct it"
     return None
-
-
-def _area(item: LabeledObject) -> float:
-    """Area of an object's outlines in square pixels, to thousandths, as labels are written."""
-    outlines = (np.reshape(polygon, (-1, 1, 2)).astype(np.float32) for polygon in item.polygons)
-    return round(sum(cv2.contourArea(outline) for outline in outlines), 3)
 
 
 def _drop_unused(data: LabeledData) -> None:

@@ -48,6 +48,7 @@ class Options:
         format: name of the format, if the folder has several.
         classes: names of classes, where the data have only numbers.
         legend: file of class names and colors.
+        settings: YOLO's ``data.yaml``; None takes the one in the folder.
         corners: whether four points are the corners of a rotated box; None if the user does not
             say.
         answer: the options that say so.
@@ -56,6 +57,7 @@ class Options:
     format: str | None = None
     classes: tuple[str, ...] | None = None
     legend: Path | None = None
+    settings: Path | None = None
     corners: bool | None = None
     answer: str = "--task"
 

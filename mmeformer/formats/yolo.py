@@ -43,6 +43,7 @@ from mmeformer.labeled import (
 
 NAME = "YOLO"
 _NAME_FILES = ("classes.txt", "obj.names", "labels.txt")
+_SETTINGS = (".yaml", ".yml")
 _BEYOND = 1e-3
 """Share of the image by which a point may lie outside it, by rounding."""
 _MOST = 0.25
@@ -71,7 +72,7 @@ def find(tree: Tree) -> list[Path]:
 
 def _settings_files(tree: Tree) -> list[Path]:
     found = []
-    for path in tree.with_suffix(".yaml", ".yml"):
+    for path in tree.with_suffix(*_SETTINGS):
         try:
             content = yaml.safe_load(read_text(path))
         except (yaml.YAMLError, ValueError):
@@ -81,6 +82,26 @@ def _settings_files(tree: Tree) -> list[Path]:
         if isinstance(content, dict) and "names" in content and {"train", "val"} & content.keys():
             found.append(path)
     return found
+
+
+def is_settings(path: Path) -> bool:
+    """Whether a path is a file like ``data.yaml``, by its suffix."""
+    return path.suffix.lower() in _SETTINGS and path.is_file()
+
+
+def folder_of(settings: Path) -> Path:
+    """The folder of images and labels that a ``data.yaml`` is for: its ``path``, else its own.
+
+    Raises:
+        UserError: the file is none of YOLO, or there is no such folder.
+    """
+    base = Path(str(_read_settings(settings).get("path") or "."))
+    for folder in (settings.parent / base, base):
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        f"{settings}: path: {base} is no folder; correct it, or give the folder of the data instead"
+    )
 
 
 def _label_files(tree: Tree) -> list[Path]:
@@ -100,10 +121,10 @@ def _looks_like_labels(path: Path) -> bool:
 
 def read(tree: Tree, options: Options) -> LabeledData:
     """Read the images that ``data.yaml`` names, else all, with their labels."""
-    settings = _settings_files(tree)
+    settings = [options.settings] if options.settings else _settings_files(tree)
     if len(settings) > 1:
         listed = ", ".join(str(path.relative_to(tree.root)) for path in settings)
-        raise UserError(f"{tree.root} has several sets: {listed}; give the folder of one of them")
+        raise UserError(f"{tree.root} has several sets: {listed}; give one of these files instead")
     notes: list[str] = []
     has_points = False
     if settings:

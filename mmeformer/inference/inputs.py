@@ -71,7 +71,8 @@ def find_sources(inputs: Sequence[str | Path], exclude: Iterable[Path] = ()) -> 
             if not pairs:
                 raise ValueError(f"no image or video matches {text}")
         else:
-            raise FileNotFoundError(f"input {path} does not exist")
+            hint = "; for a camera: mmeformer export, then mmeformer web" if text.isdigit() else ""
+            raise FileNotFoundError(f"input {path} does not exist{hint}")
         for file, name in pairs:
             name = _below(name)
             source = Source(file, name, Path(name).with_suffix("").as_posix())

@@ -10,10 +10,6 @@ SMALLEST_PICTURE, LARGEST_PICTURE = 640, 4096
 """Limits of a picture's longer side, in pixels. Names do not fit into smaller pictures, and
 matplotlib, which draws them, is slow long before its limit of 65,535."""
 
-NAME_PIXELS = 20000
-"""Pixels of a picture per name. With more objects, names are left out, as they would cover the
-picture; the colors show the classes."""
-
 
 def at_picture_size(
     image: np.ndarray, smallest: int = SMALLEST_PICTURE, largest: int = LARGEST_PICTURE

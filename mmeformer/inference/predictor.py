@@ -410,14 +410,10 @@ def load_predictor(
     # The weights come from the checkpoint, and images to predict on have no annotations.
     configs.drop_pretrained(config.model)
     dataset = config.test_dataloader.dataset
-    dataset.pipeline = [
-        step
-        for step in dataset.pipeline
-        if "Annotations" not in (name := settings.type_name(step.type)) and name != "ConvertBoxType"
-    ]
+    dataset.pipeline = settings.without_annotations(dataset.pipeline)
     reading = Reading.of_config(dataset.pipeline)
     for index, step in enumerate(dataset.pipeline):
-        if settings.type_name(step.type).endswith("LoadImageFromFile"):
+        if settings.type_name(step) == "LoadImageFromFile":
             # The inferencers put one in its place that takes arrays.
             dataset.pipeline[index] = ConfigDict(type="LoadImageFromFile")
     safe_load.install()

@@ -10,7 +10,7 @@ from mmrotate.structures.bbox import RotatedBoxes
 from mmrotate.structures.bbox.transforms import norm_angle
 from torch import Tensor
 
-from mmeformer.anchors import device_row
+from mmeformer.anchors import denormalize, normalize
 from mmeformer.registry import TASK_UTILS
 
 __all__ = ["DeltaXYWHTRBBoxCoder"]
@@ -42,11 +42,7 @@ class DeltaXYWHTRBBoxCoder(coders.DeltaXYWHTRBBoxCoder):
             shifts = torch.cat([cos * x + sin * y, cos * y - sin * x], 1)
         turns = norm_angle(gt_angles - angles, self.angle_version)
         deltas = torch.cat([shifts / sizes, (gt_sizes / sizes).log(), turns], 1)
-        if any(self.means):
-            deltas = deltas - device_row(self.means, deltas)
-        if any(std != 1 for std in self.stds):
-            deltas = deltas / device_row(self.stds, deltas)
-        return deltas
+        return normalize(deltas, self.means, self.stds)
 
     def decode(self, bboxes, pred_bboxes, max_shape=None, wh_ratio_clip=16 / 1000):
         """Boxes (N, 5) from offsets (N, 5) and anchors (N, 5).
@@ -63,11 +59,7 @@ class DeltaXYWHTRBBoxCoder(coders.DeltaXYWHTRBBoxCoder):
         """
         if not self._is_plain or pred_bboxes.ndim != 2 or pred_bboxes.shape[1] != 5:
             return super().decode(bboxes, pred_bboxes, max_shape, wh_ratio_clip)
-        deltas = pred_bboxes
-        if any(std != 1 for std in self.stds):
-            deltas = deltas * device_row(self.stds, deltas)
-        if any(self.means):
-            deltas = deltas + device_row(self.means, deltas)
+        deltas = denormalize(pred_bboxes, self.means, self.stds)
         centers, sizes, angles = get_box_tensor(bboxes).split([2, 2, 1], 1)
         shifts, ratios, turns = deltas.split([2, 2, 1], 1)
         shifts = shifts * sizes

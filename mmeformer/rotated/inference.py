@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,8 @@ from mmeformer.images import Reading, read_image
 from mmeformer.results import RotatedDetections
 from mmeformer.rotated.detections import MERGE_IOU, from_instances, to_sample
 from mmeformer.rotated.scale import training_images
-from mmeformer.settings import type_name
-from mmeformer.windows import Progress, Window, predict_windows, windows
+from mmeformer.settings import without_annotations
+from mmeformer.windows import Progress, predict_windows, windows
 
 
 def detect_large_image(
@@ -46,7 +46,7 @@ def detect_large_image(
         overlap: pixels; should exceed the largest object. None is 200, which DOTA's development kit
             and mmrotate use, or a quarter of small windows.
         batch_size: windows per call of the model.
-        iou_thr: for merging, see :func:`merge_windows`.
+        iou_thr: see :meth:`mmeformer.results.RotatedDetections.merged`.
         progress: called after each batch with the number of finished windows and of all windows.
 
     Returns:
@@ -76,32 +76,13 @@ def detect_large_image(
         overlap = min(200, size // 4)
     places = windows(width, height, size, overlap) if size else [(0, 0, width, height)]
     results = predict_windows(pixels, places, _predictor(model), batch_size, size or None, progress)
-    merged = merge_windows(places, results, iou_thr)
+    merged = RotatedDetections.merged(places, results, iou_thr)
     return to_sample(merged, img_path=path, ori_shape=(height, width), img_shape=(height, width))
-
-
-def merge_windows(
-    places: Sequence[Window],
-    results: Iterable[RotatedDetections],
-    iou_thr: float = MERGE_IOU,
-) -> RotatedDetections:
-    """Merge the detections of windows into those of the whole image, by NMS within each class.
-
-    Args:
-        places: the windows.
-        results: of each window, in its own pixels.
-        iou_thr: see :func:`mmeformer.rotated_boxes.rotated_nms`.
-    """
-    return RotatedDetections.merged(places, results, iou_thr)
 
 
 def _predictor(model: BaseDetector) -> Callable[[list[np.ndarray]], Sequence[RotatedDetections]]:
     """A function that predicts the boxes of a batch of crops, through the model's test pipeline."""
-    steps = [
-        step
-        for step in get_test_pipeline_cfg(model.cfg.copy())
-        if "Annotations" not in type_name(step.type)
-    ]
+    steps = without_annotations(get_test_pipeline_cfg(model.cfg.copy()))
     steps[0] = dict(type="mmdet.LoadImageFromNDArray")
     # Another model may have been built since, with another scope.
     with DefaultScope.overwrite_default_scope(model.cfg.get("default_scope", "mmdet")):

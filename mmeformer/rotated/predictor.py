@@ -11,11 +11,10 @@ from mmdet.apis import DetInferencer
 from mmdet.structures import DetDataSample
 from mmengine.config import Config, ConfigDict
 
-from mmeformer.inference.pictures import NAME_PIXELS, at_picture_size
+from mmeformer.inference.pictures import at_picture_size
 from mmeformer.inference.predictor import Predictor
-from mmeformer.results import RotatedDetections
-from mmeformer.rotated.detections import from_instances
-from mmeformer.rotated.inference import merge_windows
+from mmeformer.results import NAME_PIXELS, RotatedDetections
+from mmeformer.rotated.detections import MERGE_IOU, from_instances
 from mmeformer.rotated.scale import training_images
 from mmeformer.rotated.writers import draw_boxes, to_json, write_dota_text
 from mmeformer.settings import type_name
@@ -59,7 +58,7 @@ class RotatedPredictor(Predictor[RotatedDetections]):
     @classmethod
     def set_visualizer(cls, settings: ConfigDict) -> None:
         """See the base class."""
-        if type_name(settings.type) == "RotLocalVisualizer":
+        if type_name(settings) == "RotLocalVisualizer":
             # mmrotate's cannot handle crowded pictures and boxes beyond the border.
             settings.type = "mmeformer.RotatedVisualizer"
 
@@ -75,7 +74,7 @@ class RotatedPredictor(Predictor[RotatedDetections]):
         size: tuple[int, int],
     ) -> RotatedDetections:
         """See the base class; by NMS within each class."""
-        return merge_windows(places, results)
+        return RotatedDetections.merged(places, results, MERGE_IOU)
 
     def draw(self, image: np.ndarray, result: RotatedDetections) -> np.ndarray:
         """See the base class; drawn by the visualizer of the config."""

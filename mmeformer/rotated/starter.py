@@ -20,15 +20,15 @@ from mmeformer.starter import (
     Starter,
     backbone,
     enlarged,
-    epochs_for,
+    epochs_setting,
     file_names,
     flips,
+    neck,
     round_up,
     sides_of,
     smallest,
     varied,
 )
-from mmeformer.variants import find_variant
 from mmeformer.windows import windows
 
 PATCH = 1024
@@ -122,26 +122,19 @@ class RotatedStarter(Starter):
             ),
             varied("rotate", 0.5, 0.0, "share of training images turned by any angle", samples),
             flips(data, upright=False),
-            Setting(
-                "epochs",
-                str(epochs_for(samples)),
-                f"for {samples} {'patches' if patched else 'images'}; see docs/finetuning.md",
-            ),
+            epochs_setting(samples, "patches" if patched else "images"),
         ]
 
     def body(self, data: LabeledData, plan: Plan) -> str:
         """See the base class."""
-        widths = list(find_variant(plan.variant.family, plan.variant.arch).architecture.widths)
         more = dict(bias_grid="[max(1, side // 32) for side in size]")
         if plan.variant.family == "v1":
             more["out_indices"] = "(1, 2, 3)"
-        network, neck = backbone(plan, "max(1, size[0] * size[1] // 1024)", **more)
-        if plan.variant.name != "efficientformerv2_s0":
-            neck = ", ".join(filter(None, [f"in_channels={widths[1:]}", neck]))
+        network = backbone(plan, "max(1, size[0] * size[1] // 1024)", **more)
         patched = is_cut(data)
         return BODY.format(
             backbone=network,
-            neck=neck,
+            neck=neck(plan, first=1),
             images="/patches/images/" if patched else "/images.txt",
             labels="/patches/annfiles/" if patched else "/labels/",
             test="test" if data.of_split("test") else "val",

@@ -8,7 +8,7 @@ fixed batch size may have been filled up, so there may be outputs for more image
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -26,7 +26,6 @@ from mmeformer.results import (
 from mmeformer.runtime.images import Prepared
 from mmeformer.runtime.masks import dynamic_masks, masks_of_maps
 from mmeformer.runtime.metadata import Metadata
-from mmeformer.windows import Window
 
 Result = Classification | Detections | Pyramid | RotatedDetections | Segmentation
 Outputs = Mapping[str, NDArray[Any]]
@@ -168,14 +167,6 @@ def _suppressed(
     found = np.asarray(kept, np.int64).reshape(-1)
     best: NDArray[Any] = found[np.argsort(-scores[found], kind="stable")]
     return best[: metadata.max_per_image]
-
-
-def merge_patches(
-    places: Sequence[Window], results: Iterable[RotatedDetections], metadata: Metadata
-) -> RotatedDetections:
-    """Merge the results of an image's windows by NMS within each class."""
-    assert metadata.iou_threshold is not None, "the export of a rotated detector has one"
-    return RotatedDetections.merged(places, results, metadata.iou_threshold)
 
 
 def _by_image(

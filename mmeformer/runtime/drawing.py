@@ -11,15 +11,18 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mmeformer.results import Classification, Detections, RotatedDetections, Segmentation
+from mmeformer.results import (
+    BEST,
+    NAME_PIXELS,
+    Classification,
+    Detections,
+    RotatedDetections,
+    Segmentation,
+)
 
 Array = NDArray[Any]
 OPACITY = 0.5
 """Of masks and label maps."""
-BEST = 5
-"""Classes of a classified image that are named."""
-NAME_PIXELS = 20000
-"""Pixels of an image per name; with more objects, names are left out and colors show the class."""
 
 
 def draw(

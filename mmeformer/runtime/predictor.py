@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from mmeformer import tasks
 from mmeformer.files import refuse_url
 from mmeformer.images import Image, as_image
+from mmeformer.results import RotatedDetections
 from mmeformer.runtime import executorch, litert
-from mmeformer.runtime.decoders import Result, merge_patches
+from mmeformer.runtime.decoders import Result
 from mmeformer.runtime.images import Prepared, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
 from mmeformer.training_images import TrainingImages
@@ -246,7 +247,8 @@ class Predictor:
         places = windows(width, height, self.patch_size, self.patch_size // 4)
         step = self.metadata.batch or WINDOWS_AT_ONCE
         found = predict_windows(image, places, self._predict_whole, step, self.patch_size)
-        return merge_patches(places, found, self.metadata)
+        assert self.metadata.iou_threshold is not None, "the export of a rotated detector has one"
+        return RotatedDetections.merged(places, found, self.metadata.iou_threshold)
 
     def _predict_whole(self, images: Sequence[NDArray[Any]]) -> list[Any]:
         """Predict on images as they are."""

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -91,14 +91,11 @@ def check_pairs(
     findings += _check_palettes(read)
     if reading is None or reading.stretch is None:
         findings += check_depth([labels.image for labels in read if labels.finding is None])
-    findings += _check_labels(
-        [labels for labels in read if labels.counts],
-        classes,
-        reduce_zero_label,
-        ignore_index,
-        # Only if all masks of a training set were read, a class is known to be missing.
-        complete=training and len(read) == len(pairs),
-    )
+    if masks := [labels for labels in read if labels.counts]:
+        complete = training and len(read) == len(pairs)
+        findings += _check_labels(
+            _MaskSet(masks, classes, reduce_zero_label, ignore_index, complete)
+        )
     return errors_first(findings)
 
 
@@ -195,75 +192,107 @@ def _check_palettes(read: Sequence[_Labels]) -> list[Finding]:
     return []
 
 
-def _check_labels(
-    read: Sequence[_Labels],
-    classes: Sequence[str],
-    reduce_zero_label: bool,
-    ignore_index: int,
-    complete: bool,
-) -> list[Finding]:
-    """Findings about the values in readable masks."""
-    if not read:
-        return []
-    first = 1 if reduce_zero_label else 0
-    labels = range(first, first + len(classes))
-    allowed = {*labels, ignore_index, *range(first)}
-    seen = {value for item in read for value in item.counts}
-    beyond = seen - allowed
+@dataclass(frozen=True)
+class _MaskSet:
+    """Masks that were read, at least one, and what their values may mean.
 
-    folder = str(Path(read[0].mask).parent)
+    Args:
+        masks: with label values.
+        classes, reduce_zero_label, ignore_index: as in :func:`check_pairs`.
+        complete: these are all masks of a training set, so that a class they lack is missing.
+    """
+
+    masks: Sequence[_Labels]
+    classes: Sequence[str]
+    reduce_zero_label: bool
+    ignore_index: int
+    complete: bool
+
+    @cached_property
+    def labels(self) -> range:
+        """Values of the classes."""
+        first = 1 if self.reduce_zero_label else 0
+        return range(first, first + len(self.classes))
+
+    @cached_property
+    def seen(self) -> set[int]:
+        """Values in any mask."""
+        return {value for item in self.masks for value in item.counts}
+
+    @cached_property
+    def beyond(self) -> set[int]:
+        """Those that mean nothing."""
+        return self.seen - {*self.labels, self.ignore_index, *range(self.labels.start)}
+
+    @property
+    def folder(self) -> str:
+        return str(Path(self.masks[0].mask).parent)
+
+    def first_with(self, value: int) -> str:
+        """Path of the first mask that has a value."""
+        return next(item.mask for item in self.masks if value in item.counts)
+
+
+def _check_labels(found: _MaskSet) -> list[Finding]:
+    """Findings about the values in masks."""
+    if (finding := _nothing_to_learn(found)) is not None:
+        return [finding]
+    return [*_check_range(found), *_check_unlabeled(found), *_check_unused(found)]
+
+
+def _nothing_to_learn(found: _MaskSet) -> Finding | None:
+    """An error if a model would learn nothing from all masks together, whatever else is wrong."""
+    classes, ignore_index, seen = found.classes, found.ignore_index, found.seen
     if len(classes) == 1:
         text = _one_class(classes[0], ignore_index if ignore_index in seen else None)
-        return [Finding(ERROR, "one class", folder, text)]
+        return Finding(ERROR, "one class", found.folder, text)
     if seen == {0, ignore_index}:
-        example = next(item for item in read if ignore_index in item.counts)
-        learned = "nothing" if reduce_zero_label else "only value 0"
+        learned = "nothing" if found.reduce_zero_label else "only value 0"
         fix = f"Save {ignore_index} as 1 (or as the label of {classes[-1]!r})"
-        if reduce_zero_label:
+        if found.reduce_zero_label:
             fix += ", and set reduce_zero_label=False if 0 is a class too"
+        return Finding(
+            ERROR,
+            "0/255 masks",
+            found.first_with(ignore_index),
+            f"has, like all {len(found.masks)} masks read, only 0 and {ignore_index}, and "
+            f"{ignore_index} means 'unlabeled': {learned} would be learned. {fix}",
+        )
+    used = [name for value, name in zip(found.labels, classes, strict=True) if value in seen]
+    if found.complete and not found.beyond and len(used) < 2:
+        what = f"the one class {used[0]!r}" if used else "no class"
+        return Finding(
+            ERROR,
+            "nothing to tell apart",
+            found.folder,
+            f"all {len(found.masks)} masks together have {what} of {len(classes)} (values "
+            f"{sorted(seen)}): nothing would be learned; correct the masks, or `classes` and "
+            "reduce_zero_label in the config",
+        )
+    return None
+
+
+def _check_range(found: _MaskSet) -> list[Finding]:
+    """Errors about values that are no label."""
+    count = len(found.classes)
+    if not found.reduce_zero_label and found.beyond == {count}:
         return [
-            Finding(
-                ERROR,
-                "0/255 masks",
-                example.mask,
-                f"has, like all {len(read)} masks read, only 0 and {ignore_index}, and "
-                f"{ignore_index} means 'unlabeled': {learned} would be learned. {fix}",
-            )
-        ]
-    used = [value for value in labels if value in seen]
-    if complete and not beyond and len(used) < 2:
-        found = f"the one class {classes[used[0] - first]!r}" if used else "no class"
-        return [
-            Finding(
-                ERROR,
-                "nothing to tell apart",
-                folder,
-                f"all {len(read)} masks together have {found} of {len(classes)} (values "
-                f"{sorted(seen)}): nothing would be learned; correct the masks, or `classes` and "
-                "reduce_zero_label in the config",
-            )
-        ]
-    findings = []
-    if not reduce_zero_label and beyond == {len(classes)}:
-        example = next(item for item in read if len(classes) in item.counts)
-        findings.append(
             Finding(
                 ERROR,
                 "reduce_zero_label",
-                example.mask,
-                f"has the value {len(classes)}, but {len(classes)} classes have the values 0 to "
-                f"{len(classes) - 1}. If value 0 means 'other' and {len(classes)} is "
-                f"{classes[-1]!r}, set reduce_zero_label=True; otherwise a class is missing in "
-                "`classes`",
+                found.first_with(count),
+                f"has the value {count}, but {count} classes have the values 0 to {count - 1}. If "
+                f"value 0 means 'other' and {count} is {found.classes[-1]!r}, set "
+                "reduce_zero_label=True; otherwise a class is missing in `classes`",
             )
-        )
-    elif beyond:
-        findings += [
-            _out_of_range(item, beyond, labels, ignore_index)
-            for item in read
-            if beyond & item.counts.keys()
         ]
-    findings += [
+    return [_out_of_range(item, found) for item in found.masks if found.beyond & item.counts.keys()]
+
+
+def _check_unlabeled(found: _MaskSet) -> list[Finding]:
+    """Warnings about masks without a class."""
+    known = {*found.labels, *found.beyond}
+    return [
         Finding(
             WARNING,
             "nothing labeled",
@@ -271,34 +300,39 @@ def _check_labels(
             f"has only {' and '.join(map(str, sorted(item.counts)))}: no pixel of any class; "
             "correct the mask or remove it",
         )
-        for item in read
-        if not item.counts.keys() & set(labels) and not item.counts.keys() & beyond
+        for item in found.masks
+        if not item.counts.keys() & known
     ]
-    unused = [name for value, name in zip(labels, classes, strict=True) if value not in seen]
+
+
+def _check_unused(found: _MaskSet) -> list[Finding]:
+    """Findings about classes that no mask has."""
+    labels, classes = found.labels, found.classes
+    unused = [name for value, name in zip(labels, classes, strict=True) if value not in found.seen]
     # Value 0 and all classes but the last one occur: this is typical of masks that count from 0.
-    if reduce_zero_label and len(classes) > 1 and 0 in seen and unused == [classes[-1]]:
-        findings.append(
+    if found.reduce_zero_label and 0 in found.seen and unused == [classes[-1]]:
+        return [
             Finding(
-                ERROR if complete else WARNING,
+                ERROR if found.complete else WARNING,
                 "reduce_zero_label",
-                folder,
-                f"none of the {len(read)} masks read has {labels[-1]} ({classes[-1]!r} with "
+                found.folder,
+                f"none of the {len(found.masks)} masks read has {labels[-1]} ({classes[-1]!r} with "
                 "reduce_zero_label=True), but 0, which would be ignored, occurs. If 0 is "
                 f"{classes[0]!r}, set reduce_zero_label=False; if 0 means 'other', "
                 f"{classes[-1]!r} has no pixels here",
             )
-        )
-    elif complete and unused:
-        findings.append(
+        ]
+    if found.complete and unused:
+        return [
             Finding(
                 WARNING,
                 "unused class",
-                folder,
+                found.folder,
                 f"{first_of(unused, 20)} have no pixel in any mask and cannot be learned; correct "
                 "`classes`, their order or the masks",
             )
-        )
-    return findings
+        ]
+    return []
 
 
 def _one_class(name: str, unlabeled: int | None) -> str:
@@ -311,8 +345,8 @@ def _one_class(name: str, unlabeled: int | None) -> str:
     )
 
 
-def _out_of_range(item: _Labels, beyond: set[int], labels: range, ignore_index: int) -> Finding:
-    wrong = sorted(beyond & item.counts.keys())
+def _out_of_range(item: _Labels, found: _MaskSet) -> Finding:
+    wrong = sorted(found.beyond & item.counts.keys())
     values = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
     pixels = sum(item.counts[value] for value in wrong)
     hint = "correct the mask, or `classes` in the config"
@@ -322,6 +356,6 @@ def _out_of_range(item: _Labels, beyond: set[int], labels: range, ignore_index: 
         ERROR,
         "label out of range",
         item.mask,
-        f"has {values} ({pixels} pixels), but labels go from {labels[0]} to {labels[-1]}, and "
-        f"{ignore_index} means 'unlabeled'; {hint}",
+        f"has {values} ({pixels} pixels), but labels go from {found.labels[0]} to "
+        f"{found.labels[-1]}, and {found.ignore_index} means 'unlabeled'; {hint}",
     )

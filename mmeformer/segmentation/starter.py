@@ -34,11 +34,11 @@ from mmeformer.starter import (
     epochs_for,
     file_names,
     flips,
+    neck,
     relative_to,
     sides_of,
     varied,
 )
-from mmeformer.variants import find_variant
 
 BACKGROUND = "background"
 CROP = 512
@@ -188,17 +188,12 @@ class SegmentationStarter(Starter):
 
     def body(self, data: LabeledData, plan: Plan) -> str:
         """See the base class."""
-        widths = list(find_variant(plan.variant.family, plan.variant.arch).architecture.widths)
         grid = "[max(1, -(-side // 32)) for side in crop_size]"
-        network, neck = backbone(
-            plan, "(crop_size[0] // 32) * (crop_size[1] // 32)", bias_grid=grid
-        )
-        if plan.variant.name != "efficientformerv2_s0":
-            neck = ", ".join(filter(None, [f"in_channels={widths}", neck]))
+        network = backbone(plan, "(crop_size[0] // 32) * (crop_size[1] // 32)", bias_grid=grid)
         palette = data.palette or distinct_colors(len(data.classes))
         return BODY.format(
             backbone=network,
-            neck=neck,
+            neck=neck(plan),
             palette=json.dumps(palette),
             test="test" if data.of_split("test") else "val",
             hooks=self.hooks(data, plan),

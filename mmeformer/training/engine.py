@@ -194,9 +194,9 @@ def _scales(steps) -> Iterator[tuple[int, ...]]:
     for step in steps:
         if isinstance(step, (list, tuple)):
             yield from _scales(step)
-        elif type_name(step["type"]) == "TestTimeAug":
+        elif type_name(step) == "TestTimeAug":
             yield from _scales(step["transforms"])
-        elif type_name(step["type"]) == "Resize" and isinstance(step.get("scale"), (list, tuple)):
+        elif type_name(step) == "Resize" and isinstance(step.get("scale"), (list, tuple)):
             yield tuple(step["scale"])
 
 
@@ -208,13 +208,13 @@ def _require_writable(folder: Path) -> None:
 def _drawing_options(config: Config) -> dict[str, Any]:
     """Settings of the config's visualization hook, which itself is turned off."""
     hook = config.default_hooks.get("visualization")
-    kind = type_name((hook or {}).get("type"))
-    if kind not in VISUALIZATION_HOOKS:
+    name = type_name(hook or {})
+    if name not in VISUALIZATION_HOOKS:
         raise ValueError(
             "pictures of predictions need default_hooks.visualization in the config, one of "
             f"{' or '.join(VISUALIZATION_HOOKS)}"
         )
-    hook["enable" if kind == "VisualizationHook" else "draw"] = False
-    if kind == "DetVisualizationHook":
+    hook["enable" if name == "VisualizationHook" else "draw"] = False
+    if name == "DetVisualizationHook":
         return dict(pred_score_thr=hook.get("score_thr", 0.3))
     return {}

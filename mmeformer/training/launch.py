@@ -32,12 +32,13 @@ GRACE = 10.0
 
 Over gloo they notice at once. Over NCCL they may wait for it, in calls that no signal ends.
 """
-HANDED_ON = (
+FORWARDED = (
     *SIGNALS,
     *(getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)),
 )
-_TOLD = "MMEFORMER_ERROR_TOLD"
-"""Environment variable with the file that exists once a process has told its error."""
+"""Signals that the processes get too."""
+_ERROR_SHOWN = "MMEFORMER_ERROR_TOLD"
+"""Environment variable with the file that exists once a process has printed its error."""
 _POLL = 0.1
 # Imports are those of this process, whatever the current folder has.
 _ENTRY = (
@@ -92,7 +93,7 @@ def start(arguments: Sequence[str], gpus: int) -> int:
     command = [sys.executable, "-c", _ENTRY.format(path=sys.path), *arguments]
     first = int(shared["GROUP_RANK"]) * gpus
     with tempfile.TemporaryDirectory() as folder:
-        shared[_TOLD] = str(Path(folder, "told"))
+        shared[_ERROR_SHOWN] = str(Path(folder, "told"))
         ranks = [dict(RANK=str(first + rank), LOCAL_RANK=str(rank)) for rank in range(gpus)]
         return run(command, [shared | rank for rank in ranks])
 
@@ -113,8 +114,8 @@ def run(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> in
     """
     workers: list[subprocess.Popen] = []
     codes: list[int] = []
-    told_at, end = math.inf, math.inf
-    with _noted() as arrived:
+    signaled_at, end = math.inf, math.inf
+    with _recorded_signals() as arrived:
         try:
             for environment in environments:
                 # In a session of its own, a process gets a signal once: from here.
@@ -128,22 +129,22 @@ def run(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> in
                 time.sleep(_POLL)
                 while arrived:
                     number, moment = arrived.pop(0)
-                    if told_at == math.inf:
-                        told_at = moment
-                        _tell(running.values(), number)
-                    elif moment - told_at >= signals.DELAY:
+                    if signaled_at == math.inf:
+                        signaled_at = moment
+                        _send(running.values(), number)
+                    elif moment - signaled_at >= signals.DELAY:
                         end = moment
                 for rank, worker in list(running.items()):
                     if (code := worker.poll()) is None:
                         continue
                     del running[rank]
                     codes.append(code)
-                    if code == 0 or told_at < math.inf:
+                    if code == 0 or signaled_at < math.inf:
                         continue
                     if code == PREEMPTED:
                         # A signal to it alone. Who waits for it leaves by the same signal.
-                        told_at = time.monotonic()
-                        _tell(running.values(), signal.SIGTERM)
+                        signaled_at = time.monotonic()
+                        _send(running.values(), signal.SIGTERM)
                     else:
                         end = min(end, time.monotonic() + GRACE)
                         if code < 0:
@@ -157,9 +158,9 @@ def run(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> in
     return 128 - code if code < 0 else code
 
 
-def tells_error() -> bool:
+def shows_error() -> bool:
     """Whether this process prints its error: of those of :func:`start`, the first on each node."""
-    path = os.environ.get(_TOLD)
+    path = os.environ.get(_ERROR_SHOWN)
     if path is None:
         return True
     try:
@@ -168,20 +169,20 @@ def tells_error() -> bool:
         return False
     except OSError:
         # The one that started this process is gone, with the folder, or the disk is full. An error
-        # that each process tells is better than one that none tells.
+        # that each process prints is better than one that none prints.
         return True
     return True
 
 
 @contextmanager
-def _noted() -> Iterator[list[tuple[int, float]]]:
+def _recorded_signals() -> Iterator[list[tuple[int, float]]]:
     """Signals that arrive inside, with their times, in place of what they did before."""
     arrived: list[tuple[int, float]] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         arrived.append((number, time.monotonic()))
 
-    before = {number: signal.getsignal(number) for number in HANDED_ON}
+    before = {number: signal.getsignal(number) for number in FORWARDED}
     # For the thread of leave_on_signals().
     trained, signals.trained = signals.trained, True
     try:
@@ -196,7 +197,7 @@ def _noted() -> Iterator[list[tuple[int, float]]]:
             signals.trained = trained
 
 
-def _tell(workers, number: int) -> None:
+def _send(workers, number: int) -> None:
     for worker in workers:
         worker.send_signal(number)
 

@@ -114,7 +114,7 @@ class EpochBasedTrainLoop(MMEngineEpochBasedTrainLoop):
             if full:
                 self._iter = begin + length
             elif isinstance(sampler, PositionSampler) and sampler.has_epochs:
-                self._go_on(sampler, _parts(before, same))
+                self._skip_seen(sampler, _parts(before, same))
             elif not same:
                 self._iter = begin + min(before["samples"] // batch, length)
         if self._iter == iteration and before["epoch_length"] == length:
@@ -126,7 +126,7 @@ class EpochBasedTrainLoop(MMEngineEpochBasedTrainLoop):
         )
         return True
 
-    def _go_on(self, sampler: PositionSampler, parts: list[dict]) -> None:
+    def _skip_seen(self, sampler: PositionSampler, parts: list[dict]) -> None:
         """Leave out the samples that were seen in ``parts``."""
         sampler.set_epoch(self._epoch)
         size: Any = batch_size(self.dataloader)

@@ -138,8 +138,8 @@ def anywhere(*flags: bool) -> list[bool]:
     return shared.bool().tolist()
 
 
-def deaf_worker(init: Callable[[int], None] | None) -> Callable[[int], None]:
-    """Init function of data workers that leaves these signals to the training process.
+def ignoring_signals(init: Callable[[int], None] | None) -> Callable[[int], None]:
+    """An init function of data workers that also makes them ignore the signals of schedulers.
 
     Schedulers send them to all processes; the last iteration still needs its data. At the end of
     Python, multiprocessing would send SIGTERM to workers that wait for more work, and wait for

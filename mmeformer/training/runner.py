@@ -45,7 +45,7 @@ from mmeformer.training.hooks import (
 )
 from mmeformer.training.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmeformer.training.optim import unused_keys, update_in_few_kernels
-from mmeformer.training.preemption import Preempted, StopRequest, deaf_worker
+from mmeformer.training.preemption import Preempted, StopRequest, ignoring_signals
 from mmeformer.training.progress import ProgressHook, is_for_terminals
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
 from mmeformer.training.record import TrainingDataHook
@@ -170,7 +170,7 @@ class Runner(MMEngineRunner):
             if isinstance(dataloader["sampler"], Mapping):
                 dataloader["sampler"] = dict(type=PositionSampler, sampler=dataloader["sampler"])
         loader = MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)
-        loader.worker_init_fn = send_small_tensors_whole(deaf_worker(loader.worker_init_fn))
+        loader.worker_init_fn = send_small_tensors_whole(ignoring_signals(loader.worker_init_fn))
         _require_batches(loader)
         return loader
 

@@ -56,7 +56,7 @@ def add_trackers(config: Config, names: Sequence[str] | None = None) -> None:
         return
     visualizer = config.get("visualizer") or ConfigDict(type="Visualizer")
     backends = list(visualizer.get("vis_backends") or [dict(type="LocalVisBackend")])
-    known = {type_name(backend["type"]) for backend in backends}
+    known = {type_name(backend) for backend in backends}
     for name in names:
         if TRACKERS[name] not in known:
             backend = dict(type=TRACKERS[name])

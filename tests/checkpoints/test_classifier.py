@@ -10,8 +10,9 @@ from torch import nn
 
 from mmeformer.checkpoints import formats
 from mmeformer.checkpoints.convert import convert_content
-from mmeformer.checkpoints.load import load_content, load_pretrained, use_published
+from mmeformer.checkpoints.load import load_backbone, load_pretrained, use_published
 from mmeformer.checkpoints.matching import require_match
+from mmeformer.checkpoints.parse import parse_checkpoint
 from mmeformer.errors import CheckpointError
 from mmeformer.variants import VARIANTS
 
@@ -183,7 +184,7 @@ def test_a_classifier_loads_in_every_format(small_variant, to, tmp_path):
 @pytest.mark.parametrize("small_variant, to", CASES)
 def test_a_detectors_backbone_leaves_the_head_out(small_variant, to):
     content, _ = convert_content(published(small_variant), "published.pth", to)
-    report = load_content(build_backbone(small_variant), content, "file.pth")
+    report = load_backbone(build_backbone(small_variant), parse_checkpoint(content, "file.pth"))
     left = [name for names in report.dropped.values() for name in names]
     assert len(left) == {"v1": 6, "v2": 9}[small_variant.family] and report.head == []
     rules = {formats.HEADS, formats.FINAL_NORM, "other parts of the model (head)"}

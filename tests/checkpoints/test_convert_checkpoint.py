@@ -2,7 +2,6 @@
 """The conversion tool: both directions, whole models into the shipped configs, safe writing."""
 
 import argparse
-import importlib.util
 import json
 import re
 
@@ -11,13 +10,14 @@ import safetensors
 import timm
 import torch
 from golden_weights import golden, image, manifest, published_state_dict, relative_error, weight
-from helpers import build_backbone
+from helpers import build_backbone, load_script
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.convert import convert, convert_content
-from mmeformer.checkpoints.load import load_content
+from mmeformer.checkpoints.load import load_backbone
+from mmeformer.checkpoints.parse import parse_checkpoint
 from mmeformer.checkpoints.translate import backbone_shapes
 from mmeformer.errors import CheckpointError
 from mmeformer.paths import config_dir, tools_dir
@@ -91,11 +91,7 @@ def published_model(variant, task, model, value):
 @pytest.fixture
 def tool(capsys):
     """Calls the command line: (arguments) -> (exit status, stdout, stderr)."""
-    spec = importlib.util.spec_from_file_location(
-        "convert_checkpoint", tools_dir() / "convert_checkpoint.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(tools_dir() / "convert_checkpoint.py")
 
     def call(*arguments):
         status = module.main([str(argument) for argument in arguments])
@@ -269,7 +265,7 @@ def test_backbones_of_every_variant_there_and_back(to, any_variant):
         first = (0,) * tensor.dim()
         assert tensor.shape == ours[name].shape and tensor[first] == ours[name][first], name
     backbone = build_backbone(variant)
-    report = load_content(backbone, there, "there.pth")
+    report = load_backbone(backbone, parse_checkpoint(there, "there.pth"))
     assert len(report.loaded) == len(ours)
 
 
@@ -278,7 +274,9 @@ def test_converted_file_loads_by_init_cfg(tool, tmp_path):
     torch.save(model.state_dict(), tmp_path / "timm.bin")
     assert tool(tmp_path / "timm.bin", tmp_path / "ours.safetensors")[0] == 0
     backbone = build_backbone(L1)
-    report = load_content(backbone, safe_load.read(tmp_path / "ours.safetensors"), "ours")
+    report = load_backbone(
+        backbone, parse_checkpoint(safe_load.read(tmp_path / "ours.safetensors"), "ours")
+    )
     assert report.format == "mmeformer" and report.variant == L1.name
     assert torch.equal(backbone.stem.conv1.conv.weight, model.stem.conv1.weight)
 

@@ -27,7 +27,8 @@ from tiny import ARCH as TINY
 
 from mmeformer.backbones import EfficientFormer, EfficientFormerV2
 from mmeformer.checkpoints import formats, safe_load
-from mmeformer.checkpoints.load import NOT_BUILT, load_content, load_pretrained
+from mmeformer.checkpoints.load import NOT_BUILT, load_backbone, load_pretrained
+from mmeformer.checkpoints.parse import parse_checkpoint
 from mmeformer.checkpoints.report import NEW_COUNTERS, NEW_NORMS
 from mmeformer.errors import CheckpointError
 from mmeformer.variants import VARIANTS
@@ -103,7 +104,7 @@ def test_timm_weights_give_timms_features(any_variant):
         elif name.endswith(("attention_biases", "running_mean", "bias")):
             tensor.normal_(0, 0.5)
     backbone = build_backbone(any_variant).eval()
-    load_content(backbone, model.state_dict(), "timm")
+    load_backbone(backbone, parse_checkpoint(model.state_dict(), "timm"))
     backbone.norms.clear()
 
     # In float64, where rounding (which these weights amplify) hides nothing.
@@ -180,7 +181,9 @@ def test_a_classifier_of_mmpretrain(tmp_path):
         for name, tensor in published_state_dict(L1.name, "mmpretrain").items()
     }
     state["head.head.weight"] = state["head.dist_head.weight"] = torch.ones(1000, 448)
-    report = load_content(build_backbone(L1), {"state_dict": state, "meta": {}}, "a.pth")
+    report = load_backbone(
+        build_backbone(L1), parse_checkpoint({"state_dict": state, "meta": {}}, "a.pth")
+    )
     assert report.format == "mmpretrain, classification" and report.variant == L1.name
     dropped = {name for names in report.dropped.values() for name in names}
     assert dropped == {
@@ -231,7 +234,7 @@ def test_compiled_parts_of_a_backbone():
     }
     assert any("_orig_mod" in name for name in state)
     target = build_backbone(S0)
-    load_content(target, state, "compiled.pth")
+    load_backbone(target, parse_checkpoint(state, "compiled.pth"))
     assert_untouched(target, snapshot(source))
 
 
@@ -242,7 +245,7 @@ def test_two_backbones_under_known_names_are_ambiguous():
         for name, tensor in build_backbone(S0).state_dict().items()
     }
     assert_refused(build_backbone(S0), state, "several backbones, model.backbone., module.model")
-    load_content(build_backbone(S0), state, "two.pth", prefix="model.backbone")
+    load_backbone(build_backbone(S0), parse_checkpoint(state, "two.pth", prefix="model.backbone"))
 
 
 def averaged(kind):
@@ -278,7 +281,7 @@ def test_moving_averages_by_choice_and_never_in_silence(kind, tmp_path, log):
     assert_untouched(usual, average if kind == "mmengine" else last)
     chosen = initialized(S0, path, init=dict(ema=True))
     assert_untouched(chosen, average)
-    report = load_content(build_backbone(S0), content, "both.pth")
+    report = load_backbone(build_backbone(S0), parse_checkpoint(content, "both.pth"))
     if kind == "mmengine":
         assert not report.needs_attention
         assert "moving averages (EMA) of the training, 'state_dict'" in str(report)
@@ -296,7 +299,7 @@ def test_averages_and_entries_that_are_not_there():
     assert_refused(build_backbone(S0), content, "under model_state_dict: choose with key=")
     assert_refused(build_backbone(S0), content, "no moving averages", ema=True)
     assert_refused(build_backbone(S0), content, "no tensors under 'net': its entries", key="net")
-    load_content(build_backbone(S0), content, "a.pth", key="model_state_dict")
+    load_backbone(build_backbone(S0), parse_checkpoint(content, "a.pth", key="model_state_dict"))
 
 
 def test_backbone_deep_inside_needs_its_prefix(tmp_path):
@@ -453,7 +456,7 @@ def test_report_accounts_for_every_tensor(variant):
         for key, shape in manifest()[variant.name]["classification"].items()
     }
     backbone = build_backbone(variant, bias_grid=14)
-    report = load_content(backbone, {"model": state}, "file.pth")
+    report = load_backbone(backbone, parse_checkpoint({"model": state}, "file.pth"))
     dropped = [name for names in report.dropped.values() for name in names]
     assert len(report.loaded) + len(dropped) == len(state)
     assert set(report.dropped) == {formats.HEADS, formats.FINAL_NORM, formats.INDICES}
@@ -518,7 +521,7 @@ def test_stages_that_the_model_leaves_out_are_dropped_by_rule(small_variant):
     source = build_backbone(small_variant)
     state = source.state_dict()
     backbone = build_backbone(small_variant, out_indices=(1, 2))
-    report = load_content(backbone, state, "file.pth")
+    report = load_backbone(backbone, parse_checkpoint(state, "file.pth"))
     assert_untouched(backbone, {name: state[name] for name in backbone.state_dict()})
     assert set(report.dropped) == {NOT_BUILT}
     left_out = set(report.dropped[NOT_BUILT])
@@ -532,7 +535,7 @@ def test_missing_counters_of_batch_norms_are_reported():
         for name, tensor in build_backbone(S0).state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
-    report = load_content(build_backbone(S0), state, "file.pth")
+    report = load_backbone(build_backbone(S0), parse_checkpoint(state, "file.pth"))
     assert set(report.new) == {NEW_COUNTERS}
 
 
@@ -544,7 +547,7 @@ def test_other_precisions_are_cast_and_reported(dtype):
         for name, tensor in source.state_dict().items()
     }
     backbone = build_backbone(S0, bias_grid=14)
-    report = load_content(backbone, state, "file.pth")
+    report = load_backbone(backbone, parse_checkpoint(state, "file.pth"))
     assert report.cast == {str(dtype).removeprefix("torch.")}
     assert all(p.dtype == torch.float32 for p in backbone.parameters())
     assert torch.equal(backbone.stem.conv1.conv.weight, state["stem.conv1.conv.weight"].float())
@@ -556,7 +559,7 @@ def test_other_precisions_are_cast_and_reported(dtype):
 def assert_refused(backbone, content, match, **kwargs):
     before = snapshot(backbone)
     with pytest.raises(CheckpointError, match=match) as error:
-        load_content(backbone, content, "some/file.pth", **kwargs)
+        load_backbone(backbone, parse_checkpoint(content, "some/file.pth", **kwargs))
     assert_untouched(backbone, before)
     assert "some/file.pth" in str(error.value)
     return str(error.value)
@@ -632,12 +635,8 @@ def test_partial_loading_only_on_request_and_reported(log, tmp_path):
     )
     assert "stages.0.blocks.0.extra.weight (3, 4)" in record.getMessage()
     with pytest.raises(CheckpointError, match="not one tensor fits"):
-        load_content(
-            backbone,
-            published_state_dict(L1.name, "huggingface"),
-            "some/file.pth",
-            allow_partial=True,
-        )
+        parsed = parse_checkpoint(published_state_dict(L1.name, "huggingface"), "some/file.pth")
+        load_backbone(backbone, parsed, allow_partial=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -766,7 +765,7 @@ def test_classification_tables_are_resized_as_tables_in_matrix_mode_too():
         build_backbone(S0, bias_grid=14, bias_resize=mode) for mode in ("displacement", "matrix")
     )
     for backbone in (displacement, matrix):
-        load_content(backbone, state, "file.pth")
+        load_backbone(backbone, parse_checkpoint(state, "file.pth"))
     assert_untouched(matrix, snapshot(displacement))
     source = published_state_dict(S0.name, "classification")
     table = source["network.6.3.token_mixer.attention_biases"].view(8, 7, 7)

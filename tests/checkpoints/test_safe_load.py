@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers import load_script
 from mmengine.hooks import EMAHook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
@@ -125,11 +126,7 @@ def test_refused_through_mmengine(malicious, marker, tmp_path):
 
 
 def test_refused_through_the_conversion_tool(malicious, marker, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location(
-        "convert_checkpoint", tools_dir() / "convert_checkpoint.py"
-    )
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_script(tools_dir() / "convert_checkpoint.py")
     assert tool.main([str(malicious), str(tmp_path / "out.pth")]) == 1
     assert "malicious.pth is refused" in capsys.readouterr().err
     assert not marker.exists() and not (tmp_path / "out.pth").exists()

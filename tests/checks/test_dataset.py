@@ -4,12 +4,11 @@
 import importlib
 import importlib.util
 import json
-import shutil
-from pathlib import Path
 
 import cv2
 import pytest
 import tiny
+from helpers import load_script
 from mmdet.datasets import CocoDataset as MMDetCocoDataset
 from mmengine.registry import DATASETS
 
@@ -25,31 +24,17 @@ IMAGES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quiet_logging(monkeypatch):
-    """mmengine's loggers keep the output of the test that created them, which is closed by now."""
-    monkeypatch.setattr("logging.raiseExceptions", False)
+pytestmark = pytest.mark.usefixtures("quiet_logging")
 
 
 @pytest.fixture(scope="module")
 def command():
-    spec = importlib.util.spec_from_file_location("check", tools_dir() / "check_dataset.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    for make in tiny.TASKS.values():
-        make(folder)
-    return folder
+    return load_script(tools_dir() / "check_dataset.py").main
 
 
 @pytest.fixture
-def folder(source, tmp_path):
-    return Path(shutil.copytree(source, tmp_path / "data"))
+def folder(tiny_copy):
+    return tiny_copy
 
 
 def write_config(folder, task):

@@ -15,6 +15,7 @@ import pytest
 import timm
 import tiny
 import torch
+from helpers import needs_coremltools
 from mmengine.config import Config
 from mmengine.registry import TRANSFORMS, DefaultScope, init_default_scope
 from mmpretrain.apis import FeatureExtractor, ImageClassificationInferencer
@@ -211,7 +212,7 @@ def test_exported_files_are_checked_and_give_the_same_top1(
 
 @pytest.mark.slow
 def test_coreml(config_file, trained, tmp_path, capsys):
-    pytest.importorskip("coremltools", reason="the extra `deploy` is not installed")
+    needs_coremltools()
     out = tmp_path / "model.mlpackage"
     options = ("--to", "coreml", "--size", SIDE, SIDE, "--out", out)
     assert export.main(arguments(config_file, trained, *options)) == 0, capsys.readouterr().err

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input to every command line: one readable error, exit status 1 or 2, nothing half-written."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from helpers import load_script
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
@@ -29,10 +29,7 @@ OUTPUTS = {".pth", ".pkl", ".png", ".onnx", ".safetensors"}
 
 def command(name):
     """The ``main`` of a command line."""
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", tools_dir() / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script(tools_dir() / f"{name}.py").main
 
 
 @pytest.fixture(scope="module")

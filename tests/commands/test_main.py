@@ -5,9 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import labeled_sets as sets
 import pytest
+import yaml
 
+from mmeformer.commands import __main__ as command
 from mmeformer.commands import cli, completion
 from mmeformer.commands.__main__ import COMMANDS, main, summary
 from mmeformer.tasks import TASKS
@@ -83,6 +87,30 @@ def test_wrong_arguments_are_one_line_with_the_next_step(line, message, capsys):
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ImportError("libGL.so.1: cannot open shared object file"),
+            "ImportError: libGL.so.1: cannot open shared object file; install only the OpenCV that",
+        ),
+        (ModuleNotFoundError("No module named 'timm'"), "'timm'; pip install 'mmeformer[all]'"),
+        (RuntimeError("something else"), "something else; mmeformer doctor names the fix"),
+    ],
+)
+def test_broken_installation_is_one_line_with_the_fix(error, message, monkeypatch, capsys):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(command, "import_module", fail)
+    assert main(["train", "a.py"]) == 1
+    text = capsys.readouterr().err
+    assert message in text and text.startswith("error: this installation does not work: ")
+    assert text.count("\n") == 1
+    with pytest.raises(type(error)):
+        main(["train", "a.py", "--debug"])
+
+
 def test_help_of_a_command_by_its_name(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["help", "init"])
@@ -145,6 +173,30 @@ def test_train_takes_a_work_directory_to_resume_only(tmp_path, capsys):
     assert "add --resume to go on with it" in capsys.readouterr().err
     assert main(["train", str(tmp_path), "--resume"]) == 1
     assert f"{tmp_path / 'nuclei.py'} is not a training config" in capsys.readouterr().err
+
+
+def test_data_yaml_in_place_of_a_folder(tmp_path, monkeypatch, capsys):
+    """Its ``path`` tells the folder, which has another set too; ``train`` takes the same."""
+    root = sets.write_yolo(tmp_path / "birds", yaml_file=False)
+    content = dict(path="../birds", val="images/val", names=["duck", "goose"])
+    (tmp_path / "configs").mkdir()
+    settings = tmp_path / "configs" / "some.yaml"
+    for path, train in ((root / "all.yaml", "images"), (settings, "images/train")):
+        path.write_text(yaml.safe_dump(dict(content, train=train)))
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", str(settings), "--weights", "none"]) == 0
+    config = Path("birds.py").read_text()
+    assert f"{root} (YOLO): 4 train, 2 val images" in config
+    assert 'classes = ("duck", "goose")' in config
+    for arguments, message in (
+        (["train", str(settings)], "birds.py exists; train it"),
+        (["init", str(settings), "--format", "coco"], "leave out --format coco"),
+    ):
+        assert main(arguments) == 1
+        assert message in capsys.readouterr().err
+    settings.write_text(yaml.safe_dump(dict(content, train="images", path="gone")))
+    assert main(["init", str(settings)]) == 1
+    assert f"{settings}: path: gone is no folder; correct it" in capsys.readouterr().err
 
 
 def test_folder_in_place_of_a_config(tmp_path, capsys):

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import copy
 import hashlib
 import json
 import os
@@ -9,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from filelock import FileLock
-from tiny import Trained, exported, save_trained, small_config
+from tiny import Trained, exported, small_trained
 
 from mmeformer.tasks import TASKS
 
@@ -23,11 +22,8 @@ def trained(tmp_path_factory):
         if task not in made:
             for library in TASKS[task].libraries:
                 pytest.importorskip(library)
-            config = small_config(task)
-            folder = tmp_path_factory.mktemp(task)
-            made[task] = Trained(config, save_trained(config, folder), folder)
-        # Building a model changes its config.
-        return Trained(copy.deepcopy(made[task].config), made[task].checkpoint, made[task].folder)
+            made[task] = small_trained(tmp_path_factory.mktemp(task), task)
+        return made[task].copy()
 
     return make
 

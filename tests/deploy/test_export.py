@@ -7,8 +7,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import build_backbone
-from tiny import exported, small_config
+from helpers import build_backbone, needs_coremltools
+from mmengine.config import Config
+from tiny import EXPORTS, exported, small_config
 from torch import nn
 from trained_like import trained_like
 
@@ -18,23 +19,12 @@ from mmeformer.deploy import check, export, graphs, models
 from mmeformer.deploy import onnx as onnx_export
 from mmeformer.deploy.export import Request
 from mmeformer.deploy.graphs import BackboneGraph
-from mmeformer.errors import CheckpointError
+from mmeformer.errors import CheckpointError, UserError
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.variants import STRIDES, VARIANTS
 
-CASES = [
-    ("segmentation", dict(size=None, preprocessing=False)),
-    ("segmentation", dict(size=(64, 96), batch=2, preprocessing=True)),
-    ("detection", dict(size=None, preprocessing=True)),
-    ("detection", dict(size=(64, 96), batch=2, preprocessing=False)),
-    ("rotated", dict(size=None, preprocessing=False)),
-    ("rotated", dict(size=(64, 64), preprocessing=True)),
-    ("detection", dict(size=None, part="backbone")),
-    ("segmentation", dict(size=(32, 64), part="backbone", batch=3, preprocessing=True)),
-]
 
-
-@pytest.mark.parametrize("task, request_", CASES)
+@pytest.mark.parametrize("task, request_", EXPORTS)
 def test_exports_pass_their_check(exports, task, request_):
     path, lines = exports(task, **request_)
     assert lines[0] == "compared with PyTorch on 2 random and 1 real images:"
@@ -133,8 +123,32 @@ def test_faster_rcnn_has_no_masks(trained, picture, tmp_path):
         result.masks()
 
 
+@pytest.mark.parametrize(
+    ("target", "fix"),
+    [
+        ("coreml", "needs coremltools.*: (pip install 'mmeformer.deploy.'|use Python 3.13)"),
+        ("tflite", "needs litert_torch, which is not installed: pip install 'mmeformer.litert.'"),
+        ("executorch", "needs executorch, .*: pip install 'mmeformer.executorch.'"),
+    ],
+)
+def test_missing_package_of_a_target(tmp_path, monkeypatch, target, fix):
+    """It is said before the model is built; a module that is not there has no parent either."""
+
+    def find_spec(name):
+        if "." in name:
+            raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(export, "find_spec", find_spec)
+    out = tmp_path / f"model{export.SUFFIXES[target]}"
+    config = Config(dict(default_scope="mmseg"))
+    with pytest.raises(UserError, match=fix):
+        export.export(config, "none.pth", out, Request(target, size=(64, 64)))
+
+
 @pytest.mark.parametrize("target", ["onnx", "coreml"])
 def test_a_wrong_export_is_found_and_not_written(trained, picture, tmp_path, monkeypatch, target):
+    if target == "coreml":
+        needs_coremltools()
     name = "model" + export.SUFFIXES[target]
     right = graphs.fold
 
@@ -293,7 +307,7 @@ def test_command_line(trained, picture, tmp_path, capsys, quiet_logging):
     ],
 )
 def test_coreml(trained, picture, task, request_):
-    coremltools = pytest.importorskip("coremltools")
+    coremltools = needs_coremltools()
     lines = []
     path = exported(
         trained(task),

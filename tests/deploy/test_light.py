@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports of the light detector: NMS in the file and in the runtime, against PyTorch."""
 
-import copy
-
 import cv2
 import numpy as np
 import pytest
 import torch
-from tiny import LIGHT, Trained, exported, save_trained, small_config
+from tiny import LIGHT, exported, small_trained
 
 from mmeformer import runtime
 from mmeformer.commands import profile
@@ -21,14 +19,12 @@ from mmeformer.runtime.images import prepare
 @pytest.fixture(scope="module")
 def light(tmp_path_factory):
     """The light detector, small, with spread scores."""
-    config = small_config("detection", LIGHT)
-    folder = tmp_path_factory.mktemp("light")
-    return Trained(config, save_trained(config, folder), folder)
+    return small_trained(tmp_path_factory.mktemp("light"), "detection", LIGHT)
 
 
 @pytest.fixture
 def small(light):
-    return Trained(copy.deepcopy(light.config), light.checkpoint, light.folder)
+    return light.copy()
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +33,8 @@ def files(light, picture, tmp_path_factory):
     made = {}
     for name, nms in (("inside", True), ("outside", False)):
         lines: list[str] = []
-        own = Trained(copy.deepcopy(light.config), light.checkpoint, light.folder)
         folder = tmp_path_factory.mktemp(name)
-        path = exported(own, picture, lines=lines, folder=folder, nms=nms)
+        path = exported(light.copy(), picture, lines=lines, folder=folder, nms=nms)
         made[name] = (runtime.load(path), lines, path)
     return made
 

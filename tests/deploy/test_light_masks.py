@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny import LIGHT_MASKS, Trained, exported, save_trained, small_config
+from tiny import LIGHT_MASKS, exported, small_trained
 
 from mmeformer import runtime
 from mmeformer.commands import profile
@@ -22,21 +22,18 @@ from mmeformer.runtime.masks import bilinear, dynamic_masks
 @pytest.fixture(scope="module")
 def light(tmp_path_factory):
     """The light detector with masks, small, with spread scores and masks."""
-    config = small_config("detection", LIGHT_MASKS)
-    folder = tmp_path_factory.mktemp("light")
-    return Trained(config, save_trained(config, folder), folder)
+    return small_trained(tmp_path_factory.mktemp("light"), "detection", LIGHT_MASKS)
 
 
 @pytest.fixture
 def small(light):
-    return Trained(copy.deepcopy(light.config), light.checkpoint, light.folder)
+    return light.copy()
 
 
 def made(light, picture, folder, **request):
     """(file, lines of its check)."""
     lines: list[str] = []
-    own = Trained(copy.deepcopy(light.config), light.checkpoint, light.folder)
-    return exported(own, picture, lines=lines, folder=folder, **request), lines
+    return exported(light.copy(), picture, lines=lines, folder=folder, **request), lines
 
 
 @pytest.fixture(scope="module")

@@ -10,21 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import EXPORTS
 
 from mmeformer import runtime
 from mmeformer.deploy.onnx import OLDEST_RUNTIME
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = [
-    ("detection", dict(size=None, preprocessing=True)),
-    ("detection", dict(size=(64, 96), batch=2, preprocessing=False)),
-    ("segmentation", dict(size=None, preprocessing=False)),
-    ("segmentation", dict(size=(64, 96), batch=2, preprocessing=True)),
-    ("rotated", dict(size=None, preprocessing=False)),
-    ("rotated", dict(size=(64, 64), preprocessing=True)),
-    ("detection", dict(size=None, part="backbone")),
-    ("segmentation", dict(size=(32, 64), part="backbone", batch=3, preprocessing=True)),
-]
 
 
 def numbers(found):
@@ -53,7 +44,7 @@ print(json.dumps([onnxruntime.__version__, results]))
     sys.version_info >= (3, 12), reason=f"onnxruntime {OLDEST_RUNTIME} has no wheels for 3.12"
 )
 def test_files_in_the_oldest_promised_onnxruntime(onnx_file, picture, tmp_path):
-    files = [str(onnx_file(task, **request)) for task, request in CASES]
+    files = [str(onnx_file(task, **request)) for task, request in EXPORTS]
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = str(tmp_path / "venv/bin/python")
     packages = [f"onnxruntime=={OLDEST_RUNTIME}", "numpy<2", "opencv-python-headless<4.11"]

@@ -5,23 +5,14 @@ import sys
 
 import cv2
 import pytest
+from tiny import EXPORTS
 
 from mmeformer import runtime
 from mmeformer.deploy import check
 from mmeformer.runtime import openvino
 
-CASES = [
-    ("segmentation", dict(size=None, preprocessing=False)),
-    ("segmentation", dict(size=(64, 96), batch=2, preprocessing=True)),
-    ("detection", dict(size=None, preprocessing=True)),
-    ("detection", dict(size=(64, 96), batch=2, preprocessing=False)),
-    ("rotated", dict(size=None, preprocessing=False)),
-    ("rotated", dict(size=(64, 64), preprocessing=True)),
-    ("detection", dict(size=None, part="backbone")),
-]
 
-
-@pytest.mark.parametrize("task, request_", CASES)
+@pytest.mark.parametrize("task, request_", EXPORTS[:-1])
 def test_results_are_those_of_onnxruntime(onnx_file, picture, task, request_):
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
     path = onnx_file(task, **request_)

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-import torch
 
 from mmeformer import runtime
 from mmeformer.commands import check_dataset, export, predict, test, train
@@ -29,12 +28,8 @@ def trained(tmp_path_factory, request):
     test_cfg.get("rcnn", test_cfg).update(score_thr=0.001, max_per_img=5)
     path = folder / "boxes.py"
     config.dump(str(path))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with tiny.one_thread():
         assert train.main([str(path)]) == 0
-    finally:
-        torch.set_num_threads(threads)
     checkpoint = Path(config.work_dir, "last_checkpoint").read_text().strip()
     return config, path, checkpoint
 

@@ -105,12 +105,8 @@ def trained(tmp_path_factory):
     config.model.backbone.drop_path_rate = 0.0
     path = folder / "masks.py"
     config.dump(str(path))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with tiny.one_thread():
         assert train.main([str(path)]) == 0
-    finally:
-        torch.set_num_threads(threads)
     checkpoint = Path(config.work_dir, "last_checkpoint").read_text().strip()
     return config, path, checkpoint
 

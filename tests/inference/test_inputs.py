@@ -93,6 +93,11 @@ def test_inputs_that_stand_for_nothing(tmp_path, given, error, message):
         find_sources([f"{tmp_path}/{given}"])
 
 
+def test_the_number_of_a_camera_is_answered():
+    with pytest.raises(FileNotFoundError, match="input 0 does not exist; for a camera: mmeformer"):
+        find_sources(["0"])
+
+
 def pictures(folder):
     """Kinds of images that occur, (path, expected size)."""
     pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)

@@ -2,7 +2,6 @@
 """tools/predict.py with small models of the three tasks, against OpenMMLab's own inference."""
 
 import copy
-import importlib.util
 import json
 import re
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from helpers import load_script
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
@@ -36,11 +36,8 @@ CLASSES = {
 
 def predict_main(argv):
     """``main`` of the command line; an exit by argparse gives its status."""
-    spec = importlib.util.spec_from_file_location("tool_predict", tools_dir() / "predict.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     try:
-        return module.main([str(part) for part in argv])
+        return load_script(tools_dir() / "predict.py").main([str(part) for part in argv])
     except SystemExit as stop:
         return stop.code
 

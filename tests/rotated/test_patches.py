@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cutting: every pixel and object lands where it belongs, and runs can be interrupted."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import shapely
+from helpers import load_script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -319,10 +319,7 @@ def test_settings_out_of_range(arguments, message):
 
 
 def load_tool():
-    spec = importlib.util.spec_from_file_location("split_dota", tools_dir() / "split_dota.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(tools_dir() / "split_dota.py")
 
 
 def test_objects_and_labels_that_reach_no_patch_are_counted(tmp_path, capsys):

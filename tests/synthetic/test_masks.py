@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-import hashlib
 
 import cv2
 import numpy as np
+from helpers import digest
 
 from mmeformer.segmentation.checks import check_pairs
 from mmeformer.synthetic.masks import (
@@ -12,11 +12,6 @@ from mmeformer.synthetic.masks import (
     write_mask_dataset,
 )
 from mmeformer.synthetic.shapes import MIN_VISIBLE_SHARE, draw_scene
-
-
-def digest(root):
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def test_same_seed_same_data(tmp_path):

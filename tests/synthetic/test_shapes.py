@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-import hashlib
 import json
 
 import cv2
 import numpy as np
 import pytest
+from helpers import digest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from mmeformer.synthetic.shapes import CLASSES, draw_scene, outline, write_coco_dataset
-
-
-def digest(root):
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def test_same_seed_same_data(tmp_path):

@@ -20,11 +20,6 @@ pytestmark = pytest.mark.forks
 NORM = dict(type="GN", num_groups=4)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("distributed")
-
-
 def one_step(config):
     """Make a config take one plain step with learning rate 1: weights change by the gradient."""
     config.train_cfg.max_iters = 1

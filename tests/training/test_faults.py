@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -33,17 +32,9 @@ IMAGES = {
 }
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    for make in tiny.TASKS.values():
-        make(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(source, tmp_path):
-    return Path(shutil.copytree(source, tmp_path / "data"))
+def folder(tiny_copy):
+    return tiny_copy
 
 
 def vanish(path):

@@ -186,7 +186,7 @@ class TestRun:
     @pytest.fixture(autouse=True)
     def heeded_signals(self):
         """All of them, also where the tests themselves run under nohup or in the background."""
-        before = {number: signal.signal(number, signal.SIG_DFL) for number in launch.HANDED_ON}
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in launch.FORWARDED}
         yield
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -204,7 +204,7 @@ class TestRun:
         killed = "error: process 2 of 2 was ended by SIGKILL; was the memory full?\n"
         assert (capfd.readouterr().err == killed) == (expected == 137)
 
-    @pytest.mark.parametrize("number", launch.HANDED_ON)
+    @pytest.mark.parametrize("number", launch.FORWARDED)
     def test_signals_reach_all(self, tmp_path, number):
         command = program(
             tmp_path,
@@ -323,10 +323,10 @@ def test_one_process_tells_its_error(tmp_path, monkeypatch, capsys):
     def fail(args):
         raise UserError("no such data")
 
-    monkeypatch.setenv(launch._TOLD, str(tmp_path / "told"))
+    monkeypatch.setenv(launch._ERROR_SHOWN, str(tmp_path / "told"))
     assert [cli.run(fail, Arguments) for _ in range(3)] == [1, 1, 1]
     assert capsys.readouterr().err == "error: no such data\n"
     # The launcher is gone, and its folder too.
-    monkeypatch.setenv(launch._TOLD, str(tmp_path / "gone/told"))
+    monkeypatch.setenv(launch._ERROR_SHOWN, str(tmp_path / "gone/told"))
     assert cli.run(fail, Arguments) == 1
     assert capsys.readouterr().err == "error: no such data\n"

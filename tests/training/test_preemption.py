@@ -2,7 +2,6 @@
 """Signals of a scheduler stop a run with a checkpoint, from which it goes on as if unbroken."""
 
 import ctypes
-import json
 import os
 import random
 import re
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,11 +36,6 @@ ROOT = Path(__file__).parents[2]
 
 def send(number=signal.SIGTERM):
     return lambda: os.kill(os.getpid(), number)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("preemption")
 
 
 @pytest.fixture(scope="module")
@@ -99,28 +94,16 @@ def test_accumulated_gradients_are_applied_first(folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank_of_signal", [0, 1])
 def test_all_processes_stop_at_the_same_iteration(folder, tmp_path, rank_of_signal):
-    config = tiny.segmentation(folder)
-
-    def run(work_dir, at=None, **kwargs):
-        def one(rank):
-            mine = at if rank == rank_of_signal else None
-            losses = tiny.train(config, work_dir, launcher="pytorch", at=mine, **kwargs)
-            Path(work_dir, f"losses-{rank}.json").write_text(json.dumps(losses))
-
-        return tiny.fork(one, world_size=2)
-
-    def losses(work_dir, rank):
-        content = json.loads(Path(work_dir, f"losses-{rank}.json").read_text())
-        return {int(iteration): loss for iteration, loss in content.items()}
-
+    run = partial(tiny.train_two, tiny.segmentation(folder))
     assert run(tmp_path / "unbroken") == [0, 0]
-    assert run(tmp_path / "run", at={4: send()}) == [PREEMPTED] * 2
+    stopped = run(tmp_path / "run", at={4: send()}, rank_of_at=rank_of_signal)
+    assert stopped == [PREEMPTED] * 2
     assert named(tmp_path / "run") == "interim_iter_5.pth"
     assert run(tmp_path / "run", resume="auto") == [0, 0]
     for rank in (0, 1):
-        resumed = losses(tmp_path / "run", rank)
+        resumed = tiny.losses_of(tmp_path / "run", rank)
         assert sorted(resumed) == [5, 6, 7]
-        assert tiny.equal(losses(tmp_path / "unbroken", rank), resumed)
+        assert tiny.equal(tiny.losses_of(tmp_path / "unbroken", rank), resumed)
 
 
 def validated(folder, iterations=4):
@@ -586,9 +569,9 @@ def test_workers_end_with_their_program():
     """They ignore SIGTERM, by which multiprocessing ends those that wait for more work."""
     program = (
         "from torch.utils.data import DataLoader\n"
-        "from mmeformer.training.preemption import deaf_worker\n"
+        "from mmeformer.training.preemption import ignoring_signals\n"
         "loader = DataLoader(range(4), num_workers=2, persistent_workers=True,\n"
-        "                    worker_init_fn=deaf_worker(None))\n"
+        "                    worker_init_fn=ignoring_signals(None))\n"
         "print([int(item) for item in loader])\n"
     )
     done = subprocess.run(

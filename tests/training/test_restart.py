@@ -3,7 +3,6 @@
 
 import errno
 import functools
-import json
 import os
 import shutil
 import signal
@@ -71,11 +70,6 @@ MOMENTS = {
         4,
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("restart")
 
 
 @pytest.fixture(scope="module")
@@ -169,26 +163,14 @@ def test_epochs_with_batches_by_aspect_ratio(folder, tmp_path, by_epoch, killed_
 @pytest.mark.slow
 @pytest.mark.parametrize("task", tiny.TASKS)
 def test_two_processes(folder, tmp_path, task):
-    config = tiny.TASKS[task](folder, iterations=6)
-
-    def run(work_dir, **kwargs):
-        def one(rank):
-            losses = tiny.train(config, work_dir, launcher="pytorch", **kwargs)
-            Path(work_dir, f"losses-{rank}.json").write_text(json.dumps(losses))
-
-        return tiny.fork(one, world_size=2)
-
-    def losses(work_dir, rank):
-        content = json.loads(Path(work_dir, f"losses-{rank}.json").read_text())
-        return {int(iteration): loss for iteration, loss in content.items()}
-
+    run = functools.partial(tiny.train_two, tiny.TASKS[task](folder, iterations=6))
     assert run(tmp_path / "uninterrupted") == [0, 0]
     assert run(tmp_path / "killed", at={4: tiny.kill}) == [-signal.SIGKILL] * 2
     assert run(tmp_path / "killed", resume="auto") == [0, 0]
     for rank in (0, 1):
-        resumed = losses(tmp_path / "killed", rank)
+        resumed = tiny.losses_of(tmp_path / "killed", rank)
         assert sorted(resumed) == [4, 5]
-        assert tiny.equal(losses(tmp_path / "uninterrupted", rank), resumed)
+        assert tiny.equal(tiny.losses_of(tmp_path / "uninterrupted", rank), resumed)
 
 
 @pytest.mark.slow

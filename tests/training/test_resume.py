@@ -45,11 +45,6 @@ class Watch(Hook):
         return [name for number, names in self.images if number == epoch for name in names]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("resume")
-
-
 def run(config, work_dir, resume=None, launcher="none"):
     """(what was watched, warnings of the log)"""
     config = Config(config.copy().to_dict())

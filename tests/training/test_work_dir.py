@@ -21,11 +21,6 @@ from mmeformer.work_dirs import best_checkpoint, find_config, last_checkpoint
 pytestmark = pytest.mark.forks
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("work_dir")
-
-
 def best(config):
     config.train_cfg.val_interval = 2
     config.default_hooks.checkpoint.update(save_best="mIoU", rule="greater")
