@@ -267,6 +267,7 @@ class TestBadInput:
             self.run(small, tmp_path / "model.onnx")
 
     def test_coreml_has_no_mask_rcnn(self, trained, tmp_path):
+        needs_coremltools()
         request = Request("coreml", size=(64, 64))
         with pytest.raises(ValueError, match="no operators to select boxes"):
             self.run(trained("detection"), tmp_path / "model.mlpackage", request)
