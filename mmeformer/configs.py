@@ -12,17 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
 from mmeformer.errors import UserError
 from mmeformer.files import refuse_url
 from mmeformer.paths import config_dir
-from mmeformer.settings import DATA_META, FREE, prepare_flips, require_class_names, type_name
+from mmeformer.settings import (
+    DATA_META,
+    FREE,
+    dicts,
+    prepare_flips,
+    require_class_names,
+    type_name,
+)
+from mmeformer.tasks import task_of_type
 from mmeformer.without_onedl import drop_note
 
 # Here, as whatever reads a config imports this first, and the libraries that print the note later.
 drop_note()
+# mmengine looks for "mmseg::" by the name of a distribution, and OneDL's mmseg has another one. By
+# the name of the module it finds both.
+MODULE2PACKAGE["mmseg"] = "mmseg"
 
 
 SUFFIXES = (".py", ".json", ".yaml", ".yml")
@@ -32,6 +44,10 @@ READ_LATER = (
     *("sync_bn", "find_unused_parameters", "activation_checkpointing", "compile", "report"),
 )
 """Names of a config that are read, beside the arguments of mmengine's ``Runner``."""
+
+
+PREPROCESSOR = "data_preprocessor"
+"""Setting that counts beside the model only if the model has none."""
 
 
 def load_config(path: str | Path, options: Mapping | None = None) -> Config:
@@ -64,14 +80,44 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
         config = Config.fromfile(str(path))
     except Exception as error:  # a config is a program and may raise anything
         raise ValueError(f"config {path} cannot be read: {_reason(error)}") from error
+    # Types of pure Python configs are classes; here they are texts in all configs.
+    config = Config(config.to_dict(), filename=config.filename)
     if path.suffix == ".py":
-        _require_used(path)
+        _require_used(path, config)
     if options:
         _refuse_ignored(options, config, path)
         config.merge_from_dict(dict(options))
     require_class_names(config)
     prepare_flips(config)
+    _join_preprocessor(config)
+    _find_scope(config)
     return config
+
+
+def _find_scope(config: Config) -> None:
+    """Set ``default_scope`` of a config whose types have their modules, and so need none, in place.
+
+    The task is that of the data, as a detector of mmdet may find rotated boxes too.
+    """
+    if config.get("default_scope") is not None:
+        return
+    loaders = [config.get(name) or {} for name in ("test_dataloader", "train_dataloader")]
+    for part in (*(loader.get("dataset") for loader in loaders), config.get("model")):
+        for _, holder in dicts(part):
+            if task := task_of_type(str(holder.get("type"))):
+                config.default_scope = task.scope
+                return
+
+
+def _join_preprocessor(config: Config) -> None:
+    """Give the model the config's own ``data_preprocessor``, in place, as mmengine's Runner does.
+
+    Configs of mmpretrain have it beside the model. Whatever builds the model without a Runner
+    would leave it out, and with it the mean and the order of the colors.
+    """
+    given = config.get(PREPROCESSOR)
+    if given and config.get("model"):
+        config.model.setdefault(PREPROCESSOR, given)
 
 
 def _refuse_ignored(options: Mapping, config: Config, path: Path) -> None:
@@ -83,6 +129,11 @@ def _refuse_ignored(options: Mapping, config: Config, path: Path) -> None:
     known = known_settings()
     for key in options:
         name = key.split(".")[0]
+        if name == PREPROCESSOR and (config.get("model") or {}).get(name):
+            raise ValueError(
+                f"{key} would change nothing, as the model has its own {name}; did you mean "
+                f"model.{key}?"
+            )
         if name in known:
             _refuse_misplaced(key, options[key], config)
             continue
@@ -99,7 +150,7 @@ def _refuse_ignored(options: Mapping, config: Config, path: Path) -> None:
         raise ValueError(f"{key} would change nothing: configs have no setting {name}{hint}")
 
 
-def _require_used(path: Path) -> None:
+def _require_used(path: Path, config: Config) -> None:
     """Refuse a misspelled setting of a file; warn of other names that change nothing.
 
     Those are variables that the file does not use: what a base config has made of a variable of
@@ -115,6 +166,15 @@ def _require_used(path: Path) -> None:
         for target in getattr(line, "targets", [getattr(line, "target", None)])
     ]
     given = [target.id for target in targets if isinstance(target, ast.Name)]
+    if PREPROCESSOR in given and PREPROCESSOR not in used and "_base_" in given:
+        model = config.get("model") or {}
+        if model.get(PREPROCESSOR, config[PREPROCESSOR]) != config[PREPROCESSOR]:
+            print_log(
+                f"{path}: {PREPROCESSOR} changes nothing, as the model has its own: set "
+                f"model.{PREPROCESSOR}",
+                "current",
+                logging.WARNING,
+            )
     for name in given:
         if name in known or name in used or name.startswith("_"):
             continue
@@ -185,6 +245,11 @@ def _reason(error: Exception) -> str:
     """Why a config cannot be read, for people."""
     if isinstance(error, SyntaxError):
         return error.msg
+    if str(error).endswith("support to load mmeformer config."):
+        return (
+            "mmengine finds configs by mmeformer:: not at all; write "
+            '_base_ = __import__("mmeformer").shipped_config("detection/...py")'
+        )
     cause: BaseException | None = error
     while cause is not None:
         # mmengine tells sys.path in place of what our packages say is missing.

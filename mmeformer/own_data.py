@@ -22,7 +22,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 from mmeformer import configs, tasks
-from mmeformer.checks.dataset import check_evaluator, datasets_of
+from mmeformer.checks.dataset import check_evaluator, checked_datasets_of
 from mmeformer.checks.findings import ERROR, Finding, format_findings
 from mmeformer.errors import UserError
 from mmeformer.files import refuse_url, write_text
@@ -248,7 +248,7 @@ def check(config: Config) -> list[Finding]:
     found = []
     with _quiet():
         for split in ("train", "val"):
-            for dataset in datasets_of(config, split):
+            for dataset in checked_datasets_of(config, split):
                 found += [*dataset.findings(limit=500), *check_evaluator(config, split, dataset)]
     return found
 

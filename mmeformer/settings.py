@@ -90,7 +90,7 @@ def require_class_names(config: Mapping) -> None:
     Raises:
         SettingError: the message has the path, the value and the name that is read.
     """
-    for path, metainfo in _dicts(config):
+    for path, metainfo in dicts(config):
         if len(path) < 2 or path[-1] != "metainfo" or not str(path[0]).endswith("_dataloader"):
             continue
         for name, value in metainfo.items():
@@ -146,7 +146,7 @@ def flip_directions(part: Any) -> set[str]:
 
 def _flips(part: Any) -> Iterator[tuple[tuple, Any]]:
     """All ``RandomFlip`` of a part of a config, with their paths."""
-    for path, step in _dicts(part):
+    for path, step in dicts(part):
         if type_name(step) == "RandomFlip" and "prob" in step:
             yield path, step
 
@@ -223,7 +223,7 @@ def _refused(function: str, name: str, config: Mapping) -> str | None:
         # Functions are mmengine's set_randomness and PyTorch's clip_grad_norm_, say.
         return 2 * (maker in made) + (last == "__init__" or str(path[-1]) in last)
 
-    places = [place for place in _dicts(config) if name in place[1] and place[0]]
+    places = [place for place in dicts(config) if name in place[1] and place[0]]
     best = max(places, key=likely, default=None)
     if best is None or not likely(best):
         return None
@@ -243,7 +243,7 @@ def _refused(function: str, name: str, config: Mapping) -> str | None:
 
 def _unregistered(name: str, kind: str, config: Mapping) -> str | None:
     """What to say of a class that no registry of its kind has."""
-    for path, holder in _dicts(config):
+    for path, holder in dicts(config):
         for key in NAMES_OF_CLASSES:
             if holder.get(key) == name:
                 hint = _hint(get_close_matches(name, _registered(kind), n=1))
@@ -290,6 +290,14 @@ def _parameters(item: Any) -> Sequence[inspect.Parameter]:
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
+def is_of_mmengine(kind: Any, cls: type) -> bool:
+    """Whether a ``type`` is a class of mmengine, in any of the ways that configs name it."""
+    if not isinstance(kind, str):
+        return kind is cls
+    place, _, name = kind.rpartition(".")
+    return name == cls.__name__ and place.split(".")[0] in ("", "mmengine")
+
+
 def dotted(path: Sequence) -> str:
     """A path of a config as ``--cfg-options`` has it."""
     return ".".join(map(str, path))
@@ -301,12 +309,12 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _dicts(value: Any, path: tuple = ()) -> Iterator[tuple[tuple, Mapping]]:
+def dicts(value: Any, path: tuple = ()) -> Iterator[tuple[tuple, Mapping]]:
     """All dicts of a config, with their paths."""
     if isinstance(value, (Mapping, Config)):
         yield path, value
     for key, item in _items(value):
-        yield from _dicts(item, (*path, key))
+        yield from dicts(item, (*path, key))
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:
@@ -375,7 +383,7 @@ def _modules(value: Any) -> set[str]:
     """Modules of all classes that a part of a config names, and of their bases."""
     return {
         base.__module__
-        for _, holder in _dicts(value)
+        for _, holder in dicts(value)
         for name in NAMES_OF_CLASSES
         for cls in _classes(holder.get(name))
         for base in _bases(cls)
@@ -421,11 +429,14 @@ def _imported(module: str) -> frozenset[str]:
 
 
 def _classes(kind: Any) -> list[Any]:
-    """Classes and functions that a ``type`` may mean: of its name, in any scope."""
+    """Classes and functions that a ``type`` may mean: of its name, in its scope, if that has it."""
     if not isinstance(kind, str):
         return [kind] if callable(kind) else []
-    name = kind.rpartition(".")[2]
-    found = [r.module_dict[name] for r in _registries() if name in r.module_dict]
+    name, scope = kind.rpartition(".")[2], kind.partition(".")[0]
+    having = [registry for registry in _registries() if name in registry.module_dict]
+    # mmpretrain has an EfficientFormer too.
+    nearest = [registry for registry in having if registry.scope == scope] or having
+    found = [registry.module_dict[name] for registry in nearest]
     # mmdet takes pooling and NMS from there by name.
     operator = getattr(sys.modules.get("mmcv.ops"), name, None)
     return [*found, operator] if callable(operator) else found

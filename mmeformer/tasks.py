@@ -187,6 +187,19 @@ def load(reference: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def task_of_type(name: str) -> Task | None:
+    """The task whose library has a class; None if its name does not tell.
+
+    Args:
+        name: with modules, such as ``mmdet.models.GFL`` or ``mmeformer.rotated.DOTADataset``.
+    """
+    package, *places = name.split(".")
+    for task in TASKS.values():
+        if package == task.scope or (package == "mmeformer" and places[0] == task.name):
+            return task
+    return None
+
+
 def of_config(config: Mapping[str, Any]) -> Task:
     """The task of a config, by its ``default_scope``.
 

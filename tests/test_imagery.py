@@ -12,7 +12,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from tiffs import write_tiff
 
 from mmeformer import runtime
-from mmeformer.checks.dataset import datasets_of
+from mmeformer.checks.dataset import checked_datasets_of as datasets_of
 from mmeformer.commands import split_dota
 from mmeformer.images import LOADER, Reading
 from mmeformer.inference import loop

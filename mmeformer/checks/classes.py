@@ -11,7 +11,7 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from mmeformer.checks.findings import first_of
-from mmeformer.settings import flip_directions
+from mmeformer.settings import flip_directions, type_name
 
 COUNTING_HOOKS = ("NumClassCheckHook", "SegNumClassCheckHook", "ClassNumCheckHook")
 """Hooks that compare the number of classes once the data are loaded; configs may leave them out."""
@@ -82,25 +82,34 @@ def require_count(model: Any, classes: Sequence[str], place: str = "the data set
         )
 
 
-def require_counts(config: Mapping, model: nn.Module, splits: Sequence[str]) -> None:
+def require_counts(config: Mapping, model: nn.Module, splits: Sequence[str]) -> str | None:
     """Compare a model with the data sets of a config before they are loaded.
 
     Args:
-        config: with one of :data:`COUNTING_HOOKS`; without, nothing is compared.
+        config: of any task.
         model: built from the config.
         splits: of the data that are to be loaded.
+
+    Returns:
+        In place of the error, a message, if the config has none of :data:`COUNTING_HOOKS`.
 
     Raises:
         ValueError: see :func:`require_count`.
     """
-    kinds = [hook.get("type") for hook in config.get("custom_hooks") or ()]
-    if not any(getattr(kind, "__name__", str(kind)).endswith(COUNTING_HOOKS) for kind in kinds):
-        return
-    for split in splits:
-        loader = f"{split}_dataloader"
-        for path, settings in flat((config.get(loader) or {}).get("dataset"), f"{loader}.dataset"):
-            if classes := _configured(settings):
-                require_count(model, classes, path)
+    hooks = {type_name(hook) for hook in config.get("custom_hooks") or ()}
+    try:
+        for split in splits:
+            path = f"{split}_dataloader.dataset"
+            for place, settings in flat(
+                (config.get(f"{split}_dataloader") or {}).get("dataset"), path
+            ):
+                if classes := _configured(settings):
+                    require_count(model, classes, place)
+    except ValueError as error:
+        if hooks & set(COUNTING_HOOKS):
+            raise
+        return str(error)
+    return None
 
 
 def mirrored(classes: Sequence[str]) -> tuple[str, str] | None:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,6 +17,7 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, METRICS, MODELS, VISUALIZERS, init_default_scope
 
+from mmeformer.checks.channels import require_channels
 from mmeformer.checks.classes import flat, mirrored_by_flips, require_counts
 from mmeformer.checks.findings import ERROR, WARNING, Finding
 from mmeformer.checks.interface import CheckedDataset
@@ -22,7 +25,7 @@ from mmeformer.configs import drop_pretrained
 from mmeformer.files import write_bytes
 from mmeformer.images import read_image
 from mmeformer.settings import type_name
-from mmeformer.tasks import TASKS
+from mmeformer.tasks import of_config
 
 SPLITS = ("train", "val", "test")
 DRAWN = 16
@@ -37,45 +40,78 @@ def datasets_of(config: Config, split: str) -> list[BaseDataset]:
     """Build the data sets of a split without reading them; several if the config has a wrapper.
 
     Raises:
+        ValueError: the config has no such split.
+    """
+    return [_build(settings) for settings in _settings(config, split)]
+
+
+def checked_datasets_of(config: Config, split: str) -> list[CheckedDataset]:
+    """:func:`datasets_of`; a library's own data set becomes the one of this project with checks.
+
+    Raises:
         ValueError: the config has no such split, or a data set that has no checks.
     """
-    loader = config.get(f"{split}_dataloader")
-    if loader is None:
-        raise ValueError(f"{config.filename} has no {split}_dataloader; choose another --split")
-    init_default_scope(config.get("default_scope", "mmengine"))
     datasets = []
-    for _, settings in flat(loader["dataset"]):
-        settings = copy.deepcopy(settings)
-        pipeline = [
-            transform
-            for transform in settings.get("pipeline", [])
-            if type_name(transform).startswith(KEPT_TRANSFORMS)
-        ]
-        dataset = DATASETS.build({**settings, "pipeline": pipeline, "lazy_init": True})
+    for settings in _settings(config, split):
+        dataset = _build(settings)
         if not isinstance(dataset, CheckedDataset):
-            known = [name for task in TASKS.values() for name in task.datasets]
-            raise ValueError(
-                f"data set {settings['type']} of {config.filename} cannot be checked: use "
-                f"{' or '.join(known)}"
-            )
-        # Samples are drawn even if the data set has errors.
-        dataset.checked = False
+            dataset = _build({**settings, "type": _with_checks(type(dataset), config)})
         datasets.append(dataset)
     return datasets
 
 
-def check_model(config: Config, splits: Sequence[str]) -> None:
-    """Build the model of a config, if it has one, and compare its number of classes with the data.
+def _settings(config: Config, split: str) -> list[Mapping]:
+    """Configs of the data sets of a split."""
+    loader = config.get(f"{split}_dataloader")
+    if loader is None:
+        raise ValueError(f"{config.filename} has no {split}_dataloader; choose another --split")
+    init_default_scope(config.get("default_scope", "mmengine"))
+    return [settings for _, settings in flat(loader["dataset"])]
+
+
+def _build(settings: Mapping) -> Any:
+    """A data set that only loads images and labels."""
+    settings = copy.deepcopy(settings)
+    pipeline = [
+        step for step in settings.get("pipeline", []) if type_name(step).startswith(KEPT_TRANSFORMS)
+    ]
+    dataset = DATASETS.build({**settings, "pipeline": pipeline, "lazy_init": True})
+    # Samples are drawn even if the data set has errors.
+    dataset.checked = False
+    return dataset
+
+
+def _with_checks(kind: type, config: Config) -> str:
+    """Name of this project's data set that adds checks to one of a library."""
+    task = of_config(config)
+    import_module(f"mmeformer.{task.name}")
+    for name in task.datasets:
+        if kind in DATASETS.get(name).__mro__:
+            return name
+    raise ValueError(
+        f"data set {kind.__name__} of {config.filename} cannot be checked: use "
+        f"{' or '.join(task.datasets)}"
+    )
+
+
+def check_model(config: Config, splits: Sequence[str]) -> str | None:
+    """Build the model of a config, if it has one, and compare its parts, and it with the data.
+
+    Returns:
+        A warning, see :func:`mmeformer.checks.classes.require_counts`.
 
     Raises:
-        ValueError: they differ; the message names both settings.
+        ValueError: numbers of channels or classes differ; the message names both settings.
     """
-    if settings := config.get("model"):
-        init_default_scope(config.get("default_scope", "mmengine"))
-        settings = copy.deepcopy(settings)
-        # Nothing is computed, so that no weights need to be downloaded.
-        drop_pretrained(settings)
-        require_counts(config, MODELS.build(settings), splits)
+    if not (settings := config.get("model")):
+        return None
+    init_default_scope(config.get("default_scope", "mmengine"))
+    settings = copy.deepcopy(settings)
+    # Nothing is computed, so that no weights need to be downloaded.
+    drop_pretrained(settings)
+    model = MODELS.build(settings)
+    require_channels(config, model)
+    return require_counts(config, model, splits)
 
 
 def check_flips(config: Config, split: str) -> list[Finding]:

@@ -15,6 +15,7 @@ from mmengine.registry import TRANSFORMS
 from mmeformer.inference.pictures import at_picture_size
 from mmeformer.inference.predictor import Predictor
 from mmeformer.results import BEST, Classification
+from mmeformer.settings import type_name
 from mmeformer.windows import Window
 
 
@@ -33,7 +34,7 @@ class ArrayInferencer(BaseInferencer):
         steps = [
             TRANSFORMS.build(step)
             for step in cfg.test_dataloader.dataset.pipeline
-            if not step.type.endswith("LoadImageFromFile")
+            if not type_name(step).endswith("LoadImageFromFile")
         ]
         return Compose([_as_loaded, *steps])
 

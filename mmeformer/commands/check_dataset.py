@@ -23,7 +23,7 @@ from mmeformer.checks.dataset import (
     check_evaluator,
     check_flips,
     check_model,
-    datasets_of,
+    checked_datasets_of,
     draw_samples,
     location,
 )
@@ -69,12 +69,13 @@ def work(args: argparse.Namespace) -> int:
     # Keep mmengine's messages about building out of the output.
     logging.getLogger("mmengine").setLevel(logging.ERROR)
     config = cli.load_config(args)
-    check_model(config, args.split)
+    if message := check_model(config, args.split):
+        print(f"warning: {message}")
     out = Path(args.out or Path("work_dirs", f"check_{Path(args.config).stem}"))
     console = Console(soft_wrap=False)
     errors = 0
     for split in args.split:
-        datasets = datasets_of(config, split)
+        datasets = checked_datasets_of(config, split)
         for number, dataset in enumerate(datasets, start=1):
             started = time.monotonic()
             findings = dataset.findings(decode=args.full)

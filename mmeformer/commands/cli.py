@@ -157,6 +157,8 @@ def _with_config(argv: list[str]) -> list[str]:
         return [config, str(choose_checkpoint(first)), *rest]
     if suffix == ".py" and rest and Path(rest[0]).is_dir():
         return [argv[0], str(choose_checkpoint(rest[0])), *rest[1:]]
+    if not first.name.startswith("-") and suffix not in configs.SUFFIXES:
+        raise UserError(f"there is no work directory {first}")
     return argv
 
 

@@ -61,7 +61,9 @@ def sample_images(config: Config, limit: int) -> list[Path]:
     """Up to ``limit`` images of the config's test data; empty if it is not on this machine."""
     dataset = config.test_dataloader.dataset
     prefix = dataset.get("data_prefix") or {}
-    folder = Path(dataset.get("data_root") or ".", prefix.get("img_path") or prefix.get("img", ""))
+    # mmpretrain's may be the folder itself.
+    parts = dict(img_path=prefix) if isinstance(prefix, str) else prefix
+    folder = Path(dataset.get("data_root") or ".", parts.get("img_path") or parts.get("img", ""))
     if not prefix or not folder.is_dir():
         return []
     images = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _IMAGES)

@@ -97,16 +97,28 @@ def trace(graph: Graph, metadata: Metadata, path: Path, opset: int = OPSETS[0]) 
         warnings.simplefilter("ignore", DeprecationWarning)
         # About scatter, which is well defined here: its indices are distinct.
         warnings.filterwarnings("ignore", message=".*ONNX.*", category=UserWarning)
-        torch.onnx.export(
-            graph,
-            tuple(inputs.values()),
-            str(path),
-            dynamo=False,
-            opset_version=opset,
-            input_names=list(inputs),
-            output_names=[*graph.output_names, *graph.raw_names],
-            dynamic_axes=_dynamic_axes(graph, metadata),
-        )
+        try:
+            torch.onnx.export(
+                graph,
+                tuple(inputs.values()),
+                str(path),
+                dynamo=False,
+                opset_version=opset,
+                input_names=list(inputs),
+                output_names=[*graph.output_names, *graph.raw_names],
+                dynamic_axes=_dynamic_axes(graph, metadata),
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ValueError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """PyTorch's first sentence, without its request to report it, and what may help."""
+    text = " ".join(str(error).split()).partition(" Please ")[0].partition(" [Caused by")[0]
+    return (
+        f"PyTorch cannot write this model to ONNX ({text.rstrip('.')}): a fixed --size may help; "
+        "--part backbone takes the backbone of every model"
+    )
 
 
 def example_inputs(graph: Graph, metadata: Metadata) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from mmeformer.detection.writers import to_json
 from mmeformer.inference.predictor import Predictor
 from mmeformer.merging import merge_detections
 from mmeformer.results import Detections, Mask
+from mmeformer.settings import type_name
 from mmeformer.windows import LARGE, Window
 
 
@@ -28,7 +29,7 @@ class DetectionPredictor(Predictor[Detections]):
     @classmethod
     def set_visualizer(cls, settings: ConfigDict) -> None:
         """See the base class."""
-        if settings.type == "DetLocalVisualizer":
+        if type_name(settings) == "DetLocalVisualizer":
             settings.type = "mmeformer.InstanceVisualizer"
 
     def results_of_batch(self, batch: dict) -> list[Detections]:

@@ -18,9 +18,14 @@ import torchvision
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from mmeformer.errors import UserError
 from mmeformer.ops import rotated
 
 IS_SUBSTITUTE = True
+
+
+class OperatorError(UserError, NotImplementedError):
+    """An operator is not here; the message says how to get it."""
 
 
 def get_compiler_version() -> str:
@@ -179,7 +184,7 @@ def _choose(positive: Tensor, negative: Tensor, target: Tensor, weight: Tensor) 
 
 
 def _refuse(operator: str) -> NoReturn:
-    raise NotImplementedError(
+    raise OperatorError(
         f"mmcv's operator {operator} needs to be compiled, and no model of mmeformer uses it. To "
         "compile mmcv's operators (a C++ compiler, for a GPU also nvcc; 10 to 60 minutes): make "
         "install-compiled, or pip install --force-reinstall --no-deps --no-cache-dir "

@@ -17,6 +17,7 @@ from mmeformer.results import NAME_PIXELS, RotatedDetections
 from mmeformer.rotated.detections import MERGE_IOU, from_instances
 from mmeformer.rotated.scale import training_images
 from mmeformer.rotated.writers import draw_boxes, to_json, write_dota_text
+from mmeformer.settings import type_name
 from mmeformer.windows import Window, as_patch
 
 
@@ -57,7 +58,7 @@ class RotatedPredictor(Predictor[RotatedDetections]):
     @classmethod
     def set_visualizer(cls, settings: ConfigDict) -> None:
         """See the base class."""
-        if settings.type == "RotLocalVisualizer":
+        if type_name(settings) == "RotLocalVisualizer":
             # mmrotate's cannot handle crowded pictures and boxes beyond the border.
             settings.type = "mmeformer.RotatedVisualizer"
 

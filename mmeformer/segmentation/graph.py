@@ -54,9 +54,11 @@ class SegmentationGraph(Graph):
             self.window = (height, width)
         self.model = model
         for name, module in list(model.named_modules()):
+            parent, _, attribute = name.rpartition(".")
             if isinstance(module, Upsample) and not module.size:
-                parent, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(parent), attribute, _AnyUpsample(module))
+            elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size not in (1, (1, 1)):
+                setattr(model.get_submodule(parent), attribute, _AnyPool(module))
 
     def run(self, image: Tensor, output_size: Tensor | None = None) -> tuple[Tensor, ...]:
         """See :meth:`Graph.run`."""
@@ -178,3 +180,34 @@ class _AnyUpsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         size = (x.shape[-2] * self.factor, x.shape[-1] * self.factor)
         return F.interpolate(x, size=size, mode=self.mode, align_corners=self.align_corners)
+
+
+class _AnyPool(nn.Module):
+    """``AdaptiveAvgPool2d``, as in mmseg's ``UPerHead`` and ``PSPHead``, for any size of maps.
+
+    ONNX has only windows of equal size. Here each axis is multiplied by a matrix of means.
+    """
+
+    def __init__(self, source: nn.AdaptiveAvgPool2d) -> None:
+        super().__init__()
+        size: Any = source.output_size
+        self.sides: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
+        require(None not in self.sides, "an AdaptiveAvgPool2d that keeps a side")
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = self.sides
+        return _means(height, x.shape[-2], x) @ x @ _means(width, x.shape[-1], x).T
+
+
+def _means(count: int, length: Any, like: Tensor) -> Tensor:
+    """Matrix (count, length) of the means over PyTorch's windows along an axis.
+
+    Window i begins at ``floor(i * length / count)`` and ends before
+    ``ceil((i + 1) * length / count)``.
+    """
+    window = torch.arange(count, device=like.device)[:, None]
+    place = torch.arange(length, device=like.device)
+    # place < ceil(a / count) means place * count < a.
+    inside = ((place + 1) * count > window * length) & (place * count < (window + 1) * length)
+    weight = inside.to(like.dtype)
+    return weight / weight.sum(1, keepdim=True)

@@ -80,14 +80,14 @@ class SegmentationPredictor(Predictor[Segmentation]):
         data = self.model.data_preprocessor(batch, False)
         metas = [sample.metainfo for sample in data["data_samples"]]
         logits = self.model.inference(data["inputs"], metas)
-        head = self.model.decode_head
         found = []
         for item, meta in zip(logits, metas, strict=True):
             labels = label_map(
                 _without_padding(item, meta),
                 meta["ori_shape"],
-                align_corners=head.align_corners,
-                threshold=head.threshold,
+                align_corners=self.model.align_corners,
+                # Heads that classify masks, such as Mask2Former's, have none.
+                threshold=getattr(self.model.decode_head, "threshold", None),
             )
             found.append(Segmentation(labels.cpu().numpy().astype(self.dtype)))
         return found

@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
+from mmeformer.settings import type_name
 from mmeformer.training.memory import keep_freed_memory, return_freed_memory
 from mmeformer.training.optim import FEW_KERNELS
 
@@ -34,7 +35,7 @@ def prepare_device(config: Config, launcher: str) -> None:
         return_freed_memory()
     else:
         keep_freed_memory()
-    if config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
+    if type_name(config.get("optim_wrapper", {})) == "AmpOptimWrapper":
         print_log("no GPU: training in full precision instead of AMP", "current")
         config.optim_wrapper.type = "OptimWrapper"
         for key in ("loss_scale", "dtype"):
@@ -66,7 +67,7 @@ def fuse_optimizer(config: Config) -> None:
     wrapper = config.get("optim_wrapper") or ConfigDict()
     optimizer = wrapper.get("optimizer") or ConfigDict()
     names = [kind.__name__ for kind in FEW_KERNELS]
-    if optimizer.get("type") in names and not {"foreach", "fused"} & set(optimizer):
+    if type_name(optimizer) in names and not {"foreach", "fused"} & set(optimizer):
         optimizer.fused = True
 
 
@@ -84,7 +85,7 @@ def use_gpu(config: Config, bf16: bool) -> None:
         if config.get(name):
             config[name].setdefault("pin_memory", True)
     wrapper = config.get("optim_wrapper") or ConfigDict()
-    if wrapper.get("type") == "AmpOptimWrapper" and bf16 and "dtype" not in wrapper:
+    if type_name(wrapper) == "AmpOptimWrapper" and bf16 and "dtype" not in wrapper:
         wrapper.dtype = "bfloat16"
         if wrapper.get("loss_scale", "dynamic") == "dynamic":
             # The range of float32: small gradients do not become zero.
@@ -101,7 +102,7 @@ def _leave_process_group() -> None:
 def _unsynchronize_norms(node) -> None:
     """Replace every ``SyncBN`` of a model config by ``BN``, in place."""
     if isinstance(node, dict):
-        if node.get("type") == "SyncBN":
+        if type_name(node) in ("SyncBN", "SyncBatchNorm"):
             node["type"] = "BN"
         for value in node.values():
             _unsynchronize_norms(value)

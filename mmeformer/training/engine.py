@@ -86,7 +86,8 @@ def build_train_runner(
     prepare_device(config, launcher)
     safe_load.install()
     runner = Runner.from_cfg(config)
-    require_counts(config, runner.model, ("train", "val"))
+    if message := require_counts(config, runner.model, ("train", "val")):
+        runner.logger.warning(message)
     if message := mirrored_by_flips(config, "train"):
         runner.logger.warning(f"train_dataloader: {message}")
     runner.resume_else, runner.load_else = resume_else, load_else
@@ -143,7 +144,8 @@ def build_test_runner(
     prepare_device(config, launcher)
     safe_load.install()
     runner = Runner.from_cfg(config)
-    require_counts(config, runner.model, ("test",))
+    if message := require_counts(config, runner.model, ("test",)):
+        runner.logger.warning(message)
     if show_dir is not None:
         runner.register_hook(PicturesHook(Path(show_dir).resolve(), **options))
     if out is not None:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from mmeformer import settings
 from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
+from mmeformer.checks.channels import require_channels
 from mmeformer.configs import known_settings, read_test_metainfo
 from mmeformer.errors import CheckpointError, TrainingError
 from mmeformer.files import write_text
@@ -68,12 +69,10 @@ from mmeformer.training.writer import HostCopy, Writer
 from mmeformer.work_dirs import named_checkpoint
 
 OUR_LOOPS = {
-    "EpochBasedTrainLoop": EpochBasedTrainLoop,
     MMEngineEpochBasedTrainLoop: EpochBasedTrainLoop,
-    "IterBasedTrainLoop": IterBasedTrainLoop,
     MMEngineIterBasedTrainLoop: IterBasedTrainLoop,
 }
-"""Our training loop for each of mmengine's, as configs name them."""
+"""Our training loop for each of mmengine's."""
 
 OWN_HOOKS = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
 """Hooks that mmengine registers if ``default_hooks`` does not name them."""
@@ -123,9 +122,12 @@ class Runner(MMEngineRunner):
         """mmengine's; settings that nothing reads are an error or a warning."""
         settings.require_class_names(cfg)
         runner = super().from_cfg(cfg)
-        settings.import_classes(("mmeformer", runner.default_scope.scope_name))
+        # Where types are classes, there may be no scope.
+        scope = runner.default_scope and runner.default_scope.scope_name
+        settings.import_classes(("mmeformer", scope))
         read_here = known_settings() - {"report"}
         settings.check(cfg, [name for name in cfg if name in read_here])
+        require_channels(cfg, runner.model)
         return runner
 
     def setup_env(self, env_cfg: dict) -> None:
@@ -179,7 +181,9 @@ class Runner(MMEngineRunner):
             if "type" not in loop:
                 by_epoch = loop.pop("by_epoch")
                 loop["type"] = "EpochBasedTrainLoop" if by_epoch else "IterBasedTrainLoop"
-            loop["type"] = OUR_LOOPS.get(loop["type"], loop["type"])
+            for theirs, ours in OUR_LOOPS.items():
+                if settings.is_of_mmengine(loop["type"], theirs):
+                    loop["type"] = ours
         return super().build_train_loop(loop)
 
     def build_val_loop(self, loop):
@@ -225,14 +229,14 @@ class Runner(MMEngineRunner):
                 )
         checkpoint = hooks.get("checkpoint", dict(type="CheckpointHook", interval=1))
         if isinstance(checkpoint, Mapping):
-            if checkpoint["type"] in ("CheckpointHook", MMEngineCheckpointHook):
+            if settings.is_of_mmengine(checkpoint["type"], MMEngineCheckpointHook):
                 checkpoint = {**checkpoint, "type": CheckpointHook}
             hooks["checkpoint"] = MMENGINE_HOOKS.build(checkpoint)
         super().register_default_hooks(hooks)
 
     def register_hook(self, hook: Hook | dict, priority=None) -> None:
         """mmengine's, with our ``EMAHook`` instead of its own."""
-        if isinstance(hook, Mapping) and hook["type"] in ("EMAHook", MMEngineEMAHook):
+        if isinstance(hook, Mapping) and settings.is_of_mmengine(hook["type"], MMEngineEMAHook):
             hook = {**hook, "type": EMAHook}
         super().register_hook(hook, priority)
 
@@ -257,7 +261,15 @@ class Runner(MMEngineRunner):
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """mmengine's, whose steps launch few kernels."""
-        wrapper = super().build_optim_wrapper(optim_wrapper)
+        try:
+            wrapper = super().build_optim_wrapper(optim_wrapper)
+        except NotImplementedError as error:
+            # Of constructors that know the names of a few backbones only.
+            raise SettingError(
+                f"optim_wrapper.constructor={optim_wrapper.get('constructor')} does not know this "
+                "model; for layer-wise decay use mmeformer.LayerDecayConstructor with "
+                "paramwise_cfg.layer_decay_rate"
+            ) from error
         if isinstance(optim_wrapper, Mapping):
             for name in unused_keys(self.model, optim_wrapper.get("paramwise_cfg") or {}):
                 self.logger.warning(

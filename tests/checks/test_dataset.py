@@ -9,9 +9,10 @@ import cv2
 import pytest
 import tiny
 from helpers import load_script
+from mmdet.datasets import CocoDataset as MMDetCocoDataset
 from mmengine.registry import DATASETS
 
-from mmeformer.checks.dataset import datasets_of
+from mmeformer.checks.dataset import checked_datasets_of, datasets_of
 from mmeformer.checks.interface import CheckedDataset
 from mmeformer.paths import tools_dir
 from mmeformer.tasks import TASKS
@@ -108,11 +109,33 @@ def test_concatenated_data_sets_are_all_checked(folder):
     assert len(datasets_of(config, "train")) == 2
 
 
-def test_other_data_sets_are_refused(folder):
+LIBRARIES = {
+    "detection": "mmdet.CocoDataset",
+    "segmentation": "BaseSegDataset",
+    "rotated": "mmrotate.DOTADataset",
+    "classification": "mmpretrain.CustomDataset",
+}
+
+
+@pytest.mark.parametrize("task", tiny.all_tasks())
+def test_data_sets_of_libraries_are_checked_by_ours(tmp_path, task):
+    config = tiny.ALL_TASKS[task](tmp_path)
+    checked = type(datasets_of(config, "train")[0])
+    config.train_dataloader.dataset.type = LIBRARIES[task]
+    (plain,), (ours,) = datasets_of(config, "train"), checked_datasets_of(config, "train")
+    assert not isinstance(plain, CheckedDataset) and type(ours) is checked
+    assert not ours.findings()
+
+
+def test_data_sets_of_users_have_no_checks(folder):
+    class OwnDataset(MMDetCocoDataset):
+        """Reads what only its author knows."""
+
     config = tiny.detection(folder)
-    config.train_dataloader.dataset.type = "mmdet.CocoDataset"
-    with pytest.raises(ValueError, match="mmdet.CocoDataset .* use mmeformer.CocoDataset or "):
-        datasets_of(config, "train")
+    config.train_dataloader.dataset.type = OwnDataset
+    assert type(datasets_of(config, "train")[0]) is OwnDataset
+    with pytest.raises(ValueError, match="OwnDataset .* be checked: use mmeformer.CocoDataset$"):
+        checked_datasets_of(config, "train")
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -246,6 +246,14 @@ class TestBadInput:
         with pytest.raises(FileNotFoundError, match="gone.pth"):
             models.build_model(trained("segmentation").config, "gone.pth")
 
+    def test_operators_that_onnx_has_not(self, trained, tmp_path, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise torch.onnx.OnnxExporterError("No operator x. Please feel free to request it")
+
+        monkeypatch.setattr(torch.onnx, "export", refuse)
+        with pytest.raises(ValueError, match=r"ONNX \(No operator x\): a fixed --size may help"):
+            self.run(trained("segmentation"), tmp_path / "model.onnx")
+
     def test_windows_with_gaps(self, trained, tmp_path):
         small = trained("segmentation")
         small.config.model.test_cfg = dict(mode="slide", crop_size=(64, 64), stride=(65, 64))

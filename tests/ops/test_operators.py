@@ -23,6 +23,7 @@ from ops.operator_cases import (
 )
 from rotated_boxes import polygon_iou
 
+from mmeformer.errors import UserError
 from mmeformer.ops import rotated, status, substitute
 
 # mmcv's CPU kernels differ here on purpose: see the tests named after them.
@@ -384,7 +385,7 @@ def test_other_operators_exist_and_say_how_to_compile_them(ours):
     from mmcv.ops import DeformConv2d, RoIPool
 
     layer = DeformConv2d(2, 2, 3)
-    with pytest.raises(NotImplementedError, match="deform_conv_forward.*no model of mmeformer"):
+    with pytest.raises(UserError, match="deform_conv_forward.*no model of mmeformer"):
         layer(torch.zeros(1, 2, 8, 8), torch.zeros(1, 18, 6, 6))
     with pytest.raises(NotImplementedError, match="roi_pool_forward.*--no-build-isolation"):
         RoIPool(3)(features("pool"), regions("pool"))

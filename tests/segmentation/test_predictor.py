@@ -2,17 +2,20 @@
 """Label maps: of windows, in bounded memory, and as pictures."""
 
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmseg.structures import SegDataSample
 from mmseg.visualization import SegLocalVisualizer
 from torch.nn import functional
 
 from mmeformer.results import Segmentation
 from mmeformer.segmentation import predictor as segmentation
+from mmeformer.segmentation.graph import _AnyPool
 from mmeformer.segmentation.predictor import SegmentationPredictor, label_map
 from mmeformer.segmentation.visualizer import draw_labels
 from mmeformer.windows import cores, windows
@@ -159,3 +162,28 @@ def test_picture_names_large_regions_only():
     for text, (x, y) in texts:
         assert classes[labels[y, x]] == text
         assert 49 <= y <= 150
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (6, 12), (7, 16)])
+def test_pooling_for_any_size_is_that_of_pytorch(count, size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    pool = torch.nn.AdaptiveAvgPool2d((count, 2))
+    torch.testing.assert_close(_AnyPool(pool)(x), pool(x))
+
+
+def test_heads_that_classify_masks_have_no_threshold():
+    """Such as mmseg's ``Mask2FormerHead``."""
+    predictor = SegmentationPredictor.__new__(SegmentationPredictor)
+    predictor.dtype = np.uint8
+    logits = torch.randn(1, 3, 8, 8)
+    sample = SegDataSample(metainfo=dict(ori_shape=(8, 8), img_shape=(8, 8)))
+    model = SimpleNamespace(
+        data_preprocessor=lambda batch, training: dict(inputs=None, data_samples=[sample]),
+        inference=lambda inputs, metas: logits,
+        decode_head=object(),
+        align_corners=False,
+    )
+    predictor.inferencer = SimpleNamespace(model=model)
+    (found,) = predictor.results_of_batch({})
+    np.testing.assert_array_equal(found.labels, logits[0].argmax(0))
