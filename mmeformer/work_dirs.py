@@ -13,8 +13,15 @@ POINTER = "last_checkpoint"
 BEST = "best_*.pth"
 """Name of the best checkpoint, with its metric and its epoch or iteration."""
 REPORT = "report.html"
-SCALARS = "*/vis_data/scalars.json"
+_RUNS = "*/vis_data"
+"""Folders of runs, which exist before the first checkpoint."""
+SCALARS = f"{_RUNS}/scalars.json"
 """Logged numbers of mmengine's ``LocalVisBackend``, one file per run, named by its start."""
+
+
+def is_work_dir(folder: Path) -> bool:
+    """Whether a training has begun in a folder."""
+    return Path(folder, POINTER).is_file() or any(folder.glob(_RUNS))
 
 
 def find_config(work_dir: str | Path) -> Path:
@@ -28,7 +35,7 @@ def find_config(work_dir: str | Path) -> Path:
         raise UserError(f"{work_dir} is not a folder; give the work directory of a training")
     found = [path for path in work_dir.glob("*.py") if not is_draft(path)]
     # A copy of the local visualizer.
-    found = found or list(work_dir.glob("*/vis_data/config.py"))
+    found = found or list(work_dir.glob(f"{_RUNS}/config.py"))
     if not found:
         below = sorted(work_dir.glob(f"*/{POINTER}"))
         hint = f" such as {below[0].parent}" if below else ""

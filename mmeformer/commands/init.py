@@ -24,7 +24,7 @@ from mmeformer.formats.find import FORMATS
 from mmeformer.formats.tree import Options
 from mmeformer.tasks import TASKS
 from mmeformer.variants import VARIANTS
-from mmeformer.work_dirs import POINTER
+from mmeformer.work_dirs import is_work_dir
 
 ARCH = own_data.Request.arch
 
@@ -75,7 +75,7 @@ def add_choices(parser: argparse._ActionsContainer) -> None:
 
 def is_data(path: Path) -> bool:
     """Whether a path is that of labeled images, and not of a config or a training."""
-    return yolo.is_settings(path) or (path.is_dir() and not Path(path, POINTER).is_file())
+    return yolo.is_settings(path) or (path.is_dir() and not is_work_dir(path))
 
 
 def request_of(args: argparse.Namespace, data: Path, seed: int = 0) -> own_data.Request:

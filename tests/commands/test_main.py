@@ -166,8 +166,11 @@ def _parser():
     return parser
 
 
-def test_train_takes_a_work_directory_to_resume_only(tmp_path, capsys):
-    for name in ("nuclei.py", "last_checkpoint"):
+@pytest.mark.parametrize("trained", ["last_checkpoint", "20260101_000000/vis_data/scalars.json"])
+def test_train_takes_a_work_directory_to_resume_only(tmp_path, trained, capsys):
+    """Also before its first checkpoint."""
+    (tmp_path / trained).parent.mkdir(parents=True, exist_ok=True)
+    for name in ("nuclei.py", trained):
         (tmp_path / name).touch()
     assert main(["train", str(tmp_path)]) == 1
     assert "add --resume to go on with it" in capsys.readouterr().err
