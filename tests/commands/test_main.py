@@ -150,7 +150,7 @@ class TestConfigAndCheckpoint:
         (folder / "last_checkpoint").touch()
         for path, message in (
             (folder.parent, f"has no config (*.py), .* such as {folder}"),
-            (folder / "gone", "are required: checkpoint"),
+            (folder / "gone", "there is no work directory .*gone"),
         ):
             with pytest.raises(SystemExit):
                 cli.parse(_parser(), [str(path)], model=True)
