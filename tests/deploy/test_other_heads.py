@@ -38,6 +38,8 @@ def detector(request, tmp_path):
     config.dump(str(path))
     model = models.build_model(Config.fromfile(path))
     assert type(model).__name__ == request.param
+    # DINO has parameters that are uninitialized memory until then.
+    model.init_weights()
     checkpoint = tmp_path / "detector.pth"
     torch.save(dict(state_dict=model.state_dict()), checkpoint)
     return request.param, str(path), str(checkpoint)
