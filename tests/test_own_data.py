@@ -98,8 +98,8 @@ def test_settings_are_alive(made, task, tmp_path):
         "num_workers": ("5", lambda c: c.val_dataloader.num_workers, 5),
         "learning_rate": ("0.5", lambda c: c.optim_wrapper.optimizer.lr, 0.5),
         "full_rate": (
-            "0.7",
-            lambda c: c.param_scheduler[1].begin == int(0.7 * c.param_scheduler[1].end),
+            "0.4",
+            lambda c: c.param_scheduler[1].begin == int(0.4 * c.param_scheduler[1].end),
             True,
         ),
         "warmup_iters": ("7", lambda c: c.param_scheduler[0].end, 7),
@@ -110,7 +110,7 @@ def test_settings_are_alive(made, task, tmp_path):
         "max_iters": (
             "5",
             lambda c: (c.train_cfg.max_iters, c.param_scheduler[1].begin, c.param_scheduler[1].end),
-            (5, 3, 5),
+            (5, 2, 5),
         ),
         "scale": ("(99, 88)", lambda c: c.test_dataloader.dataset.pipeline[1].scale, (99, 88)),
         "size": ("(99, 88)", lambda c: c.test_dataloader.dataset.pipeline[1].scale, (99, 88)),
