@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmeformer.ops import status, substitute
 
-MODULES = ("nms", "box_iou_rotated", "roi_align")
+MODULES = ("nms", "box_iou_rotated", "roi_align", "roi_align_rotated")
 
 
 def use(extension) -> None:
@@ -47,7 +47,7 @@ def upright(boxes: Tensor) -> Tensor:
 
 def cases() -> dict[str, Callable[[], object]]:
     """The calls to time, by name, with the sizes of the three tasks."""
-    from mmcv.ops import box_iou_rotated, nms, nms_rotated, roi_align
+    from mmcv.ops import box_iou_rotated, nms, nms_rotated, roi_align, roi_align_rotated
 
     torch.manual_seed(0)
     found = {}
@@ -82,6 +82,21 @@ def cases() -> dict[str, Callable[[], object]]:
             )
 
         name = f"{count:,} regions of {size} x {size}, 256 channels"
+        found[f"RoIAlign, {name}"] = forward
+        found[f"RoIAlign with gradient, {name}"] = both
+    for count, size in ((512, 7), (2000, 7)):
+        maps = torch.rand(1, 256, 100, 168).requires_grad_()
+        boxes = rotated_boxes(count, 800) * torch.tensor([1, 1, 3, 3, 1])
+        rois = torch.cat([torch.zeros(count, 1), boxes], 1)
+
+        def forward(maps=maps, rois=rois, size=size):
+            return roi_align_rotated(maps.detach(), rois, size, 1 / 8, 2, True, True)
+
+        def both(maps=maps, rois=rois, size=size):
+            output = roi_align_rotated(maps, rois, size, 1 / 8, 2, True, True)
+            return torch.autograd.grad(output.sum(), maps)
+
+        name = f"{count:,} rotated regions of {size} x {size}, 256 channels"
         found[f"RoIAlign, {name}"] = forward
         found[f"RoIAlign with gradient, {name}"] = both
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators without a compiler: NMS, RoIAlign, rotated NMS and IoU, and focal loss.
+"""Operators without a compiler: NMS, RoIAlign and IoU, also of rotated boxes, and focal loss.
 
 ``mmcv.ops`` imports the compiled extension ``mmcv._ext``. If mmcv was installed without one, an
 import finder supplies :mod:`mmeformer.ops.substitute`, built on torchvision and PyTorch.

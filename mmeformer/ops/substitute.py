@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from mmeformer.errors import UserError
-from mmeformer.ops import rotated
+from mmeformer.ops import rotated, rotated_roi_align
 
 IS_SUBSTITUTE = True
 
@@ -142,6 +142,73 @@ def _require_mean(pool_mode: int) -> None:
 def _at_least_float32(tensor: Tensor) -> Tensor:
     # float16 and bfloat16 cannot place a region to a pixel in a large map.
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def roi_align_rotated_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+    clockwise: bool,
+) -> None:
+    """Write the means over the bins of every rotated region into ``output`` (K, C, height, width).
+
+    Sides below zero are mirrored, as in mmcv's CUDA kernel; its CPU kernel refuses them.
+    """
+    size = (pooled_height, pooled_width)
+    grid = rotated_roi_align.Grid(size, spatial_scale, sampling_ratio, aligned, clockwise)
+    output.copy_(rotated_roi_align.roi_align(_at_least_float32(input), rois, grid))
+
+
+def roi_align_rotated_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    grad_input: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+    clockwise: bool,
+) -> None:
+    """Write the gradient of the maps into ``grad_input`` (B, C, H, W)."""
+    size = (pooled_height, pooled_width)
+    grid = rotated_roi_align.Grid(size, spatial_scale, sampling_ratio, aligned, clockwise)
+    grad_output = _at_least_float32(grad_output)
+    grad_input.copy_(
+        rotated_roi_align.roi_align_gradient(grad_output, rois, grad_input.shape, grid)
+    )
+
+
+def diff_iou_rotated_sort_vertices_forward(
+    vertices: Tensor, mask: Tensor, num_valid: Tensor
+) -> Tensor:
+    """Indices of the corners of convex polygons in their order around the polygon.
+
+    mmcv computes the differentiable IoU of rotated boxes around this operator
+    (``mmcv.ops.diff_iou_rotated_2d``), with the corners of both boxes and all crossings of their
+    sides as candidates.
+
+    Args:
+        vertices: (B, N, M, 2), candidates, relative to a point inside of the polygon.
+        mask: (B, N, M), those that are corners of the polygon.
+        num_valid: (B, N), how many are.
+
+    Returns:
+        (B, N, M + 1) int32: the corners in order, then the first of them until the end. mmcv's
+        kernel has 9 columns, which boxes that are nearly the same exceed: all corners of both lie
+        in the other one, and sides cross next to them. It ends with candidates at 0, not with the
+        first corner; in a sum of areas between neighbors both are nothing.
+    """
+    x, y = _at_least_float32(vertices).unbind(-1)
+    order = torch.atan2(y, x).masked_fill(~mask, torch.inf).argsort(dim=-1, stable=True)
+    first = order[..., :1]
+    corner = torch.arange(order.shape[-1], device=order.device) < num_valid[..., None]
+    return torch.cat([torch.where(corner, order, first), first], -1).int()
 
 
 def sigmoid_focal_loss_forward(

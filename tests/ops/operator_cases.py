@@ -67,6 +67,19 @@ def regions(name: str, count: int = 7) -> Tensor:
     return torch.cat([torch.arange(count)[:, None] % 2, corner, corner + size], 1).float()
 
 
+def turned_regions(name: str, count: int = 7) -> Tensor:
+    """Rotated regions (count, 6) of both maps at 1/4 of an image of 48 x 64 px, some outside."""
+    boxes = torch.cat(
+        [
+            uniform(f"{name}/center", count, 2, low=-8, high=64),
+            uniform(f"{name}/size", count, 2, low=0.5, high=40),
+            uniform(f"{name}/angle", count, 1, low=-math.pi, high=math.pi),
+        ],
+        1,
+    )
+    return torch.cat([torch.arange(count)[:, None] % 2, boxes], 1).float()
+
+
 # Two pairs whose IoU is 1/2 without rounding, and a box apart.
 AT_THRESHOLD = torch.tensor(
     [
@@ -227,7 +240,48 @@ def _roi_align_cases() -> dict[str, Callable[[], dict[str, Tensor]]]:
     }
 
 
-CASES = _nms_cases() | _nms_rotated_cases() | _iou_cases() | _roi_align_cases()
+def _roi_align_rotated_cases() -> dict[str, Callable[[], dict[str, Tensor]]]:
+    def case(name, rois=None, size=3, dtype=torch.float32, **options):
+        from mmcv.ops import roi_align_rotated
+
+        maps = features(name).to(dtype).requires_grad_()
+        rois = (turned_regions(name) if rois is None else rois).to(dtype)
+        options = (
+            dict(spatial_scale=0.25, sampling_ratio=0, aligned=True, clockwise=False) | options
+        )
+        output = roi_align_rotated(maps, rois, size, *options.values())
+        output.backward(uniform(f"{name}/gradient", *output.shape, low=-1).to(dtype))
+        return {"output": output.detach(), "gradient": maps.grad}
+
+    return {
+        "roi_align_rotated/adaptive": lambda: case("a"),
+        "roi_align_rotated/two samples": lambda: case("b", sampling_ratio=2),
+        "roi_align_rotated/not aligned": lambda: case("c", aligned=False),
+        "roi_align_rotated/clockwise": lambda: case("d", clockwise=True),
+        "roi_align_rotated/oblong": lambda: case("e", size=(2, 5), clockwise=True),
+        "roi_align_rotated/whole scale": lambda: case("f", spatial_scale=1.0, clockwise=True),
+        "roi_align_rotated/float64": lambda: case("g", dtype=torch.float64),
+        "roi_align_rotated/no area": lambda: case(
+            "h", torch.tensor([[0.0, 8, 8, 0, 0, 1], [1, 8, 16, 0, 8, 1]]), sampling_ratio=2
+        ),
+        "roi_align_rotated/no area adaptive": lambda: case(
+            "i", torch.tensor([[0.0, 8, 8, 0, 0, 1], [1, 8, 16, 0, 8, 1]])
+        ),
+        "roi_align_rotated/no area, not aligned": lambda: case(
+            "j", torch.tensor([[0.0, 8, 8, 0, 0, 1], [1, 8, 16, 0, 8, 1]]), aligned=False
+        ),
+        "roi_align_rotated/one": lambda: case("k", turned_regions("k", 1)),
+        "roi_align_rotated/empty": lambda: case("l", turned_regions("l", 0)),
+    }
+
+
+CASES = (
+    _nms_cases()
+    | _nms_rotated_cases()
+    | _iou_cases()
+    | _roi_align_cases()
+    | _roi_align_rotated_cases()
+)
 
 
 def write_goldens() -> None:

@@ -20,12 +20,24 @@ from ops.operator_cases import (
     regions,
     scores,
     turned,
+    turned_regions,
+    uniform,
 )
-from rotated_boxes import polygon_iou
+from rotated_boxes import outline, polygon_iou
 
 from mmeformer.errors import UserError
-from mmeformer.ops import rotated, status, substitute
+from mmeformer.ops import rotated, rotated_roi_align, status, substitute
 
+MODULES = (
+    "nms",
+    "box_iou_rotated",
+    "roi_align",
+    "roi_align_rotated",
+    "diff_iou_rotated",
+    "focal_loss",
+    "deform_conv",
+    "roi_pool",
+)
 # mmcv's CPU kernels differ here on purpose: see the tests named after them.
 DIFFERENT = {"nms_rotated/at the threshold", "nms_rotated/labels"}
 
@@ -38,7 +50,7 @@ def golden():
 @pytest.fixture
 def ours(monkeypatch):
     """``mmcv.ops`` on our operators, whatever is installed."""
-    for name in ("nms", "box_iou_rotated", "roi_align", "focal_loss", "deform_conv", "roi_pool"):
+    for name in MODULES:
         module = importlib.import_module(f"mmcv.ops.{name}")
         monkeypatch.setattr(module, "ext_module", substitute)
 
@@ -298,6 +310,275 @@ def test_roi_align_by_maxima_is_refused(ours):
         roi_align(features("max"), regions("max"), 3, 0.25, 0, "max", True)
 
 
+# --- RoIAlign of rotated regions ------------------------------------------------------------------
+
+
+def roi_align_rotated_by_loops(maps, rois, size, scale, samples, aligned, clockwise):
+    """Every sample by itself: in a region around the origin, then turned and moved."""
+    result = np.zeros((len(rois), maps.shape[1], *size))
+    for number, (image, x, y, width, height, angle) in enumerate(rois):
+        x, y = (value * scale - 0.5 * aligned for value in (x, y))
+        width, height = (value * scale for value in (width, height))
+        if not aligned:
+            width, height = max(width, 1), max(height, 1)
+        turn = complex(math.cos(angle), math.sin(angle) * (1 if clockwise else -1))
+        bin_h, bin_w = height / size[0], width / size[1]
+        count_y, count_x = samples or math.ceil(bin_h), samples or math.ceil(bin_w)
+        for channel, row, column in np.ndindex(result.shape[1:]):
+            values = []
+            for i, j in np.ndindex(count_y, count_x):
+                down = (row + (i + 0.5) / count_y) * bin_h - height / 2
+                right = (column + (j + 0.5) / count_x) * bin_w - width / 2
+                # Multiplied by a number of length 1, a point turns; y is the imaginary part.
+                point = complex(right, down) * turn + complex(x, y)
+                values.append(sample(maps[int(image), channel], point.imag, point.real))
+            result[number, channel, row, column] = sum(values) / max(len(values), 1)
+    return result
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("clockwise", [True, False])
+def test_rotated_roi_align_is_the_mean_of_bilinear_samples(samples, aligned, clockwise, ours):
+    from mmcv.ops import RoIAlignRotated
+
+    maps, rois = features("loops").double(), turned_regions("loops").double()
+    setting = (2, 3), 0.25, samples, aligned, clockwise
+    expected = roi_align_rotated_by_loops(maps.numpy(), rois.numpy(), *setting)
+    output = RoIAlignRotated(*setting)(maps, rois)
+    np.testing.assert_allclose(output.numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+@pytest.mark.parametrize("clockwise", [True, False])
+def test_rotated_roi_align_at_angle_0_is_roi_align(samples, clockwise, ours):
+    from mmcv.ops import roi_align, roi_align_rotated
+
+    rois = turned_regions("upright", 20).double()
+    rois[:, 5] = 0
+    image, center, size = rois[:, :5].split([1, 2, 2], 1)
+    upright = torch.cat([image, center - size / 2, center + size / 2], 1)
+    results = []
+    for operator, regional, last in (
+        (roi_align, upright, ("avg", True)),
+        (roi_align_rotated, rois, (True, clockwise)),
+    ):
+        maps = features("upright").double().requires_grad_()
+        output = operator(maps, regional, (2, 3), 0.25, samples, *last)
+        output.square().sum().backward()
+        results.append((output.detach(), maps.grad))
+    torch.testing.assert_close(*results)
+
+
+def test_rotated_roi_align_after_a_quarter_turn(ours):
+    from mmcv.ops import roi_align_rotated
+
+    maps = features("quarter")
+    rois = torch.tensor([[0.0, 30, 20, 24, 12, 0], [1, 40, 26, 16, 20, 0]])
+    upright = roi_align_rotated(maps, rois, 4, 0.25, 2, True, True)
+    turned = rois[:, [0, 1, 2, 4, 3, 5]] + torch.tensor([0, 0, 0, 0, 0, math.pi / 2])
+    # From the x axis, to the right, to the y axis, downwards: what was the left side is on top.
+    output = roi_align_rotated(maps, turned, 4, 0.25, 2, True, True)
+    torch.testing.assert_close(output, upright.rot90(1, (2, 3)))
+    output = roi_align_rotated(maps, turned, 4, 0.25, 2, True, False)
+    torch.testing.assert_close(output, upright.rot90(-1, (2, 3)))
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+def test_gradient_of_rotated_roi_align(samples, ours):
+    from mmcv.ops import roi_align_rotated
+
+    maps = features("check")[:, :1, :4, :5].double().requires_grad_()
+    rois = turned_regions("check", 3).double()
+    assert torch.autograd.gradcheck(
+        lambda maps: roi_align_rotated(maps, rois, 2, 0.1, samples, True, True), maps
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 10])
+def test_rotated_roi_align_in_parts(parts, ours, monkeypatch):
+    from mmcv.ops import roi_align_rotated
+
+    def both():
+        maps = features("parts").double().requires_grad_()
+        output = roi_align_rotated(maps, turned_regions("parts").double(), 3, 0.25)
+        output.square().sum().backward()
+        return output.detach(), maps.grad
+
+    expected = both()
+    monkeypatch.setattr(rotated_roi_align, "_SAMPLES", parts)
+    torch.testing.assert_close(both(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rotated_roi_align_in_half_types_places_regions_exactly(dtype, ours):
+    from mmcv.ops import roi_align_rotated
+
+    maps, rois = features("half").to(dtype).requires_grad_(), turned_regions("half")
+    output = roi_align_rotated(maps, rois, 3, 0.25)
+    output.sum().backward()
+    exact = maps.detach().float().requires_grad_()
+    expected = roi_align_rotated(exact, rois, 3, 0.25)
+    expected.sum().backward()
+    assert output.dtype == maps.grad.dtype == dtype
+    assert torch.equal(output, expected.to(dtype))
+    assert torch.equal(maps.grad, exact.grad.to(dtype))
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+def test_rotated_regions_that_are_not_finite_are_0(samples, ours):
+    from mmcv.ops import roi_align_rotated
+
+    rois = turned_regions("finite", 12).repeat_interleave(2, 0)
+    rois[torch.arange(0, 20, 2), torch.arange(10) % 5 + 1] = torch.tensor([math.nan, math.inf] * 5)
+    maps = features("finite").requires_grad_()
+    output = roi_align_rotated(maps, rois, 3, 0.25, samples)
+    wrong = ~rois.isfinite().all(1)
+    assert wrong.sum() == 10 and (output[wrong] == 0).all()
+    assert torch.equal(output[~wrong], roi_align_rotated(maps, rois[~wrong], 3, 0.25, samples))
+    output.sum().backward()
+    assert maps.grad.isfinite().all()
+
+
+def test_rotated_regions_of_sides_below_0(ours):
+    """mmcv's CPU kernel refuses them; its CUDA kernel turns the region over, or finds no sample."""
+    from mmcv.ops import roi_align_rotated
+
+    maps = features("negative")
+    roi = torch.tensor([[0.0, 30, 20, 24, 12, 0.3]])
+    other = roi * torch.tensor([1, 1, 1, -1, 1, 1])
+    output = roi_align_rotated(maps, other, 3, 0.25, 2)
+    torch.testing.assert_close(output, roi_align_rotated(maps, roi, 3, 0.25, 2).flip(3))
+    assert (roi_align_rotated(maps, other, 3, 0.25, 0) == 0).all()
+
+
+def test_rotated_roi_align_takes_maps_in_any_memory_format(ours):
+    from mmcv.ops import roi_align_rotated
+
+    maps, rois = features("format"), turned_regions("format")
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        leaf = maps.clone(memory_format=memory_format).requires_grad_()
+        output = roi_align_rotated(leaf, rois, 3, 0.25)
+        output.square().sum().backward()
+        results.append((output.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_rotated_regions_of_an_image_that_is_not_there(ours):
+    from mmcv.ops import roi_align_rotated
+
+    with pytest.raises(RuntimeError):
+        roi_align_rotated(features("batch"), torch.tensor([[2.0, 8, 8, 8, 8, 0]]), 3, 0.25)
+
+
+# --- differentiable IoU of rotated boxes ----------------------------------------------------------
+
+
+def diff_iou(boxes1, boxes2):
+    from mmcv.ops import diff_iou_rotated_2d
+
+    return diff_iou_rotated_2d(boxes1[None], boxes2[None])[0]
+
+
+def pairs(name, count=60):
+    """Pairs of boxes (count, 5) in float64, most of which overlap."""
+    return turned(f"{name}/first", count, 60).double(), turned(f"{name}/second", count, 60).double()
+
+
+def test_differentiable_iou_is_that_of_polygons(ours):
+    boxes1, boxes2 = pairs("shapely")
+    for first, second in (
+        (boxes1, boxes2),
+        # Sides on one line, corners in one place, one box in the other, the same box.
+        (boxes1.round(), torch.cat([boxes1[:, :4].round() + 4, boxes1[:, 4:].round()], 1)),
+        (boxes1, boxes1 * torch.tensor([1, 1, 0.5, 0.5, 1])),
+        (boxes1, boxes1),
+    ):
+        expected = []
+        for one, other in zip(first.numpy(), second.numpy(), strict=True):
+            common = outline(one).intersection(outline(other)).area
+            expected.append(common / (outline(one).area + outline(other).area - common))
+        np.testing.assert_allclose(diff_iou(first, second).numpy(), expected, atol=1e-8)
+
+
+def test_gradient_of_differentiable_iou(ours):
+    boxes1, boxes2 = (boxes.requires_grad_() for boxes in pairs("differences"))
+    assert torch.autograd.gradcheck(diff_iou, (boxes1, boxes2), eps=1e-6, atol=1e-5)
+    gradient = torch.autograd.grad(diff_iou(boxes1, boxes2).sum(), boxes1)[0]
+    assert (gradient != 0).any(1).sum() >= 30, "says nothing"
+
+
+def test_differentiable_iou_of_nearly_the_same_boxes(ours):
+    """All 8 corners lie in the other box, and sides cross next to them: more than 9 candidates."""
+    boxes, _ = pairs("nearly")
+    for distance in (1e-4, 1e-5, 1e-6, 1e-7):
+        noise = uniform("nearly", 60, 5, low=-distance, high=distance).double()
+        near = (boxes + noise).requires_grad_()
+        iou = diff_iou(near, boxes)
+        iou.sum().backward()
+        torch.testing.assert_close(iou, torch.ones_like(iou), rtol=0, atol=1e-3)
+        assert near.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_differentiable_iou_of_degenerate_pairs_is_finite(dtype, ours):
+    box = torch.tensor([50.0, 30, 8, 4, 0.3], dtype=dtype)
+    others = torch.tensor(
+        [
+            [50.0, 30, 8, 4, 0.3],  # the same
+            [50, 30, 4, 8, 0.3 + math.pi / 2],  # the same, described otherwise
+            [90, 30, 8, 4, 0.3],  # apart
+            [50, 30, 0, 4, 0.3],
+            [50, 30, 8, 0, 0.3],
+            [50, 30, 0, 0, 0.3],
+            [0, 0, 0, 0, 0],
+            [50, 30, 1e4, 1e-3, 0],
+        ],
+        dtype=dtype,
+    )
+    boxes1, boxes2 = box.repeat(len(others), 1).requires_grad_(), others.requires_grad_()
+    iou = diff_iou(boxes1, boxes2)
+    iou.sum().backward()
+    assert boxes1.grad.isfinite().all() and boxes2.grad.isfinite().all()
+    assert ((iou >= 0) & (iou <= 1 + 1e-6)).all()
+    # mmcv adds 1e-8 to divisors.
+    assert (iou[2:7] < 1e-6).all() and (boxes2.grad[2] == 0).all()
+
+
+def test_differentiable_iou_of_two_boxes_without_area_is_not_a_number(ours):
+    """mmcv divides by the union itself; ours (``mmeformer.ops.iou``) is 0 there."""
+    point = torch.tensor([[5.0, 5, 0, 0, 0]])
+    assert diff_iou(point, point).isnan().all()
+
+
+def test_differentiable_iou_of_groups_of_boxes(ours):
+    from mmcv.ops import diff_iou_rotated_2d
+
+    boxes1, boxes2 = pairs("groups")
+    expected = diff_iou(boxes1, boxes2)
+    boxes1, boxes2 = boxes1.view(3, 20, 5), boxes2.view(3, 20, 5)
+    torch.testing.assert_close(diff_iou_rotated_2d(boxes1, boxes2).flatten(), expected)
+
+
+def test_differentiable_iou_of_solids(ours):
+    from mmcv.ops import diff_iou_rotated_3d
+
+    boxes1, boxes2 = pairs("solids")
+    # All 2 px high, the second ones half a box higher.
+    height, low = torch.full((60, 1), 2.0), torch.zeros(60, 1)
+    solid1, solid2 = (
+        torch.cat([boxes[:, :2], z, boxes[:, 2:4], height, boxes[:, 4:]], 1)
+        for boxes, z in ((boxes1, low), (boxes2, low + 1))
+    )
+    area = boxes1[:, 2:4].prod(1) + boxes2[:, 2:4].prod(1)
+    iou = diff_iou(boxes1, boxes2)
+    common = iou * area / (1 + iou)
+    solid = diff_iou_rotated_3d(solid1[None], solid2[None])[0]
+    torch.testing.assert_close(solid, common / (2 * area - common))
+
+
 # --- focal loss -----------------------------------------------------------------------------------
 
 
@@ -419,15 +700,28 @@ def deterministic():
 def test_all_run_in_deterministic_mode(device, ours, deterministic):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    from mmcv.ops import box_iou_rotated, nms, nms_rotated, roi_align, sigmoid_focal_loss
+    from mmcv.ops import (
+        box_iou_rotated,
+        nms,
+        nms_rotated,
+        roi_align,
+        roi_align_rotated,
+        sigmoid_focal_loss,
+    )
 
     boxes, values = turned("strict", 300).to(device), scores("strict", 300).to(device)
-    rois = regions("strict").to(device)
+    rois, turned_rois = regions("strict").to(device), turned_regions("strict").to(device)
     results = []
     for _ in range(2):
         maps = features("strict").to(device).requires_grad_()
         regional = roi_align(maps, rois, 3, 0.25, 0, "avg", True)
         regional.square().sum().backward()
+        turned_maps = features("strict").to(device).requires_grad_()
+        turned_regional = roi_align_rotated(turned_maps, turned_rois, 3, 0.25)
+        turned_regional.square().sum().backward()
+        predicted = boxes.clone().requires_grad_()
+        iou = diff_iou(predicted, boxes.roll(1, 0))
+        iou.sum().backward()
         logits = boxes.detach().clone().requires_grad_()
         loss = sigmoid_focal_loss(logits, labels("strict", 300).to(device))
         loss.backward()
@@ -438,6 +732,10 @@ def test_all_run_in_deterministic_mode(device, ours, deterministic):
                 box_iou_rotated(boxes, boxes),
                 regional.detach(),
                 maps.grad,
+                turned_regional.detach(),
+                turned_maps.grad,
+                iou.detach(),
+                predicted.grad,
                 loss.detach(),
                 logits.grad,
             ]
@@ -446,11 +744,13 @@ def test_all_run_in_deterministic_mode(device, ours, deterministic):
 
 
 def test_compiled_by_torch(ours):
-    from mmcv.ops import nms, nms_rotated, roi_align
+    from mmcv.ops import nms, nms_rotated, roi_align, roi_align_rotated
 
     def everything(maps, rois, boxes, values):
         regional = roi_align(maps, rois, 3, 0.25, 2, "avg", True)
-        return regional, nms_rotated(boxes, values, 0.1)[1], nms(rois[:, 1:], rois[:, 1], 0.5)[1]
+        turned_regional = roi_align_rotated(maps, turned_regions("compile"), 3, 0.25)
+        kept = nms_rotated(boxes, values, 0.1)[1], nms(rois[:, 1:], rois[:, 1], 0.5)[1]
+        return regional, turned_regional, diff_iou(boxes, boxes.roll(1, 0)), *kept
 
     arguments = (
         features("compile"),
@@ -464,10 +764,12 @@ def test_compiled_by_torch(ours):
     torch.testing.assert_close(found, expected)
 
 
-def test_roi_align_with_gradient_compiled_by_torch(ours):
-    from mmcv.ops import RoIAlign
+@pytest.mark.parametrize("turn", [False, True])
+def test_roi_align_with_gradient_compiled_by_torch(turn, ours):
+    from mmcv.ops import RoIAlign, RoIAlignRotated
 
-    layer, rois = RoIAlign(3, spatial_scale=0.25, sampling_ratio=2), regions("compile")
+    rois = turned_regions("compile") if turn else regions("compile")
+    layer = (RoIAlignRotated if turn else RoIAlign)(3, spatial_scale=0.25, sampling_ratio=2)
     torch._dynamo.reset()
     grads = []
     for function in (layer, torch.compile(layer, backend="aot_eager")):
