@@ -109,7 +109,7 @@ param_scheduler = [
     dict(
         type="CosineAnnealingLR",
         by_epoch=True,
-        begin=0,
+        begin=int(0.7 * epochs),
         end=epochs,
         eta_min_ratio=0.01,
         convert_to_iter_based=True,

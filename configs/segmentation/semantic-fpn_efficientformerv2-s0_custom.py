@@ -108,12 +108,11 @@ train_cfg = dict(max_iters=max_iters, val_interval=max(1, max_iters // 10))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=warmup_iters),
     dict(
-        type="PolyLR",
-        power=0.9,
-        eta_min=1e-6,
+        type="CosineAnnealingLR",
         by_epoch=False,
-        begin=min(warmup_iters, max_iters - 1),
+        begin=int(0.7 * max_iters),
         end=max_iters,
+        eta_min_ratio=0.01,
     ),
 ]
 optim_wrapper = dict(optimizer=dict(lr=learning_rate), clip_grad=dict(max_norm=10, norm_type=2))

@@ -233,7 +233,6 @@ test_dataloader = dict(dataset=test_data, **loader)
 train_cfg = dict(max_iters=max_iters, val_interval=max(1, max_iters // 10))
 param_scheduler = _base_.param_scheduler
 param_scheduler[0].end = warmup_iters
-param_scheduler[1] = dict(type="CosineAnnealingLR", by_epoch=False, eta_min_ratio=0.01)
 param_scheduler[1].update(begin=min(int(full_rate * max_iters), max_iters - 1), end=max_iters)
 optim_wrapper = dict(type=optimizer_type, optimizer=dict(lr=learning_rate))
 auto_scale_lr = dict(base_batch_size=batch_size)

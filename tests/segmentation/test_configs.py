@@ -215,7 +215,7 @@ def test_custom_template_of_a_training_shorter_than_its_warm_up(tmp_path):
         config = edited_template(tmp_path, max_iters=str(iterations))
         schedule = config.param_scheduler[1]
         assert schedule.begin < schedule.end == iterations
-    assert edited_template(tmp_path).param_scheduler[1].begin == 200
+    assert edited_template(tmp_path).param_scheduler[1].begin == 5600
 
 
 def test_custom_template_carries_its_settings_everywhere(tmp_path):
