@@ -139,7 +139,8 @@ def test_a_graph_has_no_chunks(monkeypatch):
             return attention.attend(query, key, value, bias, SIZE, scale=0.5)
 
     with torch.no_grad():
-        graph = torch.jit.trace(Attention(), (query, key, value))
+        # As in exports. A check would see offsets of the bias, which a second run has cached.
+        graph = torch.jit.trace(Attention(), (query, key, value), check_trace=False)
     assert str(graph.graph).count("aten::softmax") == 1
 
 
