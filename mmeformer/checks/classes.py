@@ -99,12 +99,11 @@ def require_counts(config: Mapping, model: nn.Module, splits: Sequence[str]) -> 
     hooks = {type_name(hook) for hook in config.get("custom_hooks") or ()}
     try:
         for split in splits:
-            path = f"{split}_dataloader.dataset"
-            for place, settings in flat(
-                (config.get(f"{split}_dataloader") or {}).get("dataset"), path
-            ):
+            name = f"{split}_dataloader"
+            dataset = (config.get(name) or {}).get("dataset")
+            for path, settings in flat(dataset, f"{name}.dataset"):
                 if classes := _configured(settings):
-                    require_count(model, classes, place)
+                    require_count(model, classes, path)
     except ValueError as error:
         if hooks & set(COUNTING_HOOKS):
             raise

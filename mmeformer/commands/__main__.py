@@ -112,9 +112,9 @@ def main(argv: list[str] | None = None) -> int:
         from mmeformer.doctor import known_fix
 
         text = f"{type(error).__name__}: {error}"
-        fix = known_fix(text) or "mmeformer doctor names the fix"
-        if isinstance(error, ModuleNotFoundError):
-            fix = "pip install 'mmeformer[all]'"
+        missing = isinstance(error, ModuleNotFoundError)
+        usual = "pip install 'mmeformer[all]'" if missing else "mmeformer doctor names the fix"
+        fix = known_fix(text) or usual
         print(f"error: this installation does not work: {text}; {fix}", file=sys.stderr)
         return 1
     return command.main(arguments[1:])

@@ -95,6 +95,7 @@ def test_wrong_arguments_are_one_line_with_the_next_step(line, message, capsys):
             "ImportError: libGL.so.1: cannot open shared object file; install only the OpenCV that",
         ),
         (ModuleNotFoundError("No module named 'timm'"), "'timm'; pip install 'mmeformer[all]'"),
+        (ModuleNotFoundError("No module named 'pkg_resources'"), "pip install 'setuptools<81'"),
         (RuntimeError("something else"), "something else; mmeformer doctor names the fix"),
     ],
 )
