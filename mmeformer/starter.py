@@ -90,7 +90,7 @@ class Starter:
         rates: learning rates for that batch.
         full_rate: share of the training at the full rate, before it falls by a cosine. If it fell
             from the start it would be low for most of a short training (docs/recipes.md). RTMDet's
-            recipe has 0.5 (mmdet, configs/rtmdet), Haegele et al. (arXiv 2405.18392) 0.8.
+            recipe has 0.5 (mmdet, configs/rtmdet).
     """
 
     kinds: tuple[str, ...] = ()
