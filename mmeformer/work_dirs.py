@@ -55,7 +55,7 @@ def best_checkpoint(work_dir: str | Path) -> Path | None:
 def named_checkpoint(work_dir: str | Path) -> Path | None:
     """The file that :data:`POINTER` names, which may have been moved since; None if it has none."""
     pointer = Path(work_dir, POINTER)
-    text = pointer.read_text().strip() if pointer.is_file() else ""
+    text = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
     return Path(text) if text else None
 
 
