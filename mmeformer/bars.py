@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Collection, Iterator
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +20,27 @@ from rich.progress import (
 
 LINE_EVERY = 30
 """Seconds between lines if the output is not a terminal."""
+COUNT_EVERY = 10
+"""Seconds between lines of :func:`counted`."""
+
+Item = TypeVar("Item")
+
+
+def counted(items: Collection[Item], text: str) -> Iterator[Item]:
+    """Go through items, and say on stderr how many are done, every :data:`COUNT_EVERY` seconds.
+
+    Small data sets are read in less, without a line.
+
+    Args:
+        items: of any kind.
+        text: of the line, before the numbers.
+    """
+    said = time.monotonic()
+    for done, item in enumerate(items):
+        if (now := time.monotonic()) >= said + COUNT_EVERY:
+            said = now
+            print(f"{text}: {done:,} of {len(items):,}", file=sys.stderr, flush=True)
+        yield item
 
 
 class Bars(Progress):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mmeformer.bars import counted
 from mmeformer.checks.findings import ERROR, WARNING, Finding
 from mmeformer.images import (
     JPEG_END,
@@ -143,10 +144,17 @@ def sample_sides(paths: Sequence[str], limit: int) -> list[int]:
     return [side for side in sides if side is not None]
 
 
-def in_threads(function, items: Sequence) -> list:
-    """``[function(item) for item in items]`` in several threads; for file access."""
+def in_threads(function, items: Sequence, text: str = "files read") -> list:
+    """``[function(item) for item in items]`` in several threads; for file access.
+
+    Args:
+        function: of an item.
+        items: such as paths.
+        text: of :func:`mmeformer.bars.counted`.
+    """
     with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool:
-        return list(pool.map(function, items))
+        found = pool.map(function, items)
+        return [next(found) for _ in counted(items, text)]
 
 
 def find_missing(paths: Sequence[str]) -> list[Finding]:
@@ -185,7 +193,9 @@ def check_images(
     def check(path: str) -> Finding | None:
         return check_image(path, None if sizes is None else sizes[path], decode, reading)
 
-    findings = [finding for finding in in_threads(check, paths) if finding is not None]
+    findings = [
+        finding for finding in in_threads(check, paths, "images checked") if finding is not None
+    ]
     if reading is None or reading.stretch is None:
         bad = {finding.path for finding in findings}
         findings += check_depth([path for path in paths if path not in bad])

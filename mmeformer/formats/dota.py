@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmeformer.bars import counted
 from mmeformer.checks.findings import ERROR, Finding
 from mmeformer.formats.lists import split_by_lists
 from mmeformer.formats.tree import (
@@ -55,7 +56,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
     texts = tree.named_like_images(".txt")
     found: list[LabeledImage] = []
     labels: dict[str, int] = {}
-    for path in texts:
+    for path in counted(texts, "label files read"):
         try:
             objects = read_labels(path)
         except ValueError as error:

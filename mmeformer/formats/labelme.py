@@ -16,6 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from mmeformer.bars import counted
 from mmeformer.checks.findings import ERROR, WARNING, Finding
 from mmeformer.formats.lists import split_by_lists
 from mmeformer.formats.tree import (
@@ -63,7 +64,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
     found: list[LabeledImage] = []
     labels: dict[str, int] = {}
     kinds: set[str] = set()
-    for path in tree.with_suffix(".json"):
+    for path in counted(tree.with_suffix(".json"), "label files read"):
         try:
             content = json.loads(path.read_bytes())
             if not isinstance(content, dict) or "shapes" not in content:

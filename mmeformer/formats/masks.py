@@ -206,7 +206,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
         )
     findings: list[Finding] = []
     sizes = read_sizes([image for image, _ in pairs], findings)
-    read = in_threads(_values, [mask for _, mask in pairs])
+    read = in_threads(_values, [mask for _, mask in pairs], "masks read")
     good: list[tuple[LabeledImage, _Values]] = []
     for (image, mask), values in zip(pairs, read, strict=True):
         if isinstance(values, Finding):

@@ -260,7 +260,7 @@ def read_sizes(paths: Iterable[Path], findings: list[Finding]) -> dict[Path, tup
         return header.width, header.height
 
     sizes = {}
-    for path, found in zip(paths, in_threads(size, paths), strict=True):
+    for path, found in zip(paths, in_threads(size, paths, "images read"), strict=True):
         if isinstance(found, Finding):
             findings.append(found)
         else:

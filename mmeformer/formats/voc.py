@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from mmeformer.bars import counted
 from mmeformer.checks.findings import ERROR, Finding
 from mmeformer.formats.lists import split_by_lists
 from mmeformer.formats.tree import (
@@ -52,7 +53,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
     findings: list[Finding] = []
     found: list[LabeledImage] = []
     labels: dict[str, int] = {}
-    for path in tree.with_suffix(".xml"):
+    for path in counted(tree.with_suffix(".xml"), "label files read"):
         try:
             image = _read(path, tree, labels)
         except (ElementTree.ParseError, ValueError) as error:

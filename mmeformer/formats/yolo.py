@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from mmeformer.bars import counted
 from mmeformer.checks.findings import ERROR, WARNING, Finding
 from mmeformer.errors import UserError
 from mmeformer.formats.lists import split_by_lists
@@ -164,7 +165,7 @@ def read(tree: Tree, options: Options) -> LabeledData:
         split_by_lists(tree, found, notes)
     lines = [
         (image, line)
-        for image in found
+        for image in counted(found, "label files read")
         if image.source is not None
         for line in _read_labels(image.source, len(names), findings, has_points)
     ]

@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from mmengine.dataset import BaseDataset
 
+from mmeformer.bars import counted
+
 SCORE_THR = 0.3
 """Score above which a detection counts in the confusion matrix and in the scores of images."""
 IOU_THR = 0.5
@@ -284,7 +286,7 @@ def entries_of(datasets: Sequence[BaseDataset]) -> Iterable[dict]:
     """What data sets know of each of their images, without loading it."""
     for dataset in datasets:
         dataset.full_init()
-        for index in range(len(dataset)):
+        for index in counted(range(len(dataset)), "labels counted"):
             yield dataset.get_data_info(index)
 
 

@@ -95,7 +95,7 @@ def image_sizes(stems: Sequence[str], images: Mapping[str, Path]) -> dict[str, t
             return None
         return header.width, header.height
 
-    found = zip(stems, in_threads(size, stems), strict=True)
+    found = zip(stems, in_threads(size, stems, "images read"), strict=True)
     return {stem: size for stem, size in found if size is not None}
 
 

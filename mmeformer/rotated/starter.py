@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mmeformer.bars import counted
 from mmeformer.checks.findings import WARNING, Finding
 from mmeformer.errors import UserError
 from mmeformer.files import write_text
@@ -78,7 +79,9 @@ class RotatedStarter(Starter):
                 continue
             source = (folder / split / "images.txt", folder / split / "labels")
             cut = Split([source], folder / split / "patches", CutSettings(size=PATCH))
-            for outcome in cut.run(min(8, os.cpu_count() or 1)):
+            outcomes = cut.run(min(8, os.cpu_count() or 1))
+            steps = counted(cut.pending, "images cut")
+            for outcome, _ in zip(outcomes, steps, strict=False):
                 if outcome.error is not None:
                     raise UserError(f"{outcome.job.image} cannot be cut: {outcome.error}")
                 total += len(outcome.patches)
@@ -200,7 +203,7 @@ def _write(
         folder: of the split.
     """
     listed = []
-    for image in images:
+    for image in counted(images, "label files written"):
         name = files[image.path]
         row = image.path.as_posix()
         listed.append(f"{row}\n" if name == image.path.stem else f"{row}\t{name}\n")

@@ -75,7 +75,7 @@ def check_pairs(
     """
     exists = in_threads(os.path.isfile, [mask for _, mask in pairs])
     readable = [pair for pair, found in zip(pairs, exists, strict=True) if found][:limit]
-    read = in_threads(partial(_read_pair, decode=decode, reading=reading), readable)
+    read = in_threads(partial(_read_pair, decode=decode, reading=reading), readable, "masks read")
     findings = [
         Finding(
             ERROR,

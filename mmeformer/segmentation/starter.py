@@ -92,7 +92,7 @@ class SegmentationStarter(Starter):
                     image, names[image.path], folder, read(image.mask), image.pixels
                 )
 
-            data = replace(data, images=in_threads(convert, data.images))
+            data = replace(data, images=in_threads(convert, data.images, "masks written"))
         for split in SPLITS:
             if images := data.of_split(split):
                 rows = [
