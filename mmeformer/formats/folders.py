@@ -106,12 +106,11 @@ def read(tree: Tree, options: Options) -> LabeledData:
     """The images of all class folders."""
     places = _places(tree, asked=options.format == FORMAT)
     classes = sorted(_classes(places))
+    labels = {name: label for label, name in enumerate(classes)}
     findings: list[Finding] = []
     sizes = read_sizes(places, findings)
     images = [
-        LabeledImage(
-            path, *sizes[path], label=classes.index(place.folders[0]), split=_split_of(place)
-        )
+        LabeledImage(path, *sizes[path], label=labels[place.folders[0]], split=_split_of(place))
         for path, place in places.items()
         if path in sizes
     ]
