@@ -10,10 +10,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first, format_findings
+from mmeformer.checks.findings import (
+    ERROR,
+    WARNING,
+    Finding,
+    errors_first,
+    first_of,
+    format_findings,
+)
 from mmeformer.errors import UserError
 from mmeformer.formats import coco, dota, folders, labelme, masks, splits, voc, yolo
 from mmeformer.formats.tree import Options, Tree
+from mmeformer.garbage import without_collection
 from mmeformer.labeled import LabeledData, LabeledImage, LabeledObject, bounding_box
 
 FORMATS = dict(
@@ -28,6 +36,7 @@ _THIN = 0.01
 """Width in pixels below which a rotated box has none: label files of DOTA have hundredths."""
 
 
+@without_collection()
 def read_folder(
     folder: Path, options: Options, *, skip_bad: bool = False, seed: int = 0
 ) -> LabeledData:
@@ -166,7 +175,7 @@ def _drop_unused(data: LabeledData) -> None:
     kept = [label for label in range(len(data.classes)) if counts[label]]
     unused = [name for label, name in enumerate(data.classes) if not counts[label]]
     if unused:
-        text = f"{', '.join(unused)}: no object, so left out of the classes"
+        text = f"{first_of(unused, 20)}: no object, so left out of the classes"
         data.findings.append(Finding(WARNING, "unused class", str(data.root), text))
     new = {label: place for place, label in enumerate(kept)}
     data.classes = tuple(data.classes[label] for label in kept)

@@ -26,6 +26,7 @@ from mmengine.runner import Runner
 from mmeformer import configs, tasks
 from mmeformer.checkpoints import safe_load
 from mmeformer.checks.dataset import datasets_of
+from mmeformer.checks.findings import first_of
 from mmeformer.errors import UserError
 from mmeformer.files import write_text
 from mmeformer.images import read_image
@@ -390,7 +391,7 @@ class _Report:
         )
         body = page.table(page.Table(("class", found.unit, "images with it"), rows))
         if absent := [name for name, amount, _ in rows if not amount]:
-            text += page.note(f"No training label: {', '.join(absent)}.")
+            text += page.note(f"No training label: {first_of(absent, 20)}.")
         return text + page.folded("Numbers of every class", body)
 
     def _speed(self) -> str:

@@ -1480,7 +1480,7 @@ class TestRecognition:
         content["names"] = ["boat", "car", "plane"]
         (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
         data = read(tmp_path)
-        assert data.classes == sets.CLASSES and "plane: no object" in data.findings[0].message
+        assert data.classes == sets.CLASSES and "['plane']: no object" in data.findings[0].message
 
 
 @pytest.mark.parametrize(
