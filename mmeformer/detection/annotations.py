@@ -105,9 +105,14 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def are_numbers(values: list) -> bool:
+    """:func:`is_number` of all values; a data set has millions, so without a call for each."""
+    return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
+
+
 def is_box(value: object) -> bool:
     """Whether a value of a JSON file is a list of four finite numbers."""
-    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+    return isinstance(value, list) and len(value) == 4 and are_numbers(value)
 
 
 def is_flag(value: object) -> bool:

@@ -11,9 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from mmeformer.bars import counted
 from mmeformer.checks.findings import ERROR, WARNING, Finding, errors_first, first_of
 from mmeformer.checks.images import check_images, find_missing
-from mmeformer.detection.annotations import LISTS, file_key, is_box, is_coco, is_flag, is_number
+from mmeformer.detection.annotations import (
+    LISTS,
+    are_numbers,
+    file_key,
+    is_box,
+    is_coco,
+    is_flag,
+)
 from mmeformer.images import PLAIN, Reading
 
 LEFT_OUT = ("empty box", "inverted box", "box outside image", "short polygon")
@@ -115,7 +123,7 @@ def _check_annotations(
     """Check the entries of ``annotations`` one by one; ``wrong`` gets what is found."""
     counts = _Counts()
     seen: set[str] = set()
-    for index, annotation in enumerate(annotations):
+    for index, annotation in enumerate(counted(annotations, "objects checked")):
         if fault := _annotation_fault(annotation):
             wrong("bad entry", f"annotations[{index}] {fault}; export the file again")
             continue
@@ -352,7 +360,7 @@ def _mask_finding(annotation: Mapping, image: Mapping) -> tuple[str, str, str] |
 
 def _polygon_finding(polygons: list, image: Mapping) -> tuple[str, str, str] | None:
     for polygon in polygons:
-        if not isinstance(polygon, list) or not all(map(is_number, polygon)):
+        if not isinstance(polygon, list) or not are_numbers(polygon):
             text = "segmentation is not a list of polygons of finite numbers"
             return "bad entry", text, ERROR
         if len(polygon) % 2 or len(polygon) < 6:

@@ -18,6 +18,7 @@ from mmeformer.checks.interface import CheckedDataset
 from mmeformer.detection.annotations import Annotations, clean, is_coco, read
 from mmeformer.detection.checks import LEFT_OUT, check_coco
 from mmeformer.detection.metric import CocoMetric
+from mmeformer.garbage import without_collection
 from mmeformer.registry import DATASETS
 
 # Images that training leaves out by itself; see mmeformer/training/data.py.
@@ -43,6 +44,12 @@ class CocoDataset(CheckedDataset, MMDetCocoDataset):
             than training may leave out. The message names the file and the fix.
     """
 
+    @without_collection()
+    def load_data_list(self) -> list[dict]:
+        """One entry per image; see mmdet's."""
+        return super().load_data_list()
+
+    @without_collection()
     def findings(self, limit: int | None = None, decode: bool = False) -> list[Finding]:
         """All problems; see :class:`~mmeformer.checks.interface.CheckedDataset`."""
         try:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from mmeformer.bars import counted
 from mmeformer.detection import light_starter
-from mmeformer.files import write_text
+from mmeformer.files import replacing
 from mmeformer.images import read_image, write_image
 from mmeformer.labeled import (
     CORNERS,
@@ -98,10 +99,9 @@ class DetectionStarter(Starter):
         data = self._tiled(data, folder)
         for split in SPLITS:
             if images := data.of_split(split):
-                content = as_coco(
-                    images, data.classes, data.tiles or data.root, data.kind == POLYGONS
-                )
-                write_text(folder / f"{split}.json", json.dumps(content))
+                root = data.tiles or data.root
+                path = folder / f"{split}.json"
+                write_coco(path, images, data.classes, root, data.kind == POLYGONS)
         return data
 
     def _tiled(self, data: LabeledData, folder: Path) -> LabeledData:
@@ -113,7 +113,7 @@ class DetectionStarter(Starter):
         names = file_names(data.images, data.root)
         images = [
             tile
-            for image in data.images
+            for image in counted(data.images, "images cut into tiles")
             for tile in cut(image, names[image.path], folder / "tiles")
         ]
         note = (
@@ -244,46 +244,65 @@ auto_scale_lr = dict(base_batch_size=batch_size)
 """
 
 
-def as_coco(
-    images: Sequence[LabeledImage], classes: Sequence[str], root: Path, masks: bool
-) -> dict[str, Any]:
-    """Labeled images as the content of a COCO file.
+def write_coco(
+    path: Path, images: Sequence[LabeledImage], classes: Sequence[str], root: Path, masks: bool
+) -> None:
+    """Write labeled images as a COCO file.
 
     Args:
+        path: of the file.
         images: of one split.
         classes: names; category ids are 1, 2, ...
         root: file names are relative to it.
         masks: write polygons and run lengths too.
     """
-    annotations: list[dict[str, Any]] = []
-    for number, image in enumerate(images, start=1):
-        for item in image.objects:
-            entry: dict[str, Any] = dict(
-                id=len(annotations) + 1,
-                image_id=number,
-                category_id=item.label + 1,
-                bbox=[round(value, 3) for value in item.box],
-                area=round(_area(item), 3),
-                iscrowd=int(item.crowd or item.difficult > 0),
-            )
-            if masks:
-                entry["segmentation"] = item.rle or [
-                    [round(value, 3) for value in polygon] for polygon in item.outlines()
-                ]
-            annotations.append(entry)
-    return dict(
-        images=[
-            dict(
-                id=number,
-                file_name=relative_to(image.path, root),
-                width=image.width,
-                height=image.height,
-            )
-            for number, image in enumerate(images, start=1)
-        ],
-        annotations=annotations,
-        categories=[dict(id=index + 1, name=name) for index, name in enumerate(classes)],
+    entries = (
+        dict(
+            id=number,
+            file_name=relative_to(image.path, root),
+            width=image.width,
+            height=image.height,
+        )
+        for number, image in enumerate(images, start=1)
     )
+    objects = (
+        (number, item)
+        for number, image in enumerate(counted(images, f"{path.name}: images written"), start=1)
+        for item in image.objects
+    )
+    annotations = (
+        _annotation(item, number, image, masks)
+        for number, (image, item) in enumerate(objects, start=1)
+    )
+    categories = (dict(id=index + 1, name=name) for index, name in enumerate(classes))
+    # One entry at a time: as one object, the annotations of COCO take gigabytes.
+    with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
+        for start, parts in (
+            ('{"images": [', entries),
+            ('], "annotations": [', annotations),
+            ('], "categories": [', categories),
+        ):
+            file.write(start)
+            for number, part in enumerate(parts):
+                file.write(f"{', ' if number else ''}{json.dumps(part)}")
+        file.write("]}")
+
+
+def _annotation(item: LabeledObject, number: int, image: int, masks: bool) -> dict[str, Any]:
+    """Entry of an object in a COCO file, with its number and that of its image."""
+    entry: dict[str, Any] = dict(
+        id=number,
+        image_id=image,
+        category_id=item.label + 1,
+        bbox=[round(value, 3) for value in item.box],
+        area=round(_area(item), 3),
+        iscrowd=int(item.crowd or item.difficult > 0),
+    )
+    if masks:
+        entry["segmentation"] = item.rle or [
+            [round(value, 3) for value in polygon] for polygon in item.outlines()
+        ]
+    return entry
 
 
 def _area(item: LabeledObject) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmeformer.bars import counted
 from mmeformer.checks.findings import ERROR, Finding, first_of
 from mmeformer.formats.lists import split_by_lists
 from mmeformer.formats.tree import Options, Tree, read_sizes
@@ -294,16 +295,18 @@ def _add(
         if is_image(entry) and str(entry["id"]) not in unclear
     }
     objects: dict[str, list[LabeledObject]] = {number: [] for number in entries}
-    for annotation in content.get("annotations", []):
+    for annotation in counted(content.get("annotations", []), f"{path.name}: objects read"):
         if not isinstance(annotation, dict):
             continue
         number = str(annotation.get("image_id"))
         name = names.get(str(annotation.get("category_id")))
         if number not in entries or name is None:
             continue
-        if is_usable(annotation, entries[number], masks):
-            item = _object(annotation, merged.classes[name], entries[number])
-            objects[number].append(item)
+        masked = bool(annotation.get("segmentation")) and is_usable(
+            annotation, entries[number], masks=True
+        )
+        if masked or (not masks and is_usable(annotation, entries[number], masks=False)):
+            objects[number].append(_object(annotation, merged.classes[name], masked))
     for number, found in objects.items():
         place = merged.root / entries[number]["file_name"]
         width, height = entries[number]["width"], entries[number]["height"]
@@ -318,18 +321,16 @@ def _add(
             merged.files[place].append(path)
 
 
-def _object(annotation: dict, label: int, image: Mapping[str, Any]) -> LabeledObject:
-    """The object of a usable annotation, with its mask if that is valid."""
-    from mmeformer.detection.checks import is_usable
-
+def _object(annotation: dict, label: int, masked: bool) -> LabeledObject:
+    """The object of a usable annotation, with its mask if that is usable too."""
     x, y, width, height = annotation["bbox"]
     item = LabeledObject(label, (x, y, width, height), crowd=bool(annotation["iscrowd"]))
-    mask = annotation.get("segmentation")
-    if mask and is_usable(annotation, image, masks=True):
+    if masked:
+        mask = annotation["segmentation"]
         if isinstance(mask, dict):
             item.rle = dict(size=mask["size"], counts=mask["counts"])
         else:
-            item.polygons = [list(polygon) for polygon in mask]
+            item.polygons = mask
     return item
 
 
