@@ -146,13 +146,15 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
     if plan.checkpoint is not None and "://" in plan.checkpoint:
         report(f"note: training downloads the weights {plan.checkpoint}, once")
     report(f"wrote {config} ({len(text.splitlines())} lines) and {labels}")
+    known, steps = data.findings, starter.steps(data, plan)
+    # What follows reads the labels that were written, and both may be gigabytes.
+    del data
     findings = check(configs.load_config(config))
-    if shown := format_findings([*data.findings, *findings], per_kind=3):
+    if shown := format_findings([*known, *findings], per_kind=3):
         report(shown)
     errors = sum(finding.severity == ERROR for finding in findings)
     if not errors:
-        steps, seconds = starter.steps(data, plan), _seconds(config)
-        report(training_time(steps, seconds, config))
+        report(training_time(steps, _seconds(config), config))
     return Made(config, errors)
 
 

@@ -274,7 +274,10 @@ def _unpacked(value: int) -> Color:
 
 
 class _Values(NamedTuple):
-    """Values of one mask: numbers, or colors as :func:`_packed` makes them."""
+    """Values of one mask: numbers, or colors as :func:`_packed` makes them.
+
+    The palette has the colors of these numbers.
+    """
 
     path: Path
     size: tuple[int, int]
@@ -316,9 +319,10 @@ def _values(path: Path) -> _Values | Finding:
         )
         return Finding(ERROR, "no mask", str(path), text)
     size = (array.shape[1], array.shape[0])
-    return _Values(
-        path, size, kind, dict(zip(values.tolist(), counts.tolist(), strict=True)), palette
-    )
+    found = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    # Of thousands of masks, whole palettes of 256 colors would take most of the memory.
+    used = {value: palette[value] for value in found if value in palette}
+    return _Values(path, size, kind, found, used)
 
 
 def _read_mask(path: Path, table: dict[int, int]) -> NDArray[np.uint8]:
@@ -360,9 +364,9 @@ def _labels(tree: Tree, options: Options, read, findings: list[Finding]) -> _Lab
         total.update(values.counts)
     if colored:
         return _of_colors(tree, legend, total, read, findings)
-    palettes = [values.palette for _, values in read]
-    if legend is not None and legend.colors is not None and any(palettes):
-        return _of_palette(legend, palettes[0], total)
+    palette = {number: color for _, values in read for number, color in values.palette.items()}
+    if legend is not None and legend.colors is not None and palette:
+        return _of_palette(legend, palette, total)
     if read[0][1].path.stem.endswith("labelIds"):
         table = {number: label for label, number in enumerate(CITYSCAPES)}
         return _Labels(tuple(CITYSCAPES.values()), None, table, ("Cityscapes' 19 classes",))

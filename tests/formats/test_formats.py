@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from mmeformer.errors import UserError
-from mmeformer.formats import folders
+from mmeformer.formats import folders, masks
 from mmeformer.formats.find import read_folder, recognize
 from mmeformer.formats.tree import Options, Tree, split_word
 from mmeformer.labeled import BOXES, CORNERS, FOLDERS, MASKS, POLYGONS, decode_rle
@@ -908,6 +908,12 @@ def test_voc_boxes_are_not_those_of_masks(tmp_path):
 
 
 class TestMasks:
+    def test_only_the_used_colors_of_a_palette_are_kept(self, tmp_path):
+        image = Image.fromarray(np.array([[3, 3, 7]], np.uint8))
+        image.putpalette([value for number in range(256) for value in (number, 0, 0)])
+        image.save(tmp_path / "mask.png")
+        assert masks._values(tmp_path / "mask.png").palette == {3: (3, 0, 0), 7: (7, 0, 0)}
+
     def assert_masks(self, data, classes, shift=0):
         assert data.kind == MASKS and data.classes == classes and not data.findings
         for name, image in by_name(data).items():
