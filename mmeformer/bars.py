@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Collection, Iterator
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +24,9 @@ LINE_EVERY = 30
 """Seconds between lines if the output is not a terminal."""
 COUNT_EVERY = 10
 """Seconds between lines of :func:`counted`."""
+
+LARGE = 100_000_000
+"""Bytes of a JSON file that takes seconds to read."""
 
 Item = TypeVar("Item")
 
@@ -41,6 +46,18 @@ def counted(items: Collection[Item], text: str) -> Iterator[Item]:
             said = now
             print(f"{text}: {done:,} of {len(items):,}", file=sys.stderr, flush=True)
         yield item
+
+
+def read_json(path: str | Path) -> Any:
+    """Content of a JSON file; says on stderr that a file of :data:`LARGE` bytes is read.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError, RecursionError: it is not JSON.
+    """
+    if (size := Path(path).stat().st_size) >= LARGE:
+        print(f"reading {path} ({size / 1e6:.0f} MB)", file=sys.stderr, flush=True)
+    return json.loads(Path(path).read_bytes())
 
 
 class Bars(Progress):

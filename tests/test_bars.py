@@ -18,3 +18,12 @@ def test_long_work_says_how_far_it_is(monkeypatch, capsys):
 def test_short_work_says_nothing(capsys):
     assert list(bars.counted("abc", "letters")) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""
+
+
+def test_reading_a_large_file_is_said(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "labels.json"
+    path.write_text("[1, 2]")
+    assert bars.read_json(path) == [1, 2] and capsys.readouterr().err == ""
+    monkeypatch.setattr(bars, "LARGE", 6)
+    assert bars.read_json(path) == [1, 2]
+    assert capsys.readouterr().err == f"reading {path} (0 MB)\n"

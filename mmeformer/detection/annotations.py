@@ -20,6 +20,8 @@ from typing import Any
 
 from mmdet.datasets.api_wrappers import COCO
 
+from mmeformer.bars import read_json
+
 LISTS = ("images", "annotations", "categories")
 
 
@@ -38,7 +40,7 @@ def read(path: str | Path) -> Any:
             f"annotation file {path} does not exist; set data_root and ann_file to where it is"
         )
     try:
-        return clean(json.loads(Path(path).read_bytes()))
+        return clean(read_json(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"annotation file {path} is not COCO JSON ({error}); export it again"

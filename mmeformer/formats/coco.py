@@ -6,7 +6,6 @@ Format: https://cocodataset.org/#format-data.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmeformer.bars import counted
+from mmeformer.bars import counted, read_json
 from mmeformer.checks.findings import ERROR, Finding, first_of
 from mmeformer.formats.lists import split_by_lists
 from mmeformer.formats.tree import Options, Tree, read_sizes
@@ -34,7 +33,7 @@ def find(tree: Tree) -> list[Path]:
     found, others = [], []
     for path in sorted(tree.with_suffix(".json"), key=lambda path: -path.stat().st_size)[:_TRIED]:
         try:
-            content = json.loads(path.read_bytes())
+            content = read_json(path)
         except (ValueError, RecursionError):
             # A damaged file with a name of COCO's is an error of `read`.
             if "instances" in path.name or "coco" in path.name.lower():
@@ -188,7 +187,7 @@ def _locate(content: dict, path: Path, split: str | None, tree: Tree, merged: _M
     """
     located: list[tuple[Any, Path | None]] = []
     names: dict[Path, set[str]] = defaultdict(set)
-    for entry in content.get("images", []):
+    for entry in counted(content.get("images", []), f"{path.name}: images found"):
         name = entry.get("file_name") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name:
             located.append((entry, None))

@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from mmeformer.bars import counted
 from mmeformer.checks.findings import (
     ERROR,
     WARNING,
@@ -126,7 +127,7 @@ def recognize(tree: Tree) -> str:
 
 def _drop_bad(data: LabeledData) -> None:
     """Leave out objects that cannot be learned, with an error that names their label."""
-    for image in data.images:
+    for image in counted(data.images, "images with checked labels"):
         kept = []
         for number, item in enumerate(image.objects, start=1):
             fault = _fault(item, image)
