@@ -124,9 +124,25 @@ def read_header(path: str) -> ImageFile:
     with Image.open(path) as image:
         width, height = image.size
         # OpenCV rotates it back when it reads the image.
-        if image.getexif().get(ORIENTATION) in SIDEWAYS:
+        exif = _png_exif(path) if image.format == "PNG" else image.getexif()
+        if exif.get(ORIENTATION) in SIDEWAYS:
             width, height = height, width
         return ImageFile(height, width, layout)
+
+
+def _png_exif(path: str) -> Image.Exif:
+    """EXIF of a PNG file, wherever its chunk is; Pillow decodes all pixels to look for it."""
+    exif = Image.Exif()
+    with open(path, "rb") as file:
+        file.seek(len(PNG_START))
+        # Length and name come before the content of a chunk, a checksum after it.
+        while len(head := file.read(8)) == 8 and not head.endswith(b"IEND"):
+            length = int.from_bytes(head[:4], "big")
+            if head.endswith(b"eXIf"):
+                exif.load(file.read(length))
+                break
+            file.seek(length + 4, os.SEEK_CUR)
+    return exif
 
 
 def sample_sides(paths: Sequence[str], limit: int) -> list[int]:

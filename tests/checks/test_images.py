@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import struct
+import zlib
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from mmeformer.checks.images import decode_fault, quick_fault, read_header
 from mmeformer.images import read_image
@@ -102,3 +104,31 @@ def test_unusual_pictures_are_whole(tmp_path, mode):
     header = read_header(path)
     assert (header.height, header.width) == (20, 30)
     assert header.layout is None or (header.layout.bits > 8) == (mode == "I;16")
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    size, code = len(content), zlib.crc32(name + content)
+    return struct.pack(">I", size) + name + content + struct.pack(">I", code)
+
+
+@pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize("kind", [b"eXIf", b"tEXt"])
+def test_png_is_turned_as_by_opencv_without_decoding_it(tmp_path, monkeypatch, place, kind):
+    exif = Image.Exif()
+    exif[274] = 6
+    content = exif.tobytes()
+    plain = content.removeprefix(b"Exif\0\0")
+    text = b"Raw profile type exif\0\nexif\n%8d\n" % len(content) + content.hex().encode()
+    path = tmp_path / "image.png"
+    Image.new("RGB", (30, 20)).save(path)
+    data = path.read_bytes()
+    at = data.index(place) - 4
+    path.write_bytes(data[:at] + _chunk(kind, plain if kind == b"eXIf" else text) + data[at:])
+    shape = cv2.imread(str(path)).shape[:2]
+
+    def decode(image):
+        raise AssertionError("the pixels are decoded")
+
+    monkeypatch.setattr(PngImageFile, "load", decode)
+    header = read_header(str(path))
+    assert (header.height, header.width) == shape == ((30, 20) if kind == b"eXIf" else (20, 30))
