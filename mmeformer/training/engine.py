@@ -21,6 +21,7 @@ from mmeformer.settings import flip_directions, type_name
 from mmeformer.training.device import prepare_device
 from mmeformer.training.pictures import PicturesHook
 from mmeformer.training.runner import Runner
+from mmeformer.training.schedule import require_spans
 from mmeformer.training.trackers import add_trackers
 
 TRAINING_KEYS = ("model", "train_dataloader", "train_cfg", "optim_wrapper")
@@ -78,6 +79,7 @@ def build_train_runner(
         raise ValueError(
             f"{config.filename} is not a training config: missing {', '.join(missing)}"
         )
+    require_spans(config)
     add_trackers(config, trackers)
     if deterministic:
         config.setdefault("randomness", ConfigDict()).deterministic = True

@@ -33,6 +33,7 @@ from mmeformer.files import write_text
 from mmeformer.settings import SettingError
 from mmeformer.signals import PREEMPTED
 from mmeformer.training.averaging import EMAHook
+from mmeformer.training.changes import changed
 from mmeformer.training.data import GuardedDataset, leaves
 from mmeformer.training.deterministic import deterministic_kernels
 from mmeformer.training.exclusive import only_training
@@ -374,6 +375,7 @@ class Runner(MMEngineRunner):
             validated=meta.get("validated", True),
             param_schedulers=checkpoint.get("param_schedulers"),
             hooks=checkpoint.get("hooks", {}),
+            config=str(meta.get("cfg", "")),
         )
         return checkpoint
 
@@ -401,6 +403,7 @@ class Runner(MMEngineRunner):
         restore_hooks(self, self._resumed["hooks"])
         moved = hasattr(loop, "resume_at") and loop.resume_at(self._resumed["place"])
         changes = schedule.changes(self._resumed["param_schedulers"])
+        other = changed(self._resumed["config"], self.config_text)
         if changes and schedule.follows_scores:
             self.logger.warning(
                 "the schedule of the checkpoint goes on, as it depends on past scores; not "
@@ -409,11 +412,12 @@ class Runner(MMEngineRunner):
         elif changes or moved:
             epochs = isinstance(loop, EpochBasedTrainLoop)
             schedule.restore(loop.epoch, loop.iter, len(loop.dataloader) if epochs else None)
-            if changes:
-                self.logger.warning(
-                    "the config has changed since the checkpoint and applies from here on: "
-                    f"{', '.join(changes)}"
-                )
+            other = changes + other
+        if other:
+            self.logger.warning(
+                "the config has changed since the checkpoint and applies from here on: "
+                f"{', '.join(other)}"
+            )
         self._warn_of_caches()
         self._warn_if_finished(filename)
 

@@ -14,10 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.optim.scheduler.param_scheduler import INF
 from mmengine.runner import Runner
 from torch import Tensor
+
+from mmeformer.settings import SettingError
 
 MOVING = {
     *("last_step", "_global_step", "_last_value", "verbose"),
@@ -169,6 +172,22 @@ def _step(schedulers: Sequence, *, by_epoch: bool) -> None:
     for scheduler in schedulers:
         if scheduler.by_epoch == by_epoch:
             scheduler.step()
+
+
+def require_spans(config: Config) -> None:
+    """Raise SettingError if a scheduler of a config ends before it begins.
+
+    So it may be in a config that sets the end and inherits the begin.
+    """
+    given = config.get("param_scheduler") or []
+    for index, scheduler in enumerate(given if isinstance(given, Sequence) else ()):
+        begin, end = scheduler.get("begin", 0), scheduler.get("end", INF)
+        if begin >= end:
+            raise SettingError(
+                f"{config.filename}: param_scheduler[{index}] ({scheduler.get('type')}) begins at "
+                f"{begin} and ends at {end}: add the line param_scheduler[{index}].begin = 0, or "
+                f"another begin before its end (--cfg-options param_scheduler.{index}.begin=0)"
+            )
 
 
 def other_length(runner: Runner) -> str | None:

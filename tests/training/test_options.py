@@ -13,8 +13,9 @@ from mmengine.optim.scheduler.param_scheduler import INF
 from mmeformer import work_dirs
 from mmeformer.commands import train
 from mmeformer.errors import CheckpointError, TrainingError, UserError
+from mmeformer.settings import SettingError
 from mmeformer.training import engine, trackers
-from mmeformer.training.schedule import other_length
+from mmeformer.training.schedule import other_length, require_spans
 
 pytestmark = pytest.mark.usefixtures("quiet_logging")
 
@@ -84,6 +85,16 @@ def test_schedule_of_another_length_is_said(ends, said):
     )
     found = other_length(runner)
     assert found is None if said is None else said in found
+
+
+def test_a_begin_that_a_config_inherits_may_be_after_its_end(config, tmp_path):
+    """As in generated configs of 2026-11-26, which set the ``end`` of the template's cosine."""
+    config.work_dir = str(tmp_path / "run")
+    config.param_scheduler.append(dict(type="CosineAnnealingLR", by_epoch=True, begin=16, end=12))
+    with pytest.raises(SettingError, match=r"\[1\] \(Cosine.* begins at 16 and ends at 12: add"):
+        engine.build_train_runner(config)
+    config.merge_from_dict({"param_scheduler.1.begin": 0})
+    require_spans(config)
 
 
 def test_none_removes_a_hook(config, tmp_path):

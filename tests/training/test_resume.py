@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from mmeformer.errors import CheckpointError
 from mmeformer.signals import PREEMPTED
 from mmeformer.training import engine, loops
+from mmeformer.training.changes import changed
 from mmeformer.training.loops import total_batch_size
 from mmeformer.training.randomness import PositionSampler
 
@@ -444,3 +445,42 @@ def test_batch_size_counts_all_processes(monkeypatch):
     assert total_batch_size(DataLoader(data, batch_size=2)) == 8
     assert total_batch_size(DataLoader(data, batch_sampler=batches)) == 12
     assert total_batch_size(DataLoader(data, batch_sampler=[[0], [1, 2]])) is None
+
+
+def test_another_loss_and_augmentation_are_named(folder, tmp_path):
+    """A config that inherits a shipped one may differ after an upgrade."""
+    run(by_iteration(folder, 2), tmp_path)
+    config = by_iteration(folder, 4)
+    config.param_scheduler[0].end = 2
+    config.model.decode_head.loss_decode.loss_weight = 0.5
+    config.train_dataloader.dataset.pipeline[-2].prob = 0.25
+    _, lines = run(config, tmp_path, resume="auto")
+    (line,) = [line for line in lines.splitlines() if "has changed since the checkpoint" in line]
+    named = line.partition("here on: ")[2].split(", ")
+    assert [name.split(".")[0] for name in named] == ["model", "train_dataloader"]
+    assert named[0].startswith("model.decode_head.loss_decode.loss_weight ")
+    assert named[0].endswith(" 1.0 -> 0.5") and named[1].endswith("prob 0.75 -> 0.25")
+
+
+def test_settings_of_a_checkpoint_are_compared_and_not_run(tmp_path):
+    """The head of generated configs for rotated boxes, as 0.2.0 and later versions wrote it."""
+    old = """
+model = dict(
+    bbox_head=dict(
+        loss_cls=dict(alpha=0.25, type='mmdet.FocalLoss'),
+        scales=[1, 2], steps=[dict(prob=0.5), {'a b': (1, 2)}]),
+    init_cfg=dict(checkpoint='a.pth'), teacher=None)
+resume = True
+"""
+    new = old.replace("alpha=0.25, type='mmdet.Focal", "type='mmdet.QualityFocal")
+    new = new.replace("prob=0.5", "prob=0.1").replace("a.pth", "b.pth").replace("True", "False")
+    assert changed(old, new.replace(", teacher=None", "")) == [
+        "model.bbox_head.loss_cls.alpha 0.25 -> None",
+        "model.bbox_head.loss_cls.type 'mmdet.FocalLoss' -> 'mmdet.QualityFocalLoss'",
+        "model.bbox_head.steps[0].prob 0.5 -> 0.1",
+    ]
+    assert changed(old, new, most=1)[1:] == ["and 2 more"]
+    hostile = f"model = dict(a=__import__('pathlib').Path({str(tmp_path / 'x')!r}).touch())"
+    assert changed(hostile, old) and not (tmp_path / "x").exists()
+    # Not Python, and the checkpoint of another program.
+    assert changed("model = (", old) == changed("", old) == []
