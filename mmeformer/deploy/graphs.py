@@ -62,6 +62,9 @@ class Graph(nn.Module):
     """(H, W) in pixels of the windows in which the network sees images, or whole images that are
     smaller; None: it sees all images whole."""
 
+    any_size: bool = False
+    """Whether a trace of this graph is for images of any size."""
+
     compare: Callable[[Sequence[tuple], check.Comparison], None]
     """Compares results of this task; see :mod:`mmeformer.deploy.check`."""
 
@@ -171,6 +174,7 @@ def build_graph(
     if metadata.preprocessing_in_graph:
         normalize = Normalize(metadata.mean, metadata.std, metadata.bgr_to_rgb, channels_last)
     made = graph(folded, normalize).eval()
+    made.any_size = metadata.size is None
     if metadata.size is None:
         replace_biases(made, lambda _, bias: GraphBias(bias))
     else:

@@ -19,6 +19,7 @@ from mmeformer import runtime
 from mmeformer.deploy import check
 from mmeformer.deploy.graphs import Graph, build_graph
 from mmeformer.deploy.lean import shorten
+from mmeformer.deploy.loops import close_loop
 from mmeformer.images import as_image
 from mmeformer.runtime.images import Prepared, normalize, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
@@ -60,7 +61,9 @@ def write(
     """
     graph = build_graph(graph_class, model, metadata, channels_last=True)
     trace(graph, metadata, path, opset)
-    proto = shorten(onnx.load(str(path)))
+    proto = onnx.load(str(path))
+    close_loop(proto)
+    proto = shorten(proto)
     if foreign := {node.domain for node in proto.graph.node} - {"", "ai.onnx"}:
         raise check.CheckFailed(f"the graph has operators of {sorted(foreign)}")
     entry = proto.metadata_props.add()
@@ -148,7 +151,8 @@ def _dynamic_axes(graph: Graph, metadata: Metadata) -> dict[str, dict[int, str]]
     if metadata.size is None:
         rows, columns = (1, 2) if metadata.preprocessing_in_graph else (2, 3)
         axes["image"] = {0: "batch", rows: "height", columns: "width"}
-        axes["image_size"] = {0: "batch"}
+        if "image_size" in graph.extra_inputs:
+            axes["image_size"] = {0: "batch"}
         for name in graph.raw_names:
             axes[name] = {0: "batch", 2: f"{name}_height", 3: f"{name}_width"}
     return axes

@@ -108,7 +108,7 @@ def quantize(
 
     Raises:
         MetricDropped: no quantized file keeps the metric; ``out`` is the best one.
-        ValueError: there are no test data, or the file has no layers to quantize.
+        ValueError: there are no test data, or all layers are in a loop.
     """
     images = images[:: -(-len(images) // CALIBRATION_IMAGES)]
     groups: dict[str, list[str]]
@@ -122,7 +122,10 @@ def quantize(
     else:
         groups, write = layer_groups(onnx.load(str(source))), _OnnxWriter()
     if not groups:
-        raise ValueError(f"{source} has no layers to quantize")
+        raise ValueError(
+            "all layers are in the loop over the windows of an image (model.test_cfg.mode=slide), "
+            "where onnxruntime does not quantize: give --size instead of --dynamic"
+        )
     with TemporaryDirectory() as folder:
         plain_file, trial = (Path(folder) / f"{name}{out.suffix}" for name in ("plain", "trial"))
         for file in (plain_file, trial):

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from mmeformer.deploy import check
 from mmeformer.deploy.graphs import Graph, require, smaller
+from mmeformer.deploy.loops import repeat
 from mmeformer.deploy.metadata import cut_settings, task_settings
+from mmeformer.layers.graphs import in_export
 from mmeformer.runtime import Segmentation
 from mmeformer.segmentation.settings import require_windows
 
@@ -80,12 +83,39 @@ class SegmentationGraph(Graph):
 
     def _in_windows(self, image: Tensor, window: Sequence[int], stride: Sequence[int]) -> Tensor:
         """Logits (B, classes, H, W), means over windows, as in mmseg's ``slide_inference``."""
-        rows = _Windows(image.shape[-2], window[0], stride[0])
-        columns = _Windows(image.shape[-1], window[1], stride[1])
-        parts = columns.cut(rows.cut(image.transpose(-2, -1)).transpose(-2, -1))
-        logits = self.model.decode_head(self.model.extract_feat(parts))
-        logits = columns.join(self._resize(logits, parts.shape[-2:]))
-        return rows.join(logits.transpose(-2, -1)).transpose(-2, -1)
+        height, width = image.shape[-2:]
+        rows = _Windows(height, window[0], stride[0])
+        columns = _Windows(width, window[1], stride[1])
+
+        def crop(row: Any, column: Any) -> Tensor:
+            y, x = rows.starts[row], columns.starts[column]
+            return image[..., y : y + rows.side, x : x + columns.side]
+
+        def network(part: Tensor) -> Tensor:
+            logits = self.model.decode_head(self.model.extract_feat(part))
+            return self._resize(logits, (rows.side, columns.side))
+
+        def placed(logits: Tensor, row: Any, column: Any) -> Tensor:
+            y: Any = rows.starts[row]
+            x: Any = columns.starts[column]
+            return F.pad(logits, (x, width - columns.side - x, y, height - rows.side - y))
+
+        def step(index: Tensor, total: Tensor) -> Tensor:
+            place = index // columns.count, index % columns.count
+            return total + placed(network(crop(*place)), *place)
+
+        if self.any_size and in_export():
+            shape = image.shape[0], self.model.decode_head.out_channels, height, width
+            total: Any = repeat(rows.count * columns.count, image.new_zeros(shape), step)
+        else:
+            places = list(product(range(int(rows.count)), range(int(columns.count))))
+            parts = [crop(*place) for place in places]
+            logits: Iterable[Tensor] = map(network, parts)
+            if in_export():
+                # One batch: a network per window would make a large graph.
+                logits = network(torch.cat(parts)).chunk(len(places))
+            total = sum(placed(part, *place) for part, place in zip(logits, places, strict=True))
+        return total / (rows.found()[:, None] * columns.found())
 
     def _resize(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         return F.interpolate(
@@ -125,9 +155,7 @@ class FixedSizeSegmentationGraph(SegmentationGraph):
 
 
 class _Windows:
-    """Windows along the last axis of maps; the last one is moved back to end at the border.
-
-    No map has more than five axes, which CoreML requires.
+    """Windows along an axis; the last one is moved back to end at the border.
 
     Args:
         length: of the axis.
@@ -135,37 +163,17 @@ class _Windows:
         stride: from the start of a window to that of the next.
     """
 
-    def __init__(self, length: int, window: int, stride: int) -> None:
-        self.length, self.stride = length, stride
-        self.most = -(-window // stride) + 1
-        """Largest number of windows that share a place, with the one that was moved back."""
+    def __init__(self, length: Any, window: int, stride: int) -> None:
+        self.length = length
         self.side = smaller(length, window)
         last = length - self.side
         self.count = (last + stride - 1) // stride + 1
         self.starts = (torch.arange(self.count) * stride).clamp(max=last)
 
-    def cut(self, maps: Tensor) -> Tensor:
-        """(B, C, H, length) -> (B * count, C, H, side)."""
-        parts = maps[..., self.starts[:, None] + torch.arange(self.side)]
-        return parts.permute(0, 3, 1, 2, 4).flatten(0, 1)
-
-    def join(self, parts: Tensor) -> Tensor:
-        """(B * count, C, H, side) -> (B, C, H, length): the mean of the windows at every place."""
-        parts = parts.reshape(-1, self.count, *parts.shape[1:]).permute(0, 2, 3, 1, 4).flatten(-2)
-        places = torch.arange(self.length)
-        total: Any = 0
-        found: Any = 0
-        for index in range(self.most):
-            number = (places // self.stride + 1).clamp(max=self.count - 1) - index
-            exists = number >= 0
-            number = number.clamp(min=0)
-            inside = places - self.starts[number]
-            exists = exists & (inside >= 0) & (inside < self.side)
-            inside = inside.clamp(min=0).clamp(max=self.side - 1)
-            weight = exists.to(parts.dtype)
-            total = total + parts[..., number * self.side + inside] * weight
-            found = found + weight
-        return total / found
+    def found(self) -> Tensor:
+        """(length,) ``float32``: number of the windows at every place."""
+        places, starts = torch.arange(self.length), self.starts[:, None]
+        return ((places >= starts) & (places < starts + self.side)).float().sum(0)
 
 
 class _AnyUpsample(nn.Module):
