@@ -371,12 +371,12 @@ def top_k(scores: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     return scores.topk(smaller(count, limit), dim=1)
 
 
-def smaller(size: Any, limit: int) -> Any:
-    """The smaller of a size of a tensor, which is a tensor itself in a trace, and a number."""
+def smaller(size: Any, limit: Any) -> Any:
+    """The smaller of two numbers that may be sizes of tensors, which are tensors in a trace."""
     if not torch.jit.is_tracing():
         return min(size, limit)
     # A number would become the constant of the traced example.
-    return torch.minimum(torch.tensor(limit), torch.as_tensor(size))
+    return torch.minimum(torch.as_tensor(limit), torch.as_tensor(size))
 
 
 def cell_shifts(size: tuple[int, ...], stride: tuple[int, int], like: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class SegmentationGraph(Graph):
         columns = _Windows(width, window[1], stride[1])
 
         def crop(row: Any, column: Any) -> Tensor:
-            y, x = rows.starts[row], columns.starts[column]
+            y, x = rows.start(row), columns.start(column)
             return image[..., y : y + rows.side, x : x + columns.side]
 
         def network(part: Tensor) -> Tensor:
@@ -96,8 +96,7 @@ class SegmentationGraph(Graph):
             return self._resize(logits, (rows.side, columns.side))
 
         def placed(logits: Tensor, row: Any, column: Any) -> Tensor:
-            y: Any = rows.starts[row]
-            x: Any = columns.starts[column]
+            y, x = rows.start(row), columns.start(column)
             return F.pad(logits, (x, width - columns.side - x, y, height - rows.side - y))
 
         def step(index: Tensor, total: Tensor) -> Tensor:
@@ -164,15 +163,19 @@ class _Windows:
     """
 
     def __init__(self, length: Any, window: int, stride: int) -> None:
-        self.length = length
+        self.length, self.stride = length, stride
         self.side = smaller(length, window)
-        last = length - self.side
-        self.count = (last + stride - 1) // stride + 1
-        self.starts = (torch.arange(self.count) * stride).clamp(max=last)
+        self.last = length - self.side
+        self.count = (self.last + stride - 1) // stride + 1
+
+    def start(self, index: Any) -> Any:
+        """First place of a window."""
+        return smaller(index * self.stride, self.last)
 
     def found(self) -> Tensor:
         """(length,) ``float32``: number of the windows at every place."""
-        places, starts = torch.arange(self.length), self.starts[:, None]
+        places = torch.arange(self.length)
+        starts = (torch.arange(self.count) * self.stride).clamp(max=self.last)[:, None]
         return ((places >= starts) & (places < starts + self.side)).float().sum(0)
 
 

@@ -16,6 +16,7 @@ from mmeformer import load, runtime
 from mmeformer.deploy import check
 from mmeformer.deploy.quantize import quantize
 from mmeformer.inference import load_predictor
+from mmeformer.runtime import openvino
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.runtime.parts import size_warning, window_side
 from mmeformer.segmentation.graph import _Windows
@@ -35,7 +36,7 @@ def test_windows_along_an_axis(length):
             end = min(index * stride + window, length)
             starts.append(max(end - window, 0))
             found[starts[-1] : end] += 1
-        assert ours.starts.tolist() == starts and ours.count == len(starts)
+        assert [ours.start(index) for index in range(ours.count)] == starts
         assert ours.side == min(window, length) and torch.equal(ours.found(), found)
 
 
@@ -131,3 +132,24 @@ def test_the_size_is_named_once(onnx_file):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         predictor.predict(noise(30, 64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "name", "package"),
+    [
+        ("executorch", "model.pte", "executorch.runtime"),
+        ("tflite", "model.tflite", "litert_torch"),
+        ("onnx", "model.onnx", "openvino"),
+    ],
+)
+def test_other_runtimes_see_the_windows(trained, picture, tmp_path, target, name, package):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    small = trained("segmentation")
+    small.config.model.test_cfg = dict(mode="slide", crop_size=(64, 96), stride=(43, 64))
+    size = (96, 160) if target != "onnx" else None
+    path = exported(small, picture, name=name, folder=tmp_path, target=target, size=size)
+    file = openvino.load(path) if target == "onnx" else runtime.load(path)
+    image = noise(96, 160)
+    (expected,) = load_predictor(small.config, small.checkpoint).predict_images([image])
+    assert (file.predict(image).labels != expected.labels).mean() < 1e-3
