@@ -123,6 +123,25 @@ def test_windows_are_those_of_the_runtime(tmp_path, room):
             assert list(map(tuple, ours)) == windows(width, height, side, side // 4)
 
 
+@needs_node
+def test_large_pictures_are_shrunk(tmp_path):
+    cut = replace(METADATA, cut_above=1024, window=128)
+    cases = [
+        (METADATA, (4000, 3000), [4000, 3000]),
+        (METADATA, (6000, 1), [4096, 1]),
+        (cut, (1024, 300), [1024, 300]),
+        (cut, (3000, 4000), [768, 1024]),
+        (replace(cut, patch_size=64), (3000, 4000), [3000, 4000]),
+    ]
+    found = in_node(
+        tmp_path,
+        "console.log(JSON.stringify(values.map(([meta, size]) => "
+        "images.shownSize(...size, meta))));",
+        [(page(meta), size) for meta, size, _ in cases],
+    )
+    assert found == [expected for *_, expected in cases]
+
+
 def outputs_of(task: str) -> dict[str, np.ndarray]:
     """Outputs of a detector for one picture, with many overlaps."""
     random = np.random.default_rng(5)
@@ -219,6 +238,7 @@ const found = await page.evaluate(() => {
   if (result?.labels) result.labels = Array.from(result.labels);
   result?.objects?.forEach((object) => delete object.mask);
   return { result, device, isolated: crossOriginIsolated, state: document.body.dataset.state,
+    status: document.getElementById("status").textContent,
     list: document.getElementById("list").innerText, filming: Boolean(window.mmeformer.camera),
     header: document.querySelector("header").innerText };
 });
@@ -308,6 +328,16 @@ def test_a_browser_finds_what_the_runtime_finds(site, browser, task):
     assert_same(found, expected)
     shown = cv2.imread(str(folder.parent / "shown.png"))
     assert shown.shape[:2] == (760, 1100) and len(np.unique(shown.reshape(-1, 3), axis=0)) > 50
+
+
+@pytest.mark.slow
+def test_a_browser_says_that_a_picture_was_shrunk(onnx_file, browser, tmp_path):
+    model = onnx_file("segmentation", size=None, preprocessing=False)
+    assert runtime.load(model).metadata.cut_above == 1024
+    cv2.imwrite(str(tmp_path / "example.png"), random_image(96, 2048, 3))
+    found = browser(website.build(model, tmp_path / "site", example=tmp_path / "example.png"))
+    assert "1024 x 48 px (shrunk from 2048 x 96 px; mmeformer predict" in found["status"]
+    assert [found["result"][side] for side in ("height", "width")] == [48, 1024]
 
 
 @pytest.mark.slow

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The page: load the model, run it on pictures and the camera, draw what it finds.
 
-import { crop, fromCanvas, patchSize, prepare, windows } from "./images.js";
+import { crop, fromCanvas, patchSize, prepare, shownSize, windows } from "./images.js";
 import { corners, decode, kindOf, merged } from "./results.js";
 
-const LARGEST_SIDE = 4096; // of a picture; larger ones would not fit into a canvas everywhere
 const SMALLEST_SIDE = 640;
 const MOST_LOGITS = 2 ** 26;
 const BEST_CLASSES = 5;
@@ -136,7 +135,10 @@ async function inferAnywhere(picture) {
   try {
     return await infer(picture);
   } catch (error) {
-    if (state.device !== "webgpu" || element("device").value !== "auto") throw error;
+    if (state.device !== "webgpu" || element("device").value !== "auto") {
+      const size = `${picture.width} x ${picture.height} px`;
+      throw new Error(`The model failed on ${size}; a smaller picture may work. ${error.message}`);
+    }
     await start("wasm", `the GPU failed: ${error.message}`);
     return infer(picture);
   }
@@ -282,9 +284,12 @@ function drawMaps({ maps }, image, tint, blend) {
 }
 
 function timing() {
-  const { milliseconds, picture } = state.shown;
+  const { milliseconds, original, picture } = state.shown;
   const device = state.device === "webgpu" ? "GPU" : "processor";
-  return `${picture.width} x ${picture.height} px, ${milliseconds.toFixed(0)} ms on the ${device}.`;
+  const size = `${picture.width} x ${picture.height} px`;
+  const before = `${original[0]} x ${original[1]} px`;
+  const note = size === before ? "" : ` (shrunk from ${before}; mmeformer predict takes all pixels)`;
+  return `${size}${note}, ${milliseconds.toFixed(0)} ms on the ${device}.`;
 }
 
 // --- pictures ------------------------------------------------------------------------------------
@@ -292,8 +297,7 @@ function timing() {
 async function show(source) {
   const width = source.videoWidth ?? source.width;
   const height = source.videoHeight ?? source.height;
-  const shrink = Math.min(LARGEST_SIDE / Math.max(width, height), 1);
-  const surface = new OffscreenCanvas(Math.round(width * shrink), Math.round(height * shrink));
+  const surface = new OffscreenCanvas(...shownSize(width, height, state.meta));
   const drawing = surface.getContext("2d", { willReadFrequently: true });
   drawing.fillStyle = "#fff"; // behind what is transparent
   drawing.fillRect(0, 0, surface.width, surface.height);
@@ -301,7 +305,8 @@ async function show(source) {
   const picture = fromCanvas(drawing.getImageData(0, 0, surface.width, surface.height));
   const begin = performance.now();
   const result = await inferAnywhere(picture);
-  state.shown = { picture, result, milliseconds: performance.now() - begin };
+  const original = [width, height];
+  state.shown = { picture, original, result, milliseconds: performance.now() - begin };
   draw();
 }
 

@@ -23,6 +23,16 @@ export function fromCanvas(imageData) {
   return { data: out, width, height };
 }
 
+const LARGEST_SIDE = 4096; // of a picture; larger ones would not fit into a canvas everywhere
+
+// [width, height] that a picture is shown in. Prediction in Python cuts pictures beyond
+// `cut_above`, and merges what it finds; here they are shrunk.
+export function shownSize(width, height, meta) {
+  const limit = Math.min(LARGEST_SIDE, (!meta.patch_size && meta.cut_above) || LARGEST_SIDE);
+  const shrink = Math.min(limit / Math.max(width, height), 1);
+  return [width, height].map((side) => Math.max(Math.round(side * shrink), 1));
+}
+
 // The window [x0, y0, x1, y1); padded to a square of `size` pixels if that is given.
 export function crop(picture, [x0, y0, x1, y1], size = null) {
   const width = size ?? x1 - x0;
