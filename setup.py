@@ -54,7 +54,8 @@ TRACK = ["trackers>=2.6,<3"]
 TARGETS = {
     # 1.3 is built for torch 2.12, 1.4 for torch 2.13, and so on: others do not run its files.
     "executorch": ["executorch>=1.3"],
-    "litert": ["litert-torch>=0.10,<0.11", "ai-edge-litert>=2.3"],
+    # litert-torch takes any transformers, but version 5 breaks `import mmpretrain`.
+    "litert": ["litert-torch>=0.10,<0.11", "ai-edge-litert>=2.3", "transformers<5"],
     "openvino": ["openvino>=2025.0"],
 }
 EXTRAS = {
