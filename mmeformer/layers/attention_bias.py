@@ -37,15 +37,11 @@ def resample_in_graph(table: Tensor, dim: int, target: int) -> Tensor:
     return below + (above - below) * share
 
 
-@lru_cache(maxsize=1024)
 @torch.inference_mode(False)
 def _neighbors(
     source: int, target: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The two old offsets around each of ``target`` new ones, and the share of the second.
-
-    Computed once per size: on a GPU each of them is a copy from the host.
-    """
+    """The two old offsets around each of ``target`` new ones, and the share of the second."""
     positions = [min(offset * source / target, source - 1) for offset in range(target)]
     lower = [min(int(position), max(source - 2, 0)) for position in positions]
     upper = [min(index + 1, source - 1) for index in lower]
@@ -57,6 +53,11 @@ def _neighbors(
     )
 
 
+# Once per size: on a GPU each of them is a copy from the host. What a tracer records is not kept, or
+# a second trace, as its own check makes, would differ from the first.
+_known_neighbors = lru_cache(maxsize=1024)(_neighbors)
+
+
 def _resample_offsets(table: Tensor, dim: int, target: int) -> Tensor:
     """Resample the offsets along ``dim`` to ``target`` offsets, by linear interpolation."""
     if torch.compiler.is_compiling():
@@ -66,7 +67,8 @@ def _resample_offsets(table: Tensor, dim: int, target: int) -> Tensor:
         return table
     # Gather and lerp, not a product with a weight matrix, which autocast would run in half
     # precision.
-    lower, upper, share = _neighbors(int(source), int(target), table.device, table.dtype)
+    neighbors = _neighbors if in_graph() else _known_neighbors
+    lower, upper, share = neighbors(int(source), int(target), table.device, table.dtype)
     share = share.view([-1 if axis == dim % table.dim() else 1 for axis in range(table.dim())])
     below, above = table.index_select(dim, lower), table.index_select(dim, upper)
     return torch.lerp(below, above, share.expand_as(below))

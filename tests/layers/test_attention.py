@@ -139,8 +139,7 @@ def test_a_graph_has_no_chunks(monkeypatch):
             return attention.attend(query, key, value, bias, SIZE, scale=0.5)
 
     with torch.no_grad():
-        # As in exports. A check would see offsets of the bias, which a second run has cached.
-        graph = torch.jit.trace(Attention(), (query, key, value), check_trace=False)
+        graph = torch.jit.trace(Attention(), (query, key, value))
     assert str(graph.graph).count("aten::softmax") == 1
 
 

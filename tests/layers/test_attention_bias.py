@@ -195,3 +195,9 @@ def test_graphs_for_any_size_hold_no_float64():
     traced = torch.jit.trace(lambda x: resample_in_graph(x, -1, 84), table)
     assert "Double" not in str(traced.graph)
     assert torch.equal(traced(table)[..., ::7], table)
+
+
+def test_a_trace_is_the_same_twice():
+    """``torch.jit.trace`` compares two; the second must not find offsets that the first cached."""
+    bias = AttentionBias(2, (13, 13)).requires_grad_(False)
+    torch.jit.trace(lambda x: x + bias((9, 5)), torch.zeros(1))
