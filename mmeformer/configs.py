@@ -8,6 +8,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from mmeformer.settings import (
     require_class_names,
     type_name,
 )
-from mmeformer.tasks import task_of_type
+from mmeformer.tasks import TASKS, task_of_type
 from mmeformer.without_onedl import drop_note
 
 # Here, as whatever reads a config imports this first, and the libraries that print the note later.
@@ -91,6 +92,7 @@ def load_config(path: str | Path, options: Mapping | None = None) -> Config:
     prepare_flips(config)
     _join_preprocessor(config)
     _find_scope(config)
+    _import_task(config)
     return config
 
 
@@ -107,6 +109,17 @@ def _find_scope(config: Config) -> None:
             if task := task_of_type(str(holder.get("type"))):
                 config.default_scope = task.scope
                 return
+
+
+def _import_task(config: Config) -> None:
+    """Import what ``custom_imports`` of the base config did, which those of a config replace."""
+    imports = (config.get("custom_imports") or {}).get("imports", ())
+    scope = config.get("default_scope")
+    for task in TASKS.values():
+        room = f"{__package__}.{task.name}"
+        if imports and task.scope == scope and room not in imports:
+            if any(str(part.get("type")).startswith("mmeformer.") for _, part in dicts(config)):
+                import_module(room)
 
 
 def _join_preprocessor(config: Config) -> None:
@@ -250,12 +263,17 @@ def _reason(error: Exception) -> str:
             "mmengine finds configs by mmeformer:: not at all; write "
             '_base_ = __import__("mmeformer").shipped_config("detection/...py")'
         )
-    cause: BaseException | None = error
-    while cause is not None:
-        # mmengine tells sys.path in place of what our packages say is missing.
-        if isinstance(cause, ImportError) and str(cause).startswith(f"{__package__}."):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
+    # mmengine tells sys.path in place of what is missing.
+    causes: list[BaseException] = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    missing = [str(cause) for cause in causes if isinstance(cause, ImportError)]
+    for text in missing:
+        if text.startswith(f"{__package__}."):
+            return text
+    if missing:
+        hint = "a module of your own is found with PYTHONPATH=FOLDER before the command"
+        return f"{missing[-1]}; {hint}"
     return str(error)
 
 

@@ -14,13 +14,14 @@ from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.hooks import EMAHook as MMEngineEMAHook
 from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
 
-from mmeformer import settings, tasks
+from mmeformer import configs, settings, tasks
 from mmeformer.checks import channels
 from mmeformer.checks.channels import require_channels
 from mmeformer.checks.dataset import check_model
 from mmeformer.commands import test as command_test
 from mmeformer.configs import load_config
 from mmeformer.deploy import models
+from mmeformer.paths import config_dir
 from mmeformer.settings import SettingError
 from mmeformer.training import device, engine
 from mmeformer.training.averaging import EMAHook
@@ -276,3 +277,25 @@ def test_a_work_directory_that_does_not_exist(tmp_path, monkeypatch, capsys):
         command_test.main(["work_dirs/nuclei"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: there is no work directory work_dirs/nuclei\n"
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_own_imports_keep_those_of_the_task(write, task, tmp_path, monkeypatch):
+    (tmp_path / "own_layers.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    imported = []
+    monkeypatch.setattr(configs, "import_module", imported.append)
+    base = next((config_dir() / task).glob("*_custom.py"))
+    config = write(own=f'_base_ = "{base}"\ncustom_imports = dict(imports=["own_layers"])')
+    assert imported == [f"mmeformer.{task}"] and config.custom_imports.imports == ["own_layers"]
+
+
+def test_own_imports_that_fail_say_why(write, tmp_path, monkeypatch):
+    """And not ``sys.path``, nor that the module itself is missing if it misses another one."""
+    text = 'custom_imports = dict(imports=["own_broken"])'
+    with pytest.raises(ValueError, match="No module named 'own_broken'; .* PYTHONPATH=FOLDER"):
+        write(own=text)
+    (tmp_path / "own_broken.py").write_text("import not_installed")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="No module named 'not_installed'; "):
+        write(own=text)
