@@ -20,12 +20,13 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import singledispatch
+from functools import lru_cache, singledispatch
 from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import cv2
 import numpy as np
 
 from mmeformer.errors import UserError
@@ -196,14 +197,14 @@ class Model:
 
         Args:
             images: one image (a path, the content of a file, a file object, a Pillow image, or an
-                array of ``uint8`` in BGR); a list of them; or the path of a video, of a folder or a
-                pattern such as ``images/*.jpg``.
+                array of ``uint8`` in BGR); a list or an iterator of them; or the path of a video,
+                of a folder or a pattern such as ``images/*.jpg``.
             batch_size: images, frames or windows of a large image per call of the model. Exported
                 files decide themselves how many windows they take at once.
 
         Returns:
-            A :class:`Prediction` for one image, a list of them for a list. For a video, a folder or
-            a pattern an iterator, which predicts as it is read; its items know their ``path`` and
+            A :class:`Prediction` for one image, a list of them for a list; else an iterator, which
+            predicts as it is read. Items of a video, a folder or a pattern know their ``path`` and
             ``frame``. Files of a folder or a pattern that cannot be read are left out, with a
             warning for each.
 
@@ -216,6 +217,9 @@ class Model:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
         if isinstance(images, (list, tuple)):
             return list(self._predict(map(self._read, images), batch_size))
+        # Files are iterators too, of lines.
+        if isinstance(images, Iterator) and not hasattr(images, "read"):
+            return self._predict(map(self._read, images), batch_size)
         if isinstance(images, (str, Path)):
             refuse_url(images, "image")
             if (many := _many(images, self.source.reading)) is not None:
@@ -234,6 +238,11 @@ class Model:
             results = self.source.predict(arrays, batch_size)
             for (array, path, frame), result in zip(chunk, results, strict=True):
                 yield Prediction(result, array, self.classes, self.source, path, frame)
+
+
+def _absolute(config: str | Path) -> str | Path:
+    """A path that other working directories can read; shipped configs have none."""
+    return Path(config).absolute() if Path(config).exists() else config
 
 
 def _path_of(image: Any) -> Path | None:
@@ -355,6 +364,12 @@ class Prediction:
         """
         return self._source.draw(self.image, self.result)
 
+    def _repr_jpeg_(self) -> bytes | None:
+        """:meth:`plot`, as a notebook shows it; None of a backbone."""
+        if isinstance(self.result, Pyramid):
+            return None
+        return cv2.imencode(".jpg", self.plot())[1].tobytes()
+
     def save(self, path: str | Path) -> Path:
         """Write :meth:`plot` to a file (``.png``, ``.jpg``, ...); returns its path.
 
@@ -450,15 +465,26 @@ def _(result: Segmentation) -> dict[str, Any]:
 class _Source(ABC):
     """What a :class:`Model` predicts with.
 
+    Copies share it. Pickled, it is the arguments it was made of (files, not weights); another
+    process makes it anew at its first use.
+
     Attributes:
+        arguments: of the class.
         classes: names, by label.
         category_ids: of COCO, by label.
         reading: how files are read.
     """
 
+    arguments: tuple[Any, ...]
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
     reading: Reading = PLAIN
+
+    def __deepcopy__(self, memo: dict) -> _Source:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _Unpickled, (type(self), self.arguments)
 
     @abstractmethod
     def predict(self, images: list[np.ndarray], batch_size: int) -> list[Any]:
@@ -471,6 +497,26 @@ class _Source(ABC):
     @abstractmethod
     def entries(self, result: Any) -> list[dict]:
         """A result as COCO annotations, without ``id`` and ``image_id``."""
+
+
+@lru_cache(maxsize=4)
+def _made(kind: type[_Source], arguments: tuple[Any, ...]) -> _Source:
+    return kind(*arguments)
+
+
+class _Unpickled:
+    """A source in another process than the one that made it.
+
+    Results that come back from workers have one, and need it only to be drawn.
+    """
+
+    def __init__(self, kind: type[_Source], arguments: tuple[Any, ...]) -> None:
+        self.made_of = kind, arguments
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "made_of":  # as `copy` and `pickle` ask for
+            raise AttributeError(name)
+        return getattr(_made(*self.made_of), name)
 
 
 class _Trained(_Source):
@@ -494,6 +540,8 @@ class _Trained(_Source):
             score_thr=score_thr,
             classes=classes,
         )
+        chosen = None if classes is None else tuple(classes)
+        self.arguments = checkpoint.absolute(), _absolute(config), device, score_thr, chosen
         for remark in self.predictor.remarks:
             warnings.warn(remark, stacklevel=3)
         self.classes = self.predictor.classes
@@ -551,6 +599,8 @@ class _Exported(_Source):
                 f"score_thr {score_thr} is below the threshold {lowest} that {path} was exported "
                 "with; export it with a lower one"
             )
+        chosen = None if classes is None else tuple(classes)
+        self.arguments = path.absolute(), score_thr, chosen
         # Before the results of windows are merged, as in prediction with a checkpoint.
         self.predictor.metadata = replace(metadata, score_threshold=score_thr)
         self.labels = None if classes is None else chosen_labels(classes, self.classes)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``from mmeformer import load``: work directories, checkpoints and exported files."""
 
+import copy
+import pickle
 import shutil
 import sys
 import time
@@ -180,6 +182,37 @@ def test_pictures_of_several_threads(task, models, picture, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         shapes = {drawn.shape for drawn in pool.map(lambda one: one.plot(), found)}
     assert len(shapes) == 1 and most == [1] * 4
+
+
+def test_copies_and_other_processes(fake_file, models, picture):
+    """A pickled model is its files; a pickled result has its numbers, and is drawn with them."""
+    for model in models("detection"), mmeformer.load(fake_file(), classes=["dog"]):
+        found = model(picture)
+        assert copy.deepcopy(found)._source is model.source is copy.deepcopy(model).source
+        data = pickle.dumps((model, found))
+        assert len(data) < 100_000
+        again, result = pickle.loads(data)
+        assert equal(result, found.result, "detection") and result.names == found.names
+        assert equal(again(picture), found.result, "detection") and again.path == model.path
+        assert result.plot().shape == found.plot().shape
+        assert pickle.loads(pickle.dumps(again)).source.category_ids == model.source.category_ids
+
+
+def test_a_notebook_shows_the_picture(models, picture):
+    found = models("segmentation")(picture)
+    shown = cv2.imdecode(np.frombuffer(found._repr_jpeg_(), np.uint8), cv2.IMREAD_COLOR)
+    assert np.abs(shown - found.plot().astype(float)).mean() < 5
+    backbone = mmeformer.model.Prediction(Pyramid(()), IMAGE, (), models("segmentation").source)
+    assert backbone._repr_jpeg_() is None
+
+
+def test_an_iterator_is_predicted_as_it_is_read(fake_file):
+    model = mmeformer.load(fake_file())
+    read = []
+    images = (read.append(index) or IMAGE for index in range(5))
+    found = model(images, batch_size=2)
+    assert not read and len(next(found)) == 2 and read == [0, 1]
+    assert len(list(found)) == 4 and read == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
