@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -58,6 +59,20 @@ def read_json(path: str | Path) -> Any:
     if (size := Path(path).stat().st_size) >= LARGE:
         print(f"reading {path} ({size / 1e6:.0f} MB)", file=sys.stderr, flush=True)
     return json.loads(Path(path).read_bytes())
+
+
+def in_notebook() -> bool:
+    """Whether a notebook shows the output, of a cell or of a command after ``!``.
+
+    The latter has a terminal, but the notebook follows no movements of the cursor: each change of a
+    bar would be a line, and mix with others. Jupyter sets the one variable, ipykernel the other.
+    """
+    return "JPY_PARENT_PID" in os.environ or "inline" in os.environ.get("MPLBACKEND", "")
+
+
+def output() -> Console:
+    """The standard output, for bars."""
+    return Console(force_terminal=False if in_notebook() else None)
 
 
 class Bars(Progress):

@@ -190,6 +190,9 @@ class PyramidBackbone(BaseModule):
         finally:
             self.init_cfg = configured
 
+    def _dump_init_info(self) -> None:
+        """Nothing: of a backbone alone, mmengine would print three lines for each parameter."""
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (B, 3, H, W) -> tuple of (B, C_i, ceil(H / s_i), ceil(W / s_i)), i in ``out_indices``.
 

@@ -8,9 +8,11 @@ standard library, so that help and mistyped words are answered at once.
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from mmeformer import signals
@@ -83,6 +85,17 @@ def summary(command: str) -> str:
     return text.splitlines()[0].rstrip(".")
 
 
+def leave_backend_of_notebook() -> None:
+    """Take away the backend of matplotlib that a notebook in another environment has set.
+
+    Without its module, matplotlib would not even be imported.
+    """
+    backend = os.environ.get("MPLBACKEND", "")
+    module = backend.removeprefix("module://").partition(".")[0]
+    if backend.startswith("module://") and find_spec(module) is None:
+        del os.environ["MPLBACKEND"]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a sub-command; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -102,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if name == "train":
         signals.leave_on_signals()
+    leave_backend_of_notebook()
     # Help and errors of argparse begin with this.
     sys.argv[0] = f"mmeformer {name}"
     try:

@@ -23,10 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 
 from mmeformer import configs
-from mmeformer.bars import Bars
+from mmeformer.bars import Bars, output
 from mmeformer.commands import cli
 from mmeformer.errors import UserError
 from mmeformer.model import EXPORTED
@@ -136,7 +135,7 @@ def _predict_all(
     from mmeformer import inference
 
     finished = failed = doubtful = 0
-    bars = Bars(Console())
+    bars = Bars(output())
     images = bars.add_task("images", total=len(sources))
     windows = bars.add_task("windows", visible=False)
 

@@ -18,9 +18,8 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from rich.console import Console
 
-from mmeformer.bars import Bars
+from mmeformer.bars import Bars, output
 from mmeformer.commands import cli
 from mmeformer.errors import UserError
 
@@ -99,7 +98,7 @@ def work(args: argparse.Namespace) -> int:
     # Imported here so that --help and errors in arguments do not wait for OpenMMLab.
     from mmeformer.rotated.patches import CutSettings, Split
 
-    console = Console()
+    console = output()
     settings = CutSettings(
         size=args.size,
         overlap=args.overlap,

@@ -53,7 +53,7 @@ def _neighbors(
     )
 
 
-# Once per size: on a GPU each of them is a copy from the host. What a tracer records is not kept, or
+# Once per size: on a GPU each of them is a copy from the host. What a tracer records is not kept:
 # a second trace, as its own check makes, would differ from the first.
 _known_neighbors = lru_cache(maxsize=1024)(_neighbors)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,11 +16,13 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from mmeformer.bars import in_notebook
+
 
 class ProgressHook(Hook):
     """Shows a bar with the time left, the loss and the best metric while a training runs.
 
-    All other output scrolls above the bar, less what :func:`is_for_terminals` holds back.
+    All other output scrolls above the bar, less what :func:`for_people` holds back.
     :class:`mmeformer.training.runner.Runner` adds this hook in the main process if the output is a
     terminal. Elsewhere there are the lines of mmengine's ``LoggerHook``.
 
@@ -42,7 +45,7 @@ class ProgressHook(Hook):
     @staticmethod
     def is_wanted() -> bool:
         """Whether this process writes to a terminal and is the main one."""
-        return is_main_process() and sys.stdout.isatty()
+        return is_main_process() and sys.stdout.isatty() and not in_notebook()
 
     def before_train(self, runner: Runner) -> None:
         """Start the bar."""
@@ -130,22 +133,30 @@ class ProgressHook(Hook):
         self.streams = []
 
 
-def is_for_terminals(record: logging.LogRecord) -> bool:
-    """Filter for the handler of a terminal; what it holds back is in the log file.
+def for_people() -> list[Callable[[logging.LogRecord], bool]]:
+    """Filters for the handler of the standard output; what they hold back is in the log file.
 
-    That is what the bar shows, and hundreds of lines at the start: the environment, the config, the
-    hooks, and the options of every parameter.
+    That is what the bar shows, and in a notebook too hundreds of lines at the start: the
+    environment, the config, the hooks, and the options of every parameter.
     """
+    if ProgressHook.is_wanted():
+        return [is_brief, is_not_in_bar]
+    return [is_brief] if in_notebook() else []
+
+
+def is_brief(record: logging.LogRecord) -> bool:
+    """Whether a record is not one of those by the hundred."""
     place = record.module, record.funcName
-    return place not in HIDDEN_PLACES and not record.getMessage().startswith(HIDDEN_STARTS)
+    return place != ("runner", "_log_env") and not record.getMessage().startswith(HIDDEN_STARTS)
 
 
-HIDDEN_PLACES = {
-    ("logger_hook", "after_train_iter"),
-    ("logger_hook", "after_val_iter"),
-    ("runner", "_log_env"),
-}
-"""Modules and functions of mmengine."""
+def is_not_in_bar(record: logging.LogRecord) -> bool:
+    """Whether the bar does not show what a record says."""
+    return record.module != "logger_hook" or record.funcName not in IN_BAR
+
+
+IN_BAR = ("after_train_iter", "after_val_iter")
+"""Functions of mmengine's ``LoggerHook``."""
 HIDDEN_STARTS = ("paramwise_options -- ", "Hooks will be executed")
 
 

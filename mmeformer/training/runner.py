@@ -47,7 +47,7 @@ from mmeformer.training.hooks import (
 from mmeformer.training.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmeformer.training.optim import unused_keys, update_in_few_kernels
 from mmeformer.training.preemption import Preempted, StopRequest, ignoring_signals
-from mmeformer.training.progress import ProgressHook, is_for_terminals
+from mmeformer.training.progress import ProgressHook, for_people
 from mmeformer.training.randomness import PositionSampler, StepSeedHook
 from mmeformer.training.record import TrainingDataHook
 from mmeformer.training.saving import (
@@ -145,12 +145,12 @@ class Runner(MMEngineRunner):
         self._stamps.add(self._timestamp)
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
-        """mmengine's logger; a terminal gets no lines by the hundred."""
+        """mmengine's logger; a terminal or a notebook gets no lines by the hundred."""
         logger = super().build_logger(*args, **kwargs)
-        if ProgressHook.is_wanted():
-            for handler in logger.handlers:
-                if getattr(handler, "stream", None) is sys.stdout:
-                    handler.addFilter(is_for_terminals)
+        for handler in logger.handlers:
+            if getattr(handler, "stream", None) is sys.stdout:
+                for wanted in for_people():
+                    handler.addFilter(wanted)
         return logger
 
     @staticmethod

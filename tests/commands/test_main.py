@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``mmeformer``: help, version, nearest words, completion."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -251,3 +252,13 @@ def test_bash_completes(line, expected):
 def test_fish_script_names_every_command():
     text = completion.fish()
     assert all(f"-f -a {name} -d '" in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("backend", "kept"),
+    [("module://not_installed.inline", False), ("module://json.tool", True), ("agg", True)],
+)
+def test_backend_of_a_notebook_in_another_environment(backend, kept, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", backend)
+    command.leave_backend_of_notebook()
+    assert ("MPLBACKEND" in os.environ) == kept

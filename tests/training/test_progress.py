@@ -10,6 +10,7 @@ import tiny
 from mmengine.config import Config
 from rich.console import Console
 
+from mmeformer import bars
 from mmeformer.training import engine
 from mmeformer.training.progress import ProgressHook, best_metric
 
@@ -92,6 +93,20 @@ def test_lines_elsewhere(config, monkeypatch):
     assert "Iter(train) [4/4]" in output.getvalue() and "\x1b[?25" not in output.getvalue()
     assert "System environment" in output.getvalue()
     assert best_metric(runner)[0] == "mIoU"
+
+
+def test_lines_in_a_notebook(config, tmp_path, monkeypatch):
+    """After ``!`` it has a terminal, but does not follow the cursor; it needs no config either."""
+    monkeypatch.setenv("JPY_PARENT_PID", "1")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert not bars.output().is_terminal
+    engine.build_train_runner(config).train()
+    text = sys.stdout.getvalue()
+    assert "Iter(train) [4/4]" in text and "\x1b[2K" not in text
+    (log,) = (tmp_path / "run").glob("*/*.log")
+    for start in ("System environment", "Config:", "Hooks will be", "paramwise_options"):
+        assert start in log.read_text() and start not in text
 
 
 def test_one_bar_of_all_processes(monkeypatch):
