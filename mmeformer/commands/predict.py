@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-
 from mmeformer import configs
 from mmeformer.bars import Bars, output
 from mmeformer.commands import cli

@@ -18,7 +18,6 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-
 from mmeformer.bars import Bars, output
 from mmeformer.commands import cli
 from mmeformer.errors import UserError
