@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -64,18 +64,36 @@ def build(variant: str, image: torch.Tensor | None = None, **kwargs) -> nn.Modul
     return backbone
 
 
-def onnx_call(backbone: nn.Module, image: torch.Tensor, folder: str) -> Callable[[], object]:
-    """A function that runs the folded backbone, exported for this size, in onnxruntime."""
+def onnx_calls(
+    backbone: nn.Module, image: torch.Tensor, folder: str, also: Sequence[str]
+) -> dict[str, Callable[[], object]]:
+    """Functions that run the folded backbone, exported for this size, in onnxruntime.
+
+    In 8 bits: all layers but depthwise convolutions. What a trained model can have in 8 bits is
+    measured by `mmeformer export --int8`.
+    """
+    import onnx
     import onnxruntime
 
+    from mmeformer.deploy.quantize import OnnxWriter, layer_groups
+
     substitute_for_graph(backbone)
-    path = str(Path(folder, "backbone.onnx"))
-    torch.onnx.export(backbone, (image,), path, input_names=["image"], dynamo=False)
+    plain = Path(folder, "backbone.onnx")
+    torch.onnx.export(backbone, (image,), str(plain), input_names=["image"], dynamo=False)
+    feed = {"image": image.numpy()}
+    files = {"onnxruntime": plain}
+    if "int8" in also:
+        files["onnxruntime, int8"] = int8 = Path(folder, "backbone_int8.onnx")
+        groups = layer_groups(onnx.load(str(plain))).items()
+        layers = [name for group, names in groups if "depthwise" not in group for name in names]
+        OnnxWriter()(plain, int8, layers, iter([feed]))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-    feed = {"image": image.numpy()}
-    return lambda: session.run(None, feed)
+    sessions = {
+        name: onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+        for name, path in files.items()
+    }
+    return {name: partial(session.run, None, feed) for name, session in sessions.items()}
 
 
 def shortest(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -117,7 +135,7 @@ def inference(variant: str, size: tuple[int, int], args: argparse.Namespace) -> 
     memory = {name: inference_memory(call) / MIB for name, call in calls.items()}
     with tempfile.TemporaryDirectory() as folder:
         if "onnxruntime" in args.also:
-            calls["onnxruntime"] = onnx_call(fold(ours, size), image, folder)
+            calls.update(onnx_calls(fold(ours, size), image, folder, args.also))
         if "compile" in args.also:
             torch._dynamo.reset()
             compiled = torch.compile(fold(ours, size).to(memory_format=torch.channels_last))
@@ -202,7 +220,7 @@ def main() -> None:
     parser.add_argument("what", choices=["inference", "training", "growth", "one-training"])
     parser.add_argument("--variants", nargs="+", default=["efficientformerv2_s0"])
     parser.add_argument("--sizes", nargs="+", default=["800x1344"], metavar="HxW")
-    parser.add_argument("--also", nargs="*", default=["onnxruntime"], metavar="WAY")
+    parser.add_argument("--also", nargs="*", default=["onnxruntime", "int8"], metavar="WAY")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)

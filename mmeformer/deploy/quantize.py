@@ -120,7 +120,7 @@ def quantize(
 
         groups, write = operator_groups(source), write_int8
     else:
-        groups, write = layer_groups(onnx.load(str(source))), _OnnxWriter()
+        groups, write = layer_groups(onnx.load(str(source))), OnnxWriter()
     if not groups:
         raise ValueError(
             "all layers are in the loop over the windows of an image (model.test_cfg.mode=slide), "
@@ -258,7 +258,7 @@ class _Reader(CalibrationDataReader):
         return next(self._feeds, None)
 
 
-class _OnnxWriter:
+class OnnxWriter:
     """Writes files with quantized layers, as QDQ nodes; ranges are measured once."""
 
     def __init__(self) -> None:
