@@ -65,7 +65,7 @@ from mmeformer.deploy.graphs import Graph, cell_shifts, graph_class
 from mmeformer.deploy.lean import shorten
 from mmeformer.deploy.substitutes import substitute_for_graph
 from mmeformer.detection.dense_graph import DenseGraph, is_dense
-from mmeformer.detection.starter import as_coco, inside
+from mmeformer.detection.starter import inside, write_coco
 from mmeformer.files import write_text
 from mmeformer.formats.find import read_folder
 from mmeformer.formats.tree import Options
@@ -210,8 +210,8 @@ def write_tiles(source: Path, tile: int, halves: bool, folder: Path) -> None:
     for split in ("train", "val"):
         chosen = [image for image in tiles if image.split == split]
         classes = [data.classes[label] for label in kept]
-        content = as_coco(chosen, classes, folder, data.kind == POLYGONS)
-        write_text(folder / f"{split}.json", json.dumps(content))
+        path = folder / f"{split}.json"
+        write_coco(path, chosen, classes, folder, data.kind == POLYGONS)
 
 
 def write_data(args: argparse.Namespace) -> dict[str, Path]:
