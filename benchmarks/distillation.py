@@ -9,8 +9,8 @@ Use: ``python benchmarks/distillation.py FOLDER``. About 5 minutes of processor 
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,4 +80,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="for data and trainings")
+    main(parser.parse_args().folder)
