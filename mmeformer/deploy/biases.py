@@ -132,19 +132,24 @@ class _SizeProbe(nn.Module):
         return self.source.chunks(size)
 
 
-def replace_biases(model: nn.Module, make: Callable[[str, AttentionBias], nn.Module]) -> None:
-    """Replace every attention bias by ``make(name, bias)``."""
-    replace_modules(model, AttentionBias, make)
+def fix_biases(model: nn.Module, image_size: tuple[int, int]) -> None:
+    """Make the attention biases of a folded copy constants for images of ``image_size`` (H, W).
 
-
-def fix_biases(backbone: PyramidBackbone, image_size: tuple[int, int]) -> None:
-    """Replace the biases of a backbone by constants for images of ``image_size`` (H, W)."""
-    replace_biases(backbone, lambda _, bias: _SizeProbe(bias))
-    weight = backbone.stem.conv1.conv.weight
-    with torch.no_grad():
-        backbone(weight.new_zeros(1, weight.shape[1], *image_size))
-    replace_modules(backbone, _SizeProbe, lambda _, probe: FixedBias(probe.source, probe.size))
-    for module in backbone.modules():
+    Raises:
+        ValueError: the model has none of our backbones.
+    """
+    backbones = [module for module in model.modules() if isinstance(module, PyramidBackbone)]
+    if not backbones:
+        raise ValueError(
+            f"{type(model).__name__} has no EfficientFormer backbone, so image_size has no use"
+        )
+    replace_modules(model, AttentionBias, _SizeProbe)
+    for backbone in backbones:
+        weight = backbone.stem.conv1.conv.weight
+        with torch.no_grad():
+            backbone(weight.new_zeros(1, weight.shape[1], *image_size))
+    replace_modules(model, _SizeProbe, lambda probe: FixedBias(probe.source, probe.size))
+    for module in model.modules():
         if isinstance(module, MapAttention) and module.head_bias_keys is not None:
             fixed = cast(FixedBias, module.attention_bias)
             rows, columns = fixed.size

@@ -60,8 +60,8 @@ def make_graph(model: nn.Module, graph_class: Callable[..., Graph], metadata: Me
     """The graph of a model, without raw tensors, in operators that XNNPACK has."""
     graph = build_graph(graph_class, model, metadata, channels_last=True)
     graph.raw_names = ()
-    replace_modules(graph, nn.LayerNorm, lambda _, norm: TokenNorm(norm))
-    replace_modules(graph, nn.GroupNorm, lambda _, norm: MapNorm(norm))
+    replace_modules(graph, nn.LayerNorm, TokenNorm)
+    replace_modules(graph, nn.GroupNorm, MapNorm)
     return graph.eval().requires_grad_(False)
 
 

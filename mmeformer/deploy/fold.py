@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mmeformer.backbones.base import PyramidBackbone
 from mmeformer.backbones.efficientformer import KEY_WIDTH, NUM_HEADS, TokenAttention
 from mmeformer.backbones.efficientformer_v2 import AttentionDownsample, MapAttention
 from mmeformer.deploy.biases import fix_biases
@@ -67,7 +66,7 @@ def fold(model: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Modu
             if isinstance(child, DropPath):
                 setattr(module, name, nn.Identity())
     if image_size is not None:
-        fix_size(model, image_size)
+        fix_biases(model, image_size)
     return model
 
 
@@ -125,18 +124,3 @@ def _scale_queries(attention: MapAttention | AttentionDownsample | TokenAttentio
         last.conv.weight.mul_(attention.scale)
         cast(Tensor, last.conv.bias).mul_(attention.scale)
     attention.scale = 1.0
-
-
-def fix_size(model: nn.Module, image_size: tuple[int, int]) -> None:
-    """Make the attention biases of a folded copy constants for images of ``image_size`` (H, W).
-
-    Raises:
-        ValueError: the model has none of our backbones.
-    """
-    backbones = [module for module in model.modules() if isinstance(module, PyramidBackbone)]
-    if not backbones:
-        raise ValueError(
-            f"{type(model).__name__} has no EfficientFormer backbone, so image_size has no use"
-        )
-    for backbone in backbones:
-        fix_biases(backbone, image_size)

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from mmeformer import tasks
 from mmeformer.backbones.base import PyramidBackbone
 from mmeformer.deploy import check
-from mmeformer.deploy.biases import GraphBias, replace_biases
-from mmeformer.deploy.fold import fix_size, fold
-from mmeformer.deploy.substitutes import substitute_for_graph
+from mmeformer.deploy.biases import GraphBias, fix_biases
+from mmeformer.deploy.fold import fold
+from mmeformer.deploy.substitutes import replace_modules, substitute_for_graph
 from mmeformer.images import as_image
+from mmeformer.layers.attention_bias import AttentionBias
 from mmeformer.runtime.images import prepare
 from mmeformer.runtime.metadata import Metadata
 from mmeformer.variants import STRIDES
@@ -176,10 +177,10 @@ def build_graph(
     made = graph(folded, normalize).eval()
     made.any_size = metadata.size is None
     if metadata.size is None:
-        replace_biases(made, lambda _, bias: GraphBias(bias))
+        replace_modules(made, AttentionBias, GraphBias)
     else:
         height, width = map(min, metadata.size, made.window or metadata.size)
-        fix_size(made, (height, width))
+        fix_biases(made, (height, width))
     return made
 
 

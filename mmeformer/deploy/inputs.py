@@ -30,31 +30,33 @@ _ANY = None
 
 _Accepted = Mapping[str, Sequence[Any] | None]
 
-_LOADING: _Accepted = dict(
-    to_float32=(False,),
-    color_type=("color",),
-    imdecode_backend=("cv2", None),
-    file_client_args=_ANY,
-    ignore_empty=_ANY,
-    bands=_ANY,
-    stretch=_ANY,
-    backend_args=_ANY,
-)
+
+def _any(names: str) -> _Accepted:
+    """Settings that may have any value."""
+    return dict.fromkeys(names.split(), _ANY)
+
+
 _STEPS: dict[str, _Accepted] = {
-    "LoadImageFromFile": _LOADING,
-    "Resize": dict(
-        scale=_ANY,
-        scale_factor=(None,),
-        keep_ratio=_ANY,
-        clip_object_border=_ANY,
-        backend=("cv2",),
-        interpolation=("bilinear",),
-    ),
-    "ResizeToMultiple": dict(size_divisor=_ANY, interpolation=("bilinear", None)),
-    "ResizeEdge": dict(
-        scale=_ANY, edge=("short",), backend=("pillow",), interpolation=("bicubic",)
-    ),
-    "CenterCrop": dict(crop_size=_ANY, auto_pad=(False,), pad_cfg=_ANY, clip_object_border=_ANY),
+    "LoadImageFromFile": {
+        "to_float32": (False,),
+        "color_type": ("color",),
+        "imdecode_backend": ("cv2", None),
+        **_any("file_client_args ignore_empty bands stretch backend_args"),
+    },
+    "Resize": {
+        "scale_factor": (None,),
+        "backend": ("cv2",),
+        "interpolation": ("bilinear",),
+        **_any("scale keep_ratio clip_object_border"),
+    },
+    "ResizeToMultiple": {"interpolation": ("bilinear", None), **_any("size_divisor")},
+    "ResizeEdge": {
+        "edge": ("short",),
+        "backend": ("pillow",),
+        "interpolation": ("bicubic",),
+        **_any("scale"),
+    },
+    "CenterCrop": {"auto_pad": (False,), **_any("crop_size pad_cfg clip_object_border")},
 }
 _DEFAULTS: dict[str, Mapping[str, Any]] = {
     "ResizeEdge": dict(edge="short", backend="cv2", interpolation="bilinear"),
@@ -62,46 +64,25 @@ _DEFAULTS: dict[str, Mapping[str, Any]] = {
 """Arguments that a step takes if the config does not give them, and that are not accepted so."""
 
 _PREPROCESSORS: dict[str, _Accepted] = {
-    "DetDataPreprocessor": dict(
-        mean=_ANY,
-        std=_ANY,
-        bgr_to_rgb=_ANY,
-        rgb_to_bgr=_ANY,
-        pad_size_divisor=_ANY,
-        pad_value=(0,),
+    "DetDataPreprocessor": {
+        "pad_value": (0,),
+        **_any("mean std bgr_to_rgb rgb_to_bgr pad_size_divisor"),
         # Of training, of the ground truth, or of the device.
-        pad_mask=_ANY,
-        mask_pad_value=_ANY,
-        pad_seg=_ANY,
-        seg_pad_value=_ANY,
-        boxtype2tensor=_ANY,
-        non_blocking=_ANY,
-        batch_augments=_ANY,
-    ),
-    "SegDataPreProcessor": dict(
-        mean=_ANY,
-        std=_ANY,
-        bgr_to_rgb=_ANY,
-        rgb_to_bgr=_ANY,
-        test_cfg=(None, {}),
+        **_any("pad_mask mask_pad_value pad_seg seg_pad_value boxtype2tensor non_blocking"),
+        **_any("batch_augments"),
+    },
+    "SegDataPreProcessor": {
+        "test_cfg": (None, {}),
+        **_any("mean std bgr_to_rgb rgb_to_bgr"),
         # Of training; without test_cfg no image is padded in a test.
-        size=_ANY,
-        size_divisor=_ANY,
-        pad_val=_ANY,
-        seg_pad_val=_ANY,
-        batch_augments=_ANY,
-    ),
-    "ClsDataPreprocessor": dict(
-        mean=_ANY,
-        std=_ANY,
-        to_rgb=_ANY,
-        pad_size_divisor=(1,),
-        pad_value=_ANY,
+        **_any("size size_divisor pad_val seg_pad_val batch_augments"),
+    },
+    "ClsDataPreprocessor": {
+        "pad_size_divisor": (1,),
+        **_any("mean std to_rgb pad_value"),
         # Of the labels, or of training.
-        to_onehot=_ANY,
-        num_classes=_ANY,
-        batch_augments=_ANY,
-    ),
+        **_any("to_onehot num_classes batch_augments"),
+    },
 }
 
 

@@ -19,14 +19,12 @@ from mmeformer.layers.graphs import eager_on_gpu, in_graph
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
-def replace_modules(
-    model: nn.Module, kind: type[Kind], make: Callable[[str, Kind], nn.Module]
-) -> None:
-    """Replace every module of a kind below ``model`` by ``make(name, module)``."""
+def replace_modules(model: nn.Module, kind: type[Kind], make: Callable[[Kind], nn.Module]) -> None:
+    """Replace every module of a kind below ``model`` by ``make(module)``."""
     for name, module in list(model.named_modules()):
         if isinstance(module, kind):
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, make(name, module))
+            setattr(model.get_submodule(parent), attribute, make(module))
 
 
 class InplaceGelu(nn.Module):
@@ -178,17 +176,17 @@ def query_in_one_convolution(query: LocalGlobalQuery) -> nn.Sequential:
 
 def substitute(model: nn.Module) -> None:
     """Put faster modules into an inference copy, before or after its norms are merged."""
-    replace_modules(model, PoolBlock, lambda _, block: FoldedPoolBlock(block))
-    replace_modules(model, LocalGlobalQuery, lambda _, query: query_in_one_convolution(query))
+    replace_modules(model, PoolBlock, FoldedPoolBlock)
+    replace_modules(model, LocalGlobalQuery, query_in_one_convolution)
     for module in model.modules():
         if isinstance(module, ConvNorm):
             if isinstance(module.act, nn.GELU):
                 module.act = InplaceGelu()
             if is_pointwise(module.conv):
                 module.conv = PointwiseConv.of(module.conv)
-    replace_modules(model, ConvNorm, lambda _, block: OneDnnConv.of(block))
+    replace_modules(model, ConvNorm, OneDnnConv.of)
 
 
 def substitute_for_graph(model: nn.Module) -> None:
     """Put modules that are faster in exported graphs into a folded copy."""
-    replace_modules(model, FoldedPoolBlock, lambda _, block: GraphPoolBlock(block))
+    replace_modules(model, FoldedPoolBlock, GraphPoolBlock)

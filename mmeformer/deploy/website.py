@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -165,20 +164,14 @@ class _Handler(SimpleHTTPRequestHandler):
         """Write nothing per request."""
 
 
-def serve(site: Path, port: int, report: Callable[[str], None] = print) -> None:
-    """Serve a site to this machine alone, until it is interrupted.
-
-    Args:
-        site: folder.
-        port: 0 takes a free one.
-        report: called with the address.
-    """
+def serve(site: Path, port: int) -> None:
+    """Serve a folder to this machine alone, until it is interrupted; port 0 takes a free one."""
     with server(site, port) as running:
-        report(f"http://127.0.0.1:{running.server_port}/ (end with Ctrl+C)")
+        print(f"http://127.0.0.1:{running.server_port}/ (end with Ctrl+C)")
         try:
             running.serve_forever()
         except KeyboardInterrupt:
-            report("stopped")
+            print("stopped")
 
 
 def server(site: Path, port: int = 0) -> ThreadingHTTPServer:

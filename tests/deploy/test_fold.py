@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from trained_like import trained_like
 
 from mmeformer.deploy import fold
-from mmeformer.deploy.biases import GraphBias, replace_biases
+from mmeformer.deploy.biases import GraphBias
+from mmeformer.deploy.substitutes import replace_modules
 from mmeformer.layers.attention_bias import AttentionBias
 from mmeformer.layers.blocks import LayerScale
 from mmeformer.variants import VARIANTS
@@ -137,4 +138,4 @@ def test_bias_as_a_graph(grid, size, stride):
 def test_bias_as_a_graph_has_no_matrix_resize():
     backbone = build_backbone(L1, bias_resize="matrix")
     with pytest.raises(ValueError, match="fixed --size"):
-        replace_biases(backbone, lambda _, bias: GraphBias(bias))
+        replace_modules(backbone, AttentionBias, GraphBias)
