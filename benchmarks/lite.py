@@ -62,7 +62,7 @@ from mmeformer import configs, tasks
 from mmeformer.deploy import models
 from mmeformer.deploy.fold import fold
 from mmeformer.deploy.graphs import Graph, cell_shifts, graph_class
-from mmeformer.deploy.lean import shorten
+from mmeformer.deploy.simplify import simplify
 from mmeformer.deploy.substitutes import substitute_for_graph
 from mmeformer.detection.dense_graph import DenseGraph, is_dense
 from mmeformer.detection.starter import inside, write_coco
@@ -436,7 +436,7 @@ def write_onnx(graph: Graph, side: int, path: Path) -> None:
             output_names=list(graph.output_names),
             dynamic_axes=graph.output_axes(any_size=False),
         )
-    onnx.save(shorten(onnx.load(path)), path)
+    onnx.save(simplify(onnx.load(path)), path)
 
 
 def feeds(graph: Graph, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:

@@ -233,7 +233,6 @@ def encode_rle(mask: NDArray[Any]) -> dict[str, Any]:
 
 
 def mask_box(mask: NDArray[Any]) -> tuple[float, float, float, float]:
-    """x, y, width and height of the pixels of a mask (H, W) that are not 0."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    return float(left), float(top), float(right - left), float(bottom - top)
+    """x, y, width and height of the pixels of a mask (H, W) that are not 0; there must be some."""
+    x, y, width, height = cv2.boundingRect(np.asarray(mask != 0, np.uint8))
+    return float(x), float(y), float(width), float(height)

@@ -39,7 +39,7 @@ from mmeformer.results import (
     Pyramid,
     RotatedDetections,
     Segmentation,
-    category_id,
+    category_ids,
     check_score_thr,
     chosen_labels,
     mask_extent,
@@ -578,10 +578,7 @@ class _Exported(_Source):
         self.predictor = runtime.load(path)
         metadata = self.predictor.metadata
         self.classes = tuple(metadata.classes)
-        # Files of earlier versions have none.
-        self.category_ids = metadata.category_ids or tuple(
-            map(category_id, range(len(self.classes)))
-        )
+        self.category_ids = category_ids(vars(metadata))
         self.reading = metadata.reading
         if score_thr is not None:
             check_score_thr(score_thr)

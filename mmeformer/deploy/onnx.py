@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from mmeformer import runtime
 from mmeformer.deploy import check
 from mmeformer.deploy.graphs import Graph, build_graph
-from mmeformer.deploy.lean import shorten
 from mmeformer.deploy.loops import close_loop
+from mmeformer.deploy.simplify import simplify
 from mmeformer.images import as_image
 from mmeformer.runtime.images import Prepared, normalize, prepare
 from mmeformer.runtime.metadata import KEY, Metadata
@@ -63,7 +63,7 @@ def write(
     trace(graph, metadata, path, opset)
     proto = onnx.load(str(path))
     close_loop(proto)
-    proto = shorten(proto)
+    proto = simplify(proto)
     if foreign := {node.domain for node in proto.graph.node} - {"", "ai.onnx"}:
         raise check.CheckFailed(f"the graph has operators of {sorted(foreign)}")
     entry = proto.metadata_props.add()

@@ -23,7 +23,6 @@ from mmeformer.inference.outputs import (
     RESULTS,
     TABLE,
     JsonResults,
-    TableResults,
     VideoWriter,
     json_results,
     mark,
@@ -196,7 +195,7 @@ class _Run:
 
     Attributes:
         results: JSON file, or None for tasks without one.
-        table: CSV file, or None for tasks without one.
+        table: writer of the CSV file, or None for tasks without one.
         video_files: holds the video that is being written.
     """
 
@@ -212,7 +211,7 @@ class _Run:
         self.settings = settings
         self.on_window = on_window
         self.results: JsonResults | None = None
-        self.table: TableResults | None = None
+        self.table: Any = None
         self.video_files = ExitStack()
         self.video: VideoWriter | None = None
         self.tracker: Tracker | None = None
@@ -324,7 +323,8 @@ class _Run:
             entries = self.predictor.entries(result)
             self.results.add(item.source.file_name, item.image.shape[:2], entries, item.frame)
         if self.table is not None:
-            self.table.add(item.source.file_name, self.predictor.cells(result), item.frame)
+            frame = "" if item.frame is None else item.frame
+            self.table.writerow([item.source.file_name, frame, *self.predictor.cells(result)])
         self.predictor.write_files(self.out, item.name, result)
         if self.settings.pictures:
             picture = self.predictor.draw(item.image, result)

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import cv2
 import numpy as np
@@ -162,28 +162,21 @@ def json_results(path: Path, categories: Mapping[int, str]) -> Iterator[JsonResu
         results.finish(categories)
 
 
-class TableResults:
-    """A CSV table of predictions that grows image by image; made by :func:`table_results`.
+@contextmanager
+def table_results(path: Path, columns: Sequence[str]) -> Iterator[Any]:
+    """Write a CSV table of predictions; the file appears if the block succeeds.
 
     Args:
-        file: to write to.
+        path: of the file.
         columns: beside the name of the file and the number of the frame.
+
+    Yields:
+        Writer of the module ``csv``, to which the first row was given.
     """
-
-    def __init__(self, file: TextIO, columns: Sequence[str]) -> None:
-        self._writer = csv.writer(file)
-        self._writer.writerow(["file_name", "frame", *columns])
-
-    def add(self, file_name: str, cells: Sequence[str], frame: int | None) -> None:
-        """Add an image or a frame of a video (from 0)."""
-        self._writer.writerow([file_name, "" if frame is None else frame, *cells])
-
-
-@contextmanager
-def table_results(path: Path, columns: Sequence[str]) -> Iterator[TableResults]:
-    """Write a CSV table of predictions; the file appears if the block succeeds."""
     with replacing(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
-        yield TableResults(file, columns)
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "frame", *columns])
+        yield writer
 
 
 class VideoWriter:

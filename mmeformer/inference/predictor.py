@@ -240,9 +240,6 @@ class Predictor(ABC, Generic[Result]):
             for image, side in zip(images, sides, strict=True)
         ]
 
-    def _predict_crops(self, crops: Sequence[np.ndarray]) -> list[Result]:
-        return self.predict([self.prepare(image) for image in crops])
-
     def predict_windows(
         self,
         image: np.ndarray,
@@ -266,7 +263,7 @@ class Predictor(ABC, Generic[Result]):
         results = predict_windows(
             image,
             places,
-            self._predict_crops,
+            lambda crops: self.predict([self.prepare(crop) for crop in crops]),
             batch_size,
             size if self.pads_windows else None,
             progress,

@@ -39,7 +39,7 @@ def test_exports_pass_their_check(exports, task, request_):
     assert not [output.name for output in proto.graph.output if output.name.startswith("raw")]
     kinds = {node.op_type for node in proto.graph.node}
     assert not kinds & {"BatchNormalization", "Dropout"}
-    # A graph for any size computes its biases from the offsets (see test_lean.py for the others).
+    # A graph for any size computes its biases from the offsets (others: test_simplify.py).
     assert "Range" in kinds or request_["size"] is not None
     sidecar = Metadata.from_json(path.with_suffix(".json").read_text(), path)
     assert runtime.load(path).metadata == sidecar

@@ -13,10 +13,10 @@ from trained_like import trained_like
 
 from mmeformer.backbones import EfficientFormerV2
 from mmeformer.backbones.efficientformer_v2 import MapAttention
-from mmeformer.deploy import lean
 from mmeformer.deploy import onnx as onnx_export
 from mmeformer.deploy.export import Request
 from mmeformer.deploy.graphs import BackboneGraph, build_graph
+from mmeformer.deploy.simplify import simplify
 from mmeformer.runtime.metadata import KEY, Metadata
 from mmeformer.variants import STRIDES
 
@@ -103,7 +103,7 @@ def test_the_results_are_the_same_to_the_last_bit(tmp_path):
     graph = build_graph(BackboneGraph, model, metadata, channels_last=True)
     onnx_export.trace(graph, metadata, tmp_path / "traced.onnx")
     traced = onnx.load(str(tmp_path / "traced.onnx"))
-    short = lean.shorten(copy.deepcopy(traced))
+    short = simplify(copy.deepcopy(traced))
     assert len(short.graph.node) < 0.6 * len(traced.graph.node)
     image = np.random.default_rng(0).normal(size=(1, 3, 96, 64)).astype(np.float32)
     results = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shorten ONNX graphs: what does not depend on the inputs becomes a constant."""
+"""Simplify ONNX graphs: what does not depend on the inputs becomes a constant."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUNDS = 3
 """Folded shapes make more shapes known."""
 
 
-def shorten(proto: onnx.ModelProto) -> onnx.ModelProto:
+def simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Fold constants, and remove what the outputs do not need, unused operator sets included.
 
     A graph of a fixed size has no arithmetic of shapes afterwards. The results stay the same to
