@@ -10,16 +10,12 @@ from pathlib import Path
 
 from mmeformer.bars import counted
 from mmeformer.checks.findings import ERROR, Finding
-from mmeformer.formats.lists import split_by_lists
+from mmeformer.formats.label_files import joined
 from mmeformer.formats.tree import (
     Options,
     Tree,
-    note_of_unlabeled,
-    of_labeled_size,
     read_text,
     sample,
-    sort_classes,
-    with_one_label_file,
 )
 from mmeformer.labeled import CORNERS, LabeledData, LabeledImage, LabeledObject
 
@@ -73,12 +69,9 @@ def read(tree: Tree, options: Options) -> LabeledData:
             corners = item.polygon.ravel()
             labeled.objects.append(LabeledObject.cornered(label, corners, difficult=item.difficult))
         found.append(labeled)
-    kept = of_labeled_size(with_one_label_file(found, findings), findings)
-    classes = sort_classes(labels, kept)
-    notes: list[str] = []
-    split_by_lists(tree, kept, notes)
-    notes += note_of_unlabeled(tree, found, "label file")
+    data = joined(NAME, tree, found, labels, findings, "label file")
+    data.kind = CORNERS
     others = set(tree.with_suffix(".txt")).difference(texts)
     if lost := sorted(path for path in others if _looks_like_labels(path)):
-        notes.append(f"{len(lost)} label files have no image, such as {lost[0]}")
-    return LabeledData(NAME, tree.root, CORNERS, tuple(classes), kept, findings, notes)
+        data.notes.append(f"{len(lost)} label files have no image, such as {lost[0]}")
+    return data

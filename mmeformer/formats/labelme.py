@@ -18,18 +18,13 @@ import numpy as np
 
 from mmeformer.bars import counted
 from mmeformer.checks.findings import ERROR, WARNING, Finding
-from mmeformer.formats.lists import split_by_lists
+from mmeformer.formats.label_files import joined
 from mmeformer.formats.tree import (
     Options,
     Tree,
-    note_of_unlabeled,
-    of_labeled_size,
     sample,
-    sort_classes,
-    with_one_label_file,
 )
 from mmeformer.labeled import (
-    BOXES,
     CORNERS,
     POLYGONS,
     LabeledData,
@@ -73,19 +68,16 @@ def read(tree: Tree, options: Options) -> LabeledData:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             text = f"cannot be used: {error}"
             findings.append(Finding(ERROR, "bad label file", str(path), text))
-    images = with_one_label_file(found, findings)
-    notes: list[str] = []
-    split_by_lists(tree, images, notes)
-    kept = of_labeled_size(images, findings)
-    classes = sort_classes(labels, kept)
-    kind = BOXES if kinds == {"rectangle"} else CORNERS if kinds == {"rotation"} else POLYGONS
-    if kind == POLYGONS:
-        for image in kept:
+    data = joined(NAME, tree, found, labels, findings, "label file")
+    if kinds == {"rotation"}:
+        data.kind = CORNERS
+    elif kinds != {"rectangle"}:
+        data.kind = POLYGONS
+        for image in data.images:
             for item in image.objects:
                 if item.rle is None:
                     item.polygons = item.outlines()
-    notes += note_of_unlabeled(tree, found, "label file")
-    return LabeledData(NAME, tree.root, kind, tuple(classes), kept, findings, notes)
+    return data
 
 
 def _read(

@@ -16,7 +16,6 @@ from mmeformer.checks.findings import ERROR, Finding
 from mmeformer.checks.images import UNREADABLE, in_threads, read_header
 from mmeformer.errors import UserError
 from mmeformer.images import IMAGE_SUFFIXES
-from mmeformer.labeled import LabeledImage
 
 _SPLIT_NAMES = {
     "train": ("train", "training", "trn"),
@@ -266,79 +265,6 @@ def read_sizes(paths: Iterable[Path], findings: list[Finding]) -> dict[Path, tup
         else:
             sizes[path] = found
     return sizes
-
-
-def with_one_label_file(
-    images: Iterable[LabeledImage], findings: list[Finding]
-) -> list[LabeledImage]:
-    """Images that one label file is for; of several, nobody knows which one is right.
-
-    Adds a finding for each label file that is not the first of its image.
-    """
-    by_path: dict[Path, list[LabeledImage]] = defaultdict(list)
-    for image in images:
-        by_path[image.path].append(image)
-    for path, (first, *others) in by_path.items():
-        for other in others:
-            text = (
-                f"is for {path}, as {first.source} is; remove one of them, or name the folders of "
-                "label files like those of their images"
-            )
-            findings.append(Finding(ERROR, "two label files", str(other.source), text))
-    return [found[0] for found in by_path.values() if len(found) == 1]
-
-
-def of_labeled_size(images: Sequence[LabeledImage], findings: list[Finding]) -> list[LabeledImage]:
-    """Images that can be read and have the size that their labels are for; sets unknown sizes.
-
-    Adds a finding for each of the others.
-    """
-    sizes = read_sizes([image.path for image in images], findings)
-    kept = []
-    for image in images:
-        if (size := sizes.get(image.path)) is None:
-            continue
-        if (image.width, image.height) not in (size, (0, 0)):
-            text = (
-                f"is {size[0]} x {size[1]} px, but its labels are for {image.width} x "
-                f"{image.height} px; use the image that was labeled"
-            )
-            findings.append(Finding(ERROR, "wrong size", str(image.path), text))
-            continue
-        image.width, image.height = size
-        kept.append(image)
-    return kept
-
-
-def note_of_unlabeled(tree: Tree, labeled: Iterable[LabeledImage], missing: str) -> list[str]:
-    """A note on the images of a folder that have no label file, if there are any.
-
-    Args:
-        tree: of the folder.
-        labeled: images with a label file.
-        missing: what they have none of.
-    """
-    known = {image.path for image in labeled}
-    bare = [path for path in tree.images if path not in known and not is_drawn(path)]
-    if not bare:
-        return []
-    shown = bare[0].relative_to(tree.root)
-    return [f"{len(bare)} images have no {missing} and are left out, such as {shown}"]
-
-
-def sort_classes(numbers: dict[str, int], images: Iterable[LabeledImage]) -> list[str]:
-    """Names of classes in alphabetical order, which becomes that of the objects' labels.
-
-    Args:
-        numbers: label of each class so far.
-        images: whose objects change.
-    """
-    classes = sorted(numbers)
-    place = {numbers[name]: index for index, name in enumerate(classes)}
-    for image in images:
-        for item in image.objects:
-            item.label = place[item.label]
-    return classes
 
 
 def read_names(path: Path) -> list[str]:

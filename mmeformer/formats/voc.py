@@ -14,18 +14,13 @@ import numpy as np
 
 from mmeformer.bars import counted
 from mmeformer.checks.findings import ERROR, Finding
-from mmeformer.formats.lists import split_by_lists
+from mmeformer.formats.label_files import joined
 from mmeformer.formats.tree import (
     Options,
     Tree,
-    note_of_unlabeled,
-    of_labeled_size,
     sample,
-    sort_classes,
-    with_one_label_file,
 )
 from mmeformer.labeled import (
-    BOXES,
     CORNERS,
     POLYGONS,
     LabeledData,
@@ -62,20 +57,14 @@ def read(tree: Tree, options: Options) -> LabeledData:
             continue
         if image is not None:
             found.append(image)
-    images = with_one_label_file(found, findings)
-    notes: list[str] = []
-    split_by_lists(tree, images, notes)
-    kept = of_labeled_size(images, findings)
-    classes = sort_classes(labels, kept)
-    items = [item for image in kept for item in image.objects]
-    kind = BOXES
+    data = joined(NAME, tree, found, labels, findings, "annotation file")
+    items = [item for image in data.images for item in image.objects]
     if items and all(item.corners for item in items):
-        kind = CORNERS
+        data.kind = CORNERS
     elif items and all(item.polygons for item in items):
-        kind = POLYGONS
-    notes += note_of_unlabeled(tree, found, "annotation file")
-    notes += note_of_boxes(kept)
-    return LabeledData(NAME, tree.root, kind, tuple(classes), kept, findings, notes)
+        data.kind = POLYGONS
+    data.notes += note_of_boxes(data.images)
+    return data
 
 
 def _read(path: Path, tree: Tree, labels: dict[str, int]) -> LabeledImage | None:

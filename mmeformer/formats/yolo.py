@@ -68,7 +68,9 @@ class _Line(NamedTuple):
 
 def find(tree: Tree) -> list[Path]:
     """``data.yaml``, or label files."""
-    return _settings_files(tree) or _label_files(tree)
+    return _settings_files(tree) or [
+        path for path in sample(tree.named_like_images(".txt")) if _looks_like_labels(path)
+    ]
 
 
 def _settings_files(tree: Tree) -> list[Path]:
@@ -103,11 +105,6 @@ def folder_of(settings: Path) -> Path:
     raise UserError(
         f"{settings}: path: {base} is no folder; correct it, or give the folder of the data instead"
     )
-
-
-def _label_files(tree: Tree) -> list[Path]:
-    """Text files that begin like labels, of those that have the name of an image."""
-    return [path for path in sample(tree.named_like_images(".txt")) if _looks_like_labels(path)]
 
 
 def _looks_like_labels(path: Path) -> bool:
@@ -233,10 +230,6 @@ def _images_of(content: dict, path: Path, tree: Tree, notes: list[str]) -> dict[
     return images
 
 
-def _is_inside(path: Path, tree: Tree) -> bool:
-    return path.resolve().is_relative_to(tree.root.resolve())
-
-
 def _listed(place: str, bases: Sequence[Path], tree: Tree) -> tuple[list[Path], str]:
     """Images below a folder, or those that a text file lists, and in words what does not exist.
 
@@ -246,7 +239,9 @@ def _listed(place: str, bases: Sequence[Path], tree: Tree) -> tuple[list[Path], 
     # Roboflow writes ../train/images for what lies beside data.yaml.
     plain = place.replace("\\", "/")
     tries = [Path(b, p) for p in (plain, plain.removeprefix("../")) for b in bases]
-    found = next((t.resolve() for t in tries if t.exists() and _is_inside(t, tree)), None)
+    root = tree.root.resolve()
+    existing = (path.resolve() for path in tries if path.exists())
+    found = next((path for path in existing if path.is_relative_to(root)), None)
     if found is None:
         return [], f"{place} does not exist below {tree.root}"
     if found.is_dir():
