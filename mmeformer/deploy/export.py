@@ -213,12 +213,8 @@ def export(
         compare_inputs(config, preprocess, metadata, real, comparison)
         comparison.report(report)
         comparison.raise_failures(out)
-        method = None
-        if request.int8_dynamic:
-            method = litert.dynamic_method(draft)
         if request.int8 or request.int8_dynamic:
-            pictures = request.int8 or real
-            _quantize(draft, out, config, metadata, pictures, request.max_drop, report, method)
+            _quantize(draft, out, config, metadata, request.int8 or real, request, report)
     write_text(sidecar, metadata.to_json() + "\n")
     return out
 
@@ -248,9 +244,8 @@ def _quantize(
     config: Config,
     metadata: Metadata,
     images: Sequence[Path],
-    max_drop: float,
+    request: Request,
     report: Callable[[str], None],
-    method: Any,
 ) -> None:
     """Replace a checked float32 file by one in 8 bits, or keep that under another name."""
     from mmeformer.deploy.quantize import MetricDropped, quantize
@@ -258,7 +253,16 @@ def _quantize(
     with TemporaryDirectory() as folder:
         quantized = Path(folder) / out.name
         try:
-            quantize(draft, quantized, config, metadata, images, max_drop, report, method)
+            quantize(
+                draft,
+                quantized,
+                config,
+                metadata,
+                images,
+                request.max_drop,
+                report,
+                request.int8_dynamic,
+            )
         except MetricDropped as error:
             refused = out.with_name(f"{out.stem}.refused{out.suffix}")
             write_bytes(refused, quantized.read_bytes())

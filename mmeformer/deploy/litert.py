@@ -131,9 +131,7 @@ def halve_weights(path: Path) -> None:
     path.write_bytes(bytes(change.quantize().quantized_model))
 
 
-def operator_groups(
-    path: Path, kinds: Sequence[TFLOperationName] = _QUANTIZED
-) -> dict[str, list[str]]:
+def operator_groups(path: Path, weights_only: bool = False) -> dict[str, list[str]]:
     """Operators of a file that can be quantized, as ``KIND SCOPE``, by group.
 
     The first convolution and the talking heads are groups of their own. Other layers with weights
@@ -142,6 +140,7 @@ def operator_groups(
     outputs.
     """
     model = read_model(str(path))
+    kinds = _WEIGHTS if weights_only else _QUANTIZED
     groups: dict[str, list[str]] = {}
     for subgraph in model.subgraphs:
         for item in subgraph.operators:
@@ -170,11 +169,6 @@ def _place(scope: str) -> str:
         return "stem" if stage[1] is None else f"stage {int(stage[1]) + 1}"
     part = re.search(r"Graph_source/(?:[\w.]+_model/)?[\w.]+\.[A-Za-z0-9]+_(\w+)[/;]", scope)
     return part[1] if part else "other layers"
-
-
-def dynamic_method(path: Path) -> tuple[dict[str, list[str]], Callable[..., None]]:
-    """Groups of operators with weights, and :func:`write_dynamic`; see ``quantize``."""
-    return operator_groups(path, _WEIGHTS), write_dynamic
 
 
 def _choose(

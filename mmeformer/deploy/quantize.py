@@ -87,7 +87,7 @@ def quantize(
     images: Sequence[Path],
     max_drop: float,
     report: Callable[[str], None],
-    method: tuple[dict[str, list[str]], Callable[..., None]] | None = None,
+    dynamic: bool = False,
 ) -> None:
     """Quantize a checked float32 file: static, with weights per channel.
 
@@ -103,8 +103,8 @@ def quantize(
         images: to calibrate the ranges of activations on.
         max_drop: largest drop of the metric in points of a hundred.
         report: called with each line of the table, as soon as it is measured.
-        method: groups of layers, and the function that writes a file with some of them in 8 bits;
-            None takes those for the suffix of ``source``.
+        dynamic: of TensorFlow Lite files: quantize weights alone, see
+            :func:`mmeformer.deploy.litert.write_dynamic`.
 
     Raises:
         MetricDropped: no quantized file keeps the metric; ``out`` is the best one.
@@ -113,12 +113,11 @@ def quantize(
     images = images[:: -(-len(images) // CALIBRATION_IMAGES)]
     groups: dict[str, list[str]]
     write: Callable[[Path, Path, Sequence[str], Iterator[dict[str, Any]]], None]
-    if method is not None:
-        groups, write = method
-    elif source.suffix == SUFFIX:
-        from mmeformer.deploy.litert import operator_groups, write_int8
+    if source.suffix == SUFFIX:
+        from mmeformer.deploy import litert
 
-        groups, write = operator_groups(source), write_int8
+        groups = litert.operator_groups(source, weights_only=dynamic)
+        write = litert.write_dynamic if dynamic else litert.write_int8
     else:
         groups, write = layer_groups(onnx.load(str(source))), OnnxWriter()
     if not groups:

@@ -3,15 +3,12 @@
 
 Recognized names are those of ADE20K (``annotations``), Cityscapes (``_gtFine_labelIds``), Pascal
 VOC (``SegmentationClass``), CamVid (``_L``), and folders or endings such as ``masks`` and
-``_mask``. A legend names the colors or numbers: ``class_dict.csv``, CVAT's ``labelmap.txt``,
-``label_colors.txt``, or JSON.
+``_mask``. A legend names the colors or numbers: see :mod:`mmeformer.formats.legends`.
 """
 
 from __future__ import annotations
 
-import csv
 import functools
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -27,6 +24,7 @@ from PIL import Image
 from mmeformer.checks.findings import ERROR, Finding, first_of
 from mmeformer.checks.images import UNREADABLE, in_threads
 from mmeformer.errors import UserError
+from mmeformer.formats.legends import Color, Legend, find_legend, learned
 from mmeformer.formats.lists import split_by_lists
 from mmeformer.formats.tree import (
     IMAGE_FOLDERS,
@@ -34,7 +32,6 @@ from mmeformer.formats.tree import (
     Tree,
     class_names,
     is_drawn,
-    read_names,
     read_sizes,
     split_word,
 )
@@ -50,7 +47,6 @@ _MASK_ENDING = re.compile(
 )
 _NO_MASK = re.compile(r"_(gt(Fine|Coarse)_)?(color|instanceIds)$")
 _IMAGE_ENDING = re.compile(r"(_leftImg8bit|(?i:_image|_img|[_-]sat))$")
-_LEGENDS = ("labelmap.txt", "label_colors.txt", "label_colours.txt", "class_dict.csv")
 _MANY = 64
 """A mask of more colors than these is a photo, or was saved as JPEG."""
 _STEPS = 3
@@ -71,7 +67,6 @@ _FLAT = 0.5
 """Share of the pixels of a photograph that equal their neighbor, at most; of masks, nearly all."""
 _PHOTOS = "photographs"
 """Key of ``Tree.found`` for folders with names of masks, but of photographs."""
-_IGNORED_NAMES = ("void", "ignore", "unlabeled", "unlabelled", "unknown")
 
 # The 19 classes that count, of cityscapesScripts' helpers/labels.py, by their numbers in labelIds.
 CITYSCAPES = {
@@ -86,20 +81,6 @@ VOC = (
     "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
     "train", "tvmonitor",
 )  # fmt: skip
-
-Color = tuple[int, int, int]
-
-
-class Legend(NamedTuple):
-    """Names of classes, with the color of each, and the file that says so.
-
-    Args:
-        names: of the classes.
-        colors: one for each, or None if the file has only names.
-    """
-
-    names: tuple[str, ...]
-    colors: tuple[Color, ...] | None
 
 
 def find(tree: Tree) -> list[Path]:
@@ -346,7 +327,7 @@ class _Labels(NamedTuple):
 
 
 def _labels(tree: Tree, options: Options, read, findings: list[Finding]) -> _Labels:
-    legend = _legend(tree, options)
+    legend = find_legend(tree, options)
     gray = [index for index, (_, values) in enumerate(read) if values.kind == "ids"]
     colored = len(gray) < len(read)
     if colored and gray and legend is None:
@@ -452,7 +433,7 @@ def _of_numbers(options: Options, names, total: Counter, notes: tuple[str, ...])
 
 def _of_palette(legend: Legend, palette: dict[int, Color], total: Counter) -> _Labels:
     """Numbers whose colors in the palette the legend names."""
-    names, colors, _ = _learned(legend)
+    names, colors, _ = learned(legend)
     label = {color: index for index, color in enumerate(colors)}
     table = {number: label[palette[number]] for number in total if palette.get(number) in label}
     return _Labels(names, colors, table)
@@ -466,7 +447,7 @@ def _of_colors(tree: Tree, legend: Legend | None, total, read, findings) -> _Lab
             f"{', '.join(map(str, shown))} (red, green, blue); write a file with a line "
             "name,red,green,blue for each class and give it with --legend"
         )
-    names, colors, ignored = _learned(legend)
+    names, colors, ignored = learned(legend)
     table = {_packed(*color): index for index, color in enumerate(colors)}
     known = {*table, *(_packed(*color) for color in ignored)}
     for _, values in read:
@@ -475,79 +456,3 @@ def _of_colors(tree: Tree, legend: Legend | None, total, read, findings) -> _Lab
             text = f"has colors that the legend lacks: {first_of(shown, 4)}"
             findings.append(Finding(ERROR, "unknown color", str(values.path), text))
     return _Labels(names, colors, table)
-
-
-def _learned(legend: Legend) -> tuple[tuple[str, ...], tuple[Color, ...], list[Color]]:
-    """Names and colors of a legend without those that mean "no label", and the colors of these."""
-    rows = list(zip(legend.names, legend.colors or (), strict=True))
-    kept = [row for row in rows if row[0].lower() not in _IGNORED_NAMES]
-    ignored = [color for name, color in rows if name.lower() in _IGNORED_NAMES]
-    return tuple(name for name, _ in kept), tuple(color for _, color in kept), ignored
-
-
-def _legend(tree: Tree, options: Options) -> Legend | None:
-    """The legend that the user gives, else that of the folder."""
-    if options.legend is not None:
-        if not options.legend.is_file():
-            raise UserError(f"--legend {options.legend} does not exist")
-        return read_legend(options.legend)
-    found = [path for path in tree.files if path.name.lower() in _LEGENDS]
-    if found:
-        return read_legend(found[0])
-    named = [path for path in tree.files if path.name.lower() in ("classes.txt", "labels.txt")]
-    return Legend(tuple(read_names(named[0])), None) if named else None
-
-
-def read_legend(path: Path) -> Legend:
-    """Read names and colors of classes.
-
-    Understands ``name,red,green,blue`` (also with a header line), CVAT's
-    ``name:red,green,blue::``, CamVid's ``red green blue name``, and JSON: a mapping from name to
-    color, or a list of mappings with ``name`` and ``color``.
-
-    Raises:
-        UserError: a line is none of these; the message names it.
-    """
-    if path.suffix.lower() == ".json":
-        try:
-            content = json.loads(path.read_bytes())
-            items = (
-                content.items()
-                if isinstance(content, dict)
-                else [(entry["name"], entry["color"]) for entry in content]
-            )
-            rows = [(str(name), _color(color)) for name, color in items]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"legend {path} is not JSON of names and colors ({error})") from error
-        return Legend(tuple(name for name, _ in rows), tuple(color for _, color in rows))
-    rows = []
-    for number, line in enumerate(read_names(path), start=1):
-        if line.startswith("#"):
-            continue
-        try:
-            rows.append(_row(line))
-        except ValueError as error:
-            if number == 1 and "," in line:
-                continue  # a header
-            raise UserError(
-                f"legend {path} line {number}: {line!r} is not name,red,green,blue ({error})"
-            ) from error
-    return Legend(tuple(name for name, _ in rows), tuple(color for _, color in rows))
-
-
-def _row(line: str) -> tuple[str, Color]:
-    if ":" in line:
-        name, color = line.split(":")[:2]
-        return name.strip(), _color(color.split(","))
-    if "," in line:
-        fields = next(csv.reader([line]))
-        return fields[0].strip(), _color(fields[1:4])
-    fields = line.split(maxsplit=3)
-    return fields[3].strip() if len(fields) == 4 else "", _color(fields[:3])
-
-
-def _color(values) -> Color:
-    red, green, blue = (int(value) for value in values)
-    if not all(0 <= value <= 255 for value in (red, green, blue)):
-        raise ValueError("colors go from 0 to 255")
-    return red, green, blue

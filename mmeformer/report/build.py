@@ -9,7 +9,7 @@ import platform
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,7 +33,7 @@ from mmeformer.images import read_image
 from mmeformer.inference.pictures import at_picture_size
 from mmeformer.inference.predictor import Predictor, load_predictor
 from mmeformer.report import charts, history, page
-from mmeformer.report.review import Review, Statistics, Summary
+from mmeformer.report.review import Review, Statistics, Summary, samples_of
 from mmeformer.work_dirs import REPORT, best_checkpoint, find_config, last_checkpoint
 
 IMAGES = 200
@@ -305,10 +305,12 @@ class _Report:
             score_thr=_score_thr(self.config.model) if kind.has_scores else None,
         )
         review = tasks.load(task.review)(predictor.classes)
-        chosen, total = spread(datasets, self.images)
+        samples = samples_of(datasets)
+        count = min(self.images, len(samples))
+        places = np.linspace(0, len(samples) - 1, count).round().astype(int)
         images: list[_Image] = []
         seconds = 0.0
-        for dataset, index in chosen:
+        for dataset, index in (samples[place] for place in places):
             info = dataset.get_data_info(index)
             sample = dataset.pipeline(info)["data_samples"]
             if (truth := review.truth(sample)) is None:
@@ -324,9 +326,9 @@ class _Report:
         return _Reviewed(
             review.summary(),
             images,
-            len(chosen),
-            total,
-            seconds / max(len(chosen), 1),
+            count,
+            len(samples),
+            seconds / max(count, 1),
             predictor,
             review,
         )
@@ -467,20 +469,6 @@ class _Report:
         rows += versions()
         text = page.table(page.Table(("", "version"), tuple(rows)))
         return text + page.folded("Config", page.code(self.config.pretty_text))
-
-
-def spread(datasets: Sequence[Any], count: int) -> tuple[list[tuple[Any, int]], int]:
-    """Choose samples evenly over data sets.
-
-    Returns:
-        Pairs of a data set and an index, ``count`` at most; and the number of all samples.
-    """
-    places = []
-    for dataset in datasets:
-        dataset.full_init()
-        places += [(dataset, index) for index in range(len(dataset))]
-    chosen = np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)
-    return [places[index] for index in chosen], len(places)
 
 
 def versions() -> list[tuple[str, str]]:

@@ -282,12 +282,17 @@ def count_instances(
     return Statistics(images, tuple(classes), "objects", amounts, in_images, np.array(sizes))
 
 
-def entries_of(datasets: Sequence[BaseDataset]) -> Iterable[dict]:
-    """What data sets know of each of their images, without loading it."""
+def samples_of(datasets: Sequence[BaseDataset]) -> list[tuple[BaseDataset, int]]:
+    """All samples of data sets: each the data set and its index there."""
     for dataset in datasets:
         dataset.full_init()
-        for index in counted(range(len(dataset)), "labels counted"):
-            yield dataset.get_data_info(index)
+    return [(dataset, index) for dataset in datasets for index in range(len(dataset))]
+
+
+def entries_of(datasets: Sequence[BaseDataset]) -> Iterable[dict]:
+    """What data sets know of each of their images, without loading it."""
+    for dataset, index in counted(samples_of(datasets), "labels counted"):
+        yield dataset.get_data_info(index)
 
 
 def ratios(part: np.ndarray, whole: np.ndarray) -> list[float | None]:

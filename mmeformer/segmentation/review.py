@@ -10,7 +10,15 @@ import cv2
 import numpy as np
 from mmengine.dataset import BaseDataset
 
-from mmeformer.report.review import Confusion, Review, Statistics, Summary, Table, ratios
+from mmeformer.report.review import (
+    Confusion,
+    Review,
+    Statistics,
+    Summary,
+    Table,
+    ratios,
+    samples_of,
+)
 from mmeformer.results import Segmentation
 
 COUNTED_MASKS = 200
@@ -74,11 +82,8 @@ class SegmentationReview(Review[Segmentation]):
     def statistics(cls, datasets: Sequence[BaseDataset]) -> Statistics:
         """See the base class."""
         classes = datasets[0].metainfo["classes"]
-        places = []
-        for dataset in datasets:
-            dataset.full_init()
-            places += [(dataset, index) for index in range(len(dataset))]
-        chosen = places[:: max(1, len(places) // COUNTED_MASKS)][:COUNTED_MASKS]
+        samples = samples_of(datasets)
+        chosen = samples[:: max(1, len(samples) // COUNTED_MASKS)][:COUNTED_MASKS]
         amounts, in_images = (np.zeros(len(classes), np.int64) for _ in range(2))
         for dataset, index in chosen:
             sample = dataset.pipeline(dataset.get_data_info(index))["data_samples"]
@@ -87,8 +92,8 @@ class SegmentationReview(Review[Segmentation]):
             amounts += counts
             in_images += counts > 0
         remark = ""
-        if len(chosen) < len(places):
-            remark = f"counted in {len(chosen)} of {len(places)} images, evenly spread"
+        if len(chosen) < len(samples):
+            remark = f"counted in {len(chosen)} of {len(samples)} images, evenly spread"
         return Statistics(len(chosen), tuple(classes), "pixels", amounts, in_images, remark=remark)
 
 
