@@ -30,7 +30,6 @@ from mmeformer.formats import masks
 from mmeformer.formats.find import read_folder
 from mmeformer.formats.tree import Options, Tree
 from mmeformer.labeled import BOXES, CORNERS, FOLDERS, MASKS, POLYGONS, SPLITS, LabeledData
-from mmeformer.paths import config_dir
 from mmeformer.starter import (
     Plan,
     Setting,
@@ -181,26 +180,16 @@ def choose_task(data: LabeledData, name: str | None) -> tuple[Task, Starter]:
     """The task for the labels of a data set, and its starter.
 
     Raises:
-        UserError: no task takes such labels, or not the one that the user wants.
+        UserError: the task that the user wants takes no such labels, or lacks a library.
     """
     if name is None:
-        fitting = [task for task in TASKS.values() if data.kind in task.labels]
-        if not fitting:
-            raise UserError(
-                f"{data.root} has {_KINDS[data.kind]} ({data.format}: "
-                f"{', '.join(data.classes[:5])}), and no task starts from them: {', '.join(TASKS)}"
-            )
-        task = fitting[0]
+        task = next(task for task in TASKS.values() if data.kind in task.labels)
     else:
         task = TASKS[name]
     if missing := [lib for lib in task.libraries if importlib.util.find_spec(lib) is None]:
         raise UserError(
             f"{data.root} is for {task.name}, which needs {', '.join(missing)}: pip install "
             f"'mmeformer[{task.name}]'"
-        )
-    if task.starter is None:
-        raise UserError(
-            f"there is no starter for {task.name}; copy a template of {config_dir() / task.name}"
         )
     starter = tasks.load(task.starter)
     if data.kind not in (*task.labels, *starter.kinds):

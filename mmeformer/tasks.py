@@ -56,12 +56,11 @@ class Task:
         quickstart: an instance of :class:`mmeformer.quickstart.Quickstart`.
         light_quickstart: another, of a light model; None if the task has none.
         datasets: data sets with the checks of ``tools/check_dataset.py``, as configs name them.
-        starter: an instance of :class:`mmeformer.starter.Starter`, for ``mmeformer init``; None if
-            the task has none.
+        starter: an instance of :class:`mmeformer.starter.Starter`, for ``mmeformer init``.
         labels: kinds of labels (:mod:`mmeformer.labeled`) that are for this task, if the user does
             not say.
         review: subclass of :class:`mmeformer.report.review.Review`, which compares predictions with
-            labels for the report of a training; None leaves that out.
+            labels for the report of a training.
     """
 
     name: str
@@ -72,9 +71,9 @@ class Task:
     export: Export
     quickstart: str
     datasets: tuple[str, ...]
-    starter: str | None = None
-    labels: tuple[str, ...] = ()
-    review: str | None = None
+    starter: str
+    labels: tuple[str, ...]
+    review: str
     light_quickstart: str | None = None
 
 

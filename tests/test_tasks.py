@@ -28,6 +28,9 @@ DEPTH = tasks.Task(
     export=tasks.Export("mmdepth.graph:DepthGraph", None, "mmdepth.decoder:decode", True),
     quickstart="mmdepth.quickstart:QUICKSTART",
     datasets=("mmdepth.DepthDataset",),
+    starter="mmdepth.starter:STARTER",
+    labels=("depths",),
+    review="mmdepth.review:DepthReview",
 )
 
 
@@ -71,7 +74,7 @@ def test_rows_name_what_exists(name):
     ):
         assert reference is None or callable(tasks.load(reference))
     assert Path(tasks.load(task.quickstart).config).parts[0] == name
-    assert task.starter is None or isinstance(tasks.load(task.starter), Starter)
+    assert isinstance(tasks.load(task.starter), Starter)
     assert tasks.of_config(dict(default_scope=task.scope)) is task
 
 

@@ -292,8 +292,6 @@ class _Report:
         if self.checkpoint is None:
             raise UserError(f"there is no checkpoint in {self.work_dir} yet")
         task = tasks.of_config(self.config)
-        if task.review is None:
-            raise UserError(f"{task.name} has no comparison of predictions with labels yet")
         if self.config.get("val_dataloader") is None:
             raise UserError("the config has no val_dataloader")
         datasets = datasets_of(self.config, "val")
@@ -377,8 +375,6 @@ class _Report:
 
     def _labels(self) -> str:
         task = tasks.of_config(self.config)
-        if task.review is None:
-            return page.note(f"No statistics for {task.name} yet.")
         found: Statistics = tasks.load(task.review).statistics(datasets_of(self.config, "train"))
         text = page.paragraph(
             f"{found.images:,} training images, {int(found.amounts.sum()):,} {found.unit}"
