@@ -163,7 +163,8 @@ class Layout:
         if reading.bands is None and self.colors is None:
             return (
                 f"has {self.bands} bands, and none are marked as colors; choose three: bands=(3, "
-                f"2, 1) for red, green and blue in {LOADER}, or --bands 3 2 1 of split_dota.py"
+                f"2, 1) for red, green and blue in {LOADER}, or --bands 3 2 1 of mmeformer "
+                "split-dota"
             )
         if reading.bands is not None and max(reading.bands) > self.bands:
             return f"has only {self.bands} bands, but bands={reading.bands} were chosen"
@@ -177,7 +178,7 @@ def set_stretch(example: str) -> str:
     """Advice for an image whose depth needs a setting."""
     return (
         f"say which values become black and white: stretch=({example}) in {LOADER}, or "
-        f"--stretch {example.replace(',', '')} of split_dota.py"
+        f"--stretch {example.replace(',', '')} of mmeformer split-dota"
     )
 
 

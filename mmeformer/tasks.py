@@ -51,11 +51,11 @@ class Task:
         scope: ``default_scope`` of its configs.
         libraries: import names of the libraries it needs beyond mmengine and mmcv.
         predictor: subclass of :class:`mmeformer.inference.predictor.Predictor`.
-        outputs: what prediction writes, for the help of ``tools/predict.py``.
+        outputs: what prediction writes, for the help of ``mmeformer predict``.
         export: its exported files.
         quickstart: an instance of :class:`mmeformer.quickstart.Quickstart`.
         light_quickstart: another, of a light model; None if the task has none.
-        datasets: data sets with the checks of ``tools/check_dataset.py``, as configs name them.
+        datasets: data sets with the checks of ``mmeformer check``, as configs name them.
         starter: an instance of :class:`mmeformer.starter.Starter`, for ``mmeformer init``.
         labels: kinds of labels (:mod:`mmeformer.labeled`) that are for this task, if the user does
             not say.

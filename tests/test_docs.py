@@ -86,3 +86,11 @@ def test_python(page):
 def test_commands_are_found_in_the_text():
     text = "`tools/predict.py C W \\\n  --out x` and `mmeformer check CONFIG --full  # --no`"
     assert list(command_lines(text)) == [("predict", ["--out"]), ("check", ["--full"])]
+
+
+def test_the_package_names_commands_and_not_scripts():
+    """A wheel has no folder ``tools`` where its user would look."""
+    for path in (ROOT / "mmeformer").rglob("*.py"):
+        if path.parent.name != "commands":
+            found = re.findall(r"\btools/\w+\.py|\b\w+_(?:dota|dataset)\.py", path.read_text("utf-8"))
+            assert not found, path

@@ -72,7 +72,7 @@ def require_match(
     raise CheckpointError(
         f"{source} does not fit this config's model: {'; '.join(problems)}"
         f"{_compare_backbones(model, checkpoint)}. Use the checkpoint that was trained with this "
-        "config, or the config of this checkpoint; tools/convert_checkpoint.py converts files of "
+        "config, or the config of this checkpoint; mmeformer convert converts files of "
         "the reference implementation"
     )
 

@@ -19,7 +19,7 @@ class CheckedDataset:
     """Number of images that are read for the check at the start."""
 
     checked = True
-    """Whether to check at the start. ``tools/check_dataset.py`` turns it off and calls
+    """Whether to check at the start. ``mmeformer check`` turns it off and calls
     :meth:`findings` itself."""
 
     # Of mmengine's BaseDataset, from which the data sets derive too.

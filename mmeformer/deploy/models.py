@@ -17,8 +17,7 @@ from mmeformer import configs, settings
 from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
-
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+from mmeformer.images import IMAGE_SUFFIXES
 
 
 def build_model(config: Config, checkpoint: str | None = None) -> nn.Module:
@@ -66,5 +65,5 @@ def sample_images(config: Config, limit: int) -> list[Path]:
     folder = Path(dataset.get("data_root") or ".", parts.get("img_path") or parts.get("img", ""))
     if not prefix or not folder.is_dir():
         return []
-    images = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _IMAGES)
+    images = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES)
     return list(islice(images, limit))

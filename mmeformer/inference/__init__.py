@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prediction on files with a trained model of any task: results and pictures.
 
-``tools/predict.py`` is the command line. In a program::
+``mmeformer predict`` is the command line. In a program::
 
     predictor = load_predictor(load_config("CONFIG.py"), "CHECKPOINT.pth")
     for status in run(predictor, find_sources(["images"]), Path("out"), Settings(batch_size=4)):

@@ -45,7 +45,7 @@ class DOTADataset(CheckedDataset, MMRotateDOTADataset):
         patch_size: side in pixels if the images are patches, which are square cutouts of larger
             images at one scale: smaller ones are then padded to it, not enlarged. 0 for whole
             images of any size. None finds out: they are patches if all have the names that
-            ``tools/split_dota.py`` gives, or if all have the same longer side. The size in a
+            ``mmeformer split-dota`` gives, or if all have the same longer side. The size in a
             patch's own name counts more.
         **kwargs: as in mmrotate. ``metainfo`` may have ``dropped_classes``: names in the label
             files whose objects are left out on purpose. ``ann_file=""`` means no labels.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cut a DOTA data set into patches; ``tools/split_dota.py`` is the command line.
+"""Cut a DOTA data set into patches; ``mmeformer split-dota`` is the command line.
 
 Patches and their names, ``NAME__SIZE__X___Y``, are those of mmrotate's ``img_split.py``, so that
 each can read the other's. That script cannot resume and silently skips invalid label lines.
@@ -63,7 +63,7 @@ def parse_patch_name(name: str) -> PatchName:
     if match is None:
         raise ValueError(
             f"{name!r} is not the name of a patch (NAME__SIZE__X___Y); cut the images with "
-            "tools/split_dota.py, or turn merging off"
+            "mmeformer split-dota, or turn merging off"
         )
     return PatchName(match["image"], *(int(match[key]) for key in ("size", "x", "y")))
 

@@ -104,8 +104,8 @@ class PadPatch:
             side = max(results["img_shape"])
             if text := TrainingImages((size, size), size).scale_warning(side):
                 warnings.warn(
-                    f"{results.get('img_path', 'image')}: {text}; cut it with tools/split_dota.py "
-                    "or use tools/predict.py, which cuts it",
+                    f"{results.get('img_path', 'image')}: {text}; cut it with mmeformer split-dota "
+                    "or use mmeformer predict, which cuts it",
                     stacklevel=2,
                 )
         return results

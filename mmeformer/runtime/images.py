@@ -36,7 +36,7 @@ def prepare(image: NDArray[Any], metadata: Metadata) -> Prepared:
         image = _center(image, metadata.shorter_side, metadata.crop)
     else:
         image = _resize(image, *_network_size(original, metadata))
-    height, width = _stretched(image.shape[:2], metadata)
+    height, width = _to_multiples(image.shape[:2], metadata)
     image = _resize(image, height, width)
     full = _padded((height, width), metadata)
     if metadata.preprocessing_in_graph:
@@ -51,10 +51,10 @@ def prepare(image: NDArray[Any], metadata: Metadata) -> Prepared:
 def input_size(original: tuple[int, int], metadata: Metadata) -> tuple[int, int]:
     """(height, width) of the network's input, with padding, for an image of ``original`` size."""
     size = metadata.crop or _network_size(original, metadata)
-    return _padded(_stretched(size, metadata), metadata)
+    return _padded(_to_multiples(size, metadata), metadata)
 
 
-def _stretched(size: Sequence[int], metadata: Metadata) -> tuple[int, int]:
+def _to_multiples(size: Sequence[int], metadata: Metadata) -> tuple[int, int]:
     height, width = (_round_up(side, metadata.multiple) for side in size)
     return height, width
 

@@ -24,7 +24,7 @@ from mmeformer.runtime.predictor import Predictor
 
 
 def load(path: str | Path, device: str = "CPU", threads: int = 0) -> Predictor:
-    """Load an ONNX file that ``tools/export.py`` wrote, and the JSON file beside it.
+    """Load an ONNX file that ``mmeformer export`` wrote, and the JSON file beside it.
 
     Args:
         path: the ``.onnx`` file.

@@ -56,7 +56,7 @@ def load(
     providers: Sequence[str | tuple[str, dict[str, Any]]] | None = None,
     options: onnxruntime.SessionOptions | None = None,
 ) -> Predictor:
-    """Load a file that ``tools/export.py`` wrote.
+    """Load a file that ``mmeformer export`` wrote.
 
     Args:
         path: an ``.onnx`` file, whose metadata is inside; a ``.tflite`` file, which LiteRT runs and
@@ -95,7 +95,7 @@ def _metadata_text(path: Path, session: Any) -> str:
         return sidecar.read_text(encoding="utf-8")
     properties = session.get_modelmeta().custom_metadata_map
     if KEY not in properties:
-        raise ValueError(f"{path} has no metadata of mmeformer; export it with tools/export.py")
+        raise ValueError(f"{path} has no metadata of mmeformer; export it with mmeformer export")
     text: str = properties[KEY]
     return text
 

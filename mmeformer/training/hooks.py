@@ -179,13 +179,13 @@ class LossCheckHook(Hook):
                 f"iteration {runner.iter + 1}: the loss was exactly 0 in {self.PATIENCE} "
                 f"iterations in a row ({_listed(terms)}), so nothing is learned: no label reaches "
                 "it, or there is only one class to choose from. Look at the labels with "
-                f"tools/check_dataset.py. {last_checkpoint(runner)}"
+                f"mmeformer check CONFIG. {last_checkpoint(runner)}"
             )
         if positive and (names := [name for name in terms if self.zeros[name] == self.PATIENCE]):
             runner.logger.warning(
                 f"{', '.join(names)} was exactly 0 in {self.PATIENCE} iterations in a row: no "
                 "object of the labels was matched, or its weight is 0. Look at the labels with "
-                "tools/check_dataset.py"
+                "mmeformer check CONFIG"
             )
 
 
