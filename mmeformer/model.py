@@ -17,31 +17,25 @@ from __future__ import annotations
 
 import glob
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import lru_cache, singledispatch
+from functools import singledispatch
 from itertools import islice
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import cv2
 import numpy as np
 
+from mmeformer.backends import Backend, Exported, Trained
 from mmeformer.errors import UserError
 from mmeformer.files import refuse_url
-from mmeformer.images import PLAIN, VIDEO_SUFFIXES, Reading, as_image, write_image
+from mmeformer.images import VIDEO_SUFFIXES, Reading, as_image, write_image
 from mmeformer.results import (
-    SCORE_THR,
     Classification,
     Detections,
     Pyramid,
     RotatedDetections,
     Segmentation,
-    category_ids,
-    check_score_thr,
-    chosen_labels,
     mask_extent,
 )
 from mmeformer.without_onedl import drop_note
@@ -76,10 +70,6 @@ _OTHER_FILES = {
     'load("epoch_12.pth", config="config.py")',
 }
 """What files that may be taken for models are, by suffix, and the next step."""
-
-
-_DRAWING = Lock()
-"""Visualizers draw every picture into the same figure, and matplotlib is for one thread."""
 
 
 def load(
@@ -119,12 +109,12 @@ def load(
                 f"{path} is an exported file, which needs no config and runs on the CPU here; for "
                 "other devices use mmeformer.runtime.load"
             )
-        return Model(path, _Exported(path, score_thr, classes))
+        return Model(path, Exported(path, score_thr, classes))
     _refuse_others(path)
     checkpoint = choose_checkpoint(path) if path.is_dir() else path
     if config is None:
         config = find_config(path) if path.is_dir() else _config_beside(path)
-    return Model(checkpoint, _Trained(checkpoint, config, device, score_thr, classes))
+    return Model(checkpoint, Trained(checkpoint, config, device, score_thr, classes))
 
 
 def _refuse_others(path: Path) -> None:
@@ -184,10 +174,10 @@ class Model:
         classes: names, by label.
     """
 
-    def __init__(self, path: Path, source: _Source) -> None:
+    def __init__(self, path: Path, backend: Backend) -> None:
         self.path = path
-        self.source = source
-        self.classes = source.classes
+        self.backend = backend
+        self.classes = backend.classes
 
     def __repr__(self) -> str:
         return f"<Model of {self.path}: {', '.join(self.classes[:10])}>"
@@ -222,7 +212,7 @@ class Model:
             return self._predict(map(self._read, images), batch_size)
         if isinstance(images, (str, Path)):
             refuse_url(images, "image")
-            if (many := _many(images, self.source.reading)) is not None:
+            if (many := _many(images, self.backend.reading)) is not None:
                 return self._predict(many, batch_size)
         return next(self._predict(map(self._read, [images]), batch_size))
 
@@ -230,19 +220,14 @@ class Model:
     """The same as calling the model."""
 
     def _read(self, image: Any) -> _Named:
-        return as_image(image, self.source.reading), _path_of(image), None
+        return as_image(image, self.backend.reading), _path_of(image), None
 
     def _predict(self, images: Iterator[_Named], batch_size: int) -> Iterator[Prediction]:
         while chunk := list(islice(images, batch_size)):
             arrays = [image for image, _, _ in chunk]
-            results = self.source.predict(arrays, batch_size)
+            results = self.backend.predict(arrays, batch_size)
             for (array, path, frame), result in zip(chunk, results, strict=True):
-                yield Prediction(result, array, self.classes, self.source, path, frame)
-
-
-def _absolute(config: str | Path) -> str | Path:
-    """A path that other working directories can read; shipped configs have none."""
-    return Path(config).absolute() if Path(config).exists() else config
+                yield Prediction(result, array, self.classes, self.backend, path, frame)
 
 
 def _path_of(image: Any) -> Path | None:
@@ -315,7 +300,7 @@ class Prediction:
         result: Any,
         image: np.ndarray,
         classes: Sequence[str],
-        source: _Source,
+        backend: Backend,
         path: Path | None = None,
         frame: int | None = None,
     ) -> None:
@@ -324,7 +309,7 @@ class Prediction:
         self.classes = tuple(classes)
         self.path = path
         self.frame = frame
-        self._source = source
+        self._backend = backend
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "result":
@@ -362,7 +347,7 @@ class Prediction:
 
         Its size may differ: small images are enlarged, so that names fit, very large ones shrunk.
         """
-        return self._source.draw(self.image, self.result)
+        return self._backend.draw(self.image, self.result)
 
     def _repr_jpeg_(self) -> bytes | None:
         """:meth:`plot`, as a notebook shows it; None of a backbone."""
@@ -392,13 +377,13 @@ class Prediction:
         image = dict(id=1, file_name=name, height=height, width=width)
         if self.frame is not None:
             image["frame"] = self.frame
-        entries = self._source.entries(self.result)
+        entries = self._backend.entries(self.result)
         return dict(
             images=[image],
             annotations=[dict(id=n, image_id=1, **entry) for n, entry in enumerate(entries, 1)],
             categories=[
                 dict(id=number, name=name)
-                for number, name in zip(self._source.category_ids, self.classes, strict=True)
+                for number, name in zip(self._backend.category_ids, self.classes, strict=True)
             ],
         )
 
@@ -460,174 +445,3 @@ def _(result: Segmentation) -> dict[str, Any]:
     masks = result.labels[None] == labels[:, None, None]
     boxes = [mask_extent(mask) for mask in masks]
     return dict(xyxy=np.array(boxes, np.float32), mask=masks, class_id=labels.astype(int))
-
-
-class _Source(ABC):
-    """What a :class:`Model` predicts with.
-
-    Copies share it. Pickled, it is the arguments it was made of (files, not weights); another
-    process makes it anew at its first use.
-
-    Attributes:
-        arguments: of the class.
-        classes: names, by label.
-        category_ids: of COCO, by label.
-        reading: how files are read.
-    """
-
-    arguments: tuple[Any, ...]
-    classes: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    reading: Reading = PLAIN
-
-    def __deepcopy__(self, memo: dict) -> _Source:
-        return self
-
-    def __reduce__(self) -> tuple:
-        return _Unpickled, (type(self), self.arguments)
-
-    @abstractmethod
-    def predict(self, images: list[np.ndarray], batch_size: int) -> list[Any]:
-        """Results of images (H, W, 3) in BGR, with ``batch_size`` windows of large ones at once."""
-
-    @abstractmethod
-    def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
-        """See :meth:`Prediction.plot`."""
-
-    @abstractmethod
-    def entries(self, result: Any) -> list[dict]:
-        """A result as COCO annotations, without ``id`` and ``image_id``."""
-
-
-@lru_cache(maxsize=4)
-def _made(kind: type[_Source], arguments: tuple[Any, ...]) -> _Source:
-    return kind(*arguments)
-
-
-class _Unpickled:
-    """A source in another process than the one that made it.
-
-    Results that come back from workers have one, and need it only to be drawn.
-    """
-
-    def __init__(self, kind: type[_Source], arguments: tuple[Any, ...]) -> None:
-        self.made_of = kind, arguments
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "made_of":  # as `copy` and `pickle` ask for
-            raise AttributeError(name)
-        return getattr(_made(*self.made_of), name)
-
-
-class _Trained(_Source):
-    """A checkpoint, run by PyTorch with its config."""
-
-    def __init__(
-        self,
-        checkpoint: Path,
-        config: str | Path,
-        device: str | None,
-        score_thr: float | None,
-        classes: Sequence[str] | None,
-    ) -> None:
-        from mmeformer.configs import load_config
-        from mmeformer.inference.predictor import load_predictor
-
-        self.predictor = load_predictor(
-            load_config(config),
-            str(checkpoint),
-            device=device,
-            score_thr=score_thr,
-            classes=classes,
-        )
-        chosen = None if classes is None else tuple(classes)
-        self.arguments = checkpoint.absolute(), _absolute(config), device, score_thr, chosen
-        for remark in self.predictor.remarks:
-            warnings.warn(remark, stacklevel=3)
-        self.classes = self.predictor.classes
-        self.category_ids = tuple(self.predictor.category_ids)
-        self.reading = self.predictor.reading
-
-    def predict(self, images: list[np.ndarray], batch_size: int) -> list[Any]:
-        """See the base class; warns of images unlike those of the training."""
-        for height, width in {image.shape[:2] for image in images}:
-            window = self.predictor.window_of((height, width))
-            if text := self.predictor.scale_warning((height, width), window):
-                warnings.warn(f"image of {width} x {height} px: {text}", stacklevel=4)
-        return self.predictor.predict_images(images, batch_size)
-
-    def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
-        """See the base class; by the visualizer of the config, for one thread at a time."""
-        with _DRAWING:
-            return np.ascontiguousarray(self.predictor.draw(image, result))
-
-    def entries(self, result: Any) -> list[dict]:
-        """See the base class."""
-        return self.predictor.entries(result)
-
-
-class _Exported(_Source):
-    """An exported file, run by onnxruntime."""
-
-    def __init__(self, path: Path, score_thr: float | None, classes: Sequence[str] | None) -> None:
-        try:
-            from mmeformer import runtime
-        except ImportError as error:
-            raise UserError(f"{path} needs onnxruntime: pip install onnxruntime") from error
-
-        self.predictor = runtime.load(path)
-        metadata = self.predictor.metadata
-        self.classes = tuple(metadata.classes)
-        self.category_ids = category_ids(vars(metadata))
-        self.reading = metadata.reading
-        if score_thr is not None:
-            check_score_thr(score_thr)
-        lowest = metadata.score_threshold
-        if lowest is None:
-            if score_thr is not None or classes is not None:
-                raise ValueError(
-                    "a score threshold and a choice of classes are for detection; these results "
-                    "have no boxes"
-                )
-        elif score_thr is None:
-            score_thr = max(SCORE_THR, lowest)
-        elif score_thr < lowest:
-            raise ValueError(
-                f"score_thr {score_thr} is below the threshold {lowest} that {path} was exported "
-                "with; export it with a lower one"
-            )
-        chosen = None if classes is None else tuple(classes)
-        self.arguments = path.absolute(), score_thr, chosen
-        # Before the results of windows are merged, as in prediction with a checkpoint.
-        self.predictor.metadata = replace(metadata, score_threshold=score_thr)
-        self.labels = None if classes is None else chosen_labels(classes, self.classes)
-
-    def predict(self, images: list[np.ndarray], batch_size: int) -> list[Any]:
-        """See the base class; the runtime has its own batch of windows."""
-        results: list[Any] = list(self.predictor.predict_batch(images))
-        if self.labels is not None:
-            results = [result.take(np.isin(result.labels, self.labels)) for result in results]
-        return results
-
-    def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
-        """See the base class."""
-        from mmeformer.runtime.drawing import draw
-
-        metadata = self.predictor.metadata
-        return draw(image, result, self.classes, metadata.palette)
-
-    def entries(self, result: Any) -> list[dict]:
-        """See the base class; by the predictor of the file's task."""
-        from mmeformer import tasks
-
-        task = tasks.TASKS.get(self.predictor.metadata.task)
-        if task is None:
-            raise ValueError("a backbone finds no objects, so there are no COCO annotations")
-        try:
-            predictor = tasks.load(task.predictor)
-        except ImportError as error:
-            raise UserError(
-                f"COCO annotations need {' and '.join(task.libraries)}: {error}"
-            ) from error
-        entries: list[dict] = predictor.annotations(result, self.classes, self.category_ids)
-        return entries

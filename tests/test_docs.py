@@ -92,5 +92,7 @@ def test_the_package_names_commands_and_not_scripts():
     """A wheel has no folder ``tools`` where its user would look."""
     for path in (ROOT / "mmeformer").rglob("*.py"):
         if path.parent.name != "commands":
-            found = re.findall(r"\btools/\w+\.py|\b\w+_(?:dota|dataset)\.py", path.read_text("utf-8"))
+            found = re.findall(
+                r"\btools/\w+\.py|\b\w+_(?:dota|dataset)\.py", path.read_text("utf-8")
+            )
             assert not found, path

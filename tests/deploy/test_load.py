@@ -120,7 +120,7 @@ def test_every_kind_of_input(task, models, trained, picture, tmp_path):
 
 def test_the_batch_size_holds_for_windows_too(models, monkeypatch):
     model = models("segmentation")
-    predictor = model.source.predictor
+    predictor = model.backend.predictor
     sizes = []
     predict = predictor.predict
     monkeypatch.setattr(
@@ -167,7 +167,7 @@ def test_a_prediction(task, models, picture, tmp_path):
 def test_pictures_of_several_threads(task, models, picture, monkeypatch):
     """Each is drawn alone: a visualizer draws all into one figure."""
     model, drawing, most = models(task), [], []
-    draw = model.source.predictor.draw
+    draw = model.backend.predictor.draw
 
     def watched(image, result):
         drawing.append(image)
@@ -177,7 +177,7 @@ def test_pictures_of_several_threads(task, models, picture, monkeypatch):
         drawing.pop()
         return drawn
 
-    monkeypatch.setattr(model.source.predictor, "draw", watched)
+    monkeypatch.setattr(model.backend.predictor, "draw", watched)
     found = [model(picture), model(picture.read_bytes())] * 2
     with ThreadPoolExecutor(4) as pool:
         shapes = {drawn.shape for drawn in pool.map(lambda one: one.plot(), found)}
@@ -188,21 +188,21 @@ def test_copies_and_other_processes(fake_file, models, picture):
     """A pickled model is its files; a pickled result has its numbers, and is drawn with them."""
     for model in models("detection"), mmeformer.load(fake_file(), classes=["dog"]):
         found = model(picture)
-        assert copy.deepcopy(found)._source is model.source is copy.deepcopy(model).source
+        assert copy.deepcopy(found)._backend is model.backend is copy.deepcopy(model).backend
         data = pickle.dumps((model, found))
         assert len(data) < 100_000
         again, result = pickle.loads(data)
         assert equal(result, found.result, "detection") and result.names == found.names
         assert equal(again(picture), found.result, "detection") and again.path == model.path
         assert result.plot().shape == found.plot().shape
-        assert pickle.loads(pickle.dumps(again)).source.category_ids == model.source.category_ids
+        assert pickle.loads(pickle.dumps(again)).backend.category_ids == model.backend.category_ids
 
 
 def test_a_notebook_shows_the_picture(models, picture):
     found = models("segmentation")(picture)
     shown = cv2.imdecode(np.frombuffer(found._repr_jpeg_(), np.uint8), cv2.IMREAD_COLOR)
     assert np.abs(shown - found.plot().astype(float)).mean() < 5
-    backbone = mmeformer.model.Prediction(Pyramid(()), IMAGE, (), models("segmentation").source)
+    backbone = mmeformer.model.Prediction(Pyramid(()), IMAGE, (), models("segmentation").backend)
     assert backbone._repr_jpeg_() is None
 
 
