@@ -71,7 +71,7 @@ def test_large_images_are_cut_as_by_the_checkpoint(trained, onnx_file, task):
     thr = 0.5 if task == "detection" else None
     preprocessing = task == "detection"
     model = load(onnx_file(task, size=None, preprocessing=preprocessing), score_thr=thr)
-    file = model.source.predictor
+    file = model.backend.predictor
     file.metadata = replace(file.metadata, cut_above=100, window=64)
     small, image = trained(task), noise(80, 150)
     checkpoint = load_predictor(small.config, small.checkpoint, score_thr=thr)
