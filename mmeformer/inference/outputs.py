@@ -106,11 +106,14 @@ class JsonResults:
 
     Args:
         file: to write to.
+
+    Attributes:
+        images: entries of the images so far.
     """
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
-        self._images: list[dict] = []
+        self.images: list[dict] = []
         self._annotations = 0
         file.write('{"annotations": [')
 
@@ -125,23 +128,14 @@ class JsonResults:
             entries: annotations without ``id`` and ``image_id``.
             frame: of a video, from 0.
         """
-        image = dict(id=len(self._images) + 1, file_name=file_name, height=size[0], width=size[1])
+        image = dict(id=len(self.images) + 1, file_name=file_name, height=size[0], width=size[1])
         if frame is not None:
             image["frame"] = frame
-        self._images.append(image)
+        self.images.append(image)
         for entry in entries:
             self._file.write(",\n" if self._annotations else "\n")
             self._annotations += 1
             json.dump(dict(id=self._annotations, image_id=image["id"], **entry), self._file)
-
-    def finish(self, categories: Mapping[int, str]) -> None:
-        """Write the rest of the file after the annotations; see :func:`json_results`."""
-        listed = [dict(id=number, name=name) for number, name in categories.items()]
-        self._file.write('\n],\n"categories": ')
-        json.dump(listed, self._file)
-        self._file.write(',\n"images": ')
-        json.dump(self._images, self._file)
-        self._file.write("}\n")
 
 
 @contextmanager
@@ -159,7 +153,11 @@ def json_results(path: Path, categories: Mapping[int, str]) -> Iterator[JsonResu
     with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
         results = JsonResults(file)
         yield results
-        results.finish(categories)
+        listed = [dict(id=number, name=name) for number, name in categories.items()]
+        # The annotations end here.
+        file.write(
+            f'\n],\n"categories": {json.dumps(listed)},\n"images": {json.dumps(results.images)}}}\n'
+        )
 
 
 @contextmanager
