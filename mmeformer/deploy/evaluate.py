@@ -18,8 +18,9 @@ from mmeformer.registry import MODELS
 class ExportedModel(BaseModel):
     """An exported file in place of a model, for mmengine's test loop.
 
-    :mod:`mmeformer.runtime` reads, prepares and predicts each image file, as in a product. The data
-    loader only supplies the file's name and the ground truth.
+    :mod:`mmeformer.runtime` reads, prepares and predicts each image file, as in a product, but cuts
+    none: the test loop shows the checkpoint whole images too. The data loader only supplies the
+    file's name and the ground truth.
 
     Args:
         file: that :func:`mmeformer.runtime.load` takes.
@@ -43,7 +44,7 @@ class ExportedModel(BaseModel):
         """Predict a batch; return its samples with predictions as the OpenMMLab model sets them."""
         samples = list(data["data_samples"])
         for sample in samples:
-            self.graph.set_prediction(sample, self.predictor.predict(sample.img_path))
+            self.graph.set_prediction(sample, self.predictor.predict_whole(sample.img_path))
         return samples
 
     def forward(self, inputs: torch.Tensor, data_samples=None, mode: str = "tensor"):

@@ -210,6 +210,20 @@ class Predictor:
             for image, side in zip(arrays, sides, strict=True)
         ]
 
+    def predict_whole(self, image: Image) -> Result:
+        """Predict on one image without cutting it, as OpenMMLab's test loop does; see
+        :meth:`predict`.
+
+        A file without room for a patch of the training cuts all the same: shrunk patches would
+        show their objects at another scale.
+        """
+        if self.patch_size < self.metadata.patch_size:
+            return self.predict(image)
+        array = as_image(image, self.metadata.reading)
+        self._warn_of_size([array])
+        result: Result = self._predict_whole([as_patch(array, self.patch_size)])[0]
+        return result
+
     @property
     def patch_size(self) -> int:
         """See :func:`mmeformer.runtime.parts.patch_side`."""

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+from dataclasses import replace
 
+import cv2
+import numpy as np
 import pytest
+from mmengine.structures import BaseDataElement
 
 from mmeformer.commands import test as command
-from mmeformer.deploy.evaluate import use_exported
+from mmeformer.deploy.evaluate import ExportedModel, use_exported
 from mmeformer.synthetic.aerial import write_dota_dataset
 from mmeformer.synthetic.masks import write_mask_dataset
 from mmeformer.synthetic.shapes import write_coco_dataset
@@ -44,6 +48,26 @@ def test_the_metric_is_that_of_the_checkpoint(trained, onnx_file, tmp_path, task
         assert ours[name] == pytest.approx(value, abs=1e-3 * points), name
     if task == "segmentation":
         assert theirs["mIoU"] > 1
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection", "rotated"])
+def test_no_image_is_cut(onnx_file, tmp_path, monkeypatch, task):
+    """The metric of the checkpoint is that of whole images; small patches are padded in both."""
+    model = ExportedModel(str(onnx_file(task, size=None, preprocessing=task == "detection")))
+    predictor, runs = model.predictor, []
+    limits = dict(patch_size=64) if task == "rotated" else dict(cut_above=100, window=64)
+    predictor.metadata = replace(predictor.metadata, **limits)
+    run = predictor.run
+    monkeypatch.setattr(predictor, "run", lambda batch: runs.extend(batch) or run(batch))
+    sizes = [(80, 150), (30, 40)]
+    for size in sizes:
+        path = tmp_path / f"{size[0]}.png"
+        cv2.imwrite(str(path), np.full((*size, 3), 90, np.uint8))
+        model.test_step(dict(data_samples=[BaseDataElement(metainfo=dict(img_path=str(path)))]))
+    assert [item.original for item in runs] == [
+        (80, 150),
+        (64, 64) if limits.get("patch_size") else (30, 40),
+    ]
 
 
 def test_files_that_do_not_fit(trained, onnx_file, tmp_path, capsys, quiet_logging):
