@@ -293,6 +293,18 @@ def decode_fully(path: str | Path) -> None:
         _decode(data, path, PLAIN)
 
 
+def resize_fault(error: Exception, size: tuple[int, int]) -> str | None:
+    """What is wrong with an image that is too thin for a pipeline, or None.
+
+    Args:
+        error: of the pipeline. OpenCV's own does not say what it is about.
+        size: height and width of the image, pixels.
+    """
+    if isinstance(error, cv2.error) and "inv_scale" in str(error):
+        return f"has a side of {min(size)} px, which would be resized to 0 px"
+    return None
+
+
 def largest_value(path: str | Path, reading: Reading = PLAIN) -> float:
     """The largest number of an image, at its full depth; see :func:`read_image`."""
     return float(_decode(Path(path).read_bytes(), path, reading).max())

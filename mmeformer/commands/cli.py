@@ -44,6 +44,7 @@ _OTHER_NAMES = {
     "--batch": ("--batch-size", "batch_size"),
     "--batch-size": ("--batch", "batch_size"),
     "--conf": ("--score-thr",),
+    "--device": ("--gpus",),
     "--devices": ("--gpus",),
     "--epochs": ("epochs",),
     "--format": ("--to",),

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import new_class
 from typing import Any, Generic, TypeVar
 
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
@@ -24,7 +25,7 @@ from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.deploy.fold import fold
-from mmeformer.images import PLAIN, Reading
+from mmeformer.images import PLAIN, Reading, resize_fault
 from mmeformer.results import SCORE_THR, category_ids, check_score_thr, chosen_labels
 from mmeformer.training_images import TrainingImages
 from mmeformer.windows import Progress, Window, predict_windows, windows
@@ -157,7 +158,12 @@ class Predictor(ABC, Generic[Result]):
         Raises:
             ValueError, cv2.error: the image cannot be resized to the model's input.
         """
-        return self.inferencer.pipeline(image)
+        try:
+            return self.inferencer.pipeline(image)
+        except cv2.error as error:
+            if fault := resize_fault(error, image.shape[:2]):
+                raise ValueError(f"the image {fault}") from error
+            raise
 
     def predict(self, prepared: Sequence[dict]) -> list[Result]:
         """Predict on prepared images.
@@ -435,8 +441,10 @@ def _existing_device(name: str | None) -> str:
     # RuntimeError: unknown or absent; AssertionError: torch was built without CUDA.
     except (RuntimeError, AssertionError) as error:
         count = torch.cuda.device_count()
+        # The first sentence; of MPS, PyTorch goes on with all of its kernels.
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(
-            f"device {name} cannot be used here ({str(error).splitlines()[0]}); this machine has "
+            f"device {name} cannot be used here ({reason}); this machine has "
             f"cpu and {count} CUDA device{'s' * (count != 1)}"
         ) from error
     return name

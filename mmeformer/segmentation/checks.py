@@ -138,6 +138,12 @@ def _read_pair(pair: tuple[str, str], decode: bool, reading: Reading | None) -> 
             palette = np.reshape(opened.getpalette("RGB") or (), (-1, 3)).tolist()
     except UNREADABLE as error:
         return wrong("unreadable mask", mask, f"cannot be read ({error}); export it again")
+    if labels.ndim < 2:
+        return wrong(
+            "thin mask",
+            mask,
+            "is 1 px high or wide, which mmseg cannot read; leave it out",
+        )
     if labels.ndim != 2:
         return wrong(
             "color mask",

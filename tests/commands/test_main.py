@@ -70,6 +70,7 @@ def test_nearest_command(word, message, capsys):
     ("line", "message"),
     [
         ("init data --tsak detection", "unrecognized arguments: --tsak; did you mean --task?"),
+        ("train data --device 0", "--device; did you mean --gpus?"),
         ("train data --epochs 3", "--epochs; epochs is a line of the config that mmeformer init"),
         ("train --data data", "--data; give its value without it: mmeformer train my_config.py"),
         ("train a.py lr=3", "lr=3; KEY=VALUE follows --cfg-options"),

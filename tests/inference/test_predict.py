@@ -504,6 +504,14 @@ ERRORS = [
 ]
 
 
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has MPS")
+def test_a_missing_device_is_a_short_line(place):
+    config = Config.fromfile(place / "detection.py")
+    with pytest.raises(ValueError, match="device mps cannot be used here") as caught:
+        load_predictor(config, str(place / "detection.pth"), device="mps")
+    assert len(str(caught.value)) < 200
+
+
 @pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[text for text, _ in ERRORS])
 def test_mistakes_are_one_readable_error(place, tmp_path, capfd, arguments, message):
     argv = arguments.format(p=place).split()

@@ -227,6 +227,11 @@ def test_color_mask(folder):
     assert finding.path == str(folder.mask("bad"))
 
 
+def test_a_mask_of_one_row(folder):
+    folder.add("bad", mask=Image.new("L", (16, 1)))
+    assert (only(folder.check()).severity, only(folder.check()).kind) == (ERROR, "thin mask")
+
+
 def test_unreadable_files(folder):
     folder.add("cut", [0, 1, 2])
     content = folder.mask("cut").read_bytes()

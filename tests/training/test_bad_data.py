@@ -9,10 +9,12 @@ import cv2
 import numpy as np
 import pytest
 import tiny
+from mmengine.registry import init_default_scope
 
 from mmeformer.synthetic.masks import write_mask_dataset
 from mmeformer.synthetic.shapes import write_coco_dataset
 from mmeformer.training import engine
+from mmeformer.training.data import UNREADABLE, GuardedDataset, UnreadableFileError
 from mmeformer.training.hooks import UnreadableFilesHook
 
 
@@ -181,6 +183,31 @@ def assert_same_without_damaged(config, folder, images, size, count):
     # The same data without these files, whatever was in their places.
     absent, same_score, _, _ = run(copy.deepcopy(config), folder / "absent", remove)
     assert tiny.equal(losses, absent) and score == same_score
+
+
+def test_an_image_too_thin_to_be_resized_is_named(tmp_path):
+    data = tiny.detection(tmp_path).train_dataloader.dataset
+    data.pipeline = [
+        dict(type="LoadImageFromFile"),
+        dict(type="Resize", scale=(64, 64), keep_ratio=True),
+        dict(type="PackDetInputs"),
+    ]
+    init_default_scope("mmdet")
+    thin, *_ = sorted((tmp_path / "coco/train2017").iterdir())
+    cv2.imwrite(str(thin), np.zeros((1, 300, 3), np.uint8))
+    labels = tmp_path / "coco" / data.ann_file
+    content = json.loads(labels.read_text())
+    next(item for item in content["images"] if item["file_name"] == thin.name).update(
+        width=300, height=1
+    )
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [0, 0, 9, 1]
+    labels.write_text(json.dumps(content))
+    reason = "has a side of 1 px, which would be resized to 0 px"
+    found = GuardedDataset(data)[0]["data_samples"].metainfo[UNREADABLE]
+    assert found == {str(thin): reason}
+    with pytest.raises(UnreadableFileError, match=f"{thin.name} {reason}"):
+        GuardedDataset(data, evaluation=True)[0]
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
