@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class MapAttention(nn.Module):
         out = from_heads(out, size) + self.v_local(value_map)
         if self.halve:
             out = F.interpolate(out, scale_factor=2, mode="bilinear", align_corners=False)
-            out = out[..., : full_size[0], : full_size[1]]
+            out = crop_to(out, full_size)
         return self.proj(F.gelu(out))
 
     def _head_bias(self, size: tuple[int, ...]) -> Tensor:
@@ -109,6 +110,14 @@ class MapAttention(nn.Module):
             # Bias first: CoreML cannot divide two integers.
             bias = bias * self.head_bias_keys / (size[0] * size[1])
         return bias[:, None, None]
+
+
+def crop_to(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The upper left part of a map, of ``size`` (H, W)."""
+    if isinstance(size[0], torch.SymInt) or isinstance(size[1], torch.SymInt):
+        # `torch.export` asks whether a slice is contiguous, and makes the answer a condition.
+        return F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
+    return x[..., : size[0], : size[1]]
 
 
 class LocalGlobalQuery(nn.Module):

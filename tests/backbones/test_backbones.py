@@ -435,3 +435,16 @@ def build_like(backbone, variant):
 def test_golden_weights_are_what_the_readme_says():
     # Guards the generator: a silent change would make every golden test compare garbage.
     assert np.isclose(float(image(4, 4)[0, 0, 0, 0]), 0.12573022)
+
+
+@pytest.mark.parametrize("exported", [(64, 96), (80, 112)], ids=["even map", "odd map"])
+def test_a_graph_of_torch_export_takes_any_size(exported):
+    arch = dict(widths=(8, 16, 24, 32), depths=(1, 1, 2, 2), attention_blocks=(0, 0, 1, 1))
+    model = EfficientFormerV2(arch).eval()
+    sides = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    graph = torch.export.export(model, (torch.rand(1, 3, *exported),), dynamic_shapes=(sides,))
+    for size in ((97, 131), (64, 96), (80, 112)):
+        image = torch.rand(1, 3, *size)
+        with torch.no_grad():
+            for ours, theirs in zip(graph.module()(image), model(image), strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
