@@ -293,16 +293,12 @@ def decode_fully(path: str | Path) -> None:
         _decode(data, path, PLAIN)
 
 
-def resize_fault(error: Exception, size: tuple[int, int]) -> str | None:
-    """What is wrong with an image that is too thin for a pipeline, or None.
+TOO_THIN = "is too thin: a side would be resized to 0 px"
 
-    Args:
-        error: of the pipeline. OpenCV's own does not say what it is about.
-        size: height and width of the image, pixels.
-    """
-    if isinstance(error, cv2.error) and "inv_scale" in str(error):
-        return f"has a side of {min(size)} px, which would be resized to 0 px"
-    return None
+
+def is_too_thin(error: Exception) -> bool:
+    """Whether a pipeline failed as it resized a side to 0; OpenCV does not say so."""
+    return isinstance(error, cv2.error) and "inv_scale" in str(error)
 
 
 def largest_value(path: str | Path, reading: Reading = PLAIN) -> float:

@@ -25,7 +25,7 @@ from mmeformer.checkpoints import safe_load
 from mmeformer.checkpoints.load import use_published
 from mmeformer.checkpoints.matching import require_match
 from mmeformer.deploy.fold import fold
-from mmeformer.images import PLAIN, Reading, resize_fault
+from mmeformer.images import PLAIN, TOO_THIN, Reading, is_too_thin
 from mmeformer.results import SCORE_THR, category_ids, check_score_thr, chosen_labels
 from mmeformer.training_images import TrainingImages
 from mmeformer.windows import Progress, Window, predict_windows, windows
@@ -161,8 +161,8 @@ class Predictor(ABC, Generic[Result]):
         try:
             return self.inferencer.pipeline(image)
         except cv2.error as error:
-            if fault := resize_fault(error, image.shape[:2]):
-                raise ValueError(f"the image {fault}") from error
+            if is_too_thin(error):
+                raise ValueError(f"the image {TOO_THIN}") from error
             raise
 
     def predict(self, prepared: Sequence[dict]) -> list[Result]:

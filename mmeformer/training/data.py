@@ -10,9 +10,9 @@ import numpy as np
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from torch.utils.data import Dataset
 
-from mmeformer.checks.images import decode_fault, is_local, quick_fault, read_header
+from mmeformer.checks.images import decode_fault, is_local, quick_fault
 from mmeformer.errors import TrainingError
-from mmeformer.images import resize_fault
+from mmeformer.images import TOO_THIN, is_too_thin
 from mmeformer.training.randomness import SAMPLE, seed_all
 
 FILE_KEYS = ("img_path", "seg_map_path")
@@ -175,10 +175,8 @@ class GuardedFiles(_Delegate):
             for path in paths:
                 if reason := decode_fault(path):
                     raise UnreadableFileError(path, reason) from error
-            for path in paths[:1]:
-                header = read_header(path)
-                if reason := resize_fault(error, (header.height, header.width)):
-                    raise UnreadableFileError(path, reason) from error
+            if paths and is_too_thin(error):
+                raise UnreadableFileError(paths[0], TOO_THIN) from error
             raise
 
     def _paths(self, index: int) -> list[str]:

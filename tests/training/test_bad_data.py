@@ -203,7 +203,7 @@ def test_an_image_too_thin_to_be_resized_is_named(tmp_path):
     for annotation in content["annotations"]:
         annotation["bbox"] = [0, 0, 9, 1]
     labels.write_text(json.dumps(content))
-    reason = "has a side of 1 px, which would be resized to 0 px"
+    reason = "is too thin: a side would be resized to 0 px"
     found = GuardedDataset(data)[0]["data_samples"].metainfo[UNREADABLE]
     assert found == {str(thin): reason}
     with pytest.raises(UnreadableFileError, match=f"{thin.name} {reason}"):
