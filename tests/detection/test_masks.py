@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from mmdet.models.task_modules.samplers import SamplingResult
-from mmdet.structures.mask import BitmapMasks
+from mmdet.structures.mask import BitmapMasks, encode_mask_results
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch.utils.data import DataLoader
 
-from mmeformer.detection import FCNMaskHead
+from mmeformer.detection import CocoMetric, FCNMaskHead
 from mmeformer.detection.masks import PackedMasks
 
 SIZES = [(0, 5, 9), (1, 1, 1), (3, 6, 8), (2, 7, 13), (10, 40, 63)]
@@ -82,3 +82,24 @@ def test_mask_targets_are_the_same(soft, number):
     ]
     assert targets[0].shape == (7, 14, 14) and targets[0].any()
     assert torch.equal(*targets)
+
+
+class OnDevice(torch.Tensor):
+    """Notes the shapes that are copied to the host."""
+
+    copied: list = []
+
+    def cpu(self):
+        self.copied.append(tuple(self.shape))
+        return super().cpu().as_subclass(torch.Tensor)
+
+
+def test_the_metric_copies_predicted_masks_one_by_one():
+    pixels = random_masks(3, 40, 63).masks.astype(bool)
+    masks = torch.from_numpy(pixels).as_subclass(OnDevice)
+    instances = dict(bboxes=torch.rand(3, 4), scores=torch.rand(3), labels=torch.zeros(3).long())
+    sample = dict(img_id=1, ori_shape=(40, 63), instances=[])
+    metric = CocoMetric(metric="segm")
+    metric.process({}, [{**sample, "pred_instances": {**instances, "masks": masks}}])
+    assert OnDevice.copied == 3 * [(40, 63)]
+    assert metric.results[0][1]["masks"] == encode_mask_results(pixels)
