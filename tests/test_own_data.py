@@ -293,15 +293,9 @@ def test_other_tasks_on_request(tmp_path):
 
 
 class TestQuestions:
-    def test_class_folders_without_a_task(self, tmp_path, monkeypatch):
-        root = sets.write_folders(tmp_path / "data")
-        rows = {k: v for k, v in tasks.TASKS.items() if k != "classification"}
-        monkeypatch.setattr(own_data, "TASKS", rows)
-        with pytest.raises(
-            UserError, match="a class for each image .class folders: boat, car.*no task starts"
-        ):
-            make(root, tmp_path / "a.py")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+    def test_every_kind_of_labels_has_a_task(self):
+        known = {kind for task in tasks.TASKS.values() for kind in task.labels}
+        assert known == set(own_data._KINDS)
 
     def test_a_task_that_does_not_fit(self, tmp_path):
         root = sets.write_masks(tmp_path / "data")
