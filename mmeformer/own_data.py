@@ -133,6 +133,7 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
         plan = Plan(variant, _checkpoint(request.weights, variant), labels, *_machine())
         write_text(config, text := config_text(data, starter, plan, config))
         if plan.gpu is not None:
+            report(f"trying how many images fit into the memory of {plan.gpu}")
             plan = replace(plan, batch_size=_trial(config))
             write_text(config, text := config_text(data, starter, plan, config))
     except BaseException:
@@ -148,11 +149,13 @@ def make(request: Request, report: Callable[[str], object]) -> Made:
     known, steps = data.findings, starter.steps(data, plan)
     # What follows reads the labels that were written, and both may be gigabytes.
     del data
+    report("checking what was written")
     findings = check(configs.load_config(config))
     if shown := format_findings([*known, *findings], per_kind=3):
         report(shown)
     errors = sum(finding.severity == ERROR for finding in findings)
     if not errors:
+        report("timing a training step here")
         report(training_time(steps, _seconds(config), config))
     return Made(config, errors)
 

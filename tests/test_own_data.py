@@ -17,8 +17,11 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from mmeformer import configs, own_data, signals, starter, tasks
 from mmeformer.classification import starter as classification_starter
+from mmeformer.detection import annotations
 from mmeformer.detection import starter as detection_starter
 from mmeformer.errors import UserError
+from mmeformer.formats import coco
+from mmeformer.formats.find import read_folder
 from mmeformer.formats.tree import Options
 from mmeformer.labeled import (
     BOXES,
@@ -870,6 +873,34 @@ def test_several_processes_train_on_a_folder(tmp_path, monkeypatch, capfd):
     assert main(train) == 1
     error = capfd.readouterr().err
     assert f"error: {tmp_path / 'b.py'} exists; train it" in error and error.count("\n") == 1
+
+
+def test_waiting_is_announced(made):
+    text = made["detection"][1]
+    places = [text.index(part) for part in ("wrote ", "checking what", "timing a", "0.5 s: about")]
+    assert places == sorted(places)
+
+
+def test_a_trial_does_not_check_the_data_again(made, monkeypatch):
+    config = tiny.network("detection", str(made["detection"][0].config))
+    kind = DATASETS.get(config.train_dataloader.dataset.type)
+    monkeypatch.setattr(kind, "_findings", lambda *_: pytest.fail("checked again"))
+    assert trial.Trial(config, torch.device("cpu")).images
+
+
+def test_json_is_parsed_once(tmp_path, monkeypatch):
+    """COCO's files can be half a gigabyte."""
+    root = WRITERS["detection"](tmp_path / "data")
+    parsed: list[Path] = []
+
+    def parse(path):
+        parsed.append(path)
+        return json.loads(path.read_text())
+
+    for module in (coco, annotations):
+        monkeypatch.setattr(module, "read_json", parse)
+    data = read_folder(root, Options())
+    assert data.format == coco.NAME and len(parsed) == len(set(parsed)) > 0
 
 
 def test_seconds_of_a_step(made):

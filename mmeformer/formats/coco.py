@@ -44,6 +44,7 @@ def find(tree: Tree) -> list[Path]:
                 others.append(path)
             else:
                 found.append(path)
+                tree.contents[path] = content
     tree.found[NAME], tree.found[_OTHER_TASKS] = sorted(found), sorted(others)
     return tree.found[NAME]
 
@@ -128,7 +129,10 @@ def _read_file(path: Path, split: str | None, tree: Tree, merged: _Merged) -> No
     from mmeformer.detection import annotations
     from mmeformer.detection.checks import check_coco
 
-    content = annotations.read(path)
+    if path in tree.contents:
+        content = annotations.clean(tree.contents.pop(path))
+    else:
+        content = annotations.read(path)
     if not annotations.is_coco(content):
         text = "is not COCO: images, annotations and categories must be lists"
         merged.findings.append(Finding(ERROR, "not COCO", str(path), text))

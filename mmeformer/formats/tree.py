@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from mmeformer.checks.findings import ERROR, Finding
 from mmeformer.checks.images import UNREADABLE, in_threads, read_header
@@ -69,11 +70,13 @@ class Tree:
         root: the folder.
         files: all files, sorted; hidden ones and those of macOS archives are left out.
         found: what takes long to find, such as the files by which a format was recognized.
+        contents: of files that take long to read; who reads them takes them out.
     """
 
     root: Path
     files: list[Path]
     found: dict[str, list[Path]] = field(default_factory=dict)
+    contents: dict[Path, Any] = field(default_factory=dict)
     _names: dict[str, list[Path]] = field(default_factory=dict)
     _texts: dict[Path, Path] = field(default_factory=dict)
 
