@@ -881,13 +881,6 @@ def test_waiting_is_announced(made):
     assert places == sorted(places)
 
 
-def test_a_trial_does_not_check_the_data_again(made, monkeypatch):
-    config = tiny.network("detection", str(made["detection"][0].config))
-    kind = DATASETS.get(config.train_dataloader.dataset.type)
-    monkeypatch.setattr(kind, "_findings", lambda *_: pytest.fail("checked again"))
-    assert trial.Trial(config, torch.device("cpu")).images
-
-
 def test_json_is_parsed_once(tmp_path, monkeypatch):
     """COCO's files can be half a gigabyte."""
     root = WRITERS["detection"](tmp_path / "data")

@@ -127,10 +127,7 @@ class Trial:
         drop_pretrained(config.model)
         self.device = device
         self.model = MODELS.build(config.model).to(device).train()
-        self.data = DATASETS.build({**config.train_dataloader.dataset, "lazy_init": True})
-        # `mmeformer init` checks the data itself, all of them.
-        self.data.checked = False
-        self.data.full_init()
+        self.data = DATASETS.build(config.train_dataloader.dataset)
         wrapper = config.optim_wrapper
         if device.type != "cuda":
             wrapper.type = "OptimWrapper"
