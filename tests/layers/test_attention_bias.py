@@ -200,4 +200,5 @@ def test_graphs_for_any_size_hold_no_float64():
 def test_a_trace_is_the_same_twice():
     """``torch.jit.trace`` compares two; the second must not find offsets that the first cached."""
     bias = AttentionBias(2, (13, 13)).requires_grad_(False)
-    torch.jit.trace(lambda x: x + bias((9, 5)), torch.zeros(1))
+    traced = torch.jit.trace(lambda x: x + bias((9, 5)), torch.zeros(1))
+    torch.testing.assert_close(traced(torch.ones(1)), 1 + bias((9, 5)))
